@@ -1,0 +1,68 @@
+// Memory limits, for bench/.
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <vector>
+
+#include "bindings/arrays.hpp"
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace fastopt {
+namespace {
+
+constexpr std::size_t kChunk = 4096;
+
+std::size_t chunks_of(std::size_t n) { return (n + kChunk - 1) / kChunk; }
+
+float limit_read(const py::array& x) {
+  const View<const float> v = view<const float>(x, {"x"});
+  const Kernels& k = kernels();
+  std::atomic<float> sink{0};
+  const py::gil_scoped_release released;
+  parallel_for(chunks_of(v.size), 4.0 * static_cast<double>(v.size), [&](std::size_t begin, std::size_t end) {
+    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, v.size);
+    sink.store(k.limit_read(v.data + first, last - first));
+  });
+  return sink.load();
+}
+
+void limit_write(const py::array& x) {
+  const View<float> v = view<float>(x, {"x"});
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(chunks_of(v.size), 4.0 * static_cast<double>(v.size), [&](std::size_t begin, std::size_t end) {
+    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, v.size);
+    k.limit_write(v.data + first, last - first);
+  });
+}
+
+void limit_update(const py::list& streams, std::size_t writes) {
+  std::vector<float*> data;
+  std::size_t size = 0;
+  for (const py::handle stream : streams) {
+    const View<float> v = view<float>(stream, {"streams"});
+    if (!data.empty()) require_size(v.size, size, {"streams"});
+    size = v.size;
+    data.push_back(v.data);
+  }
+  if (data.empty() || data.size() > 4 || writes != std::max<std::size_t>(1, data.size() - 1)) {
+    throw py::value_error("writes: expected one less than the 1 to 4 streams, at least 1, got " +
+                          std::to_string(writes));
+  }
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(chunks_of(size), 4.0 * static_cast<double>(size * data.size()), [&](std::size_t begin, std::size_t end) {
+    k.limit_update(data.data(), data.size(), writes, begin * kChunk, std::min(end * kChunk, size));
+  });
+}
+
+}  // namespace
+
+void bind_limits(py::module_& m) {
+  m.def("limit_read", &limit_read, py::arg("x"));
+  m.def("limit_write", &limit_write, py::arg("x"));
+  m.def("limit_update", &limit_update, py::arg("streams"), py::arg("writes"));
+}
+
+}  // namespace fastopt

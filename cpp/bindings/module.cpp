@@ -1,0 +1,36 @@
+// The extension module: a table of contents.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace py = pybind11;
+
+namespace fastopt {
+void bind_optim(py::module_&);
+void bind_quant(py::module_&);
+void bind_prune(py::module_&);
+void bind_sparse(py::module_&);
+void bind_limits(py::module_&);
+}  // namespace fastopt
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  using namespace fastopt;
+  threads::watch_fork();
+
+  m.attr("__version__") = FASTOPT_VERSION;
+  m.attr("openmp") = kOpenMP;
+  m.attr("compiler") = __VERSION__;
+  m.def("isa", [] { return kernels().isa; });
+  m.def("available_isas", &available_isas);
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("get_num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("n"));
+
+  bind_optim(m);
+  bind_quant(m);
+  bind_prune(m);
+  bind_sparse(m);
+  bind_limits(m);
+}

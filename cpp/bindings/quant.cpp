@@ -1,0 +1,145 @@
+// Quantize, dequantize, pack bits, and multiply by quantized weights.
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+
+#include "bindings/storage.hpp"
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace fastopt {
+namespace {
+
+constexpr std::size_t kChunk = 1 << 16;  // elements
+
+double matrix_bytes(std::size_t rows, std::size_t cols) {
+  return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
+}
+
+unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
+  std::vector<Range> parts(ceil_div(n, kChunk));
+  std::atomic<unsigned> flags{0};
+  parallel_for(parts.size(), matrix_bytes(1, n), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i)
+      flags |= k.range(x + i * kChunk, std::min(kChunk, n - i * kChunk), &parts[i]);
+  });
+  *out = parts[0];
+  for (const Range& part : parts) {
+    out->min = std::min(out->min, part.min);
+    out->max = std::max(out->max, part.max);
+  }
+  return flags;
+}
+
+// Fills codes, scale and minimum; returns kNonFinite and kHalfMisfit flags.
+unsigned quantize(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum,
+                  int bits, std::size_t group_size) {
+  require_2d(x, {"x"});
+  const View<const float> from = view<const float>(x, {"x"});
+  const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
+  const Quantized q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  if (q.rows != rows)
+    fail_value({"codes"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(q.rows));
+  Disjoint memory;
+  memory.reads(from.data, from.size * sizeof(float), {"x"});
+  memory.writes(q.codes, rows * q.row_bytes, {"codes"});
+  const std::size_t param_bytes = (group_size == 0 ? 1 : rows * q.groups) * (q.half ? 2 : 4);
+  memory.writes(q.scale, param_bytes, {"scale"});
+  memory.writes(q.minimum, param_bytes, {"minimum"});
+  memory.check();
+
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  if (from.size == 0) {
+    if (group_size == 0) {
+      std::fill_n(static_cast<char*>(const_cast<void*>(q.scale)), param_bytes, '\0');
+      std::fill_n(static_cast<char*>(const_cast<void*>(q.minimum)), param_bytes, '\0');
+    }
+    return 0;
+  }
+  Range all{};
+  std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all) : 0};
+  parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+    flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, begin, end);
+  });
+  return flags;
+}
+
+void dequantize(const py::array& codes, const py::array& scale, const py::array& minimum, int bits,
+                std::size_t group_size, const py::array& out) {
+  require_2d(out, {"out"});
+  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, dimension(out, 1), group_size);
+  const View<float> to = view<float>(out, {"out"});
+  require_shape(out, q.rows, q.cols, {"out"});
+  Disjoint memory;
+  memory.writes(to.data, to.size * sizeof(float), {"out"});
+  memory.reads(q.codes, q.rows * q.row_bytes, {"codes"});
+  memory.check();
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  if (q.rows == 1) {  // a vector: cut it by columns
+    parallel_for(ceil_div(q.cols, kChunk), matrix_bytes(1, q.cols), [&](std::size_t begin, std::size_t end) {
+      k.dequantize(q, 0, begin * kChunk, std::min(end * kChunk, q.cols), to.data + begin * kChunk);
+    });
+    return;
+  }
+  parallel_for(q.rows, matrix_bytes(q.rows, q.cols), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t r = begin; r < end; ++r) k.dequantize(q, r, 0, q.cols, to.data + r * q.cols);
+  });
+}
+
+// Along one dimension: n codes of one byte to and from packed bytes.
+void pack(const py::array& codes, int bits, const py::array& packed) {
+  require_bits(bits);
+  const View<const std::uint8_t> from = view<const std::uint8_t>(codes, {"codes"});
+  const View<std::uint8_t> to = view<std::uint8_t>(packed, {"packed"});
+  require_size(to.size, ceil_div(from.size, static_cast<std::size_t>(8 / bits)), {"packed"});
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(ceil_div(from.size, kChunk), static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
+    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, from.size);
+    k.pack(bits, from.data + first, last - first, to.data + first * static_cast<std::size_t>(bits) / 8);
+  });
+}
+
+void unpack(const py::array& packed, int bits, const py::array& codes) {
+  require_bits(bits);
+  const View<const std::uint8_t> from = view<const std::uint8_t>(packed, {"packed"});
+  const View<std::uint8_t> to = view<std::uint8_t>(codes, {"codes"});
+  require_size(from.size, ceil_div(to.size, static_cast<std::size_t>(8 / bits)), {"packed"});
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(ceil_div(to.size, kChunk), static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
+    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, to.size);
+    k.unpack(bits, from.data + first * static_cast<std::size_t>(bits) / 8, last - first, to.data + first);
+  });
+}
+
+void linear(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum, int bits,
+            std::size_t group_size, const py::object& bias, const py::array& out) {
+  require_2d(x, {"x"});
+  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, dimension(x, 1), group_size);
+  const LinearOperands io = linear_operands(x, bias, out, q.rows);
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(
+      q.rows, matrix_bytes(q.rows, q.cols) * static_cast<double>(1 + io.batch / 8),
+      [&](std::size_t begin, std::size_t end) { k.linear_quantized(q, io.x, io.batch, io.bias, io.y, begin, end); });
+}
+
+}  // namespace
+
+void bind_quant(py::module_& m) {
+  m.attr("NON_FINITE") = kNonFinite;
+  m.attr("HALF_MISFIT") = kHalfMisfit;
+  m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
+        py::arg("group_size"));
+  m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
+        py::arg("group_size"), py::arg("out"));
+  m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));
+  m.def("unpack", &unpack, py::arg("packed"), py::arg("bits"), py::arg("codes"));
+  m.def("linear_quantized", &linear, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
+        py::arg("bits"), py::arg("group_size"), py::arg("bias"), py::arg("out"));
+}
+
+}  // namespace fastopt

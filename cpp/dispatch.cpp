@@ -1,0 +1,80 @@
+#include "dispatch.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace fastopt {
+
+extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_vnni, kernels_neon, kernels_dotprod;
+
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool runs;
+};
+
+// In rising order of preference.
+std::vector<Candidate> candidates() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  const bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  return {{&kernels_baseline, true}, {&kernels_v3, v3}, {&kernels_v4, v4}, {&kernels_vnni, vnni}};
+#elif defined(__aarch64__)
+#if defined(__linux__)
+  constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP
+  const bool dotprod = (getauxval(AT_HWCAP) & asimddp) != 0;
+#else
+  const bool dotprod = true;  // every Apple CPU has it
+#endif
+  return {{&kernels_neon, true}, {&kernels_dotprod, dotprod}};
+#else
+  return {{&kernels_baseline, true}};
+#endif
+}
+
+const Kernels* find(const std::string& name) {
+  std::string names;
+  for (const Candidate& c : candidates()) {
+    if (!c.runs) continue;
+    if (name == c.table->isa) return c.table;
+    names += names.empty() ? c.table->isa : std::string(", ") + c.table->isa;
+  }
+  throw std::invalid_argument("isa: expected one of " + names + " (what this CPU runs), got '" + name + "'");
+}
+
+std::atomic<const Kernels*> current{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* table = current.load(std::memory_order_acquire);
+  if (!table) {
+    const char* forced = std::getenv("FASTOPT_ISA");
+    table = forced && *forced ? find(forced) : find(available_isas().back());
+    current.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates()) {
+    if (c.runs) names.emplace_back(c.table->isa);
+  }
+  return names;
+}
+
+void use_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
+
+}  // namespace fastopt

@@ -1,0 +1,62 @@
+// One table of kernels. CMake compiles this file once per instruction set, each time with another FASTOPT_ISA.
+//
+// Everything lies in an anonymous namespace and nothing of the standard library with a body is used: an inline
+// function emitted here with AVX-512 in it could replace the baseline's copy at link time, and crash an older CPU.
+#include "kernels/contract.hpp"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fastopt {
+namespace {
+
+#include "kernels/simd.hpp"
+//
+#include "kernels/optim.inl"
+//
+#include "kernels/quant.inl"
+//
+#include "kernels/prune.inl"
+//
+#include "kernels/sparse.inl"
+//
+#include "kernels/linear.inl"
+//
+#include "kernels/limits.inl"
+
+}  // namespace
+
+#define FASTOPT_TEXT(x) #x
+#define FASTOPT_NAME(x) FASTOPT_TEXT(x)
+#define FASTOPT_JOIN(a, b) a##b
+#define FASTOPT_TABLE(isa) FASTOPT_JOIN(kernels_, isa)
+
+extern const Kernels FASTOPT_TABLE(FASTOPT_ISA);
+const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
+    FASTOPT_NAME(FASTOPT_ISA),
+    kRules,
+    sizeof kRules / sizeof kRules[0],
+    range,
+    quantize_any,
+    dequantize_any,
+    pack_any,
+    unpack_any,
+    linear_quantized,
+    linear_masked,
+    magnitude_histogram_any,
+    count_ties_any,
+    prune_any,
+    count_nonzero_any,
+    compress_row_any,
+    expand_row_any,
+    limit_read,
+    limit_write,
+    limit_update,
+};
+
+}  // namespace fastopt

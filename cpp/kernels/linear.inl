@@ -1,0 +1,68 @@
+// y = x @ W.T straight from packed weights: a stretch of a row is decoded into L1 and used for every row of x.
+//
+// The order of summation is fixed, so the result has the same bits on every instruction set: element c of a stretch
+// of kStretch columns goes to partial sum c % 16, the sixteen are added as a tree, stretches in order.
+
+constexpr std::size_t kStretch = 512, kPartials = 16;
+
+inline float dot(const float* a, const float* b, std::size_t n) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, vectors = kPartials / lanes;
+  V sum[vectors] = {};
+  std::size_t i = 0;
+  for (; i + kPartials <= n; i += kPartials) {
+    for (std::size_t j = 0; j < vectors; ++j) {
+      sum[j] += load<V>(a + i + j * lanes) * load<V>(b + i + j * lanes);
+    }
+  }
+  float partial[kPartials];
+  std::memcpy(partial, sum, sizeof partial);
+  for (std::size_t j = 0; i + j < n; ++j) partial[j] += a[i + j] * b[i + j];
+  for (std::size_t half = kPartials / 2; half > 0; half /= 2) {
+    for (std::size_t j = 0; j < half; ++j) partial[j] += partial[j + half];
+  }
+  return partial[0];
+}
+
+// `decode(row, begin, end, out)` gives columns [begin, end) of a row, which it is asked for in order.
+template <class Decode>
+void linear(std::size_t rows, std::size_t cols, const float* x, std::size_t batch, const float* bias, float* y,
+            std::size_t row_begin, std::size_t row_end, Decode decode) {
+  float weights[kStretch];
+  for (std::size_t row = row_begin; row < row_end; ++row) {
+    for (std::size_t b = 0; b < batch; ++b) y[b * rows + row] = 0.0f;
+    for (std::size_t begin = 0; begin < cols; begin += kStretch) {
+      const std::size_t n = cols - begin < kStretch ? cols - begin : kStretch;
+      decode(row, begin, begin + n, weights);
+      for (std::size_t b = 0; b < batch; ++b) y[b * rows + row] += dot(weights, x + b * cols + begin, n);
+    }
+    if (bias) {
+      for (std::size_t b = 0; b < batch; ++b) y[b * rows + row] += bias[row];
+    }
+  }
+}
+
+void linear_quantized(const Quantized& w, const float* x, std::size_t batch, const float* bias, float* y,
+                      std::size_t begin, std::size_t end) {
+  linear(w.rows, w.cols, x, batch, bias, y, begin, end,
+         [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) { dequantize_any(w, row, c0, c1, out); });
+}
+
+void linear_masked(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y, std::size_t begin,
+                   std::size_t end) {
+  float decoded[kStretch];
+  std::size_t at = 0;
+  linear(w.rows, w.cols, x, batch, bias, y, begin, end,
+         [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) {
+           if (c0 == 0) at = static_cast<std::size_t>(w.row_offsets[row]);
+           const std::uint8_t* mask = w.mask + row * w.row_bytes + c0 / 8;
+           const std::size_t n = count_bits(mask, c1 - c0);
+           const float* values = static_cast<const float*>(w.values) + at;
+           if (w.quantized) {
+             dequantize_any(*w.quantized, 0, at, at + n, decoded);
+             values = decoded;
+           }
+           expand<std::uint32_t>(mask, values, c1 - c0, out);
+           at += n;
+         });
+}

@@ -1,0 +1,195 @@
+// The vector type and the primitives that kernels are written in. Arithmetic is that of the GCC and Clang vector
+// extensions, so one source serves every instruction set; only what differs is spelled out per set.
+// Included by kernels.cpp alone, inside its anonymous namespace.
+#pragma once
+
+#if defined(__AVX512BW__)
+constexpr std::size_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr std::size_t kVectorBytes = 32;
+#else
+constexpr std::size_t kVectorBytes = 16;
+#endif
+
+template <class T, std::size_t Lanes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+template <class T, std::size_t Lanes = kVectorBytes / sizeof(T)>
+using Vec = typename VectorOf<T, Lanes>::type;
+
+template <class T>
+constexpr std::size_t kLanes = kVectorBytes / sizeof(T);
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// The rest of a row: `bytes` < sizeof(V); lanes behind them are zero.
+template <class V>
+inline V load_part(const void* from, std::size_t bytes) {
+  V v = {};
+  std::memcpy(&v, from, bytes);
+  return v;
+}
+
+template <class V>
+inline void store_part(void* to, V v, std::size_t bytes) {
+  std::memcpy(to, &v, bytes);
+}
+
+// The same bits seen as another vector type of the same size.
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T, std::size_t Lanes, class From>
+inline Vec<T, Lanes> convert(From from) {
+  return __builtin_convertvector(from, Vec<T, Lanes>);
+}
+
+inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(bit_cast<Vec<std::uint32_t>>(v) & 0x7fffffffu); }
+
+// Correctly rounded, as IEEE demands of sqrt.
+template <class V>
+inline V sqrt(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) return bit_cast<V>(_mm512_sqrt_ps(bit_cast<__m512>(v)));
+  if constexpr (sizeof(v[0]) == 8) return bit_cast<V>(_mm512_sqrt_pd(bit_cast<__m512d>(v)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(v[0]) == 4) return bit_cast<V>(_mm256_sqrt_ps(bit_cast<__m256>(v)));
+  if constexpr (sizeof(v[0]) == 8) return bit_cast<V>(_mm256_sqrt_pd(bit_cast<__m256d>(v)));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(v[0]) == 4) return bit_cast<V>(_mm_sqrt_ps(bit_cast<__m128>(v)));
+  if constexpr (sizeof(v[0]) == 8) return bit_cast<V>(_mm_sqrt_pd(bit_cast<__m128d>(v)));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(v[0]) == 4) return bit_cast<V>(vsqrtq_f32(bit_cast<float32x4_t>(v)));
+  if constexpr (sizeof(v[0]) == 8) return bit_cast<V>(vsqrtq_f64(bit_cast<float64x2_t>(v)));
+#else
+  for (std::size_t i = 0; i < sizeof v / sizeof v[0]; ++i) {
+    v[i] = sizeof v[0] == 4 ? __builtin_sqrtf(static_cast<float>(v[i])) : __builtin_sqrt(v[i]);
+  }
+  return v;
+#endif
+}
+
+// Half to even, for |v| < 2^22: adding 1.5 * 2^23 leaves no bits below the point.
+inline Vec<float> round_even(Vec<float> v) {
+  constexpr float magic = 12582912.0f;
+  return (v + magic) - magic;
+}
+
+// Bytes are widened and narrowed by the instruction that each set has for it: compilers take vectors of fewer than
+// 16 bytes apart, lane by lane.
+inline Vec<float> float_of_bytes(const std::uint8_t* from) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(from))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(
+      _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i bytes = _mm_cvtsi32_si128(load<int>(from));
+  return bit_cast<Vec<float>>(_mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero)));
+#else
+  return convert<float, kLanes<float>>(load<Vec<std::uint8_t, kLanes<float>>>(from));
+#endif
+}
+
+// Whole numbers from 0 to 255.
+inline void store_bytes(std::uint8_t* to, Vec<float> v) {
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(bit_cast<__m512>(v))));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvttps_epi32(bit_cast<__m256>(v));
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+#elif defined(__SSE2__)
+  const __m128i halves = _mm_packs_epi32(_mm_cvttps_epi32(bit_cast<__m128>(v)), _mm_setzero_si128());
+  store(to, _mm_cvtsi128_si32(_mm_packus_epi16(halves, halves)));
+#else
+  store(to, convert<std::uint8_t, kLanes<float>>(convert<std::int32_t, kLanes<float>>(v)));
+#endif
+}
+
+// float16 by hand: not every baseline has instructions for it, and all it is needed for is a number per group.
+inline float float_of_half(std::uint16_t h) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
+  const std::uint32_t rest = h & 0x7fffu;
+  std::uint32_t bits;
+  if (rest >= 0x7c00u) {
+    bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+  } else if (rest >= 0x400u) {
+    bits = (rest << 13) + (112u << 23);
+  } else {
+    return bit_cast<float>(bit_cast<std::uint32_t>(static_cast<float>(rest) * 0x1p-24f) | sign);
+  }
+  return bit_cast<float>(bits | sign);
+}
+
+inline std::uint16_t half_of_float(float f) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(f);
+  const std::uint32_t sign = bits >> 16 & 0x8000u;
+  const std::uint32_t rest = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (rest > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (rest >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (rest >= 0x38800000u) {  // normal: drop 13 bits, half to even
+    half = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
+  } else {  // subnormal: let the adder round at 2^-24
+    half = bit_cast<std::uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u;
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
+// Treats subnormal numbers as zero, in and out, until it goes out of scope: a unit that has died would otherwise
+// slow its optimizer step down ten- to twenty-fold. The empty assembly with a memory clobber keeps the compiler
+// from moving loads and stores, and so what is computed between them, across the switch.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : saved_(read()) { write(saved_ | kFlush); }
+  ~FlushSubnormals() { write(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+#if defined(__SSE2__)
+  using Word = std::uint32_t;
+  static constexpr Word kFlush = 0x8040;  // flush to zero, denormals are zero
+  static Word read() {
+    Word word;
+    asm volatile("stmxcsr %0" : "=m"(word)::"memory");
+    return word;
+  }
+  static void write(Word word) { asm volatile("ldmxcsr %0" ::"m"(word) : "memory"); }
+#elif defined(__aarch64__)
+  using Word = std::uint64_t;
+  static constexpr Word kFlush = Word{1} << 24;
+  static Word read() {
+    Word word;
+    asm volatile("mrs %0, fpcr" : "=r"(word)::"memory");
+    return word;
+  }
+  static void write(Word word) { asm volatile("msr fpcr, %0" ::"r"(word) : "memory"); }
+#else
+  using Word = int;
+  static constexpr Word kFlush = 0;
+  static Word read() { return 0; }
+  static void write(Word) {}
+#endif
+  Word saved_;
+};
