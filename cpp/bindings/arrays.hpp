@@ -25,7 +25,9 @@ struct Label {
   const char* what;
   py::handle of = {};
 
-  std::string text() const { return of ? std::string(what) + " " + std::string(py::str(of)) : std::string(what); }
+  std::string text() const {
+    return of ? std::string(what) + " '" + std::string(py::str(of)) + "'" : std::string(what);
+  }
 };
 
 [[noreturn]] inline void fail_type(const Label& label, const std::string& message) {

@@ -35,6 +35,17 @@ Weights weights(py::handle object, Access access, const Label& label) {
   return w;
 }
 
+// Whether arrays can be changed in place, together; asked before the first of them is.
+void check_weights(const py::list& names, const py::list& arrays) {
+  Disjoint memory;
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const Label label{"array", names[i]};
+    const Weights w = weights(arrays[i], Access::write, label);
+    memory.writes(w.data, w.size * static_cast<std::size_t>(w.width) / 8, label);
+  }
+  memory.check();
+}
+
 double bytes_of(const Weights& w) { return static_cast<double>(w.size) * w.width / 8; }
 
 // The k-th smallest magnitude (k from 1) over all arrays, found digit by digit, 16 bits at a time. Returns its
@@ -115,6 +126,7 @@ std::size_t prune(const py::array& w, const py::object& kept, std::uint64_t key,
 }  // namespace
 
 void bind_prune(py::module_& m) {
+  m.def("check_weights", &check_weights, py::arg("names"), py::arg("arrays"));
   m.def("kth_magnitude", &kth_magnitude, py::arg("arrays"), py::arg("k"));
   m.def("prune", &prune, py::arg("w"), py::arg("kept"), py::arg("key"), py::arg("keep_ties"));
 }

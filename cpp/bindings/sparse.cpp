@@ -43,6 +43,23 @@ Masked masked_of(py::handle mask, py::handle row_offsets, std::size_t cols, std:
   return m;
 }
 
+// The rest of what a mask must be, looked at once: bits of each row as many as it has values, none behind the last.
+void check_masked(const py::array& mask, const py::array& row_offsets, std::size_t cols, std::size_t values) {
+  const Masked m = masked_of(mask, row_offsets, cols, values);
+  for (std::size_t r = 0; r < m.rows; ++r) {
+    const std::uint8_t* row = m.mask + r * m.row_bytes;
+    std::int64_t bits = 0;
+    for (std::size_t i = 0; i < m.row_bytes; ++i) bits += __builtin_popcount(row[i]);
+    if (bits != m.row_offsets[r + 1] - m.row_offsets[r]) {
+      fail_value({"mask"}, "row " + std::to_string(r) + " has " + std::to_string(bits) + " bits set, but " +
+                               std::to_string(m.row_offsets[r + 1] - m.row_offsets[r]) + " values");
+    }
+    if (cols % 8 != 0 && row[m.row_bytes - 1] >> (cols % 8) != 0) {
+      fail_value({"mask"}, "row " + std::to_string(r) + " has bits set behind its last column");
+    }
+  }
+}
+
 double dense_bytes(std::size_t rows, std::size_t cols) {
   return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
 }
@@ -143,6 +160,7 @@ void linear_masked_quantized(const py::array& x, const py::array& mask, const py
 }  // namespace
 
 void bind_sparse(py::module_& m) {
+  m.def("check_masked", &check_masked, py::arg("mask"), py::arg("row_offsets"), py::arg("cols"), py::arg("values"));
   m.def("count_nonzero", &count_nonzero, py::arg("x"), py::arg("counts"));
   m.def("compress", &compress, py::arg("x"), py::arg("row_offsets"), py::arg("mask"), py::arg("values"));
   m.def("expand", &expand, py::arg("mask"), py::arg("row_offsets"), py::arg("values"), py::arg("out"));

@@ -1,0 +1,41 @@
+"""Optimizer steps, low-bit quantization and pruning for NumPy, at the speed of the memory bus.
+
+>>> import numpy as np
+>>> import fastopt as fo
+>>> w = np.ones(4, dtype=np.float32)
+>>> opt = fo.Adam(w, lr=0.1)
+>>> opt.step(np.ones(4, dtype=np.float32))  # in place
+>>> w
+array([0.9, 0.9, 0.9, 0.9], dtype=float32)
+"""
+
+from fastopt._core import __version__
+from fastopt.config import get_num_threads, set_num_threads, show_config
+from fastopt.linear import linear
+from fastopt.model import PackedModel, load, pack
+from fastopt.optim import SGD, Adam, AdamW, Optimizer
+from fastopt.prune import prune, prune_
+from fastopt.quant import QuantizedTensor, pack_bits, quantize, unpack_bits
+from fastopt.sparse import SparseTensor
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Optimizer",
+    "PackedModel",
+    "QuantizedTensor",
+    "SparseTensor",
+    "__version__",
+    "get_num_threads",
+    "linear",
+    "load",
+    "pack",
+    "pack_bits",
+    "prune",
+    "prune_",
+    "quantize",
+    "set_num_threads",
+    "show_config",
+    "unpack_bits",
+]

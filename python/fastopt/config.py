@@ -1,0 +1,77 @@
+"""Threads, and what the library runs on."""
+
+import operator
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from fastopt import _core
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use.
+
+    The default is OpenMP's, which honours ``OMP_NUM_THREADS``. It is 1 in a build without OpenMP, and in a
+    forked child, where the parent's threads no longer exist.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> fo.set_num_threads(1)
+    >>> fo.get_num_threads()
+    1
+    """
+    return _core.get_num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use; small work takes fewer.
+
+    Results do not depend on it: they are bit for bit the same for any number.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. A build without OpenMP uses one thread whatever is asked for.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not a whole number.
+    ValueError
+        If `n` is below 1 or above 4096.
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> fo.set_num_threads(2)
+    """
+    count = operator.index(n)
+    if not 1 <= count <= 4096:
+        raise ValueError(f"n: expected 1 to 4096 threads, got {count}")
+    _core.set_num_threads(count)
+
+
+def show_config() -> None:
+    """Print the version, the instruction set in use and those available, threads, compiler and dependencies.
+
+    The environment variable ``FASTOPT_ISA`` forces an instruction set.
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> fo.show_config()  # doctest: +ELLIPSIS
+    fastopt ...
+    """
+    print(f"fastopt {_core.__version__}")
+    print(f"  isa          {_core.isa()} (available: {', '.join(_core.available_isas())})")
+    print(f"  threads      {_core.get_num_threads()} ({'OpenMP' if _core.openmp else 'built without OpenMP'})")
+    print(f"  compiler     {_core.compiler}")
+    print(f"  numpy        {np.__version__}")
+    print(f"  ml_dtypes    {ml_dtypes.__version__}")
+    print(f"  safetensors  {safetensors.__version__}")
