@@ -1,0 +1,351 @@
+// Runs every kernel of one table on the same pseudo-random inputs and prints, case by case, a hash of all it wrote.
+// Two tables agree to the bit when their texts are equal; tests/test_isa.py compares them.
+//
+//   kernel_digest        prints the tables that this CPU runs
+//   kernel_digest NAME   prints the digest of one
+//
+// Built with -DFASTOPT_DIGEST=ON. It needs no Python, so it also runs in an emulator of another CPU.
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "dispatch.hpp"
+#include "kernels/contract.hpp"
+
+namespace {
+
+using namespace fastopt;
+using Bytes = std::vector<std::uint8_t>;
+
+constexpr std::size_t kSizes[] = {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 100003};
+constexpr std::size_t kOffsets[] = {0, 3};
+constexpr std::size_t kGuard = 16;  // elements behind the range; hashed too, as none may be written
+
+// One line of the text. The seed comes from the name: a case does not depend on those before it.
+class Case {
+ public:
+  explicit Case(const std::string& name) : name_(name) {
+    add(name.data(), name.size());
+    random_ = hash_ | 1;
+  }
+  ~Case() { std::printf("%s\t%016llx\n", name_.c_str(), static_cast<unsigned long long>(hash_)); }
+  Case(const Case&) = delete;
+  Case& operator=(const Case&) = delete;
+
+  std::uint64_t random() {  // xorshift64
+    random_ ^= random_ << 13;
+    random_ ^= random_ >> 7;
+    random_ ^= random_ << 17;
+    return random_;
+  }
+
+  void add(const void* data, std::size_t size) {  // FNV-1a
+    const auto* bytes = static_cast<const std::uint8_t*>(data);
+    for (std::size_t i = 0; i < size; ++i) hash_ = (hash_ ^ bytes[i]) * 0x100000001b3;
+  }
+  template <class T>
+  void add(T value) {
+    // The contract fixes where a NaN comes out, not its sign and payload: CPUs differ in them.
+    if constexpr (std::is_floating_point_v<T>) {
+      if (value != value) value = std::numeric_limits<T>::quiet_NaN();
+    }
+    add(&value, sizeof value);
+  }
+  template <class T>
+  void add(const std::vector<T>& values) {
+    for (const T& value : values) add(value);
+  }
+
+ private:
+  std::string name_;
+  std::uint64_t hash_ = 0xcbf29ce484222325, random_ = 0;
+};
+
+std::string text(std::size_t n) { return std::to_string(n); }
+
+// ---- inputs --------------------------------------------------------------------------------------------------
+
+enum Kind { plain, tiny, wide, constant, special };
+constexpr const char* kKindNames[] = {"plain", "tiny", "wide", "constant", "special"};
+constexpr Kind kFinite[] = {plain, tiny, wide, constant};
+constexpr Kind kAll[] = {plain, tiny, wide, constant, special};
+
+template <class T>
+T number(Case& c, Kind kind) {
+  using Limits = std::numeric_limits<T>;
+  const T unit = static_cast<T>(static_cast<double>(static_cast<std::int32_t>(c.random())) * 0x1p-31);
+  switch (kind) {
+    case tiny:  // mostly subnormal
+      return unit * Limits::min();
+    case wide: {  // any finite number
+      T value;
+      do {
+        const std::uint64_t bits = c.random();
+        std::memcpy(&value, &bits, sizeof value);
+      } while (!(value - value == 0));
+      return value;
+    }
+    case constant:
+      return static_cast<T>(-0.3);
+    case special: {
+      const T rare[] = {Limits::quiet_NaN(),
+                        Limits::infinity(),
+                        -Limits::infinity(),
+                        Limits::max(),
+                        Limits::denorm_min(),
+                        -Limits::min(),
+                        T{0},
+                        -T{0}};
+      const std::uint64_t pick = c.random() % 32;
+      return pick < 8 ? rare[pick] : unit;
+    }
+    default:
+      return unit;
+  }
+}
+
+template <class T>
+std::vector<T> numbers(Case& c, std::size_t n, Kind kind) {
+  std::vector<T> values(n);
+  for (T& value : values) value = number<T>(c, kind);
+  return values;
+}
+
+// Random bits, of which some are zeros of either sign and some are equal: elements to prune and to compress.
+template <class U>
+std::vector<U> patterns(Case& c, std::size_t n) {
+  constexpr U sign = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
+  constexpr U rare[] = {0, sign, static_cast<U>(sign >> 2), static_cast<U>(sign | sign >> 2)};
+  std::vector<U> values(n);
+  for (U& value : values) {
+    const std::uint64_t pick = c.random() % 8;
+    value = pick < 4 ? rare[pick] : static_cast<U>(c.random());
+  }
+  return values;
+}
+
+// ---- optimizers ----------------------------------------------------------------------------------------------
+
+constexpr Hyper kHypers[] = {
+    {0.01, 1.0, 0.0, 1.0, 0.0, 0.9, 1.0, 0.999, 0.001, 1.0, 1e-8, false},
+    {0.003, -1.0 / 1024, 0.1, 1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 31.6, 1e-8, false},
+    {0.1, 0.7, 0.0, 0.999, 0.01, 0.5, 0.5, 0.95, 0.05, 2.2, 1e-3, true},
+};
+
+template <class T>
+void digest_step(const std::string& name, const Rule& rule, StepKernel kernel, const Hyper& hyper, std::size_t offset,
+                 std::size_t n, Kind kind) {
+  Case c(name);
+  const std::size_t size = offset + n + kGuard;
+  std::vector<T> param = numbers<T>(c, size, kind), states[kMaxStates];
+  StepArgs args = {};
+  args.param = param.data();
+  for (std::size_t s = 0; s < rule.states; ++s) {
+    states[s] = numbers<T>(c, size, plain);
+    for (T& value : states[s]) value = value < 0 ? -value : value;  // the second is a mean of squares
+    args.state[s] = states[s].data();
+  }
+  for (int step = 0; step < 3; ++step) {
+    const std::vector<T> grad = numbers<T>(c, size, kind);
+    args.grad = grad.data();
+    kernel(hyper, args, offset, offset + n);
+  }
+  c.add(param);
+  for (const auto& state : states) c.add(state);
+}
+
+void digest_optimizers(const Kernels& k) {
+  for (std::size_t r = 0; r < k.rule_count; ++r) {
+    const Rule& rule = k.rules[r];
+    for (std::size_t n : kSizes) {
+      for (std::size_t offset : kOffsets) {
+        for (Kind kind : kAll) {
+          for (const Hyper& hyper : kHypers) {
+            const std::string name = std::string(rule.name) + " n=" + text(n) + " offset=" + text(offset) + " " +
+                                     kKindNames[kind] + " lr=" + std::to_string(hyper.step_size);
+            digest_step<float>(name + " f32", rule, rule.f32, hyper, offset, n, kind);
+            digest_step<double>(name + " f64", rule, rule.f64, hyper, offset, n, kind);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- quantization --------------------------------------------------------------------------------------------
+
+void digest_range(const Kernels& k, std::size_t n, std::size_t offset, Kind kind) {
+  Case c("range n=" + text(n) + " offset=" + text(offset) + " " + kKindNames[kind]);
+  const std::vector<float> x = numbers<float>(c, offset + n, kind);
+  Range range = {};
+  c.add(k.range(x.data() + offset, n, &range));
+  c.add(range.min);
+  c.add(range.max);
+}
+
+void digest_packing(const Kernels& k, int bits, std::size_t n, std::size_t offset) {
+  Case c("pack bits=" + text(static_cast<std::size_t>(bits)) + " n=" + text(n) + " offset=" + text(offset));
+  Bytes codes(offset + n), packed(offset + n + kGuard), unpacked(offset + n + kGuard);
+  for (auto& code : codes) code = static_cast<std::uint8_t>(c.random() % (1u << bits));
+  k.pack(bits, codes.data() + offset, n, packed.data() + offset);
+  k.unpack(bits, packed.data() + offset, n, unpacked.data() + offset);
+  c.add(packed);
+  c.add(unpacked);
+}
+
+void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
+  constexpr std::size_t batch = 3;
+  const std::vector<float> x = numbers<float>(c, batch * q.cols, plain), bias = numbers<float>(c, q.rows, plain);
+  std::vector<float> y(batch * q.rows);
+  for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
+    k.linear_quantized(q, x.data(), batch, b, y.data(), 0, q.rows);
+    c.add(y);
+  }
+}
+
+// Group 0: the whole matrix shares its parameters.
+void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t group, bool half, Kind kind) {
+  Case c("quantize bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) + " group=" + text(group) +
+         (half ? " f16 " : " f32 ") + kKindNames[kind]);
+  constexpr std::size_t rows = 3;
+  const std::size_t length = group ? group : cols, groups = (cols + length - 1) / length;
+  const std::size_t row_bytes = (cols * static_cast<std::size_t>(bits) + 7) / 8;
+  const std::vector<float> x = numbers<float>(c, rows * cols, kind);
+  Bytes codes(rows * row_bytes + kGuard);
+  std::vector<float> scale(rows * groups), minimum(rows * groups), out(cols + kGuard);
+  const Quantized q = {codes.data(), scale.data(), minimum.data(),    half, bits, rows, cols, row_bytes,
+                       length,       groups,       group ? groups : 0};
+
+  Range shared = {};
+  unsigned flags = group ? 0 : k.range(x.data(), x.size(), &shared);
+  flags |= k.quantize(x.data(), q, group ? nullptr : &shared, 0, rows);
+  c.add(flags);
+  if (flags) return;  // nobody looks at the rest
+  c.add(codes);
+  c.add(scale.data(), scale.size() * sizeof(float));
+  c.add(minimum.data(), minimum.size() * sizeof(float));
+  for (std::size_t begin : {std::size_t{0}, cols / 3}) {
+    k.dequantize(q, rows - 1, begin, cols, out.data());
+    c.add(out);
+  }
+  if (kind == plain) digest_linear(c, k, q);
+}
+
+void digest_quantization(const Kernels& k) {
+  for (std::size_t n : kSizes) {
+    for (int bits : {8, 4, 2}) {
+      for (std::size_t offset : kOffsets) digest_packing(k, bits, n, offset);
+    }
+    if (n == 0) continue;  // a range has at least one element
+    for (Kind kind : kAll) {
+      for (std::size_t offset : kOffsets) digest_range(k, n, offset, kind);
+      for (int bits : {8, 4, 2}) {
+        for (bool half : {false, true}) {
+          for (std::size_t group : {std::size_t{0}, std::size_t{5}, std::size_t{32}, n}) {
+            digest_quantized(k, bits, n, group, half, kind);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- pruning and sparse --------------------------------------------------------------------------------------
+
+template <class U>
+void digest_prune(const Kernels& k, Float type, const std::string& type_name, std::size_t n, std::size_t offset) {
+  Case c("prune " + type_name + " n=" + text(n) + " offset=" + text(offset));
+  const std::vector<U> w = patterns<U>(c, offset + n + kGuard);
+  std::vector<std::uint64_t> bins(kHistogramBins);
+  for (int shift = static_cast<int>(8 * sizeof(U)) - 16; shift >= 0; shift -= 16) {
+    const std::uint64_t prefix = shift + 16 < static_cast<int>(8 * sizeof(U)) ? 1u : 0u;
+    k.magnitude_histogram(type, w.data(), offset, offset + n, prefix, shift, bins.data());
+  }
+  c.add(bins.data(), bins.size() * sizeof bins[0]);
+
+  const std::uint64_t key = std::uint64_t{1} << (8 * sizeof(U) - 3);  // the magnitude that `patterns` repeats
+  const std::size_t ties = k.count_ties(type, w.data(), offset, offset + n, key);
+  c.add(ties);
+  for (std::size_t keep : {std::size_t{0}, ties / 2, ties}) {
+    for (bool want_kept : {false, true}) {
+      std::vector<U> pruned = w;
+      Bytes kept(w.size());
+      const PruneArgs args = {pruned.data(), want_kept ? kept.data() : nullptr, key, keep};
+      k.prune(type, args, offset, offset + n);
+      c.add(pruned);
+      c.add(kept);
+    }
+  }
+}
+
+template <class U>
+void digest_rows(const Kernels& k, std::size_t n, std::size_t offset) {
+  Case c("compress width=" + text(sizeof(U)) + " n=" + text(n) + " offset=" + text(offset));
+  const std::vector<U> x = patterns<U>(c, offset + n);
+  const std::size_t count = k.count_nonzero(sizeof(U), x.data() + offset, n);
+  std::vector<U> values(count + kGuard), out(offset + n + kGuard);
+  Bytes mask((n + 7) / 8 + kGuard);
+  k.compress_row(sizeof(U), x.data() + offset, n, mask.data(), values.data());
+  k.expand_row(sizeof(U), mask.data(), values.data(), n, out.data() + offset);
+  c.add(count);
+  c.add(mask);
+  c.add(values);
+  c.add(out);
+}
+
+// One row, its non-zeros as numbers and as 8-bit codes.
+void digest_masked(const Kernels& k, std::size_t cols) {
+  Case c("linear_masked cols=" + text(cols));
+  constexpr std::size_t batch = 3;
+  std::vector<float> dense = numbers<float>(c, cols, plain), values(cols + 1), y(batch);
+  const std::vector<float> x = numbers<float>(c, batch * cols, plain), bias = numbers<float>(c, 1, plain);
+  for (float& w : dense) w = c.random() % 4 ? 0.0f : w;
+  const std::size_t row_bytes = (cols + 7) / 8, count = k.count_nonzero(4, dense.data(), cols);
+  Bytes mask(row_bytes), codes(count);
+  for (auto& code : codes) code = static_cast<std::uint8_t>(c.random());
+  k.compress_row(4, dense.data(), cols, mask.data(), values.data());
+  const std::int64_t offsets[] = {0, static_cast<std::int64_t>(count)};
+  const float scale = 0.01f, minimum = -1.0f;
+  const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0};
+  for (const Quantized* quantized : {static_cast<const Quantized*>(nullptr), &q}) {
+    const Masked w = {mask.data(), offsets, quantized ? nullptr : values.data(), quantized, 1, cols, row_bytes};
+    k.linear_masked(w, x.data(), batch, bias.data(), y.data(), 0, 1);
+    c.add(y);
+  }
+}
+
+void digest_sparse(const Kernels& k) {
+  for (std::size_t n : kSizes) {
+    for (std::size_t offset : kOffsets) {
+      digest_prune<std::uint16_t>(k, Float::f16, "f16", n, offset);
+      digest_prune<std::uint16_t>(k, Float::bf16, "bf16", n, offset);
+      digest_prune<std::uint32_t>(k, Float::f32, "f32", n, offset);
+      digest_prune<std::uint64_t>(k, Float::f64, "f64", n, offset);
+      digest_rows<std::uint16_t>(k, n, offset);
+      digest_rows<std::uint32_t>(k, n, offset);
+      digest_rows<std::uint64_t>(k, n, offset);
+    }
+    digest_masked(k, n);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  if (argc < 2) {
+    for (const std::string& isa : available_isas()) std::puts(isa.c_str());
+    return 0;
+  }
+  use_isa(argv[1]);
+  digest_optimizers(kernels());
+  digest_quantization(kernels());
+  digest_sparse(kernels());
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
