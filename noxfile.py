@@ -1,0 +1,120 @@
+"""What is checked, and how: ``nox`` runs the default sessions, ``nox --list`` shows them all."""
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.sessions = ["lint", "typing", "tests"]
+
+# What a sanitizer, another instruction set or one thread can break; the rest of the tests is plain Python.
+KERNEL_TESTS = [
+    f"tests/test_{topic}.py"
+    for topic in ("optim", "quant", "prune", "sparse", "linear", "arrays", "model")
+    if Path(f"tests/test_{topic}.py").exists()
+]
+PYTEST = ["pytest>=8.3", "hypothesis>=6.130"]
+
+
+def build_variant(session, name, **defines):
+    """Install a build with other CMake options, in a build directory of its own."""
+    settings = [f"--config-settings=build-dir=build/{name}"]
+    settings += [f"--config-settings=cmake.define.{key}={value}" for key, value in defines.items()]
+    session.install(*PYTEST, ".", *settings)
+
+
+@nox.session
+def tests(session):
+    """Run all tests."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session):
+    """Check style, spelling and metadata."""
+    session.install("ruff>=0.17", "clang-format>=23", "codespell>=2.4", "validate-pyproject>=0.27")
+    suffixes = {".cpp", ".hpp", ".inl", ".h"}
+    sources = [p for folder in ("cpp", "tests") for p in Path(folder).rglob("*") if p.suffix in suffixes]
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("clang-format", "--dry-run", "-Werror", *map(str, sources))
+    session.run("codespell")
+    session.run("validate-pyproject", "pyproject.toml")
+
+
+@nox.session
+def typing(session):
+    """Check types, and the stub of the compiled module against the module."""
+    session.install("mypy>=2.4", ".[demo]")
+    session.run("mypy", "--strict")
+    session.run("python", "-m", "mypy.stubtest", "fastopt._core")
+
+
+@nox.session
+def tidy(session):
+    """Look for bugs in C++ with clang-tidy."""
+    session.install("clang-tidy>=23", "cmake>=3.24", "ninja>=1.11", "pybind11>=3.1")
+    build = session.create_tmp()
+    pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True).strip()
+    options = [f"-Dpybind11_DIR={pybind11}", "-DFASTOPT_OPENMP=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    session.run("cmake", "-S.", f"-B{build}", "-GNinja", *options, silent=True)
+    sources = [*map(str, Path("cpp/bindings").glob("*.cpp")), "cpp/dispatch.cpp", "cpp/kernels/kernels.cpp"]
+    session.run("clang-tidy", "--quiet", f"-p={build}", *sources)
+
+
+@nox.session
+def asan(session):
+    """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    build_variant(session, "asan", FASTOPT_SANITIZE="ON")
+    # Python itself is not built with them, so their runtime comes first, and with it what C++ throws with.
+    runtime = [
+        session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = {
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves its own behind
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+    # The profile of Hypothesis for CI has no deadline.
+    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, env=environment)
+
+
+@nox.session
+def isas(session):
+    """Test with every instruction set that this CPU runs."""
+    session.install(*PYTEST, ".")
+    code = "from fastopt import _core; print(*_core.available_isas())"
+    for isa in session.run("python", "-c", code, silent=True).split():
+        session.run("pytest", "-q", *KERNEL_TESTS, env={"FASTOPT_ISA": isa})
+
+
+@nox.session
+def serial(session):
+    """Test a build without threads."""
+    build_variant(session, "serial", FASTOPT_OPENMP="OFF")
+    session.run("pytest", "-q", *KERNEL_TESTS)
+
+
+@nox.session
+def lower_bounds(session):
+    """Test with the oldest dependencies that we allow."""
+    dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+    oldest = [dependency.replace(">=", "==") + ".*" for dependency in dependencies]
+    session.install(*oldest, ".[test]")
+    session.run("pytest", "-q", "--ignore=tests/test_isa.py")
+
+
+@nox.session
+def sdist(session):
+    """Build the sdist and, from it, the wheel; see that the wheel is small and works."""
+    session.install("build>=1.2")
+    folder = Path(session.create_tmp())
+    session.run("python", "-m", "build", "--outdir", str(folder))
+    (wheel,) = folder.glob("*.whl")
+    if wheel.stat().st_size > 1_000_000:
+        session.error(f"{wheel.name} has {wheel.stat().st_size} bytes")
+    session.install(str(wheel))
+    session.chdir(folder)  # away from the sources
+    session.run("python", "-c", "import fastopt; fastopt.show_config()")
