@@ -245,11 +245,16 @@ inline float param_at(const Quantized& q, const void* params, std::size_t at) {
   return q.half ? float_of_half(static_cast<const std::uint16_t*>(params)[at]) : static_cast<const float*>(params)[at];
 }
 
+// minimum + scale * code. Where scale * code could overflow although the sum does not, both are halved: that changes
+// no bit of the result.
 inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float minimum, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
+  const float twice = scale > 0x1p119f ? 2.0f : 1.0f;
+  scale /= twice;
+  minimum /= twice;
   std::size_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(out + i, minimum + scale * float_of_bytes(codes + i));
-  for (; i < n; ++i) out[i] = minimum + scale * static_cast<float>(codes[i]);
+  for (; i + lanes <= n; i += lanes) store(out + i, (minimum + scale * float_of_bytes(codes + i)) * twice);
+  for (; i < n; ++i) out[i] = (minimum + scale * static_cast<float>(codes[i])) * twice;
 }
 
 template <int Bits>

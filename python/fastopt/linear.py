@@ -63,8 +63,12 @@ def linear(x: Array, w: Weight, bias: Array | None = None, *, out: Array | None 
         raise TypeError(f"out: expected a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
     elif out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out: expected a C-contiguous array of shape {shape}, got shape {out.shape}")
+    if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype != np.float32):
+        raise TypeError(f"bias: expected a float32 array, got {getattr(bias, 'dtype', type(bias).__name__)}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias: expected shape {(rows,)}, got {bias.shape}")
     batch = math.prod(shape[:-1])
-    x2, out2 = np.ascontiguousarray(x).reshape(batch, cols), out.reshape(batch, rows)
+    x2, out2 = np.require(x, requirements="CA").reshape(batch, cols), out.reshape(batch, rows)
 
     if isinstance(w, QuantizedTensor):
         _core.linear_quantized(x2, *w.kernel_args, bias, out2)
@@ -77,6 +81,8 @@ def linear(x: Array, w: Weight, bias: Array | None = None, *, out: Array | None 
     else:
         if w.dtype != np.float32:
             raise TypeError(f"w: expected float32, got {w.dtype}")
+        if np.may_share_memory(out2, x2) or np.may_share_memory(out2, w):
+            raise ValueError("out: shares memory with x or w")
         np.matmul(x2, w.reshape(rows, cols).T, out=out2)
         if bias is not None:
             np.add(out2, bias, out=out2)

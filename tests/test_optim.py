@@ -1,0 +1,287 @@
+import numpy as np
+import pytest
+import reference
+from conftest import SIZES, Guarded, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastopt as fo
+from fastopt import _core
+from fastopt.optim import Hyper
+
+RULES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2}
+PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, root_scale=1.7, eps=1e-8)
+HYPERS = {
+    "plain": PLAIN,
+    "l2": PLAIN._replace(weight_decay=0.1),
+    "decoupled": PLAIN._replace(decay=0.999),
+    "l1": PLAIN._replace(shrink=0.05),
+    "keep_zeros": PLAIN._replace(keep_zeros=True),
+    "scaled": PLAIN._replace(grad_scale=-1 / 1024),
+    "all": PLAIN._replace(weight_decay=0.1, decay=0.99, shrink=0.02, keep_zeros=True, grad_scale=0.5),
+}
+
+
+def values(rng, n, dtype):
+    """Ordinary numbers, with every special one among them."""
+    x = rng.standard_normal(n).astype(dtype)
+    info = np.finfo(dtype)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, info.tiny, info.tiny / 4, -info.tiny / 8, info.max, -info.max]
+    at = rng.permutation(n)[: n // 3]
+    x[at] = np.resize(np.array(special, dtype), at.size)
+    return x
+
+
+def run(rule, hyper, w, g, states):
+    _core.step([(rule, tuple(hyper), ["w"], [w], [g], [tuple(states)])])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_step_equals_reference(isa, rule, hyper, dtype, rng):
+    for n in SIZES:
+        w, g = Guarded(values(rng, n, dtype), n % 4), Guarded(values(rng, n, dtype), 1)
+        states = [Guarded(np.abs(values(rng, n, dtype)), 3) for _ in range(RULES[rule])]
+        want_w, want_states = w.array.copy(), [s.array.copy() for s in states]
+        before = g.array.copy()
+        for _ in range(3):
+            want_w, want_states = reference.step(rule, hyper, want_w, g.array, want_states)
+            run(rule, hyper, w.array, g.array, [s.array for s in states])
+        assert same_bits(w.array, want_w), n
+        assert all(same_bits(s.array, want) for s, want in zip(states, want_states, strict=True)), n
+        assert same_bits(g.array, before)
+        assert all(a.intact() for a in (w, g, *states)), n
+
+
+def test_same_bits_for_any_number_of_threads(isa, threads, rng):
+    sizes = [100003, 5, 0, 4096, 4097, 262144]
+    params = [rng.standard_normal(n).astype("f4") for n in sizes]
+    grads = [rng.standard_normal(n).astype("f4") for n in sizes]
+    want = [reference.step("adam", PLAIN, w, g, [np.zeros_like(w)] * 2)[0] for w, g in zip(params, grads, strict=True)]
+    states = [(np.zeros_like(w), np.zeros_like(w)) for w in params]
+    _core.step([("adam", tuple(PLAIN), [str(n) for n in sizes], params, grads, states)])
+    assert all(same_bits(w, e) for w, e in zip(params, want, strict=True))
+
+
+def test_subnormal_mode_is_restored():
+    w, tiny = np.ones(8, "f4"), np.full(8, 1e-40, "f4")
+    run("sgd", PLAIN, w, tiny, [])
+    assert (tiny * np.float32(1) != 0).all()
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40),
+    st.floats(width=32, allow_nan=True),
+    st.sampled_from(sorted(RULES)),
+    st.sampled_from(sorted(HYPERS)),
+)
+def test_any_number_steps_like_the_reference(ws, g, rule, hyper):
+    w = np.array(ws, "f4")
+    grad, states = np.full_like(w, g), [np.full_like(w, 0.5) for _ in range(RULES[rule])]
+    want, _ = reference.step(rule, HYPERS[hyper], w, grad, states)
+    run(rule, HYPERS[hyper], w, grad, states)
+    assert same_bits(w, want)
+
+
+# ---- the classes ---------------------------------------------------------------------------------------------
+
+
+def test_adam_minimizes_and_resumes_bit_for_bit(rng):
+    target = rng.standard_normal((20, 30)).astype("f4")
+    w = {"w": np.zeros((20, 30), "f4")}
+    opt = fo.Adam(w, lr=0.1)
+    for _ in range(200):
+        opt.step({"w": w["w"] - target})
+    assert abs(w["w"] - target).max() < 1e-2
+    copy = {"w": w["w"].copy()}
+    resumed = fo.Adam(copy, lr=0.5)
+    resumed.load_state_dict(opt.state_dict())
+    for _ in range(5):
+        opt.step({"w": w["w"] - target})
+        resumed.step({"w": copy["w"] - target})
+    assert same_bits(w["w"], copy["w"])
+
+
+def adam_in_double(w, g, m, v, t, lr=1e-3, b1=0.9, b2=0.999, eps=1e-8, wd=0.0, decoupled=False):
+    """The textbook's Adam, in float64."""
+    if decoupled:
+        w = w * (1 - lr * wd)
+    else:
+        g = g + wd * w
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    return w - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps), m, v
+
+
+@pytest.mark.parametrize(("cls", "decoupled"), [(fo.Adam, False), (fo.AdamW, True)])
+def test_adam_is_the_textbooks(cls, decoupled, rng):
+    w = rng.standard_normal(50)
+    want, m, v = w.copy(), np.zeros(50), np.zeros(50)
+    opt = cls(w, lr=0.01, weight_decay=0.1)
+    for t in range(1, 101):
+        g = rng.standard_normal(50)
+        opt.step(g)
+        want, m, v = adam_in_double(want, g, m, v, t, lr=0.01, wd=0.1, decoupled=decoupled)
+    np.testing.assert_allclose(w, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_sgd_is_the_textbooks(nesterov, dampening, rng):
+    if nesterov and dampening:
+        with pytest.raises(ValueError, match="dampening: expected 0 with nesterov"):
+            fo.SGD(np.zeros(1), momentum=0.9, dampening=0.5, nesterov=True)
+        return
+    w = rng.standard_normal(50)
+    want, buf = w.copy(), None
+    opt = fo.SGD(w, lr=0.1, momentum=0.9, dampening=dampening, nesterov=nesterov)
+    for _ in range(20):
+        g = rng.standard_normal(50)
+        opt.step(g)
+        buf = g.copy() if buf is None else 0.9 * buf + (1 - dampening) * g
+        want -= 0.1 * (g + 0.9 * buf if nesterov else buf)
+    np.testing.assert_allclose(w, want, rtol=1e-12, atol=1e-14)
+
+
+def test_options_of_a_step():
+    w = np.array([0.0, 1.0, -0.04, 0.5], "f4")
+    fo.SGD(w, lr=0.1, l1=0.5).step(np.zeros(4, "f4"))
+    np.testing.assert_array_equal(w, np.array([0, 0.95, 0, 0.45], "f4"))
+    fo.SGD(w, lr=0.1, keep_zeros=True).step(np.ones(4, "f4"))
+    assert w[0] == w[2] == 0
+    assert w[1] < 0.95
+    before = w.copy()
+    fo.SGD(w, lr=0.1, maximize=True).step(np.ones(4, "f4"), grad_scale=2.0)
+    np.testing.assert_array_equal(w, before + np.float32(0.1) * 2)
+
+
+def test_lr_may_be_a_function_of_the_step():
+    seen = []
+    w = np.zeros(1, "f4")
+    opt = fo.SGD(w, lr=lambda step: seen.append(step) or 1.0 / (step + 1))
+    for _ in range(3):
+        opt.step(np.ones(1, "f4"))
+    assert seen == [0, 1, 2]
+    assert w[0] == np.float32(-1) - np.float32(0.5) - np.float32(1 / 3)
+
+
+def test_groups_none_and_late_groups():
+    a, b, c = np.zeros(3, "f4"), np.zeros(2, "f4"), np.zeros(1, "f8")
+    opt = fo.SGD([{"params": [a, b], "lr": 1.0}, {"params": {"c": c}}], lr=0.5)
+    opt.step([[np.ones(3, "f4"), None], {"c": np.ones(1, "f8")}])
+    assert a.tolist() == [-1, -1, -1]
+    assert b.tolist() == [0, 0]
+    assert c.tolist() == [-0.5]
+    late = np.zeros(1, "f4")
+    opt.add_param_group({"params": late})
+    opt.step([[None, np.ones(2, "f4")], {"c": None}, np.ones(1, "f4")])
+    assert b.tolist() == [-1, -1]
+    assert late.tolist() == [-0.5]
+    opt.param_groups[2]["lr"] = 0.0
+    opt.step([[None, None], {"c": None}, np.ones(1, "f4")])
+    assert late.tolist() == [-0.5]
+    assert list(opt.state_dict()["state"]) == ["0.0", "0.1", "1.c", "2.0"]
+
+
+def test_a_skipped_tensor_keeps_its_own_step_count():
+    w = [np.ones(1, "f4"), np.ones(1, "f4")]
+    opt = fo.Adam(w, lr=0.1)
+    opt.step([np.ones(1, "f4"), None])
+    opt.step([np.ones(1, "f4"), np.ones(1, "f4")])
+    assert w[1] == np.float32(0.9)  # a first step, with a first step's bias correction
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fo.Adam([np.zeros(2)], lr=-1), ValueError, "lr: expected a finite number, 0 or more, got -1"),
+        (lambda: fo.Adam([np.zeros(2)], lr="1"), TypeError, "lr: expected a number, got str"),
+        (lambda: fo.Adam([np.zeros(2)], betas=(0.9, 1.0)), ValueError, r"betas: expected two numbers in \[0, 1\)"),
+        (lambda: fo.Adam([np.zeros(2)], eps=np.nan), ValueError, "eps: expected a finite number"),
+        (lambda: fo.SGD([np.zeros(2)], nesterov=True), ValueError, "momentum: expected more than 0 with nesterov"),
+        (lambda: fo.SGD([np.zeros(2)], weight_decay=np.inf), ValueError, "weight_decay: expected a finite number"),
+        (lambda: fo.SGD([np.zeros(2)], l1=-0.1), ValueError, "l1: expected a finite number"),
+        (lambda: fo.SGD([[1.0]]), TypeError, "array '0': expected a NumPy array, got list"),
+        (lambda: fo.SGD([np.zeros(2, int)]), TypeError, "array '0': expected float32, float64"),
+        (lambda: fo.SGD([np.zeros((4, 4))[:, ::2]]), ValueError, "array '0': must be C-contiguous"),
+        (lambda: fo.SGD([np.broadcast_to(0.0, 3)]), ValueError, "array '0': must be C-contiguous"),
+        (lambda: fo.SGD([{"params": np.zeros(2), "speed": 1}]), ValueError, "group: expected options among"),
+        (lambda: fo.SGD([{"lr": 1}]), ValueError, "params: missing"),
+    ],
+)
+def test_bad_construction(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_shared_memory_is_refused():
+    w = np.zeros(10, "f4")
+    with pytest.raises(ValueError, match="array '1': shares memory with array '0'"):
+        fo.SGD([w, w])
+    with pytest.raises(ValueError, match="shares memory"):
+        fo.SGD([w[:6], w[5:]])
+    fo.SGD([w[:5], w[5:]])
+    opt = fo.SGD(w)
+    with pytest.raises(ValueError, match="shares memory with"):
+        opt.step(w)
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ({"a": np.zeros(3, "f4")}, ValueError, r"grads: expected the names of params; missing \['b'\]"),
+        ({"a": np.zeros(3, "f4"), "b": np.zeros(2, "f4"), "c": 0}, ValueError, r"unexpected \['c'\]"),
+        ([np.zeros(3, "f4"), np.zeros(2, "f4")], TypeError, "grads: expected a dict like params, got list"),
+        ({"a": np.ones(3, "f4"), "b": np.ones(3, "f4")}, ValueError, r"of 'b': expected shape \(2,\), got \(3,\)"),
+        ({"a": np.ones(3, "f4"), "b": np.ones(2)}, TypeError, "of 'b': expected float32, got float64"),
+        ({"a": np.ones(3, "f4"), "b": np.ones(2, ">f4")}, TypeError, "of 'b': expected float32, got .*byte order"),
+        ({"a": np.ones(3, "f4"), "b": np.ones(4, "f4")[::2]}, ValueError, "of 'b': must be C-contiguous"),
+        ({"a": np.ones(3, "f4"), "b": [1.0, 2.0]}, TypeError, "of 'b': expected a NumPy array, got list"),
+    ],
+)
+def test_bad_gradients_change_nothing(grads, error, message):
+    params = {"a": np.full(3, 5, "f4"), "b": np.full(2, 6, "f4")}
+    opt = fo.Adam(params)
+    with pytest.raises(error, match=message):
+        opt.step(grads)
+    assert params["a"].tolist() == [5, 5, 5]
+    assert params["b"].tolist() == [6, 6]
+    assert all(s["step"] == 0 and not s["exp_avg"].any() for s in opt.state_dict()["state"].values())
+
+
+def test_a_parameter_that_became_read_only_is_refused():
+    w = np.zeros(3, "f4")
+    opt = fo.SGD(w)
+    w.flags.writeable = False
+    with pytest.raises(ValueError, match="parameter '0': is read-only"):
+        opt.step(np.ones(3, "f4"))
+
+
+def test_non_finite_numbers_of_a_step_are_refused():
+    w = np.ones(1, "f4")
+    with pytest.raises(ValueError, match="grad_scale: expected a finite number"):
+        fo.SGD(w).step(w.copy(), grad_scale=np.inf)
+    with pytest.raises(ValueError, match="lr: expected a finite number, 0 or more, got nan"):
+        fo.SGD(w, lr=lambda step: np.nan).step(w.copy())
+    assert w[0] == 1
+
+
+def test_a_state_of_another_optimizer_is_refused(rng):
+    opt = fo.Adam({"w": np.zeros(3, "f4")})
+    for other, message in [
+        (fo.AdamW({"w": np.zeros(3, "f4")}), "optimizer: expected 'Adam', got 'AdamW'"),
+        (fo.Adam({"v": np.zeros(3, "f4")}), r"params: expected \['w'\], got \['v'\]"),
+        (fo.Adam({"w": np.zeros(4, "f4")}), r"exp_avg of 'w': expected \(3,\), got \(4,\)"),
+        (fo.Adam({"w": np.zeros(3)}), "exp_avg of 'w': expected float32, got 'float64'"),
+        (fo.Adam([{"params": np.zeros(3, "f4")}, {"params": np.zeros(1, "f4")}]), "param_groups: expected 1, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(other.state_dict())
+    assert not opt.state_dict()["state"]["w"]["exp_avg"].any()
+
+
+def test_zero_dimensional_and_empty_parameters():
+    scalar, empty = np.array(1.0, "f4"), np.zeros((0, 5), "f4")
+    opt = fo.SGD([scalar, empty], lr=1.0)
+    opt.step([np.array(0.5, "f4"), np.zeros((0, 5), "f4")])
+    assert scalar == 0.5

@@ -1,0 +1,272 @@
+import copy
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from conftest import FLOATS, SIZES, Guarded, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fastopt as fo
+from fastopt import _core
+
+BITS = [8, 4, 2]
+GROUPS = [None, -1, 1, 3, 16, 32, 50]
+
+
+def weights(rng, rows, cols):
+    """Gaussian rows, some of them constant, tiny, huge or far from zero."""
+    w = rng.standard_normal((rows, cols)).astype("f4")
+    for i, change in enumerate(
+        [
+            lambda r: r * 0 + np.float32(3.7),
+            lambda r: r * np.float32(1e-7),
+            lambda r: r * np.float32(1e5),
+            lambda r: 1000 + r * np.float32(1e-3),
+            lambda r: r * np.float32(1e-40),
+            lambda r: np.abs(r),
+            lambda r: np.sign(r) * np.float32(3e38),
+            lambda r: r * 0,
+        ]
+    ):
+        if i + 1 < rows:
+            w[i + 1] = change(w[i + 1])
+    return w
+
+
+def check(w, bits, group_size, param_dtype):
+    q = fo.quantize(w, bits, group_size=group_size, param_dtype=param_dtype)
+    codes, scale, minimum = reference.quantize(w, bits, group_size, param_dtype == "float16")
+    assert q.scale.dtype == scale.dtype
+    assert same_bits(q.scale, scale)
+    assert same_bits(q.minimum, minimum)
+    assert np.array_equal(q.codes, reference.pack(codes, bits))
+    assert same_bits(q.dequantize(), reference.dequantize(codes, scale, minimum, group_size))
+    return q
+
+
+@pytest.mark.parametrize("param_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
+def test_quantize_equals_reference(isa, bits, group_size, param_dtype, rng):
+    for cols in [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000]:
+        check(weights(rng, 2, cols), bits, group_size, param_dtype)
+    check(weights(rng, 10, 70), bits, group_size, param_dtype)
+    for row in weights(rng, 10, 70):
+        check(row[None], bits, group_size, param_dtype)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_long_row_and_any_number_of_threads(isa, threads, bits, rng):
+    check(rng.standard_normal((1, 100003)).astype("f4"), bits, 50, "float16")
+    check(rng.standard_normal((300, 1000)).astype("f4"), bits, None, "float32")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_and_unpack(isa, bits, rng):
+    for n in SIZES:
+        codes = Guarded(rng.integers(0, 1 << bits, n, dtype=np.uint8), n % 4)
+        packed = Guarded(np.zeros(-(-n * bits // 8), np.uint8), 1)
+        _core.pack(codes.array, bits, packed.array)
+        assert np.array_equal(packed.array, reference.pack(codes.array, bits))
+        back = Guarded(np.zeros(n, np.uint8), 3)
+        _core.unpack(packed.array, bits, back.array)
+        assert np.array_equal(back.array, codes.array)
+        assert codes.intact()
+        assert packed.intact()
+        assert back.intact()
+        assert np.array_equal(fo.unpack_bits(fo.pack_bits(codes.array, bits), bits, n), codes.array)
+
+
+def test_writes_stay_inside(isa, rng):
+    for n in SIZES[:-1]:
+        x = Guarded(rng.standard_normal((3, n)).astype("f4"), n % 4)
+        codes, out = Guarded(np.zeros((3, -(-n // 2)), np.uint8), 1), Guarded(np.zeros((3, n), "f4"), 2)
+        scale = Guarded(np.zeros((3, -(-n // 32)), "f2"), 1)
+        minimum = Guarded(np.zeros((3, -(-n // 32)), "f2"), 3)
+        _core.quantize(x.array, codes.array, scale.array, minimum.array, 4, 32)
+        _core.dequantize(codes.array, scale.array, minimum.array, 4, 32, out.array)
+        assert all(a.intact() for a in (x, codes, scale, minimum, out))
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 70)),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ),
+    st.sampled_from(BITS),
+    st.sampled_from(GROUPS),
+    st.sampled_from(["float16", "float32"]),
+)
+def test_whatever_the_values_within_half_a_step(w, bits, group_size, param_dtype):
+    q = check(w, bits, group_size, param_dtype)
+    cols = w.shape[1]
+    size = cols if group_size in (None, -1) else group_size
+    scale = np.broadcast_to(np.repeat(q.scale.astype("f8"), size, axis=1)[:, :cols], w.shape)
+    minimum = np.broadcast_to(np.repeat(q.minimum.astype("f8"), size, axis=1)[:, :cols], w.shape)
+    error = np.abs(q.dequantize().astype("f8") - w)
+    # Half a step, the rounding of the scale (float16: 2^-11 of it, times the code) and that of float32 sums.
+    slack = (2**bits - 1) * 2.0**-11 if q.scale.dtype == np.float16 else 2.0**-12
+    rounding = 4 * np.spacing(np.maximum(np.abs(minimum), np.abs(w)).astype("f4")).astype("f8")
+    constant = np.where(scale == 0, 2.0**-11 * np.abs(w) if q.scale.dtype == np.float16 else 0.0, 0.0)
+    assert (error <= (0.5 + slack) * scale + rounding + constant).all()
+
+
+def test_formula_of_float32_parameters(rng):
+    w = rng.standard_normal((5, 33)).astype("f4")
+    q = fo.quantize(w, 4, group_size=-1, param_dtype="float32")
+    low, high = w.min(axis=1, keepdims=True), w.max(axis=1, keepdims=True)
+    want = np.round((w - low) / (high - low) * np.float32(15)).astype(np.uint8)
+    assert np.array_equal(fo.unpack_bits(q.codes[0], 4, 33), want[0])
+    assert q.minimum.tolist() == low.tolist()
+
+
+# Each row is one that some peer corrupts silently.
+EDGES = {
+    "constant": np.full(64, 3.7),
+    "overflowing range": np.resize([-3e38, 3e38, 1e38], 64),
+    "beyond float16": np.linspace(-1e5, 1e5, 64),
+    "around 1e-7": np.linspace(-1e-7, 1e-7, 64),
+    "around 1e-9": np.linspace(-1e-9, 1e-9, 64),
+    "subnormal": np.linspace(-1e-40, 1e-40, 64),
+    "few subnormal steps": np.linspace(0, 300e-45, 64),
+    "far from zero": 1000 + np.linspace(-1e-3, 1e-3, 64),
+    "five to six": np.linspace(5, 6, 64),
+    "minus zero": np.resize([-0.0, 0.0, 1.0], 64),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_stay_within_half_a_step(name, bits):
+    w = EDGES[name].astype("f4")
+    q = fo.quantize(w, bits, group_size=32)
+    scale = np.repeat(q.scale.astype("f8"), 32, axis=1)[0]
+    error = np.abs(q.dequantize().astype("f8") - w)
+    if name == "constant":
+        assert (error <= 3.7 * 2.0**-11).all()
+        assert fo.quantize(w, bits, param_dtype="float32").dequantize().tolist() == w.tolist()
+    else:
+        assert (error <= 0.63 * scale + np.spacing(np.abs(w))).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_non_finite_is_refused_with_its_place(value):
+    w = np.zeros((3, 40))
+    w[1, 35] = value
+    for group_size in (None, -1, 16):
+        with pytest.raises(ValueError, match=r"w: expected finite float32 values, got .* at \(1, 35\)"):
+            fo.quantize(w, 4, group_size=group_size)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dtypes(dtype, rng):
+    w = rng.standard_normal((6, 40)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    q = fo.quantize(w, 8)
+    assert q.dtype == w.dtype
+    back = q.dequantize()
+    assert back.dtype == w.dtype
+    assert abs(back.astype("f4") - w.astype("f4")).max() < 0.03
+    assert np.array_equal(q.codes, fo.quantize(w.astype("f4"), 8).codes)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (3, 0), (0, 3), (4, 5), (4, 3, 2, 2)])
+@pytest.mark.parametrize("group_size", ["auto", None, -1, 7])
+def test_shapes(shape, group_size, rng):
+    w = rng.standard_normal(shape).astype("f4")
+    q = fo.quantize(w, 8, group_size=group_size)
+    assert q.shape == shape
+    assert q.dequantize().shape == shape
+    assert np.allclose(q.dequantize(), w, atol=0.02)
+
+
+def test_layouts_of_the_input(rng):
+    w = rng.standard_normal((8, 40)).astype("f4")
+    want = fo.quantize(w)
+    readonly = w.copy()
+    readonly.flags.writeable = False
+    misaligned = np.zeros(w.nbytes + 1, np.uint8)[1:].view("f4").reshape(w.shape)
+    misaligned[...] = w
+    for other in (np.asfortranarray(w), np.repeat(w, 2, axis=1)[:, ::2], w.astype(">f4"), readonly, misaligned):
+        assert np.array_equal(fo.quantize(other).codes, want.codes)
+
+
+def test_dequantize_into_out(rng):
+    w = rng.standard_normal((8, 40)).astype("f4")
+    q = fo.quantize(w)
+    out = np.empty_like(w)
+    assert q.dequantize(out=out) is out
+    assert np.array_equal(out, q.dequantize())
+    readonly = w.copy()
+    readonly.flags.writeable = False
+    misaligned = np.zeros(w.nbytes + 1, np.uint8)[1:].view("f4").reshape(w.shape)
+    for bad, error, message in [
+        (np.empty((8, 41), "f4"), ValueError, r"out: expected shape \(8, 40\), got \(8, 41\)"),
+        (np.empty((8, 40)), TypeError, "out: expected float32, got float64"),
+        (np.empty((8, 80), "f4")[:, ::2], ValueError, "out: must be C-contiguous"),
+        (np.empty((40, 8), "f4").T, ValueError, "out: must be C-contiguous"),
+        (np.empty((8, 40), ">f4"), TypeError, "out: expected float32, got float32 in the other byte order"),
+        (readonly, ValueError, "out: is read-only"),
+        (misaligned, ValueError, "out: must be aligned"),
+        ([1.0], TypeError, "out: expected a NumPy array, got list"),
+    ]:
+        before = np.array(bad, copy=True) if isinstance(bad, np.ndarray) else None
+        with pytest.raises(error, match=message):
+            q.dequantize(out=bad)
+        assert before is None or same_bits(before, bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fo.quantize(np.zeros(3), bits=3), ValueError, "bits: expected 8, 4 or 2, got 3"),
+        (lambda: fo.quantize(np.zeros(3), group_size=0), ValueError, "group_size: expected a positive number"),
+        (lambda: fo.quantize(np.zeros(3), group_size=-2), ValueError, "group_size: expected"),
+        (lambda: fo.quantize(np.zeros(3), group_size=1.5), TypeError, "float"),
+        (lambda: fo.quantize(np.zeros(3), param_dtype="int8"), ValueError, "param_dtype: expected float16 or float32"),
+        (
+            lambda: fo.quantize(np.zeros(3, int)),
+            TypeError,
+            "w: expected float32, float64, float16 or bfloat16, got int",
+        ),
+        (lambda: fo.quantize("w"), TypeError, "w: expected float32"),
+        (lambda: fo.pack_bits(np.array([4], "u1"), 2), ValueError, "codes: expected values below 4, got 4"),
+        (lambda: fo.pack_bits(np.array([4]), 2), TypeError, "codes: expected uint8, got int64"),
+        (lambda: fo.unpack_bits(np.zeros(3, "u1"), 2, 13), ValueError, "count: 3 bytes do not hold 13 codes"),
+        (lambda: fo.unpack_bits(np.zeros(3, "u1"), 2, -1), ValueError, "count: 3 bytes do not hold -1 codes"),
+        (lambda: fo.unpack_bits(np.zeros(3), 2, 12), TypeError, "packed: expected uint8, got float64"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_quantized_tensor_checks_its_arrays(rng):
+    q = fo.quantize(rng.standard_normal((4, 40)).astype("f4"))
+    parts = {"codes": q.codes, "scale": q.scale, "minimum": q.minimum, "bits": 4, "group_size": 32, "shape": (4, 40)}
+    for change, error, message in [
+        ({"codes": q.codes[:, :-1]}, ValueError, r"codes: expected shape \(4, 20\), got \(4, 19\)"),
+        ({"scale": q.scale[:, :1]}, ValueError, r"scale: expected shape \(4, 2\)"),
+        ({"minimum": q.minimum.astype("f4")}, TypeError, "scale, minimum: expected float16 or float32, the same"),
+        ({"codes": q.codes.astype("i1")}, TypeError, "codes: expected uint8"),
+        ({"bits": 5}, ValueError, "bits: expected 8, 4 or 2"),
+        ({"shape": (4, 41)}, ValueError, "codes: expected shape"),
+    ]:
+        with pytest.raises(error, match=message):
+            fo.QuantizedTensor(**{**parts, **change}, dtype=np.dtype("f4"))
+
+
+def test_quantized_tensor_is_a_value(rng):
+    q = fo.quantize(rng.standard_normal((4, 40)).astype("f4"))
+    for other in (pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+        assert np.array_equal(other.dequantize(), q.dequantize())
+    assert q.nbytes == 4 * (20 + 4 + 4)
+    assert q.bits_per_weight == 8 * q.nbytes / 160
+    assert repr(q) == (
+        "QuantizedTensor(shape=(4, 40), bits=4, group_size=32, float16 parameters, 5.60 bits per weight)"
+    )
