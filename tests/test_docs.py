@@ -1,0 +1,41 @@
+"""Examples of README and docstrings run, and what is public is documented."""
+
+import doctest
+import inspect
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import fastopt as fo
+
+README = Path(__file__).parent.parent / "README.md"
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# Modules of the command line need its extra and have no examples of their own.
+MODULES = [f"fastopt.{m.name}" for m in pkgutil.iter_modules(fo.__path__) if m.name != "_core"]
+
+
+@pytest.mark.parametrize("name", ["fastopt", *MODULES])
+def test_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = fo.get_num_threads()
+    failed, _ = doctest.testmod(import_module(name), optionflags=OPTIONS)
+    fo.set_num_threads(threads)
+    assert failed == 0
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testfile(str(README), module_relative=False, optionflags=OPTIONS)
+    assert failed == 0
+    assert tried > 0
+
+
+@pytest.mark.parametrize("name", [name for name in fo.__all__ if not name.startswith("__")])
+def test_public_names_are_documented(name):
+    item = getattr(fo, name)
+    text = inspect.getdoc(item) or ""
+    assert "Parameters\n" in text or "Returns\n" in text or "Attributes\n" in text or name == "show_config", name
+    if inspect.isfunction(item):
+        assert "Examples\n" in text or name == "load", name

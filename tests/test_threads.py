@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import same_bits
+
+import fastopt as fo
+from fastopt import _core
+
+
+def last_line(code, **env):
+    """What a fresh interpreter prints last; an editable install may print how it was rebuilt before."""
+    env = {**os.environ, **env}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+needs_threads = pytest.mark.skipif(not _core.openmp, reason="built without OpenMP: one thread")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_does_not_hang():
+    """libgomp's threads are gone in the child, and a parallel region there would wait for them for ever."""
+    code = """
+import os, numpy as np, fastopt as fo
+fo.set_num_threads(2)
+w, g = np.ones(4_000_000, "f4"), np.ones(4_000_000, "f4")
+opt = fo.SGD(w, lr=0.5)
+opt.step(g)  # wakes the threads
+child = os.fork()
+if child == 0:
+    opt.step(g)
+    os._exit(0 if fo.get_num_threads() == 1 and (w == 0).all() else 1)
+_, status = os.waitpid(child, 0)
+opt.step(g)
+assert os.waitstatus_to_exitcode(status) == 0 and (w == 0).all()
+print("done")
+"""
+    assert last_line(code) == "done"
+
+
+@needs_threads
+def test_omp_num_threads_is_honoured():
+    code = "import fastopt as fo; print(fo.get_num_threads())"
+    assert last_line(code, OMP_NUM_THREADS="3") == "3"
+    code = "import fastopt as fo; fo.set_num_threads(5); print(fo.get_num_threads())"
+    assert last_line(code, OMP_NUM_THREADS="3") == "5"
+
+
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (5000, ValueError), (1.5, TypeError)])
+def test_bad_numbers_of_threads(n, error):
+    before = fo.get_num_threads()
+    with pytest.raises(error):
+        fo.set_num_threads(n)
+    assert fo.get_num_threads() == before
+
+
+def test_python_threads_work_side_by_side(rng):
+    """The lock of the interpreter is released in kernels: calls on different arrays may overlap."""
+    w = rng.standard_normal((64, 4096)).astype("f4")
+    want = fo.quantize(w)
+    results = [None] * 4
+
+    def work(i):
+        for _ in range(10):
+            results[i] = fo.quantize(w).codes
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(same_bits(codes, want.codes) for codes in results)
+
+
+def test_show_config(capsys):
+    fo.show_config()
+    text = capsys.readouterr().out
+    assert text.startswith(f"fastopt {fo.__version__}\n")
+    assert _core.isa() in text
+    assert np.__version__ in text
