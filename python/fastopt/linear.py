@@ -68,7 +68,7 @@ def linear(x: Array, w: Weight, bias: Array | None = None, *, out: Array | None 
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias: expected shape {(rows,)}, got {bias.shape}")
     batch = math.prod(shape[:-1])
-    x2, out2 = np.require(x, requirements="CA").reshape(batch, cols), out.reshape(batch, rows)
+    x2, out2 = np.require(x, requirements=["C", "A"]).reshape(batch, cols), out.reshape(batch, rows)
 
     if isinstance(w, QuantizedTensor):
         _core.linear_quantized(x2, *w.kernel_args, bias, out2)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -234,7 +234,12 @@ def pack(
     >>> fo.pack(weights, bits=4)
     PackedModel(2 tensors, 2,816 bytes)
     """
-    defaults = {"bits": bits, "group_size": group_size, "param_dtype": param_dtype, "sparsity": sparsity}
+    defaults: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "param_dtype": param_dtype,
+        "sparsity": sparsity,
+    }
     if bits is not None:
         require_bits(bits)
     tensors: dict[str, Weight] = {}
@@ -372,7 +377,7 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
             values = take(f"{name}.values")
         return SparseTensor(mask, row_offsets, values, shape)
 
-    kinds = {"quantized": quantized, "sparse": sparse}
+    kinds: dict[str, Callable[..., Weight]] = {"quantized": quantized, "sparse": sparse}
     packed: dict[str, Weight] = {}
     for name, raw in description.get("tensors", dict).items():
         try:

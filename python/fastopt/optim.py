@@ -51,7 +51,7 @@ def _number(options: Mapping[str, Any], name: str) -> float:
     value = options[name]
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    _require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more", value)
+    _require(bool(math.isfinite(value) and value >= 0), name, "a finite number, 0 or more", value)
     return float(value)
 
 
@@ -83,11 +83,9 @@ class Optimizer(abc.ABC):
         self._groups: list[_Group] = []
         self._steps = 0
         self.param_groups = []
-        if not isinstance(params, np.ndarray | Mapping):
-            params = list(params)
-        grouped = isinstance(params, list) and bool(params) and all(isinstance(p, Mapping) for p in params)
-        self._grouped = grouped
-        for group in params if grouped else [{"params": params}]:
+        tree: Any = params if isinstance(params, np.ndarray | Mapping) else list(params)
+        self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
+        for group in tree if self._grouped else [{"params": tree}]:
             self.add_param_group(group)
 
     # ---- what a subclass says --------------------------------------------------------------------------------

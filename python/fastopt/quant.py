@@ -260,7 +260,7 @@ def quantize(
     array = as_float_array(w, "w")
     rows, cols = as_matrix(array.shape)
     with np.errstate(over="ignore"):
-        x = np.require(array, np.float32, "CA").reshape(rows, cols)
+        x = np.require(array, np.float32, ["C", "A"]).reshape(rows, cols)
 
     codes = np.empty((rows, -(-cols * bits // 8)), np.uint8)
     param_shape = _param_shape(group, rows, cols)

@@ -94,7 +94,7 @@ class SparseTensor:
         """
         array = as_float_array(w, "w")
         rows, cols = as_matrix(array.shape)
-        x = np.require(array, array.dtype.newbyteorder("="), "CA").reshape(rows, cols)
+        x = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(rows, cols)
         row_offsets = np.zeros(rows + 1, np.int64)
         _core.count_nonzero(x, row_offsets[1:])
         np.cumsum(row_offsets, out=row_offsets)
