@@ -23,9 +23,9 @@ namespace {
 //
 #include "kernels/prune.inl"
 //
-#include "kernels/sparse.inl"
-//
 #include "kernels/linear.inl"
+//
+#include "kernels/sparse.inl"
 //
 #include "kernels/limits.inl"
 

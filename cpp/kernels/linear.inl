@@ -47,22 +47,3 @@ void linear_quantized(const Quantized& w, const float* x, std::size_t batch, con
   linear(w.rows, w.cols, x, batch, bias, y, begin, end,
          [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) { dequantize_any(w, row, c0, c1, out); });
 }
-
-void linear_masked(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y, std::size_t begin,
-                   std::size_t end) {
-  float decoded[kStretch];
-  std::size_t at = 0;
-  linear(w.rows, w.cols, x, batch, bias, y, begin, end,
-         [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) {
-           if (c0 == 0) at = static_cast<std::size_t>(w.row_offsets[row]);
-           const std::uint8_t* mask = w.mask + row * w.row_bytes + c0 / 8;
-           const std::size_t n = count_bits(mask, c1 - c0);
-           const float* values = static_cast<const float*>(w.values) + at;
-           if (w.quantized) {
-             dequantize_any(*w.quantized, 0, at, at + n, decoded);
-             values = decoded;
-           }
-           expand<std::uint32_t>(mask, values, c1 - c0, out);
-           at += n;
-         });
-}

@@ -1,4 +1,4 @@
-// Bit mask and packed non-zeros. Elements are integers of their width: whatever the float type, an element is zero
+// Bit mask and packed non-zeros, and products with them. Elements are integers of their width: whatever the float type, an element is zero
 // when all bits but the sign are.
 
 template <class U>
@@ -73,4 +73,23 @@ void compress_row_any(int width, const void* x, std::size_t cols, std::uint8_t* 
 
 void expand_row_any(int width, const std::uint8_t* mask, const void* values, std::size_t cols, void* out) {
   by_width(width, [&](auto u) { expand<decltype(u)>(mask, values, cols, out); });
+}
+
+void linear_masked(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y, std::size_t begin,
+                   std::size_t end) {
+  float decoded[kStretch];
+  std::size_t at = 0;
+  linear(w.rows, w.cols, x, batch, bias, y, begin, end,
+         [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) {
+           if (c0 == 0) at = static_cast<std::size_t>(w.row_offsets[row]);
+           const std::uint8_t* mask = w.mask + row * w.row_bytes + c0 / 8;
+           const std::size_t n = count_bits(mask, c1 - c0);
+           const float* values = static_cast<const float*>(w.values) + at;
+           if (w.quantized) {
+             dequantize_any(*w.quantized, 0, at, at + n, decoded);
+             values = decoded;
+           }
+           expand<std::uint32_t>(mask, values, c1 - c0, out);
+           at += n;
+         });
 }
