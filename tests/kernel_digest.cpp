@@ -167,7 +167,7 @@ void digest_optimizers(const Kernels& k) {
           for (const Hyper& hyper : kHypers) {
             const std::string name = std::string(rule.name) + " n=" + text(n) + " offset=" + text(offset) + " " +
                                      kKindNames[kind] + " lr=" + std::to_string(hyper.step_size);
-            digest_step<float>(name + " f32", rule, rule.f32, hyper, offset, n, kind);
+            digest_step<float>(name + " f32", rule, rule.step, hyper, offset, n, kind);
             digest_step<double>(name + " f64", rule, rule.f64, hyper, offset, n, kind);
           }
         }

@@ -45,9 +45,25 @@ class Flushed:
             return Flushed(np.sqrt(self.x))
 
 
+# Which states are never negative, by rule.
+POSITIVE = {
+    "sgd": (),
+    "momentum": (False,),
+    "nesterov": (False,),
+    "adagrad": (True,),
+    "rmsprop": (True,),
+    "rmsprop_momentum": (True, False),
+    "rmsprop_centered": (True, False),
+    "rmsprop_centered_momentum": (True, False, False),
+    "adam": (False, True),
+    "amsgrad": (False, True, True),
+    "lion": (False,),
+}
+
+
 def step(rule, h, w, g, states):
     """One step of `rule` with the numbers `h` (fastopt.optim.Hyper): the new w and states."""
-    before = flush(w)
+    before, zero, one = flush(w), w.dtype.type(0), w.dtype.type(1)
     w, g, s = Flushed(w), Flushed(g), [Flushed(x) for x in states]
     g = g * h.grad_scale
     if h.weight_decay != 0:
@@ -61,17 +77,167 @@ def step(rule, h, w, g, states):
     elif rule == "nesterov":
         s[0] = h.decay1 * s[0] + h.blend1 * g
         w = w - h.step_size * (g + h.decay1 * s[0])
-    elif rule == "adam":  # Kingma and Ba, 2015, algorithm 1
+    elif rule == "adagrad":  # Duchi, Hazan and Singer, 2011
+        s[0] = s[0] + g * g
+        w = w - h.step_size * g / (s[0].sqrt() + h.eps)
+    elif rule.startswith("rmsprop"):  # Tieleman and Hinton, 2012; centered: Graves, 2013
+        s[0] = h.decay2 * s[0] + h.blend2 * g * g
+        variance = s[0]
+        if "centered" in rule:
+            s[-1] = s[-1] + h.blend2 * (g - s[-1])
+            variance = variance - s[-1] * s[-1]
+            variance = Flushed(np.where(variance.x < 0, zero, variance.x))
+        direction = g / (variance.sqrt() + h.eps)
+        if "momentum" in rule:
+            s[1] = direction = h.decay1 * s[1] + direction
+        w = w - h.step_size * direction
+    elif rule in ("adam", "amsgrad"):  # Kingma and Ba, 2015, algorithm 1; Reddi et al., 2018
         s[0] = s[0] + h.blend1 * (g - s[0])
         s[1] = h.decay2 * s[1] + h.blend2 * g * g
-        w = w - h.step_size * s[0] / (s[1].sqrt() * h.root_scale + h.eps)
+        squares = s[1]
+        if rule == "amsgrad":  # chosen, not computed: as it was stored
+            largest = np.where(s[1].x <= s[2].x, states[2], s[1].x)
+            squares = Flushed(largest)
+        w = w - h.step_size * s[0] / (squares.sqrt() * h.root_scale + h.eps)
+    elif rule == "lion":  # Chen et al., 2023
+        blend = h.decay1 * s[0] + h.blend1 * g
+        sign = Flushed(np.where(blend.x > 0, one, np.where(blend.x < 0, -one, blend.x)))
+        s[0] = h.decay2 * s[0] + h.blend2 * g
+        w = w - h.step_size * sign
     else:
         raise ValueError(rule)
     if h.shrink != 0:  # proximal step of the L1 norm
         above, below = (w - h.shrink).x, (w + h.shrink).x
-        w = Flushed(np.where(above > 0, above, np.where(below < 0, below, w.x.dtype.type(0))))
-    result = np.where(before == 0, w.x.dtype.type(0), w.x) if h.keep_zeros else w.x
-    return result, [x.x for x in s]
+        w = Flushed(np.where(above > 0, above, np.where(below < 0, below, zero)))
+    result = np.where(before == 0, zero, w.x) if h.keep_zeros else w.x
+    return result, [*(x.x for x in s[:2]), largest] if rule == "amsgrad" else [x.x for x in s]
+
+
+# ---- narrow parameters and states -------------------------------------------------------------------------
+
+
+def random_bits(n, noise):
+    """32 random-looking bits for each element, by the last step of MurmurHash3 (Appleby, 2011)."""
+    h = np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B1) ^ np.uint32(noise)
+    h = (h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    return h ^ h >> np.uint32(16)
+
+
+def turned(random, slot):
+    """The same bits turned by `slot` bytes: slot 0 rounds the parameter, slot 1 the first state, and so on."""
+    return random if slot == 0 else random >> np.uint32(8 * slot) | random << np.uint32(32 - 8 * slot)
+
+
+def bf16_bits(x, random=None):
+    """Upper 16 bits of float32, rounded half to even, or up or down by chance."""
+    bits = x.view(np.uint32)
+    if random is None:
+        nan = bits & np.uint32(0x7FFFFFFF) > 0x7F800000
+        rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+        return (np.where(nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
+    special = bits & np.uint32(0x7F800000) == 0x7F800000
+    return (np.where(special, bits, bits + (random & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
+
+
+def f16_bits(x, random=None):
+    """float16 bits of float32, rounded half to even, or up or down by chance."""
+    if random is None:
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint16)
+    bits = x.view(np.uint32)
+    sign, rest, chance = (
+        bits >> np.uint32(16) & np.uint32(0x8000),
+        bits & np.uint32(0x7FFFFFFF),
+        random & np.uint32(0x1FFF),
+    )
+    half = (rest - np.uint32(112 << 23) + chance) >> np.uint32(13)
+    with np.errstate(all="ignore"):
+        steps = flush(rest.view(np.float32)) * np.float32(2**24) + chance.astype(np.float32) * np.float32(2**-13)
+        half = np.where(rest < 0x38800000, np.where(rest < 0x38800000, steps, 0).astype(np.uint32), half)
+    half = np.where(rest >= 0x47800000, np.uint32(0x7C00), half)
+    half = np.where(rest > 0x7F800000, np.uint32(0x7E00), half)
+    return (sign | half).astype(np.uint16)
+
+
+def widen_bits(bits, dtype):
+    """float32 of the 16 bits of a float16 or bfloat16."""
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def widen_u8(codes, exponents, positive):
+    """8-bit state: sign, 4 or 5 bits of exponent counted from that of the block of 256, 3 bits of mantissa."""
+    code = codes.astype(np.uint32)
+    rest = code & np.uint32(255 if positive else 127)
+    base = np.repeat(exponents.astype(np.uint32), 256)[: codes.size] << np.uint32(3)
+    bits = np.where(rest == 0, np.uint32(0), (rest + base) << np.uint32(20))
+    return (bits if positive else bits | code << np.uint32(24) & np.uint32(0x80000000)).view(np.float32)
+
+
+def narrow_u8(x, positive, random):
+    """Codes and exponents of a state, rounded by chance; what is positive does not become zero."""
+    bits = x.view(np.uint32)
+    rest = bits & np.uint32(0x7FFFFFFF)
+    blocks = -(-x.size // 256)
+    largest = np.array([rest[i * 256 : (i + 1) * 256].max() for i in range(blocks)], np.uint32)
+    exponents = np.minimum((largest + np.uint32(1 << 20)) >> np.uint32(23), 255).astype(np.int64)
+    exponents = np.maximum(exponents - (31 if positive else 15), 0)
+    code = (rest + (random & np.uint32(0xFFFFF)) >> np.uint32(20)).astype(np.int64)
+    code -= np.repeat(exponents << 3, 256)[: x.size]
+    code = np.clip(code, (rest != 0) if positive else 0, 255 if positive else 127).astype(np.uint32)
+    if not positive:
+        code |= bits >> np.uint32(24) & np.uint32(0x80)
+    return code.astype(np.uint8), exponents.astype(np.uint8)
+
+
+def step_narrow(rule, h, w, dtype, g, g_dtype, states, state_dtype, noise, stochastic=False, master=None):
+    """A step of parameters given as 16 bits (float32 as it is), gradients likewise, states as stored.
+
+    `states`: float32, 16 bits of bfloat16, or pairs of codes and exponents. Returns w, states and master.
+    """
+    random = random_bits(w.size, noise)
+    wide_w = w if dtype == "float32" else widen_bits(w, dtype)
+    wide_g = g if g_dtype == "float32" else widen_bits(g, g_dtype)
+    positive = POSITIVE[rule]
+    if state_dtype == "float32":
+        wide_s = states
+    elif state_dtype == "bfloat16":
+        wide_s = [widen_bits(s, "bfloat16") for s in states]
+    else:
+        wide_s = [widen_u8(*s, p) for s, p in zip(states, positive, strict=True)]
+    new, new_s = step(rule, h, wide_w if master is None else master, wide_g, wide_s)
+    if state_dtype == "bfloat16":
+        new_s = [bf16_bits(s, turned(random, i + 1)) for i, s in enumerate(new_s)]
+    elif state_dtype == "uint8":
+        new_s = [narrow_u8(s, p, turned(random, i + 1)) for i, (s, p) in enumerate(zip(new_s, positive, strict=True))]
+    chance = random if stochastic and master is None else None
+    if dtype == "float32":
+        return new, new_s, None
+    bits = f16_bits(new, chance) if dtype == "float16" else bf16_bits(new, chance)
+    return bits, new_s, None if master is None else new
+
+
+def sum_squares(x):
+    """In double: chunks of 4096 in order, each of 16 partial sums added as a tree; of 16-bit types, blocks of 256."""
+    narrow = x.dtype.itemsize == 2
+    total = 0.0
+    for at in range(0, x.size, 4096):
+        chunk = x[at : at + 4096].astype(np.float64)
+        sums = 0.0
+        for first in range(0, chunk.size, 256 if narrow else 4096):
+            part = chunk[first : first + 256] if narrow else chunk
+            padded = np.zeros(-(-part.size // 16) * 16)
+            padded[: part.size] = part
+            partial = np.zeros(16)
+            for row in padded.reshape(-1, 16):
+                partial += row * row
+            for half in (8, 4, 2, 1):
+                partial = partial[:half] + partial[half : 2 * half]
+            sums += partial[0]
+        total += sums
+    return total
 
 
 # ---- quantization -----------------------------------------------------------------------------------------

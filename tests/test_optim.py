@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -9,7 +10,7 @@ import fastopt as fo
 from fastopt import _core
 from fastopt.optim import Hyper
 
-RULES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2}
+RULES = {name: len(positive) for name, positive in reference.POSITIVE.items()}
 PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, root_scale=1.7, eps=1e-8)
 HYPERS = {
     "plain": PLAIN,
@@ -32,26 +33,140 @@ def values(rng, n, dtype):
     return x
 
 
-def run(rule, hyper, w, g, states):
-    _core.step([(rule, tuple(hyper), ["w"], [w], [g], [tuple(states)])])
+def run(rule, hyper, params, grads, states, *, stochastic=False, noise=0):
+    """One step of all tensors by the kernels."""
+    names = [str(i) for i in range(len(params))]
+    states = [tuple(s) for s in states]
+    counts = [0] * len(params)
+    _core.step([(rule, tuple(hyper), stochastic, noise, names, params, grads, states, counts, None)])
+    assert counts == [1] * len(params)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+CASES = [(name, "float32") for name in HYPERS] + [("plain", "float64"), ("all", "float64")]
+
+
+@pytest.mark.parametrize(("option", "dtype"), CASES)
 @pytest.mark.parametrize("rule", RULES)
-def test_step_equals_reference(isa, rule, hyper, dtype, rng):
-    for n in SIZES:
+def test_step_equals_reference(isa, rule, option, dtype, rng):
+    hyper = HYPERS[option]
+    for n in SIZES if option == "plain" else SIZES[:-1]:
         w, g = Guarded(values(rng, n, dtype), n % 4), Guarded(values(rng, n, dtype), 1)
         states = [Guarded(np.abs(values(rng, n, dtype)), 3) for _ in range(RULES[rule])]
         want_w, want_states = w.array.copy(), [s.array.copy() for s in states]
         before = g.array.copy()
         for _ in range(3):
             want_w, want_states = reference.step(rule, hyper, want_w, g.array, want_states)
-            run(rule, hyper, w.array, g.array, [s.array for s in states])
+            run(rule, hyper, [w.array], [g.array], [[s.array for s in states]])
         assert same_bits(w.array, want_w), n
         assert all(same_bits(s.array, want) for s, want in zip(states, want_states, strict=True)), n
         assert same_bits(g.array, before)
         assert all(a.intact() for a in (w, g, *states)), n
+
+
+def bits_of(x, dtype):
+    """What the reference takes: the 16 bits of a narrow type, or float32 itself."""
+    return x if dtype == "float32" else x.view(np.uint16)
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def narrow_values(rng, n, dtype):
+    x = rng.standard_normal(n).astype("f4")
+    at = rng.permutation(n)[: n // 4]
+    x[at] = np.resize(np.array([0.0, -0.0, np.inf, np.nan, 1e-7, -3e-5, 7e4, 1e-40], "f4"), at.size)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype_of(dtype))
+
+
+def narrow_state(rng, n, state_dtype, positive):
+    """A state as it is stored, as the arrays that the kernels take."""
+    if state_dtype == "uint8":
+        return [rng.integers(0, 256, n, np.uint8), rng.integers(90, 130, -(-n // 256), np.uint8)]
+    x = rng.standard_normal(n).astype("f4")
+    return [(np.abs(x) if positive else x).astype(dtype_of(state_dtype))]
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize(
+    ("dtype", "g_dtype"),
+    [
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("float16", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+def test_narrow_step_equals_reference(isa, dtype, g_dtype, state_dtype, rounding, rng):
+    if dtype == "float32" and rounding != "nearest":
+        return  # float32 parameters are stored as they are
+    for n in [0, 1, 15, 63, 64, 255, 256, 257, 1000, 5000]:
+        for rule, hyper in [
+            ("adam", PLAIN),
+            ("lion", HYPERS["all"]),
+            ("momentum", HYPERS["keep_zeros"]),
+            ("sgd", PLAIN),
+        ]:
+            w, g = Guarded(narrow_values(rng, n, dtype), 3), Guarded(narrow_values(rng, n, g_dtype), 1)
+            positive = reference.POSITIVE[rule]
+            parts = [narrow_state(rng, n, state_dtype, p) for p in positive]
+            states = [Guarded(part[0], 1) for part in parts]
+            exponents = [Guarded(part[1], 2) for part in parts] if state_dtype == "uint8" else []
+            master = [Guarded(w.array.astype("f4"), 1)] if rounding == "master" else []
+            if state_dtype == "uint8":
+                stored = [(s.array.copy(), e.array.copy()) for s, e in zip(states, exponents, strict=True)]
+            else:
+                stored = [bits_of(s.array, state_dtype).copy() for s in states]
+            want = bits_of(w.array, dtype).copy()
+            want_master = master[0].array.copy() if master else None
+            for noise in (1, 0xFFFFFFFF):
+                want, stored, want_master = reference.step_narrow(
+                    rule, hyper, want, dtype, bits_of(g.array, g_dtype), g_dtype, stored, state_dtype,
+                    noise, rounding == "stochastic", want_master,
+                )  # fmt: skip
+                arrays = [a.array for a in (*states, *exponents, *master)]
+                run(rule, hyper, [w.array], [g.array], [arrays], stochastic=rounding == "stochastic", noise=noise)
+            got = reference.widen_bits(bits_of(w.array, dtype), dtype) if dtype != "float32" else w.array
+            assert same_bits(got, want if dtype == "float32" else reference.widen_bits(want, dtype)), (n, rule)
+            if master:
+                assert same_bits(master[0].array, want_master)
+            for i, s in enumerate(states):
+                if state_dtype == "uint8":
+                    assert np.array_equal(s.array, stored[i][0]), (n, rule, i)
+                    assert np.array_equal(exponents[i].array, stored[i][1])
+                elif state_dtype == "bfloat16":
+                    assert same_bits(s.array, stored[i].view(ml_dtypes.bfloat16))
+                else:
+                    assert same_bits(s.array, stored[i])
+            assert all(a.intact() for a in (w, g, *states, *exponents, *master))
+
+
+def test_rounding_by_chance_is_fair():
+    """The mean of many roundings is the value, for parameters and for states of every kind."""
+    n = 1 << 16
+    x = np.full(n, 1.0 + 1 / 3 / 128, "f4")
+    random = reference.random_bits(n, 12345)
+    for bits, dtype in ((reference.bf16_bits(x, random), "bfloat16"), (reference.f16_bits(x / 8, random), "float16")):
+        mean = reference.widen_bits(bits, dtype).astype("f8").mean() * (8 if dtype == "float16" else 1)
+        assert abs(mean - x[0]) < 1e-4
+    for positive in (True, False):
+        for slot in (1, 2, 3):
+            codes, exponents = reference.narrow_u8(x, positive, reference.turned(random, slot))
+            assert abs(reference.widen_u8(codes, exponents, positive).astype("f8").mean() - x[0]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_sum_of_squares_equals_reference(isa, threads, dtype, rng):
+    arrays = [rng.standard_normal(n).astype(dtype_of(dtype)) for n in (*SIZES, 300001)]
+    want = 0.0
+    for a in arrays:
+        chunks = [reference.sum_squares(a[i : i + 4096]) for i in range(0, a.size, 4096)]
+        for chunk in chunks:
+            want += chunk
+    assert _core.sum_squares([str(i) for i in range(len(arrays) + 1)], [*arrays, None]) == want
 
 
 def test_same_bits_for_any_number_of_threads(isa, threads, rng):
@@ -60,13 +175,13 @@ def test_same_bits_for_any_number_of_threads(isa, threads, rng):
     grads = [rng.standard_normal(n).astype("f4") for n in sizes]
     want = [reference.step("adam", PLAIN, w, g, [np.zeros_like(w)] * 2)[0] for w, g in zip(params, grads, strict=True)]
     states = [(np.zeros_like(w), np.zeros_like(w)) for w in params]
-    _core.step([("adam", tuple(PLAIN), [str(n) for n in sizes], params, grads, states)])
+    run("adam", PLAIN, params, grads, states)
     assert all(same_bits(w, e) for w, e in zip(params, want, strict=True))
 
 
 def test_subnormal_mode_is_restored():
     w, tiny = np.ones(8, "f4"), np.full(8, 1e-40, "f4")
-    run("sgd", PLAIN, w, tiny, [])
+    run("sgd", PLAIN, [w], [tiny], [()])
     assert (tiny * np.float32(1) != 0).all()
 
 
@@ -80,7 +195,7 @@ def test_any_number_steps_like_the_reference(ws, g, rule, hyper):
     w = np.array(ws, "f4")
     grad, states = np.full_like(w, g), [np.full_like(w, 0.5) for _ in range(RULES[rule])]
     want, _ = reference.step(rule, HYPERS[hyper], w, grad, states)
-    run(rule, HYPERS[hyper], w, grad, states)
+    run(rule, HYPERS[hyper], [w], [grad], [states])
     assert same_bits(w, want)
 
 

@@ -59,14 +59,9 @@ inline std::size_t size_of(const py::detail::PyArray_Proxy* array) {
   return size;
 }
 
-inline bool has_dtype(const py::detail::PyArray_Proxy* array, py::handle dtype) {
-  return array->descr == dtype.ptr() || py::detail::npy_api::get().PyArray_EquivTypes_(array->descr, dtype.ptr());
-}
-
-inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
-  const py::handle dtype(array->descr);
-  const bool swapped = !dtype.attr("isnative").cast<bool>();
-  return std::string(py::str(dtype.attr("name"))) + (swapped ? " in the other byte order" : "");
+inline const py::dtype& float16() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::dtype> storage;
+  return storage.call_once_and_store_result([] { return py::dtype("e"); }).get_stored();
 }
 
 // A dtype of ml_dtypes, which every import of fastopt loads.
@@ -76,6 +71,16 @@ inline const py::dtype& bfloat16() {
       .call_once_and_store_result(
           [] { return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")); })
       .get_stored();
+}
+
+inline bool has_dtype(const py::detail::PyArray_Proxy* array, py::handle dtype) {
+  return array->descr == dtype.ptr() || py::detail::npy_api::get().PyArray_EquivTypes_(array->descr, dtype.ptr());
+}
+
+inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
+  const py::handle dtype(array->descr);
+  const bool swapped = !dtype.attr("isnative").cast<bool>();
+  return std::string(py::str(dtype.attr("name"))) + (swapped ? " in the other byte order" : "");
 }
 
 enum class Access { read, write };
@@ -109,7 +114,7 @@ template <class T>
 View<T> view_half(py::handle object, const Label& label) {
   static_assert(sizeof(T) == 2);
   const auto* array = array_of(object, label);
-  if (!has_dtype(array, py::dtype("e"))) fail_type(label, "expected float16, got " + dtype_name(array));
+  if (!has_dtype(array, float16())) fail_type(label, "expected float16, got " + dtype_name(array));
   check_layout(object, array, std::is_const_v<T> ? Access::read : Access::write, label);
   return {reinterpret_cast<T*>(array->data), size_of(array)};
 }

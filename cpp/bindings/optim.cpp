@@ -1,8 +1,8 @@
 // One call steps every tensor of an optimizer in one parallel region.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -13,113 +13,261 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 4096;  // elements; what a thread takes at a time
+constexpr std::size_t kChunk = 4096;  // elements that a thread takes at a time; whole blocks of 8-bit states
+static_assert(kChunk % kStateBlock == 0);
 
 struct Tensor {
   StepKernel kernel;
-  Hyper hyper;
+  const Hyper* hyper;
   StepArgs args;
   std::size_t size;
   std::size_t first_chunk;
 };
 
-const Rule& find_rule(const std::string& name) {
+std::size_t chunks_of(std::size_t n) { return (n + kChunk - 1) / kChunk; }
+
+// Calls body(tensor, begin, end) for every chunk of every tensor, which is cut at multiples of kChunk alone.
+template <class Tensors, class Body>
+void for_chunks(const Tensors& tensors, std::size_t begin, std::size_t end, const Body& body) {
+  auto t = std::upper_bound(tensors.begin(), tensors.end(), begin,
+                            [](std::size_t chunk, const auto& tensor) { return chunk < tensor.first_chunk; }) -
+           1;
+  for (; t != tensors.end() && t->first_chunk < end; ++t) {
+    const std::size_t from = begin > t->first_chunk ? (begin - t->first_chunk) * kChunk : 0;
+    const std::size_t to = std::min(t->size, (end - t->first_chunk) * kChunk);
+    if (from < to) body(*t, from, to);
+  }
+}
+
+const Rule& find_rule(const char* name) {
   const Kernels& table = kernels();
   for (std::size_t i = 0; i < table.rule_count; ++i) {
-    if (name == table.rules[i].name) return table.rules[i];
+    if (std::strcmp(name, table.rules[i].name) == 0) return table.rules[i];
   }
-  throw py::value_error("rule: no optimizer is called '" + name + "'");
+  throw py::value_error(std::string("rule: no optimizer is called '") + name + "'");
 }
 
 Hyper hyper_of(const py::tuple& t) {
-  if (t.size() != 12) throw py::value_error("hyper: expected 12 numbers, got " + std::to_string(t.size()));
-  const auto number = [&](std::size_t i) { return t[i].cast<double>(); };
-  return {number(0), number(1), number(2), number(3), number(4),  number(5),
-          number(6), number(7), number(8), number(9), number(10), t[11].cast<bool>()};
-}
-
-// Adds the tensors of one job: (rule, hyper, names, params, grads, states), where states is one tuple a tensor.
-void add_job(const py::tuple& job, std::vector<Tensor>& tensors, Disjoint& memory) {
-  const Rule& rule = find_rule(job[0].cast<std::string>());
-  const Hyper hyper = hyper_of(job[1].cast<py::tuple>());
-  const auto names = job[2].cast<py::list>(), params = job[3].cast<py::list>(), grads = job[4].cast<py::list>(),
-             states = job[5].cast<py::list>();
-  const std::size_t count = params.size();
-  if (names.size() != count || grads.size() != count || states.size() != count) {
-    throw py::value_error("job: names, params, grads and states differ in number");
-  }
+  constexpr std::size_t count = 12;
+  if (t.size() != count) throw py::value_error("hyper: expected 12 numbers, got " + std::to_string(t.size()));
+  double v[count];
   for (std::size_t i = 0; i < count; ++i) {
-    // Borrowed: the lists of the job hold the references for as long as the call lasts.
-    const py::handle param = PyList_GET_ITEM(params.ptr(), static_cast<py::ssize_t>(i));
-    const py::handle grad = PyList_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
-    const py::handle name = PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i));
-    const auto state = py::reinterpret_borrow<py::tuple>(PyList_GET_ITEM(states.ptr(), static_cast<py::ssize_t>(i)));
-    const Label label{"parameter", name}, grad_label{"gradient of", name}, state_label{"state of", name};
-    Tensor tensor{};
-    tensor.hyper = hyper;
-
-    const auto add = [&](auto type, StepKernel kernel) {
-      using T = decltype(type);
-      const View<T> w = view<T>(param, label);
-      const View<const T> g = view<const T>(grad, grad_label);
-      require_same_shape(grad, param, grad_label);
-      const std::size_t bytes = w.size * sizeof(T);
-      memory.writes(w.data, bytes, label);
-      memory.reads(g.data, bytes, grad_label);
-      tensor.kernel = kernel;
-      tensor.size = w.size;
-      tensor.args.param = w.data;
-      tensor.args.grad = g.data;
-      require_size(state.size(), rule.states, state_label);
-      for (std::size_t s = 0; s < rule.states; ++s) {
-        const py::handle object = PyTuple_GET_ITEM(state.ptr(), static_cast<py::ssize_t>(s));
-        const View<T> v = view<T>(object, state_label);
-        require_size(v.size, w.size, state_label);
-        memory.writes(v.data, bytes, state_label);
-        tensor.args.state[s] = v.data;
-      }
-    };
-    const auto* array = array_of(param, label);
-    if (has_dtype(array, py::dtype::of<float>())) {
-      add(float{}, rule.f32);
-    } else if (has_dtype(array, py::dtype::of<double>())) {
-      add(double{}, rule.f64);
-    } else {
-      fail_type(label, "expected float32 or float64, got " + dtype_name(array));
-    }
-    tensors.push_back(tensor);
+    v[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(t.ptr(), static_cast<py::ssize_t>(i)));
+    if (v[i] == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    if (!std::isfinite(v[i])) throw py::value_error("hyper: expected finite numbers, got " + std::string(py::str(t)));
   }
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] != 0};
 }
 
-// Everything is checked before anything is written: a call that raises has changed nothing.
+// Which of the float types an array has.
+Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
+  if (has_dtype(array, py::dtype::of<float>())) return Float::f32;
+  if (has_dtype(array, py::dtype::of<double>())) return Float::f64;
+  if (has_dtype(array, float16())) return Float::f16;
+  if (has_dtype(array, bfloat16())) return Float::bf16;
+  fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
+}
+
+std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+
+const char* name_of(Float type) {
+  return type == Float::f64 ? "float64" : type == Float::f32 ? "float32" : type == Float::f16 ? "float16" : "bfloat16";
+}
+
+// State arrays of one tensor: the rule's states, for 8-bit ones their exponents, then the master weights if any.
+void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoint& memory, const Label& label) {
+  const bool narrow_param = tensor.args.param_type == Float::f16 || tensor.args.param_type == Float::bf16;
+  const auto item = [&](std::size_t i) {
+    return py::handle(PyTuple_GET_ITEM(state.ptr(), static_cast<py::ssize_t>(i)));
+  };
+  const auto add = [&](auto type, py::handle object, std::size_t size) {
+    using T = decltype(type);
+    const View<T> v = view<T>(object, label);
+    require_size(v.size, size, label);
+    memory.writes(v.data, size * sizeof(T), label);
+    return v.data;
+  };
+  std::size_t count = rule.states;
+  if (rule.states > 0 && state.size() >= rule.states) {
+    const auto* first = array_of(item(0), label);
+    if (has_dtype(first, py::dtype::of<std::uint8_t>())) {
+      tensor.args.state_type = StateType::u8;
+      count *= 2;
+    } else if (has_dtype(first, bfloat16())) {
+      tensor.args.state_type = StateType::bf16;
+    }
+  }
+  if (state.size() != count && !(narrow_param && state.size() == count + 1)) {
+    fail_value(label, "expected " + std::to_string(count) + " arrays, got " + std::to_string(state.size()));
+  }
+  if (tensor.args.param_type == Float::f64 && tensor.args.state_type != StateType::wide) {
+    fail_type(label, "expected float64, as the parameter");
+  }
+  for (std::size_t s = 0; s < rule.states; ++s) {
+    switch (tensor.args.state_type) {
+      case StateType::u8:
+        tensor.args.state[s] = add(std::uint8_t{}, item(s), tensor.size);
+        tensor.args.exponent[s] =
+            add(std::uint8_t{}, item(rule.states + s), (tensor.size + kStateBlock - 1) / kStateBlock);
+        break;
+      case StateType::bf16: {
+        const auto* array = array_of(item(s), label);
+        if (!has_dtype(array, bfloat16())) fail_type(label, "expected bfloat16, got " + dtype_name(array));
+        check_layout(item(s), array, Access::write, label);
+        require_size(size_of(array), tensor.size, label);
+        memory.writes(array->data, 2 * tensor.size, label);
+        tensor.args.state[s] = array->data;
+        break;
+      }
+      case StateType::wide:
+        tensor.args.state[s] = tensor.args.param_type == Float::f64
+                                   ? static_cast<void*>(add(double{}, item(s), tensor.size))
+                                   : static_cast<void*>(add(float{}, item(s), tensor.size));
+        break;
+    }
+  }
+  if (state.size() > count) tensor.args.master = add(float{}, item(count), tensor.size);
+}
+
+Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle grad, py::handle state,
+                 Disjoint& memory) {
+  const Label label{"parameter", name}, grad_label{"gradient of", name}, state_label{"state of", name};
+  Tensor tensor{};
+  StepArgs& args = tensor.args;
+  const auto* w = array_of(param, label);
+  args.param_type = float_of(w, label);
+  check_layout(param, w, Access::write, label);
+  tensor.kernel = rule.step;
+  tensor.size = size_of(w);
+  args.param = w->data;
+  memory.writes(w->data, tensor.size * width_of(args.param_type), label);
+
+  const auto* g = array_of(grad, grad_label);
+  const bool narrow_param = width_of(args.param_type) == 2;
+  const auto refuse = [&] {
+    const std::string needed = std::string(name_of(args.param_type)) + (narrow_param ? " or float32" : "");
+    fail_type(grad_label, "expected " + needed + ", got " + dtype_name(g));
+  };
+  if (g->descr == w->descr) {
+    args.grad_type = args.param_type;
+  } else if (has_dtype(g, py::reinterpret_borrow<py::dtype>(w->descr))) {
+    args.grad_type = args.param_type;
+  } else if (narrow_param && has_dtype(g, py::dtype::of<float>())) {
+    args.grad_type = Float::f32;
+  } else {
+    refuse();
+  }
+  require_same_shape(grad, param, grad_label);
+  check_layout(grad, g, Access::read, grad_label);
+  args.grad = g->data;
+  memory.reads(g->data, tensor.size * width_of(args.grad_type), grad_label);
+  add_states(rule, py::reinterpret_borrow<py::tuple>(state), tensor, memory, state_label);
+  return tensor;
+}
+
+// A job is (rule, hyper, stochastic, noise, names, params, grads, states, counts, indices): lists over the tensors of
+// a parameter group, of which `indices`, or all where it is None, are stepped, and their `counts` raised by one.
+//
+// Everything is checked before anything is written: a call that raises has changed nothing. Counts are raised in the
+// same call as the weights are, so that no interrupt comes between.
 void step(const py::list& jobs) {
   std::vector<Tensor> tensors;
+  std::vector<Hyper> hypers;
+  hypers.reserve(jobs.size());
   Disjoint memory;
-  for (const py::handle job : jobs) add_job(job.cast<py::tuple>(), tensors, memory);
+  const auto item = [](const py::handle& list, std::size_t i) {
+    return py::handle(PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)));
+  };
+  const auto for_indices = [&](const py::tuple& job, const auto& body) {
+    const py::handle params = job[5], indices = job[9];
+    const std::size_t count = indices.is_none() ? py::len(params) : py::len(indices);
+    for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
+  };
+  for (const py::handle handle : jobs) {
+    const auto job = py::reinterpret_borrow<py::tuple>(handle);
+    if (!PyTuple_Check(handle.ptr()) || job.size() != 10) throw py::value_error("jobs: expected tuples of 10");
+    for (std::size_t i = 4; i < 9; ++i) {
+      if (!PyList_Check(job[i].ptr()) || py::len(job[i]) != py::len(job[4])) {
+        throw py::value_error("jobs: expected lists of one length");
+      }
+    }
+    const Rule& rule = find_rule(PyUnicode_AsUTF8(job[0].ptr()));
+    hypers.push_back(hyper_of(job[1]));
+    const bool stochastic = job[2].cast<bool>();
+    const std::uint32_t noise = job[3].cast<std::uint32_t>();
+    tensors.reserve(tensors.size() + py::len(job[5]));
+    for_indices(job, [&](std::size_t i) {
+      Tensor t = tensor_of(rule, item(job[4], i), item(job[5], i), item(job[6], i), item(job[7], i), memory);
+      t.hyper = &hypers.back();
+      t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
+      t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
+      tensors.push_back(t);
+    });
+  }
   memory.check();
 
   std::size_t chunks = 0;
   double bytes = 0;
   for (Tensor& t : tensors) {
     t.first_chunk = chunks;
-    chunks += (t.size + kChunk - 1) / kChunk;
+    chunks += chunks_of(t.size);
     bytes += 16.0 * static_cast<double>(t.size);
   }
+  {
+    const py::gil_scoped_release released;
+    parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
+      for_chunks(tensors, begin, end,
+                 [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });
+    });
+  }
+  for (const py::handle handle : jobs) {
+    const auto job = py::reinterpret_borrow<py::tuple>(handle);
+    const py::list counts = job[8];
+    for_indices(job, [&](std::size_t i) { counts[i] = py::int_(counts[i].cast<std::size_t>() + 1); });
+  }
+}
+
+// Sum of squares of all gradients but None, in double, chunk by chunk in order: the same for any number of threads.
+double sum_squares(const py::list& names, const py::list& grads) {
+  struct Part {
+    Float type;
+    const char* data;
+    std::size_t size, first_chunk;
+  };
+  std::vector<Part> parts;
+  std::size_t chunks = 0;
+  double bytes = 0;
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    const py::handle grad = PyList_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
+    if (grad.is_none()) continue;
+    const Label label{"gradient of", PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))};
+    const auto* array = array_of(grad, label);
+    const Float type = float_of(array, label);
+    check_layout(grad, array, Access::read, label);
+    parts.push_back({type, array->data, size_of(array), chunks});
+    chunks += chunks_of(parts.back().size);
+    bytes += static_cast<double>(parts.back().size * width_of(type));
+  }
+  std::vector<double> sums(chunks);
+  const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
-    auto t = std::upper_bound(tensors.begin(), tensors.end(), begin,
-                              [](std::size_t chunk, const Tensor& tensor) { return chunk < tensor.first_chunk; }) -
-             1;
-    for (; t != tensors.end() && t->first_chunk < end; ++t) {
-      const std::size_t from = begin > t->first_chunk ? (begin - t->first_chunk) * kChunk : 0;
-      const std::size_t to = std::min(t->size, (end - t->first_chunk) * kChunk);
-      if (from < to) t->kernel(t->hyper, t->args, from, to);
-    }
+    for_chunks(parts, begin, end, [&](const Part& part, std::size_t from, std::size_t to) {
+      for (std::size_t at = from; at < to; at += kChunk) {
+        sums[part.first_chunk + at / kChunk] = k.sum_squares(part.type, part.data, at, std::min(at + kChunk, to));
+      }
+    });
   });
+  double sum = 0;
+  for (const double s : sums) sum += s;
+  return sum;
 }
 
 }  // namespace
 
-void bind_optim(py::module_& m) { m.def("step", &step, py::arg("jobs")); }
+void bind_optim(py::module_& m) {
+  m.def("step", &step, py::arg("jobs"));
+  m.def("sum_squares", &sum_squares, py::arg("names"), py::arg("grads"));
+}
 
 }  // namespace fastopt

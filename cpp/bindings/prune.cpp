@@ -24,7 +24,7 @@ Weights weights(py::handle object, Access access, const Label& label) {
   if (has_dtype(array, py::dtype::of<float>())) {
   } else if (has_dtype(array, py::dtype::of<double>())) {
     w.type = Float::f64, w.width = 64;
-  } else if (has_dtype(array, py::dtype("e"))) {
+  } else if (has_dtype(array, float16())) {
     w.type = Float::f16, w.width = 16;
   } else if (has_dtype(array, bfloat16())) {
     w.type = Float::bf16, w.width = 16;

@@ -36,7 +36,7 @@ template <class Byte>
 Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
                        std::size_t group_size) {
   constexpr bool reads = std::is_const_v<Byte>;
-  using Float = std::conditional_t<reads, const float, float>;
+  using Single = std::conditional_t<reads, const float, float>;
   using Half = std::conditional_t<reads, const std::uint16_t, std::uint16_t>;
   require_bits(bits);
   require_2d(codes, {"codes"});
@@ -52,13 +52,13 @@ Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, i
   q.group = whole ? std::max<std::size_t>(cols, 1) : group_size;
   q.groups = whole ? std::min<std::size_t>(cols, 1) : ceil_div(cols, group_size);
   q.param_stride = whole ? 0 : q.groups;
-  q.half = has_dtype(array_of(scale, {"scale"}), py::dtype("e"));
+  q.half = has_dtype(array_of(scale, {"scale"}), float16());
   if (q.half) {
     q.scale = view_half<Half>(scale, {"scale"}).data;
     q.minimum = view_half<Half>(minimum, {"minimum"}).data;
   } else {
-    q.scale = view<Float>(scale, {"scale"}).data;
-    q.minimum = view<Float>(minimum, {"minimum"}).data;
+    q.scale = view<Single>(scale, {"scale"}).data;
+    q.minimum = view<Single>(minimum, {"minimum"}).data;
   }
   require_shape(scale, whole ? 1 : q.rows, whole ? 1 : q.groups, {"scale"});
   require_shape(minimum, whole ? 1 : q.rows, whole ? 1 : q.groups, {"minimum"});

@@ -14,39 +14,54 @@ namespace fastopt {
 
 // ---- optimizers ----------------------------------------------------------------------------------------------
 
-inline constexpr std::size_t kMaxStates = 3;
+enum class Float { f16, bf16, f32, f64 };
 
 // The numbers of one step, shared by the tensors of a parameter group. Python computes them in double; kernels
-// round each once to the type of the parameters.
+// round each once to the type that they compute in: double for float64 parameters, else float.
 struct Hyper {
   double step_size;     // lr; for Adam lr / (1 - beta1^t)
-  double grad_scale;    // multiplies every gradient: loss scale, sign of `maximize`
   double weight_decay;  // L2, added to the gradient: g + weight_decay * w
   double decay;         // decoupled: w * decay, with decay = 1 - lr * weight_decay
-  double shrink;        // proximal L1 after the step: |w| - shrink, exact zero below
   double decay1;        // factor kept of the first state (momentum, beta1)
   double blend1;        // factor of the gradient in the first state (1 - dampening, 1 - beta1)
-  double decay2;        // beta2
-  double blend2;        // 1 - beta2
+  double decay2;        // factor kept of the squares (beta2, alpha)
+  double blend2;        // 1 - decay2
   double root_scale;    // Adam: 1 / sqrt(1 - beta2^t)
   double eps;
-  bool keep_zeros;  // a weight that is zero stays zero
+  double grad_scale;  // multiplies every gradient: loss scale, clipping, sign of `maximize`
+  double shrink;      // proximal L1 after the step: |w| - shrink, exact zero below
+  bool keep_zeros;    // a weight that is zero stays zero
 };
+
+inline constexpr std::size_t kMaxStates = 3;
+
+// A state in 8 bits is a small float of its own: 3 bits of mantissa and 4 of exponent behind a sign, or 5 of exponent
+// where the state is never negative. Elements of a block share the exponent that theirs count from.
+inline constexpr std::size_t kStateBlock = 256;
+
+enum class StateType { wide, bf16, u8 };  // wide: the type that is computed in
 
 struct StepArgs {
   void* param;
   const void* grad;
   void* state[kMaxStates];
+  std::uint8_t* exponent[kMaxStates];  // of each block, for u8
+  float* master;                       // float32 copy of float16 or bfloat16 parameters, or null
+  Float param_type, grad_type;
+  StateType state_type;
+  bool stochastic;      // round float16 and bfloat16 parameters up or down by chance
+  std::uint32_t noise;  // what chance is drawn from: with an element's index it gives that element's bits
 };
 
+// Ranges begin at a multiple of kStateBlock.
 using StepKernel = void (*)(const Hyper&, const StepArgs&, std::size_t begin, std::size_t end);
 
-// One optimizer: its update rule for float32 and for float64 parameters, and how many states it keeps.
+// One optimizer: its update rule, and how many states it keeps, with a bit for each that is never negative.
 struct Rule {
   const char* name;
   std::size_t states;
-  StepKernel f32;
-  StepKernel f64;
+  unsigned positive;
+  StepKernel step;
 };
 
 // ---- quantization --------------------------------------------------------------------------------------------
@@ -89,8 +104,6 @@ struct Masked {
 
 // Magnitudes are compared as the integers that their bits make: ordered like the numbers, NaN above infinity, and
 // the same for every float type. All NaN count as equal.
-enum class Float { f16, bf16, f32, f64 };
-
 inline constexpr std::size_t kHistogramBins = 1 << 16;
 
 // Keeps what is above `key`, and the first `keep_ties` of those equal to it. Writes +0 elsewhere.
@@ -108,6 +121,9 @@ struct Kernels {
 
   const Rule* rules;
   std::size_t rule_count;
+  // Sum of squares in double: element i of a range goes to partial sum i % 16, the sixteen are added as a tree. Of
+  // float16 and bfloat16 each block of kStateBlock is a range of its own, added in order.
+  double (*sum_squares)(Float, const void* x, std::size_t begin, std::size_t end);
 
   // Smallest and largest of n > 0 values; returns kNonFinite or 0.
   unsigned (*range)(const float* x, std::size_t n, Range*);

@@ -41,6 +41,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     FASTOPT_NAME(FASTOPT_ISA),
     kRules,
     sizeof kRules / sizeof kRules[0],
+    sum_squares_any,
     range,
     quantize_any,
     dequantize_any,

@@ -124,6 +124,47 @@ inline void store_bytes(std::uint8_t* to, Vec<float> v) {
 #endif
 }
 
+// Integers of 8 and 16 bits, one in each lane of 32.
+inline Vec<std::uint32_t> load_bytes(const std::uint8_t* from) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::uint32_t>>(_mm512_cvtepu8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::uint32_t>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return convert<std::uint32_t, kLanes<float>>(load<Vec<std::uint8_t, kLanes<float>>>(from));
+#endif
+}
+
+inline Vec<std::uint32_t> load_words(const std::uint16_t* from) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::uint32_t>>(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::uint32_t>>(_mm256_cvtepu16_epi32(load<__m128i>(from)));
+#else
+  return convert<std::uint32_t, kLanes<float>>(load<Vec<std::uint16_t, kLanes<float>>>(from));
+#endif
+}
+
+inline void store_low_bytes(std::uint8_t* to, Vec<std::uint32_t> v) {
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtepi32_epi8(bit_cast<__m512i>(v)));
+#else
+  store(to, convert<std::uint8_t, kLanes<float>>(v));
+#endif
+}
+
+inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256(bit_cast<__m256i>(v), _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  store(to, _mm256_castsi256_si128(packed));
+#else
+  store(to, convert<std::uint16_t, kLanes<float>>(v));
+#endif
+}
+
 // float16 by hand: not every baseline has instructions for it, and all it is needed for is a number per group.
 inline float float_of_half(std::uint16_t h) {
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
@@ -154,6 +195,32 @@ inline std::uint16_t half_of_float(float f) {
     half = bit_cast<std::uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u;
   }
   return static_cast<std::uint16_t>(sign | half);
+}
+
+inline Vec<float> float_of_halves(const std::uint16_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(load<__m256i>(from)));
+#elif defined(__F16C__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(load<__m128i>(from)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec<float>>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+#else
+  Vec<float> v = {};
+  for (std::size_t i = 0; i < kLanes<float>; ++i) v[i] = float_of_half(from[i]);
+  return v;
+#endif
+}
+
+inline void store_halves(std::uint16_t* to, Vec<float> v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store(to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
+#else
+  for (std::size_t i = 0; i < kLanes<float>; ++i) to[i] = half_of_float(v[i]);
+#endif
 }
 
 // Treats subnormal numbers as zero, in and out, until it goes out of scope: a unit that has died would otherwise

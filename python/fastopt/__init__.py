@@ -13,21 +13,26 @@ from fastopt._core import __version__
 from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.linear import linear
 from fastopt.model import PackedModel, load, pack
-from fastopt.optim import SGD, Adam, AdamW, Optimizer
+from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
 from fastopt.prune import prune, prune_
 from fastopt.quant import QuantizedTensor, pack_bits, quantize, unpack_bits
 from fastopt.sparse import SparseTensor
 
 __all__ = [
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Lion",
     "Optimizer",
     "PackedModel",
     "QuantizedTensor",
+    "RMSprop",
     "SparseTensor",
     "__version__",
     "get_num_threads",
+    "l1_penalty",
+    "l2_penalty",
     "linear",
     "load",
     "pack",

@@ -1,44 +1,60 @@
 """Optimizers: steps in place on NumPy arrays, with the names, defaults and formulas of ``torch.optim``."""
 
+from __future__ import annotations
+
 import abc
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fastopt import _core
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Array: TypeAlias = NDArray[Any]
-Params: TypeAlias = "Array | Iterable[Array] | Mapping[str, Array] | Iterable[dict[str, Any]]"
-LearningRate: TypeAlias = "float | Callable[[int], float]"
+Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array] | Iterable[dict[str, Any]]
+LearningRate: TypeAlias = float | Callable[[int], float]
+
+# Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
+STATE_BLOCK = 256
+
+_STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
 
 
 class Hyper(NamedTuple):
     """The numbers of one step, in the order of ``Hyper`` in cpp/kernels/contract.hpp, which explains them."""
 
     step_size: float
-    grad_scale: float = 1.0
     weight_decay: float = 0.0
     decay: float = 1.0
-    shrink: float = 0.0
     decay1: float = 0.0
     blend1: float = 1.0
     decay2: float = 0.0
     blend2: float = 1.0
     root_scale: float = 1.0
     eps: float = 0.0
+    grad_scale: float = 1.0
+    shrink: float = 0.0
     keep_zeros: bool = False
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Return the arrays of a dict, a list or a single array by the names that messages and states use."""
-    if isinstance(tree, Mapping):
-        return {str(name): leaf for name, leaf in tree.items()}
-    if isinstance(tree, list | tuple):
-        return {str(i): leaf for i, leaf in enumerate(tree)}
-    return {"0": tree}
+class Common(TypedDict, total=False):
+    """Options that every optimizer takes; `Optimizer` explains them."""
+
+    l1: float
+    keep_zeros: bool
+    maximize: bool
+    max_norm: float | None
+    state_dtype: str
+    master_weights: bool
+    stochastic_rounding: bool
+    seed: int
 
 
 def _require(condition: bool, name: str, needed: str, got: object) -> None:
@@ -55,14 +71,76 @@ def _number(options: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
+def _betas(options: Mapping[str, Any]) -> None:
+    betas = options["betas"]
+    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
+
+
+def as_array(x: Any) -> Any:
+    """Return `x` as a NumPy array over the same memory, if it can say where that is; else `x` itself.
+
+    Tensors of torch and whatever has ``__array__`` or ``__dlpack__`` are taken; memory is never copied.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        x = x.detach()
+        if x.dtype == torch.bfloat16:  # which NumPy's protocols do not know
+            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
+    if hasattr(x, "__array__"):
+        array = np.asarray(x)
+        return array if np.may_share_memory(array, np.asarray(x)) else x
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else x
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a dict, a list or a single array by the names that messages and states use."""
+    if isinstance(tree, Mapping):
+        return {str(name): leaf for name, leaf in tree.items()}
+    if isinstance(tree, list | tuple):
+        return {str(i): leaf for i, leaf in enumerate(tree)}
+    return {"0": tree}
+
+
 class _Group:
     """The tensors of one parameter group: what a step needs, in parallel lists."""
 
-    def __init__(self, names: list[str], params: list[Array], state_count: int) -> None:
+    def __init__(self, names: list[str], params: list[Array], keys: tuple[str, ...], common: Mapping[str, Any]) -> None:
         self.names = names
         self.params = params
-        self.states = [tuple(np.zeros_like(p) for _ in range(state_count)) for p in params]
-        self.steps = [0] * len(params)
+        self.counts = [0] * len(params)  # steps that each has taken
+        self.keys = keys
+        self.states: list[tuple[Array, ...]] = []
+        dtype = _STATE_DTYPES[common["state_dtype"]]
+        if dtype is np.uint8:
+            self.keys += tuple(f"{key}.exponent" for key in keys)
+        if common["master_weights"]:
+            self.keys += ("master",)
+        for param in params:
+            wide = np.dtype(np.float64) if param.dtype == np.float64 else np.dtype(np.float32)
+            state = [np.zeros(param.shape, wide if dtype is np.float32 else dtype) for _ in keys]
+            if dtype is np.uint8:
+                state += [np.zeros(-(-param.size // STATE_BLOCK), np.uint8) for _ in keys]
+            if common["master_weights"]:
+                state.append(param.astype(np.float32))
+            self.states.append(tuple(state))
+
+    def jobs(self, grads: list[Any]) -> list[tuple[int, list[int] | None]]:
+        """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
+        counts = self.counts
+        for grad in grads:
+            if grad is None:
+                break
+        else:
+            if counts and counts.count(counts[0]) == len(counts):
+                return [(counts[0], None)]
+        by_count: dict[int, list[int]] = {}
+        for i, (count, grad) in enumerate(zip(counts, grads, strict=True)):
+            if grad is not None:
+                by_count.setdefault(count, []).append(i)
+        return list(by_count.items())
 
 
 class Optimizer(abc.ABC):
@@ -70,20 +148,74 @@ class Optimizer(abc.ABC):
 
     A subclass names its rule in the kernels, its states, and the numbers of a step.
 
+    Parameters
+    ----------
+    params : array, list, dict, or list of group dicts
+        float32, float64, float16 or bfloat16, C-contiguous and writable, changed in place: NumPy arrays, CPU
+        tensors of torch, or anything that gives its memory by ``__array__`` or ``__dlpack__``. A group is a dict
+        with ``"params"`` and options of its own.
+    lr : float or callable
+        Learning rate, or a function from the number of steps taken so far to it; see `fastopt.schedules`.
+    l1 : float
+        L1 penalty as a proximal step after the update, which makes exact zeros.
+    keep_zeros : bool
+        A weight that is exactly 0 stays 0: fine-tune a pruned model.
+    maximize : bool
+        Climb instead of descend.
+    max_norm : float, optional
+        Gradients whose norm over all tensors is larger are scaled down to it, as
+        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Of the states. bfloat16 halves them; uint8 is a small float of its own, with an exponent for each 256
+        elements: 1.004 bytes a state. Both are rounded up or down by chance, so that small changes are not lost.
+    master_weights : bool
+        Keep a float32 copy of float16 and bfloat16 parameters, and step that.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
+    seed : int
+        Of that chance. It is drawn from seed, step and index: the same for any number of threads, and on resuming.
+
     Attributes
     ----------
     param_groups : list of dict
         One dict a group: ``"params"`` as they were given, and the options, which may be changed between steps.
+    skipped : int
+        Steps that were skipped because scaled gradients were not finite.
     """
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        self._defaults = defaults
+    def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
+        unknown = sorted(set(common) - set(Common.__annotations__))
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: unexpected options {unknown}")
+        self._common: dict[str, Any] = {
+            "max_norm": common.get("max_norm"),
+            "state_dtype": common.get("state_dtype", "float32"),
+            "master_weights": common.get("master_weights", False),
+            "stochastic_rounding": common.get("stochastic_rounding", False),
+            "seed": common.get("seed", 0),
+        }
+        if self._common["max_norm"] is not None:
+            _require(_number(self._common, "max_norm") > 0, "max_norm", "more than 0", self._common["max_norm"])
+        _require(
+            self._common["state_dtype"] in _STATE_DTYPES,
+            "state_dtype",
+            f"one of {sorted(_STATE_DTYPES)}",
+            self._common["state_dtype"],
+        )
+        self._defaults = {
+            **defaults,
+            "l1": common.get("l1", 0.0),
+            "keep_zeros": common.get("keep_zeros", False),
+            "maximize": common.get("maximize", False),
+        }
         self._groups: list[_Group] = []
         self._steps = 0
+        self.skipped = 0
         self.param_groups = []
-        tree: Any = params if isinstance(params, np.ndarray | Mapping) else list(params)
+        single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
+        tree: Any = params if single else list(params)
         self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
         for group in tree if self._grouped else [{"params": tree}]:
             self.add_param_group(group)
@@ -103,8 +235,8 @@ class Optimizer(abc.ABC):
         """Return the names of the states that the rule keeps, in its order."""
 
     @abc.abstractmethod
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        """Return the numbers of step number `step`, counted from 1."""
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+        """Return the numbers of step number `step`, counted from 1, of which the last three are `common`."""
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
@@ -119,7 +251,7 @@ class Optimizer(abc.ABC):
         Raises
         ------
         TypeError
-            If a parameter is not a NumPy array of float32 or float64.
+            If a parameter is not an array of a float type.
         ValueError
             If an option is unknown or out of range, or an array is read-only, not contiguous, or shares
             memory with another one.
@@ -130,84 +262,115 @@ class Optimizer(abc.ABC):
         _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
         options = {**self._defaults, **group}
         self._check(options)
-        lr = options["lr"]
-        if not callable(lr):
+        if not callable(options["lr"]):
             _number(options, "lr")
         for name in ("weight_decay", "l1"):
             _number(options, name)
 
-        if not isinstance(options["params"], np.ndarray | Mapping):
-            options["params"] = list(options["params"])
+        tree = options["params"]
+        if not (isinstance(tree, Mapping) or hasattr(tree, "__array__") or hasattr(tree, "__dlpack__")):
+            options["params"] = list(tree)
         leaves = _leaves(options["params"])
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
         names = [prefix + name for name in leaves]
-        params = list(leaves.values())
+        params = [as_array(leaf) for leaf in leaves.values()]
         _core.check_weights(
             [name for g in self._groups for name in g.names] + names,
             [param for g in self._groups for param in g.params] + params,
         )
-        self._groups.append(_Group(names, params, len(self._states(options))))
+        for name, param in zip(names, params, strict=True):
+            narrow = param.dtype.itemsize == 2
+            for option, fits, needed in (
+                ("state_dtype", param.dtype != np.float64 or self._common["state_dtype"] == "float32", "float32"),
+                ("master_weights", narrow or not self._common["master_weights"], "False"),
+                ("stochastic_rounding", narrow or not self._common["stochastic_rounding"], "False"),
+            ):
+                _require(fits, option, f"{needed} for {name!r} of {param.dtype}", self._common[option])
+        self._groups.append(_Group(names, params, self._states(options), self._common))
         self.param_groups.append(options)
 
     # ---- the step --------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any, *, grad_scale: float = 1.0) -> None:
+    def step(self, grads: Any, *, grad_scale: float | None = None) -> float | None:
         """Update all parameters in place, in one pass.
 
-        Everything is checked first: a call that raises has changed nothing.
+        Everything is checked first: a call that raises has changed nothing. An interrupt (Ctrl-C) is raised
+        when all tensors, their states and their step counts are wholly stepped.
 
         Parameters
         ----------
         grads : array, list or dict of arrays, or list of these
             Gradients in the shape of the parameters: what was passed as ``params``, with a list of one entry
-            a group if there are several groups. Each has the shape and dtype of its parameter. ``None`` in
-            place of a gradient skips that tensor, whose own step count then stays.
-        grad_scale : float
-            Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale.
+            a group if there are several groups. Each has the shape and dtype of its parameter; those of
+            float16 and bfloat16 parameters may also be float32. ``None`` in place of a gradient skips that
+            tensor, whose own step count then stays.
+        grad_scale : float, optional
+            Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale. If gradients
+            are not finite then, nothing is changed, and `skipped` counts one more.
+
+        Returns
+        -------
+        float or None
+            With `max_norm` or `grad_scale`: the norm of all scaled gradients, before clipping, which is not finite
+            if the step was skipped.
 
         Raises
         ------
         TypeError
-            If a gradient is not an array of its parameter's dtype.
+            If a gradient is not an array of a dtype that its parameter allows.
         ValueError
             If names or shapes do not match, an array is not contiguous or shares memory with another one, or
             a number is not finite.
         """
-        _require(math.isfinite(grad_scale), "grad_scale", "a finite number", grad_scale)
         several = self._grouped or len(self._groups) > 1
-        trees = grads if several else [grads]
+        trees = grads if several else (grads,)
         if several and (not isinstance(grads, list | tuple) or len(grads) != len(self._groups)):
             raise ValueError(f"grads: expected a list of {len(self._groups)} entries, one a group")
+        aligned = [self._align(options["params"], tree) for options, tree in zip(self.param_groups, trees, strict=True)]
+        scale = 1.0 if grad_scale is None else grad_scale
+        norm = None
+        if grad_scale is not None or self._common["max_norm"] is not None:
+            _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
+            names = [name for group in self._groups for name in group.names]
+            norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for group in aligned for grad in group]))
+            if not math.isfinite(norm):
+                self.skipped += 1
+                return norm
+            if self._common["max_norm"] is not None:
+                scale *= min(1.0, self._common["max_norm"] / (norm + 1e-6))
 
         jobs: list[tuple[Any, ...]] = []
-        stepped: list[tuple[_Group, list[int]]] = []
-        for group, options, tree in zip(self._groups, self.param_groups, trees, strict=True):
-            rule = self._rule(options)
-            aligned = self._align(group, options["params"], tree)
-            lr = options["lr"](self._steps) if callable(options["lr"]) else options["lr"]
-            _require(math.isfinite(lr) and lr >= 0, "lr", "a finite number, 0 or more", lr)
-            scale = -grad_scale if options["maximize"] else grad_scale
-            for count, indices in _by_step(group.steps, aligned).items():
-                hyper = self._hyper(options, lr, count + 1)._replace(
-                    grad_scale=scale, shrink=lr * options["l1"], keep_zeros=options["keep_zeros"]
+        stochastic = self._common["stochastic_rounding"]
+        for group, options, grads_of_group in zip(self._groups, self.param_groups, aligned, strict=True):
+            lr = options["lr"]
+            if callable(lr):
+                lr = lr(self._steps)
+            if not (math.isfinite(lr) and lr >= 0):
+                raise ValueError(f"lr: expected a finite number, 0 or more, got {lr!r}")
+            common = (-scale if options["maximize"] else scale, lr * options["l1"], options["keep_zeros"])
+            for count, indices in group.jobs(grads_of_group):
+                hyper = self._hyper(options, lr, count + 1, common)
+                noise = _mixed(self._common["seed"], self._steps, len(jobs))
+                jobs.append(
+                    (
+                        self._rule(options),
+                        hyper,
+                        stochastic,
+                        noise,
+                        group.names,
+                        group.params,
+                        grads_of_group,
+                        group.states,
+                        group.counts,
+                        indices,
+                    )
                 )
-                _require(all(map(math.isfinite, hyper)), "options", "finite numbers", hyper)
-                whole = len(indices) == len(group.params)
-
-                def pick(values: list[Any], indices: list[int] = indices, whole: bool = whole) -> list[Any]:
-                    return values if whole else [values[i] for i in indices]
-
-                tensors = (pick(group.names), pick(group.params), pick(aligned), pick(group.states))
-                jobs.append((rule, tuple(hyper), *tensors))
-                stepped.append((group, indices))
         _core.step(jobs)
         self._steps += 1
-        for group, indices in stepped:
-            for i in indices:
-                group.steps[i] += 1
+        return norm
 
     @staticmethod
-    def _align(group: _Group, params: Any, tree: Any) -> list[Any]:
+    def _align(params: Any, tree: Any) -> list[Any]:
         """Return the gradients in the order of the parameters."""
         if isinstance(params, Mapping):
             if not isinstance(tree, Mapping):
@@ -215,13 +378,14 @@ class Optimizer(abc.ABC):
             if tree.keys() != params.keys():
                 missing, extra = sorted(params.keys() - tree.keys()), sorted(tree.keys() - params.keys())
                 raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
-            return [tree[name] for name in params]
-        if isinstance(params, list):
+            tree = [tree[name] for name in params]
+        elif isinstance(params, list):
             if not isinstance(tree, list | tuple):
                 raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
             _require(len(tree) == len(params), "grads", f"{len(params)} gradients", len(tree))
-            return list(tree)
-        return [tree]
+        else:
+            tree = (tree,)
+        return [grad if type(grad) is np.ndarray else as_array(grad) for grad in tree]
 
     # ---- saving ----------------------------------------------------------------------------------------------
 
@@ -232,20 +396,21 @@ class Optimizer(abc.ABC):
         -------
         dict
             ``"optimizer"``: the class's name; ``"steps"``: calls of `step`; ``"state"``: by parameter name its
-            step count and states; ``"param_groups"``: options, with the names of the parameters.
+            step count and states; ``"param_groups"``: options, with the names of the parameters. A learning rate
+            that is a function is left out: the optimizer that loads it brings its own.
         """
         state = {}
+        groups = []
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            names = self._states(options)
-            for name, steps, arrays in zip(group.names, group.steps, group.states, strict=True):
-                state[name] = {"step": steps, **dict(zip(names, arrays, strict=True))}
-        groups = [
-            {**options, "params": list(group.names)}
-            for group, options in zip(self._groups, self.param_groups, strict=True)
-        ]
+            for name, count, arrays in zip(group.names, group.counts, group.states, strict=True):
+                state[name] = {"step": count, **dict(zip(group.keys, arrays, strict=True))}
+            plain = {key: value for key, value in options.items() if not callable(value)}
+            groups.append({**plain, "params": list(group.names)})
         return {
             "optimizer": type(self).__name__,
             "steps": self._steps,
+            "skipped": self.skipped,
+            **self._common,
             "state": state,
             "param_groups": groups,
         }
@@ -265,17 +430,23 @@ class Optimizer(abc.ABC):
             If it is another optimizer's, naming the first difference. Nothing has then been changed.
         """
         name = type(self).__name__
+        for key in ("optimizer", "steps", "state", "param_groups", *self._common):
+            _require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict))
         _require(state_dict["optimizer"] == name, "optimizer", f"{name!r}", state_dict["optimizer"])
+        for key in ("state_dtype", "master_weights"):
+            _require(state_dict[key] == self._common[key], key, repr(self._common[key]), state_dict[key])
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
         _require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
         todo: list[tuple[Array, Array]] = []
         for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
             _require(saved["params"] == group.names, "params", str(group.names), saved["params"])
-            self._check({**options, **saved})
-            names = self._states(options)
-            _require(self._states(saved) == names, "state", str(names), self._states(saved))
+            merged = {**options, **saved}
+            self._check(merged)
+            states = self._states(merged)
+            _require(states == self._states(options), "state", str(self._states(options)), states)
             for param, arrays in zip(group.names, group.states, strict=True):
-                for key, mine in zip(names, arrays, strict=True):
+                for key, mine in zip(group.keys, arrays, strict=True):
+                    _require(key in saved_states[param], f"state of {param!r}", key, sorted(saved_states[param]))
                     theirs = saved_states[param][key]
                     what = f"{key} of {param!r}"
                     _require(theirs.dtype == mine.dtype, what, str(mine.dtype), str(theirs.dtype))
@@ -284,9 +455,11 @@ class Optimizer(abc.ABC):
         for mine, theirs in todo:
             mine[...] = theirs
         for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
-            group.steps = [int(saved_states[param]["step"]) for param in group.names]
+            group.counts[:] = [int(saved_states[param]["step"]) for param in group.names]
             options.update({key: value for key, value in saved.items() if key != "params"})
         self._steps = int(state_dict["steps"])
+        self.skipped = int(state_dict.get("skipped", 0))
+        self._common.update({key: state_dict[key] for key in self._common})
 
     def __repr__(self) -> str:
         count = sum(len(group.params) for group in self._groups)
@@ -295,13 +468,56 @@ class Optimizer(abc.ABC):
         return f"{type(self).__name__}({options}) over {size:,} parameters in {count} arrays"
 
 
-def _by_step(steps: list[int], grads: list[Any]) -> dict[int, list[int]]:
-    """Return the tensors that have a gradient, by how many steps they have taken."""
-    groups: dict[int, list[int]] = {}
-    for i, (count, grad) in enumerate(zip(steps, grads, strict=True)):
-        if grad is not None:
-            groups.setdefault(count, []).append(i)
-    return groups
+def _mixed(seed: int, step: int, job: int) -> int:
+    """Return 32 bits that differ for every seed, step and job."""
+    return (
+        (seed + 1) * 0x9E3779B97F4A7C15 ^ (step + 1) * 0xC2B2AE3D27D4EB4F ^ (job + 1) * 0x165667B19E3779F9
+    ) >> 24 & 0xFFFFFFFF
+
+
+def l1_penalty(params: Params, l1: float) -> float:
+    """Return ``l1 * sum(abs(w))``, what the option `l1` adds to the loss.
+
+    Parameters
+    ----------
+    params : array, list or dict of arrays
+    l1 : float
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> fo.l1_penalty([np.array([1.0, -2.0]), np.array([3.0])], l1=0.5)
+    3.0
+    """
+    return l1 * sum(float(np.abs(as_array(w)).sum(dtype=np.float64)) for w in _leaves(params).values())
+
+
+def l2_penalty(params: Params, weight_decay: float) -> float:
+    """Return ``weight_decay / 2 * sum(w**2)``, what the option `weight_decay` (not `AdamW`'s) adds to the loss.
+
+    Parameters
+    ----------
+    params : array, list or dict of arrays
+    weight_decay : float
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> fo.l2_penalty([np.array([1.0, -2.0]), np.array([3.0])], weight_decay=0.5)
+    3.5
+    """
+    arrays = list(_leaves(params).values())
+    return weight_decay / 2 * _core.sum_squares([str(i) for i in range(len(arrays))], [as_array(w) for w in arrays])
 
 
 class SGD(Optimizer):
@@ -316,22 +532,16 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    params : array, list, dict, or list of group dicts
-        float32 or float64 arrays, C-contiguous and writable, changed in place.
-    lr : float or callable
-        Learning rate, or a function from the number of steps taken so far to it.
+    params, lr
+        See `Optimizer`.
     momentum, dampening : float
         See the formula.
     weight_decay : float
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     nesterov : bool
         Needs ``momentum > 0`` and ``dampening == 0``.
-    l1 : float
-        L1 penalty as a proximal step after the update, which makes exact zeros.
-    keep_zeros : bool
-        A weight that is exactly 0 stays 0: fine-tune a pruned model.
-    maximize : bool
-        Climb instead of descend.
+    **common
+        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`.
 
     Raises
     ------
@@ -362,23 +572,16 @@ class SGD(Optimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        l1: float = 0.0,
-        keep_zeros: bool = False,
-        maximize: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "l1": l1,
-                "keep_zeros": keep_zeros,
-                "maximize": maximize,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, common)
 
     def _check(self, options: dict[str, Any]) -> None:
         momentum, dampening = _number(options, "momentum"), _number(options, "dampening")
@@ -394,12 +597,188 @@ class SGD(Optimizer):
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if options["momentum"] > 0 else ()
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+        blend = 1.0 if step == 1 else 1.0 - options["dampening"]
+        return Hyper(lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 1.0, 0.0, *common)
+
+
+class Adagrad(Optimizer):
+    r"""Adagrad: steps that shrink with the squares of the gradients so far.
+
+    .. math::
+        s &= s + g^2 \\
+        w &= w - \frac{\mathrm{lr}}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \varepsilon}
+
+    with ``lr_decay`` :math:`\eta`.
+
+    Parameters
+    ----------
+    params, lr
+        See `Optimizer`.
+    lr_decay : float
+        See the formula.
+    weight_decay : float
+        L2 penalty: ``weight_decay * w`` is added to the gradient.
+    initial_accumulator_value : float
+        What :math:`s` starts from.
+    eps : float
+        Keeps the denominator from zero.
+    **common
+        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
+        state_dtype may not be "uint8", which cannot hold a sum that only grows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `Optimizer.add_param_group`.
+
+    References
+    ----------
+    Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning", 2011.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> w = np.ones(2, dtype=np.float32)
+    >>> opt = fo.Adagrad(w, lr=0.5)
+    >>> opt.step(np.array([3, -4], dtype=np.float32))
+    >>> w
+    array([0.5, 1.5], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: LearningRate = 1e-2,
+        *,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+        }
+        dtype = common.get("state_dtype", "float32")
+        _require(dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' for Adagrad", dtype)
+        super().__init__(params, defaults, common)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:  # noqa: D102 - as in Optimizer
+        super().add_param_group(group)
+        for (total,) in (state[:1] for state in self._groups[-1].states):
+            total.fill(self.param_groups[-1]["initial_accumulator_value"])
+
+    def _check(self, options: dict[str, Any]) -> None:
+        for name in ("lr_decay", "initial_accumulator_value", "eps"):
+            _number(options, name)
+
+    def _rule(self, options: dict[str, Any]) -> str:
+        return "adagrad"
+
+    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+        size = lr / (1 + (step - 1) * options["lr_decay"])
+        return Hyper(size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, options["eps"], *common)
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop: steps divided by the running root mean square of the gradient.
+
+    .. math::
+        v &= \alpha v + (1 - \alpha) g^2 \\
+        b &= \mu b + \frac{g}{\sqrt{v} + \varepsilon} \\
+        w &= w - \mathrm{lr} \cdot b
+
+    Centered, the variance :math:`v - \bar g^2` takes the place of :math:`v` in the root, with the running mean
+    :math:`\bar g` of the gradient.
+
+    Parameters
+    ----------
+    params, lr
+        See `Optimizer`.
+    alpha : float
+        Decay of the running means, at least 0 and below 1.
+    eps : float
+        Keeps the denominator from zero.
+    weight_decay : float
+        L2 penalty: ``weight_decay * w`` is added to the gradient.
+    momentum : float
+        :math:`\mu`.
+    centered : bool
+        See above.
+    **common
+        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
+        state_dtype may not be "uint8" if centered, where rounding would swallow the difference.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `Optimizer.add_param_group`.
+
+    References
+    ----------
+    Tieleman and Hinton, "Lecture 6.5", 2012; Graves, "Generating sequences with recurrent neural networks", 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> w = np.ones(2, dtype=np.float32)
+    >>> opt = fo.RMSprop(w, lr=0.05)
+    >>> opt.step(np.array([3, -4], dtype=np.float32))
+    >>> w.round(4)
+    array([0.5, 1.5], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: LearningRate = 1e-2,
+        *,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+        }
+        dtype = common.get("state_dtype", "float32")
+        _require(not centered or dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' if centered", dtype)
+        super().__init__(params, defaults, common)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        for name in ("eps", "momentum"):
+            _number(options, name)
+        _require(0 <= options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
+
+    def _rule(self, options: dict[str, Any]) -> str:
+        centered = "_centered" if options["centered"] else ""
+        return f"rmsprop{centered}_momentum" if options["momentum"] > 0 else f"rmsprop{centered}"
+
+    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+        momentum = ("momentum_buffer",) if options["momentum"] > 0 else ()
+        return ("square_avg", *momentum, *(("grad_avg",) if options["centered"] else ()))
+
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+        alpha = options["alpha"]
         return Hyper(
-            step_size=lr,
-            weight_decay=options["weight_decay"],
-            decay1=options["momentum"],
-            blend1=1.0 if step == 1 else 1.0 - options["dampening"],
+            lr, options["weight_decay"], 1.0, options["momentum"], 1.0, alpha, 1 - alpha, 1.0, options["eps"], *common
         )
 
 
@@ -412,24 +791,23 @@ class Adam(Optimizer):
         w &= w - \frac{\mathrm{lr}}{1 - \beta_1^t} \cdot
              \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \varepsilon}
 
+    AMSGrad puts the largest :math:`v` so far in the root.
+
     Parameters
     ----------
-    params : array, list, dict, or list of group dicts
-        float32 or float64 arrays, C-contiguous and writable, changed in place.
-    lr : float or callable
-        Learning rate, or a function from the number of steps taken so far to it.
+    params, lr
+        See `Optimizer`.
     betas : (float, float)
         Decay of the running means of the gradient and of its square, each at least 0 and below 1.
     eps : float
         Keeps the denominator from zero.
     weight_decay : float
         L2 penalty: ``weight_decay * w`` is added to the gradient.
-    l1 : float
-        L1 penalty as a proximal step after the update, which makes exact zeros.
-    keep_zeros : bool
-        A weight that is exactly 0 stays 0: fine-tune a pruned model.
-    maximize : bool
-        Climb instead of descend.
+    amsgrad : bool
+        See above.
+    **common
+        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
+        state_dtype may not be "uint8" with amsgrad, where chance would only ever raise the largest.
 
     Raises
     ------
@@ -443,7 +821,8 @@ class Adam(Optimizer):
 
     References
     ----------
-    Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1.
+    Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1; Reddi et al., "On the
+    convergence of Adam and beyond", 2018.
 
     Examples
     --------
@@ -465,46 +844,34 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        l1: float = 0.0,
-        keep_zeros: bool = False,
-        maximize: bool = False,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "l1": l1,
-                "keep_zeros": keep_zeros,
-                "maximize": maximize,
-            },
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        dtype = common.get("state_dtype", "float32")
+        _require(not amsgrad or dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' with amsgrad", dtype)
+        super().__init__(params, defaults, common)
 
     def _check(self, options: dict[str, Any]) -> None:
         _number(options, "eps")
-        betas = options["betas"]
-        _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
+        _betas(options)
 
     def _rule(self, options: dict[str, Any]) -> str:
-        return "adam"
+        return "amsgrad" if options["amsgrad"] else "adam"
 
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if options["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         beta1, beta2 = options["betas"]
-        return Hyper(
-            step_size=lr / (1 - beta1**step),
-            weight_decay=options["weight_decay"],
-            decay1=beta1,
-            blend1=1 - beta1,
-            decay2=beta2,
-            blend2=1 - beta2,
-            root_scale=1 / math.sqrt(1 - beta2**step),
-            eps=options["eps"],
-        )
+        size, root_scale = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        decoupled, decay = self._decay(options["weight_decay"], lr)
+        return Hyper(size, decoupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, root_scale, options["eps"], *common)
+
+    @staticmethod
+    def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
+        """Return what is added to the gradient for each weight, and what the weight is multiplied by."""
+        return weight_decay, 1.0
 
 
 class AdamW(Adam):
@@ -515,7 +882,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, l1, keep_zeros, maximize
+    params, lr, betas, eps, amsgrad, **common
         As in `Adam`.
     weight_decay : float
         Decoupled; 0.01 unless said otherwise.
@@ -548,21 +915,76 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        l1: float = 0.0,
-        keep_zeros: bool = False,
-        maximize: bool = False,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            l1=l1,
-            keep_zeros=keep_zeros,
-            maximize=maximize,
-        )
+        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **common)
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        hyper = super()._hyper(options, lr, step)
-        return hyper._replace(weight_decay=0.0, decay=1 - lr * options["weight_decay"])
+    @staticmethod
+    def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
+        return 0.0, 1 - lr * weight_decay
+
+
+class Lion(Optimizer):
+    r"""Lion: the sign of a blend of momentum and gradient.
+
+    .. math::
+        w &= w (1 - \mathrm{lr} \cdot \lambda)
+             - \mathrm{lr} \cdot \mathrm{sign}(\beta_1 m + (1 - \beta_1) g) \\
+        m &= \beta_2 m + (1 - \beta_2) g
+
+    Parameters
+    ----------
+    params, lr
+        See `Optimizer`.
+    betas : (float, float)
+        Of the blend and of the running mean, each at least 0 and below 1.
+    weight_decay : float
+        Decoupled, :math:`\lambda`.
+    **common
+        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `Optimizer.add_param_group`.
+
+    References
+    ----------
+    Chen et al., "Symbolic discovery of optimization algorithms", 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> w = np.ones(3, dtype=np.float32)
+    >>> opt = fo.Lion(w, lr=0.25)
+    >>> opt.step(np.array([3, -4, 0], dtype=np.float32))
+    >>> w
+    array([0.75, 1.25, 1.  ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: LearningRate = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, common)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        _betas(options)
+
+    def _rule(self, options: dict[str, Any]) -> str:
+        return "lion"
+
+    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+        beta1, beta2 = options["betas"]
+        decay = 1 - lr * options["weight_decay"]
+        return Hyper(lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, 0.0, *common)
