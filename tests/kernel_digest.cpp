@@ -131,31 +131,65 @@ std::vector<U> patterns(Case& c, std::size_t n) {
 // ---- optimizers ----------------------------------------------------------------------------------------------
 
 constexpr Hyper kHypers[] = {
-    {0.01, 1.0, 0.0, 1.0, 0.0, 0.9, 1.0, 0.999, 0.001, 1.0, 1e-8, false},
-    {0.003, -1.0 / 1024, 0.1, 1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 31.6, 1e-8, false},
-    {0.1, 0.7, 0.0, 0.999, 0.01, 0.5, 0.5, 0.95, 0.05, 2.2, 1e-3, true},
+    {0.01, 0.0, 1.0, 0.9, 1.0, 0.999, 0.001, 1.0, 1e-8, 1.0, 0.0, false},
+    {0.003, 0.1, 1.0, 0.9, 0.1, 0.99, 0.01, 31.6, 1e-8, -1.0 / 1024, 0.0, false},
+    {0.1, 0.0, 0.999, 0.5, 0.5, 0.95, 0.05, 2.2, 1e-3, 0.7, 0.01, true},
 };
 
 template <class T>
-void digest_step(const std::string& name, const Rule& rule, StepKernel kernel, const Hyper& hyper, std::size_t offset,
-                 std::size_t n, Kind kind) {
+void digest_step(const std::string& name, const Rule& rule, const Hyper& hyper, std::size_t offset, std::size_t n,
+                 Kind kind) {
   Case c(name);
   const std::size_t size = offset + n + kGuard;
   std::vector<T> param = numbers<T>(c, size, kind), states[kMaxStates];
   StepArgs args = {};
-  args.param = param.data();
+  args.param = param.data() + offset;
+  args.param_type = args.grad_type = sizeof(T) == 8 ? Float::f64 : Float::f32;
   for (std::size_t s = 0; s < rule.states; ++s) {
     states[s] = numbers<T>(c, size, plain);
     for (T& value : states[s]) value = value < 0 ? -value : value;  // the second is a mean of squares
-    args.state[s] = states[s].data();
+    args.state[s] = states[s].data() + offset;
   }
   for (int step = 0; step < 3; ++step) {
     const std::vector<T> grad = numbers<T>(c, size, kind);
-    args.grad = grad.data();
-    kernel(hyper, args, offset, offset + n);
+    args.grad = grad.data() + offset;
+    rule.step(hyper, args, 0, n);
   }
   c.add(param);
   for (const auto& state : states) c.add(state);
+}
+
+// Narrow parameters, gradients and states, with and without chance.
+void digest_narrow(const Rule& rule, std::size_t n, Float param_type, StateType state_type, bool stochastic) {
+  Case c(std::string(rule.name) + " narrow n=" + text(n) + " param=" + text(static_cast<std::size_t>(param_type)) +
+         " state=" + text(static_cast<std::size_t>(state_type)) + (stochastic ? " stochastic" : ""));
+  std::vector<std::uint16_t> param(n + 1), grad(n + 1);
+  std::vector<std::uint8_t> states[kMaxStates], exponents[kMaxStates];
+  const auto fill = [&](std::vector<std::uint16_t>& values) {  // ordinary numbers of either sign
+    for (auto& value : values) value = static_cast<std::uint16_t>((c.random() & 0x83ff) | 0x3000);
+  };
+  fill(param);
+  StepArgs args = {};
+  args.param = param.data();
+  args.grad = grad.data();
+  args.param_type = args.grad_type = param_type;
+  args.state_type = state_type;
+  args.stochastic = stochastic;
+  const std::size_t width = state_type == StateType::u8 ? 1 : state_type == StateType::bf16 ? 2 : 4;
+  for (std::size_t s = 0; s < rule.states; ++s) {
+    states[s].resize(n * width + 1);
+    exponents[s].resize(n / kStateBlock + 1);
+    args.state[s] = states[s].data();
+    args.exponent[s] = exponents[s].data();
+  }
+  for (std::uint32_t step = 0; step < 3; ++step) {
+    fill(grad);
+    args.noise = step * 77;
+    rule.step(kHypers[step], args, 0, n);
+  }
+  c.add(param);
+  for (const auto& state : states) c.add(state);
+  for (const auto& exponent : exponents) c.add(exponent);
 }
 
 void digest_optimizers(const Kernels& k) {
@@ -167,11 +201,19 @@ void digest_optimizers(const Kernels& k) {
           for (const Hyper& hyper : kHypers) {
             const std::string name = std::string(rule.name) + " n=" + text(n) + " offset=" + text(offset) + " " +
                                      kKindNames[kind] + " lr=" + std::to_string(hyper.step_size);
-            digest_step<float>(name + " f32", rule, rule.step, hyper, offset, n, kind);
-            digest_step<double>(name + " f64", rule, rule.f64, hyper, offset, n, kind);
+            digest_step<float>(name + " f32", rule, hyper, offset, n, kind);
+            digest_step<double>(name + " f64", rule, hyper, offset, n, kind);
           }
         }
       }
+      for (Float param : {Float::f16, Float::bf16}) {
+        for (StateType state : {StateType::wide, StateType::bf16, StateType::u8}) {
+          for (bool stochastic : {false, true}) digest_narrow(rule, n, param, state, stochastic);
+        }
+      }
+      Case c(std::string("sum_squares n=") + text(n));
+      const std::vector<float> x = numbers<float>(c, n + 1, plain);
+      c.add(k.sum_squares(Float::f32, x.data(), 1, n + 1));
     }
   }
 }
