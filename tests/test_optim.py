@@ -400,3 +400,162 @@ def test_zero_dimensional_and_empty_parameters():
     opt = fo.SGD([scalar, empty], lr=1.0)
     opt.step([np.array(0.5, "f4"), np.zeros((0, 5), "f4")])
     assert scalar == 0.5
+
+
+# ---- clipping, loss scales, narrow types -------------------------------------------------------------------------
+
+
+def test_a_step_with_gradients_that_are_not_finite_is_skipped():
+    w, v = np.ones(3, "f4"), np.ones(2, "f4")
+    opt = fo.Adam({"w": w, "v": v})
+    for bad in (np.inf, np.nan):
+        norm = opt.step({"w": np.ones(3, "f4"), "v": np.array([1, bad], "f4")}, grad_scale=0.5)
+        assert not np.isfinite(norm)
+    assert opt.skipped == 2
+    assert (w == 1).all()
+    assert (v == 1).all()
+    assert opt.state_dict()["state"]["w"]["step"] == 0
+    norm = opt.step({"w": np.full(3, 2, "f4"), "v": np.full(2, 2, "f4")}, grad_scale=0.5)
+    assert norm == pytest.approx(np.sqrt(5))
+    assert opt.skipped == 2
+    assert opt.step({"w": np.ones(3, "f4"), "v": np.ones(2, "f4")}) is None
+
+
+def test_max_norm_scales_all_tensors_together():
+    w, v = np.zeros(1, "f4"), np.zeros(1, "f8")
+    opt = fo.SGD([w, v], lr=1.0, max_norm=1.0)
+    assert opt.step([np.array([3], "f4"), np.array([4.0])]) == 5.0
+    np.testing.assert_allclose([w[0], v[0]], [-0.6, -0.8], rtol=1e-6)
+    assert opt.step([np.array([0.3], "f4"), None]) == pytest.approx(0.3)
+    assert w[0] == pytest.approx(-0.9)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("options", [{"stochastic_rounding": True}, {"master_weights": True}])
+def test_small_steps_are_not_lost(dtype, options):
+    """A thousandth of the spacing, a thousand times, moves a weight by one spacing: to nearest it never would."""
+    spacing = 2.0**-10 if dtype == "float16" else 2.0**-7
+    grad = np.ones(1000, dtype_of(dtype))
+    w = np.ones(1000, dtype_of(dtype))
+    opt = fo.SGD(w, lr=spacing / 1000, **options)
+    stuck = np.ones(1000, dtype_of(dtype))
+    opt_stuck = fo.SGD(stuck, lr=spacing / 1000)
+    for _ in range(1000):
+        opt.step(grad)
+        opt_stuck.step(grad)
+    assert (stuck == 1).all()
+    assert w.astype("f8").mean() == pytest.approx(1 - spacing, abs=0.15 * spacing)
+
+
+def test_chance_depends_on_seed_step_and_place_alone(threads):
+    def run_with(seed):
+        w = np.linspace(-1, 1, 100003, dtype="f4").astype(ml_dtypes.bfloat16)
+        opt = fo.Adam(w, lr=1e-4, stochastic_rounding=True, state_dtype="uint8", seed=seed)
+        for _ in range(3):
+            opt.step(np.ones(w.size, "f4"))
+        return w.view("u2")
+
+    first = run_with(0)
+    fo.set_num_threads(3)
+    assert np.array_equal(run_with(0), first)
+    assert not np.array_equal(run_with(1), first)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "uint8"])
+def test_bytes_of_state(state_dtype):
+    opt = fo.Adam(np.zeros(100_000, "f4"), state_dtype=state_dtype)
+    arrays = [v for v in opt.state_dict()["state"]["0"].values() if isinstance(v, np.ndarray)]
+    each = sum(a.nbytes for a in arrays) / 100_000
+    assert each == pytest.approx({"float32": 8, "bfloat16": 4, "uint8": 2 + 2 / 256}[state_dtype], rel=1e-3)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("cls", [fo.Adam, fo.AdamW, fo.SGD, fo.Lion, fo.RMSprop])
+def test_narrow_states_reach_the_same_minimum(cls, state_dtype, rng):
+    a = rng.standard_normal((200, 20)).astype("f4")
+    target = a @ rng.standard_normal(20).astype("f4")
+    options = {"lr": 0.002, "momentum": 0.9} if cls is fo.SGD else {"lr": 0.01}
+    losses = {}
+    for dtype in ("float32", state_dtype):
+        w = np.zeros(20, "f4")
+        opt = cls(w, **options, state_dtype=dtype)
+        for _ in range(1500):
+            opt.step(a.T @ (a @ w - target) / 20)
+        losses[dtype] = float(np.mean((a @ w - target) ** 2))
+    assert losses[state_dtype] < max(4 * losses["float32"], 1e-2)
+
+
+class OnlyDlpack:
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class OnlyArray:
+    def __init__(self, array, copies=False):
+        self._array, self._copies = array, copies
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array.copy() if self._copies else self._array
+
+
+def test_arrays_of_others_are_stepped_in_place():
+    for kind in (OnlyArray, OnlyDlpack):
+        w = np.ones(4, "f4")
+        fo.SGD([kind(w)], lr=0.5).step([kind(np.ones(4, "f4"))])
+        assert w.tolist() == [0.5] * 4
+    with pytest.raises(TypeError, match="array '0': expected a NumPy array, got OnlyArray"):
+        fo.SGD([OnlyArray(np.ones(4, "f4"), copies=True)])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: fo.Adam(np.zeros(2), state_dtype="uint8"),
+            ValueError,
+            "state_dtype: expected float32 for '0' of float64",
+        ),
+        (lambda: fo.Adam(np.zeros(2), state_dtype="int4"), ValueError, "state_dtype: expected one of"),
+        (lambda: fo.Adam(np.zeros(2, "f4"), master_weights=True), ValueError, "master_weights: expected False for '0'"),
+        (
+            lambda: fo.Adam(np.zeros(2, "f4"), stochastic_rounding=True),
+            ValueError,
+            "stochastic_rounding: expected False",
+        ),
+        (lambda: fo.Adam(np.zeros(2), amsgrad=True, state_dtype="uint8"), ValueError, "with amsgrad"),
+        (lambda: fo.Adagrad(np.zeros(2), state_dtype="uint8"), ValueError, "state_dtype: expected .* for Adagrad"),
+        (lambda: fo.RMSprop(np.zeros(2), centered=True, state_dtype="uint8"), ValueError, "if centered"),
+        (lambda: fo.Adam(np.zeros(2), max_norm=0.0), ValueError, "max_norm: expected more than 0, got 0.0"),
+        (lambda: fo.Adam(np.zeros(2), max_norm=np.inf), ValueError, "max_norm: expected a finite number"),
+        (lambda: fo.Adam(np.zeros(2), speed=1), TypeError, r"Adam: unexpected options \['speed'\]"),
+        (lambda: fo.RMSprop(np.zeros(2), alpha=1.0), ValueError, r"alpha: expected a number in \[0, 1\)"),
+        (lambda: fo.Lion(np.zeros(2), betas=(0.9,)), ValueError, "betas: expected two numbers"),
+        (
+            lambda: fo.SGD(np.zeros(2, "f2")).step(np.zeros(2)),
+            TypeError,
+            "of '0': expected float16 or float32, got float64",
+        ),
+        (lambda: fo.SGD(np.zeros(2, "f4")).step(np.zeros(2, "f2")), TypeError, "of '0': expected float32, got float16"),
+    ],
+)
+def test_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_penalties_are_what_the_options_add_to_the_loss(rng):
+    w = {"a": rng.standard_normal(5), "b": rng.standard_normal((2, 3)).astype("f4")}
+    assert fo.l1_penalty(w, 0.3) == pytest.approx(0.3 * sum(np.abs(x).sum() for x in w.values()), rel=1e-6)
+    assert fo.l2_penalty(w, 0.3) == pytest.approx(0.15 * sum((x**2).sum() for x in w.values()), rel=1e-6)
+
+
+def test_adagrad_starts_from_its_initial_value():
+    w = np.ones(1)
+    fo.Adagrad(w, lr=1.0, initial_accumulator_value=3.0).step(np.ones(1))
+    assert w[0] == pytest.approx(0.5)

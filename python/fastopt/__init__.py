@@ -9,7 +9,9 @@
 array([0.9, 0.9, 0.9, 0.9], dtype=float32)
 """
 
+from fastopt import schedules
 from fastopt._core import __version__
+from fastopt.checkpoint import restore, save
 from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.linear import linear
 from fastopt.model import PackedModel, load, pack
@@ -40,6 +42,9 @@ __all__ = [
     "prune",
     "prune_",
     "quantize",
+    "restore",
+    "save",
+    "schedules",
     "set_num_threads",
     "show_config",
     "unpack_bits",

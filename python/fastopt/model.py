@@ -295,6 +295,17 @@ def load(path: str | os.PathLike[str]) -> PackedModel:
     ValueError
         If it is not a safetensors file, or its content does not fit together; the message says where.
     """
+    arrays, metadata = read_arrays(path)
+    if "fastopt" not in metadata:
+        return PackedModel(arrays)
+    try:
+        return PackedModel(_assemble(metadata["fastopt"], arrays))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the arrays of a safetensors file as views of it, and its metadata; raise as `load` does."""
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(8)
@@ -306,13 +317,7 @@ def load(path: str | os.PathLike[str]) -> PackedModel:
             stored = [(name, spec.get_dtype(), tuple(spec.get_shape())) for name, spec in specs]
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
-    arrays = _map(path, 8 + int.from_bytes(head, "little"), stored)
-    if "fastopt" not in metadata:
-        return PackedModel(arrays)
-    try:
-        return PackedModel(_assemble(metadata["fastopt"], arrays))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return _map(path, 8 + int.from_bytes(head, "little"), stored), metadata
 
 
 def _map(path: Path, start: int, stored: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Array]:

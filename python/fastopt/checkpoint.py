@@ -1,0 +1,106 @@
+"""Saving and restoring of optimizer states, weights, and whatever else is arrays, numbers and texts."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fastopt.model import read_arrays, replacing
+
+_KEY = "fastopt.checkpoint"
+
+
+def save(tree: Any, path: str | os.PathLike[str]) -> None:
+    """Write dicts and lists of arrays, numbers, texts, booleans and None to one safetensors file.
+
+    Made for `Optimizer.state_dict`. The file is written beside its place and moved there when it is complete and on
+    the disk: whatever happens, there is either the old file or the new one.
+
+    Parameters
+    ----------
+    tree : dict, list, tuple, array, number, str, bool or None
+        Keys of dicts are texts. Tuples come back as lists.
+    path : path-like
+
+    Raises
+    ------
+    TypeError
+        If something else is in `tree`; the message says where.
+    OSError
+        If the file cannot be written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> opt = fo.Adam({"w": np.zeros(3, dtype=np.float32)})
+    >>> fo.save({"epoch": 7, "optimizer": opt.state_dict()}, "checkpoint.safetensors")
+    >>> state = fo.restore("checkpoint.safetensors")
+    >>> state["epoch"]
+    7
+    >>> opt.load_state_dict(state["optimizer"])
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def plain(node: Any, at: str) -> Any:
+        if isinstance(node, np.ndarray):
+            arrays[at] = np.require(node, node.dtype.newbyteorder("="), "C")
+            return {"array": at}
+        if isinstance(node, np.generic):
+            return node.item()
+        if isinstance(node, Mapping):
+            wrong = [key for key in node if not isinstance(key, str)]
+            if wrong:
+                raise TypeError(f"tree: {at or 'the root'} has the key {wrong[0]!r}, expected texts")
+            return {"dict": {key: plain(value, f"{at}/{key}") for key, value in node.items()}}
+        if isinstance(node, list | tuple):
+            return [plain(value, f"{at}/{i}") for i, value in enumerate(node)]
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise TypeError(f"tree: {at or 'the root'} is a {type(node).__name__}, which a file cannot hold")
+
+    text = json.dumps({"version": 1, "tree": plain(tree, "")})
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, metadata={_KEY: text})
+
+
+def restore(path: str | os.PathLike[str]) -> Any:
+    """Read what `save` wrote.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    dict, list, array, number, str, bool or None
+        Arrays are copies, which may be changed.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    ValueError
+        If it is not a safetensors file, or not one that `save` wrote.
+    """
+    arrays, metadata = read_arrays(path)
+    try:
+        described = json.loads(metadata[_KEY])
+        if described["version"] != 1:
+            raise ValueError(f"expected version 1, got {described['version']!r:.100}")
+        return _built(described["tree"], arrays)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a checkpoint of fastopt: {error!r:.200}") from error
+
+
+def _built(node: Any, arrays: Mapping[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_built(value, arrays) for value in node]
+    if isinstance(node, dict):
+        if "array" in node:
+            return arrays[node["array"]].copy()
+        return {key: _built(value, arrays) for key, value in node["dict"].items()}
+    return node

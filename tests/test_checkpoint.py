@@ -1,0 +1,80 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import same_bits
+from safetensors.numpy import save_file
+
+import fastopt as fo
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, rng):
+    for options in (
+        {},
+        {"state_dtype": "bfloat16"},
+        {"state_dtype": "uint8", "max_norm": 1.0},
+        {"amsgrad": True, "lr": lambda step: 0.01 / (step + 1)},
+    ):
+        grads = [[rng.standard_normal((30, 20)).astype("f4"), rng.standard_normal(7).astype("f4")] for _ in range(10)]
+        params = [rng.standard_normal((30, 20)).astype("f4"), rng.standard_normal(7).astype("f4")]
+        opt = fo.Adam(params, **options)
+        for g in grads[:5]:
+            opt.step([g[0], None] if g is grads[2] else g)
+        fo.save({"params": params, "optimizer": opt.state_dict(), "note": "half-way"}, tmp_path / "c.safetensors")
+        for g in grads[5:]:
+            opt.step(g)
+
+        saved = fo.restore(tmp_path / "c.safetensors")
+        assert saved["note"] == "half-way"
+        resumed = fo.Adam(saved["params"], **options)
+        resumed.load_state_dict(saved["optimizer"])
+        for g in grads[5:]:
+            resumed.step(g)
+        assert all(same_bits(a, b) for a, b in zip(params, saved["params"], strict=True))
+
+
+def test_what_a_file_holds(tmp_path):
+    tree = {
+        "a": [1, 2.5, "text", None, True, {"b": np.arange(3), "c": []}],
+        "bf16": np.ones(2, ml_dtypes.bfloat16),
+        "scalar": np.float32(1.5),
+        "empty": np.zeros((0, 3)),
+        "strided": np.arange(10)[::2],
+        "array": {"array": 3},
+    }
+    fo.save(tree, tmp_path / "c.safetensors")
+    back = fo.restore(tmp_path / "c.safetensors")
+    assert back["a"][:5] == [1, 2.5, "text", None, True]
+    assert back["a"][5]["b"].tolist() == [0, 1, 2]
+    assert back["a"][5]["c"] == []
+    assert back["bf16"].dtype == ml_dtypes.bfloat16
+    assert back["scalar"] == 1.5
+    assert back["empty"].shape == (0, 3)
+    assert back["strided"].tolist() == [0, 2, 4, 6, 8]
+    assert back["array"] == {"array": 3}
+    back["strided"][0] = 7  # a copy, which may be changed
+
+
+def test_bad_trees_and_files(tmp_path):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(TypeError, match="tree: /a/0 is a set, which a file cannot hold"):
+        fo.save({"a": [{1}]}, path)
+    with pytest.raises(TypeError, match="tree: /a has the key 1, expected texts"):
+        fo.save({"a": {1: 2}}, path)
+    assert not path.exists()
+    for metadata in (
+        {},
+        {"fastopt.checkpoint": "{"},
+        {"fastopt.checkpoint": json.dumps({"version": 2, "tree": 1})},
+        {"fastopt.checkpoint": json.dumps({"version": 1, "tree": {"array": "missing"}})},
+        {"fastopt.checkpoint": json.dumps({"version": 1, "tree": {"array": []}})},
+        {"fastopt.checkpoint": json.dumps({"version": 1, "tree": {"dict": 3}})},
+        {"fastopt.checkpoint": '{"version": 1, "tree": ' + "[" * 100000},
+    ):
+        save_file({"a": np.zeros(2)}, path, metadata=metadata)
+        with pytest.raises(ValueError, match="not a checkpoint of fastopt"):
+            fo.restore(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        fo.restore(path)

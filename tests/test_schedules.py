@@ -1,0 +1,60 @@
+import math
+
+import numpy as np
+import pytest
+
+import fastopt as fo
+from fastopt import schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        (schedules.constant(0.5), lambda s: 0.5),
+        (schedules.step(0.5, step_size=7, gamma=0.3), lambda s: 0.5 * 0.3 ** (s // 7)),
+        (schedules.exponential(0.5, gamma=0.9), lambda s: 0.5 * 0.9**s),
+        (
+            schedules.cosine(0.5, steps=39, final=0.01),
+            lambda s: 0.01 + 0.49 * (1 + math.cos(math.pi * min(s, 39) / 39)) / 2,
+        ),
+        (schedules.linear(0.5, steps=10, start=0.1), lambda s: 0.1 + 0.04 * min(s, 10)),
+        (schedules.linear(0.0, steps=10, start=0.1), lambda s: 0.1 - 0.01 * min(s, 10)),
+    ],
+)
+def test_formulas(schedule, formula):
+    np.testing.assert_allclose([schedule(s) for s in range(60)], [formula(s) for s in range(60)], rtol=1e-12)
+
+
+def test_one_cycle_rises_and_falls():
+    rate = schedules.one_cycle(2.0, steps=100)
+    rates = [rate(s) for s in range(120)]
+    assert rates[0] == pytest.approx(0.08)
+    assert rates[30] == max(rates) == pytest.approx(2.0)
+    assert rates[100] == rates[119] == pytest.approx(8e-6)
+    assert all(np.diff(rates[:31]) > 0)
+    assert all(np.diff(rates[30:101]) < 0)
+    assert schedules.one_cycle(1.0, steps=1, warmup=0.0)(0) == 1.0
+
+
+def test_an_optimizer_follows_a_schedule():
+    w = np.zeros(1)
+    opt = fo.SGD(w, lr=schedules.chain([(2, schedules.linear(1.0, steps=2))], schedules.constant(0.25)))
+    for _ in range(4):
+        opt.step(np.ones(1))
+    assert w[0] == -(0 + 0.5 + 0.25 + 0.25)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.constant(-1.0), "lr: expected a finite number, 0 or more, got -1.0"),
+        (lambda: schedules.step(1.0, step_size=0), "step_size: expected a finite number, 1 or more, got 0"),
+        (lambda: schedules.exponential(1.0, gamma=math.nan), "gamma: expected a finite number"),
+        (lambda: schedules.cosine(1.0, steps=0), "steps: expected"),
+        (lambda: schedules.one_cycle(1.0, steps=9, warmup=2), "warmup: expected a finite number, from 0 to 1, got 2"),
+        (lambda: schedules.chain([(0, schedules.constant(1.0))], schedules.constant(1.0)), "parts: expected"),
+    ],
+)
+def test_bad_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,89 @@
+"""Against torch.optim, where torch is installed."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastopt as fo
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+CASES = [
+    ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ("Adagrad", {"lr": 0.05, "lr_decay": 0.01, "weight_decay": 0.1, "initial_accumulator_value": 0.5}),
+    ("RMSprop", {"lr": 0.01, "weight_decay": 0.1}),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.9}),
+    ("RMSprop", {"lr": 0.01, "centered": True, "alpha": 0.9}),
+    ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    ("Adam", {}),
+    ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1, "maximize": True}),
+    ("Adam", {"lr": 0.01, "amsgrad": True}),
+    ("AdamW", {"lr": 0.01}),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_trajectories_agree(name, options, dtype, rng):
+    """200 steps; within 4 ULP a step of the largest weight, of which steps add up."""
+    w = rng.standard_normal(500).astype(dtype)
+    theirs = torch.tensor(w.copy(), requires_grad=True)
+    opt, torch_opt = getattr(fo, name)(w, **options), getattr(torch.optim, name)([theirs], **options)
+    target = rng.standard_normal(500).astype(dtype)
+    for _ in range(200):
+        noise = rng.standard_normal(500).astype(dtype)
+        opt.step((w - target) * 0.1 + noise)
+        theirs.grad = torch.tensor((theirs.detach().numpy() - target) * 0.1 + noise)
+        torch_opt.step()
+    ulp = np.spacing(np.abs(w).max())
+    assert np.abs(w - theirs.detach().numpy()).max() <= 200 * 4 * ulp
+
+
+def test_lion_is_the_papers(rng):
+    """torch has no Lion: against its formula in double."""
+    w = rng.standard_normal(500)
+    want, m = w.copy(), np.zeros(500)
+    opt = fo.Lion(w, lr=0.01, weight_decay=0.1)
+    for _ in range(200):
+        g = rng.standard_normal(500)
+        opt.step(g)
+        want = want * (1 - 0.01 * 0.1) - 0.01 * np.sign(0.9 * m + (1 - 0.9) * g)
+        m = 0.99 * m + (1 - 0.99) * g
+    np.testing.assert_allclose(w, want, rtol=1e-12, atol=1e-13)
+
+
+def test_clipping_is_torchs(rng):
+    w = [rng.standard_normal((20, 30)).astype("f4"), rng.standard_normal(40).astype("f4")]
+    theirs = [torch.tensor(a.copy(), requires_grad=True) for a in w]
+    opt, torch_opt = fo.SGD(w, lr=0.1, max_norm=1.0), torch.optim.SGD(theirs, lr=0.1)
+    for scale in (1e-4, 1.0, 100.0):
+        grads = [(scale * rng.standard_normal(a.shape)).astype("f4") for a in w]
+        before = [g.copy() for g in grads]
+        norm = opt.step(grads)
+        assert all((a == b).all() for a, b in zip(grads, before, strict=True))
+        for t, g in zip(theirs, grads, strict=True):
+            t.grad = torch.tensor(g)
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 1.0)), rel=1e-5)
+        torch_opt.step()
+        for a, t in zip(w, theirs, strict=True):
+            np.testing.assert_allclose(a, t.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_tensors_are_stepped_in_place(dtype):
+    w = torch.ones(10, dtype=getattr(torch, dtype), requires_grad=True)
+    (w.float().sum() * 2).backward()
+    opt = fo.SGD([w], lr=0.25)
+    opt.step([w.grad])
+    assert w.detach().float().tolist() == [0.5] * 10
+    with pytest.raises(ValueError, match="array '0': must be C-contiguous"):
+        fo.SGD([torch.ones(4, 4)[:, ::2]])
+
+
+def test_gradients_of_bfloat16(rng):
+    w = np.ones(8, ml_dtypes.bfloat16)
+    fo.SGD(w, lr=0.5).step(torch.ones(8, dtype=torch.bfloat16))
+    assert w.astype("f4").tolist() == [0.5] * 8
