@@ -135,27 +135,39 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
   for (std::size_t j = 0; j < R::states; ++j) state[j] = static_cast<T*>(states[j]) + first;
   w += first;
   g += first;
-  V s[R::states + 1];
-  std::size_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    for (std::size_t j = 0; j < R::states; ++j) s[j] = load<V>(state[j] + i);
-    store(w + i, regularized<R>(k, load<V>(w + i), load<V>(g + i), s));
-    for (std::size_t j = 0; j < R::states; ++j) store(state[j] + i, s[j]);
-  }
-  if (i < n) {
-    const std::size_t bytes = (n - i) * sizeof(T);
+  const auto part = [&](std::size_t i, std::size_t count) {
+    const std::size_t bytes = count * sizeof(T);
+    V s[R::states + 1];
     for (std::size_t j = 0; j < R::states; ++j) s[j] = load_part<V>(state[j] + i, bytes);
     store_part(w + i, regularized<R>(k, load_part<V>(w + i, bytes), load_part<V>(g + i, bytes), s), bytes);
     for (std::size_t j = 0; j < R::states; ++j) store_part(state[j] + i, s[j], bytes);
+  };
+  // Up to where w is aligned to vectors; large arrays of NumPy then all are.
+  std::size_t i = reinterpret_cast<std::uintptr_t>(w) % kVectorBytes / sizeof(T);
+  i = i == 0 ? 0 : kLanes<T> - i;
+  i = i < n ? i : n;
+  if (i > 0) part(0, i);
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    V s[R::states + 1];
+    for (std::size_t j = 0; j < R::states; ++j) {
+      prefetch(state[j] + i);
+      s[j] = load<V>(state[j] + i);
+    }
+    prefetch(w + i);
+    prefetch(g + i);
+    store(w + i, regularized<R>(k, load<V>(w + i), load<V>(g + i), s));
+    for (std::size_t j = 0; j < R::states; ++j) store(state[j] + i, s[j]);
   }
+  if (i < n) part(i, n - i);
 }
 
 // ---- narrow parameters, gradients and states -----------------------------------------------------------------
 
-// A block of them is widened to float in L1, stepped there, and narrowed again: the types do not multiply with the
-// rules. Blocks are whole in L1, filled up with zeros.
+// They are widened to float in registers, stepped there, and narrowed again, a block of kStateBlock at a time, so the
+// types do not multiply with the rules.
 
 using Bits = Vec<std::uint32_t>;
+constexpr std::size_t kBlockVectors = kStateBlock / kLanes<float>;
 
 // MurmurHash3's last mixing step (Appleby, 2011): 32 random-looking bits from an element's index.
 inline Bits random_bits(Bits index, std::uint32_t noise) {
@@ -194,59 +206,28 @@ inline Bits half_stochastic(Bits bits, Bits random) {
   return sign | half;
 }
 
-// n elements from `from` on, as float; the rest of the block zero.
-inline void widen(Float type, const void* base, std::size_t from, std::size_t n, float* block) {
-  if (type == Float::f32) {
-    std::memcpy(block, static_cast<const float*>(base) + from, n * sizeof(float));
-    std::memset(block + n, 0, (kStateBlock - n) * sizeof(float));
-    return;
-  }
-  const std::uint16_t* half = static_cast<const std::uint16_t*>(base) + from;
-  std::uint16_t last[kStateBlock];
-  if (n < kStateBlock) {
-    std::memcpy(last, half, n * sizeof *half);
-    std::memset(last + n, 0, (kStateBlock - n) * sizeof *half);
-    half = last;
-  }
-  for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-    if (type == Float::f16) {
-      store(block + i, float_of_halves(half + i));
-    } else {
-      store(block + i, load_words(half + i) << 16);
-    }
+inline Vec<float> widen(Float type, const void* base, std::size_t i) {
+  switch (type) {
+    case Float::f16:
+      return float_of_halves(static_cast<const std::uint16_t*>(base) + i);
+    case Float::bf16:
+      return bit_cast<Vec<float>>(load_words(static_cast<const std::uint16_t*>(base) + i) << 16);
+    default:
+      return load<Vec<float>>(static_cast<const float*>(base) + i);
   }
 }
 
-// The other way. `round(bits, random)` narrows to the low 16 bits.
-template <class Round>
-inline void narrow(const float* block, std::uint16_t* to, std::size_t n, const Bits* random, Round round) {
-  std::uint16_t last[kStateBlock];
-  std::uint16_t* out = n < kStateBlock ? last : to;
-  for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-    store_low_words(out + i, round(load<Bits>(block + i), random[i / kLanes<float>]));
-  }
-  if (n < kStateBlock) std::memcpy(to, last, n * sizeof *to);
-}
-
-inline void narrow_param(Float type, const float* block, void* base, std::size_t from, std::size_t n, bool stochastic,
-                         const Bits* random) {
+inline void narrow(Float type, void* base, std::size_t i, Vec<float> v, bool stochastic, Bits random) {
+  std::uint16_t* const to = static_cast<std::uint16_t*>(base) + i;
+  const Bits bits = bit_cast<Bits>(v);
   if (type == Float::f32) {
-    std::memcpy(static_cast<float*>(base) + from, block, n * sizeof(float));
-    return;
-  }
-  std::uint16_t* to = static_cast<std::uint16_t*>(base) + from;
-  if (type == Float::bf16) {
-    if (stochastic) {
-      narrow(block, to, n, random, [](Bits bits, Bits r) { return bf16_stochastic(bits, r); });
-    } else {
-      narrow(block, to, n, random, [](Bits bits, Bits) { return bf16_nearest(bits); });
-    }
+    store(static_cast<float*>(base) + i, v);
+  } else if (type == Float::bf16) {
+    store_low_words(to, stochastic ? bf16_stochastic(bits, random) : bf16_nearest(bits));
   } else if (stochastic) {
-    narrow(block, to, n, random, [](Bits bits, Bits r) { return half_stochastic(bits, r); });
+    store_low_words(to, half_stochastic(bits, random));
   } else {
-    std::uint16_t all[kStateBlock];
-    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store_halves(all + i, load<Vec<float>>(block + i));
-    std::memcpy(to, all, n * sizeof *to);
+    store_halves(to, v);
   }
 }
 
@@ -255,105 +236,122 @@ constexpr std::uint32_t kDropped = 20, kMantissa = 3;
 constexpr std::uint32_t top_code(bool positive) { return positive ? 255 : 127; }
 constexpr std::uint32_t exponents(bool positive) { return positive ? 31 : 15; }
 
-inline void widen_u8(const std::uint8_t* codes, std::uint8_t exponent, bool positive, float* block) {
-  const std::uint32_t base = std::uint32_t{exponent} << kMantissa;
-  for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-    const Bits code = load_bytes(codes + i);
-    const Bits rest = code & top_code(positive);
-    const Bits sign = positive ? Bits{} : code << 24 & 0x80000000u;
-    store(block + i, sign | (rest == 0 ? Bits{} : (rest + base) << kDropped));
-  }
+inline Vec<float> widen_u8(const std::uint8_t* codes, std::uint32_t exponent, bool positive) {
+  const Bits code = load_bytes(codes);
+  const Bits rest = code & top_code(positive);
+  const Bits sign = positive ? Bits{} : code << 24 & 0x80000000u;
+  return bit_cast<Vec<float>>(sign | (rest == 0 ? Bits{} : (rest + (exponent << kMantissa)) << kDropped));
+}
+
+// The exponent that codes of a block count from, given the largest of its magnitudes. That is rounded up first, so
+// that no code reaches past the top.
+inline std::uint32_t exponent_of(Bits largest, bool positive) {
+  std::uint32_t most = largest[0];
+  for (std::size_t j = 1; j < kLanes<float>; ++j) most = largest[j] > most ? largest[j] : most;
+  std::uint32_t exponent = (most + (1u << kDropped)) >> 23;
+  exponent = exponent > 255 ? 255 : exponent;
+  return exponent > exponents(positive) ? exponent - exponents(positive) : 0;
 }
 
 // Rounds by chance. What is never negative does not become zero either: it is what Adam divides by.
-inline std::uint8_t narrow_u8(const float* block, bool positive, std::size_t slot, const Bits* random,
-                              std::uint8_t* codes) {
+inline void narrow_u8(std::uint8_t* codes, Bits bits, std::uint32_t exponent, bool positive, Bits random) {
   using Signed = Vec<std::int32_t>;
-  Bits largest = {};
-  for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-    const Bits rest = load<Bits>(block + i) & 0x7fffffffu;
-    largest = rest > largest ? rest : largest;
-  }
-  std::uint32_t most = largest[0];
-  for (std::size_t j = 1; j < kLanes<float>; ++j) most = largest[j] > most ? largest[j] : most;
-  // Of the largest, rounded up: no code reaches past the top.
-  std::uint32_t exponent = (most + (1u << kDropped)) >> 23;
-  exponent = exponent > 255 ? 255 : exponent;
-  exponent = exponent > exponents(positive) ? exponent - exponents(positive) : 0;
-
-  const std::int32_t base = static_cast<std::int32_t>(exponent << kMantissa);
+  const Bits rest = bits & 0x7fffffffu;
+  const Bits chance = random & ((1u << kDropped) - 1);
   const std::int32_t top = static_cast<std::int32_t>(top_code(positive));
-  for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-    const Bits bits = load<Bits>(block + i), rest = bits & 0x7fffffffu;
-    const Bits chance = turned(random[i / kLanes<float>], slot) & ((1u << kDropped) - 1);
-    Signed code = bit_cast<Signed>((rest + chance) >> kDropped) - base;
-    const Signed least = positive ? (rest != 0 ? Signed{} + 1 : Signed{}) : Signed{};
-    code = code < least ? least : code;
-    code = code > top ? Signed{} + top : code;
-    const Bits sign = positive ? Bits{} : bits >> 24 & 0x80u;
-    store_low_bytes(codes + i, bit_cast<Bits>(code) | sign);
-  }
-  return static_cast<std::uint8_t>(exponent);
+  Signed code = bit_cast<Signed>((rest + chance) >> kDropped) - static_cast<std::int32_t>(exponent << kMantissa);
+  const Signed least = positive ? (rest != 0 ? Signed{} + 1 : Signed{}) : Signed{};
+  code = code < least ? least : code;
+  code = code > top ? Signed{} + top : code;
+  const Bits sign = positive ? Bits{} : bits >> 24 & 0x80u;
+  store_low_bytes(codes, bit_cast<Bits>(code) | sign);
 }
 
-template <class R>
-void step_narrow(const Scalars<float>& k, const StepArgs& a, unsigned positive, std::size_t begin, std::size_t end) {
-  float w[kStateBlock], g[kStateBlock], s[R::states + 1][kStateBlock];
-  void* states[R::states + 1];
-  for (std::size_t j = 0; j < R::states; ++j) states[j] = s[j];
-  Bits random[kStateBlock / kLanes<float>] = {};
-  Bits lane = {};
-  for (std::size_t j = 0; j < kLanes<float>; ++j) lane[j] = static_cast<std::uint32_t>(j);
-
-  for (std::size_t at = begin; at < end; at += kStateBlock) {
-    const std::size_t n = end - at < kStateBlock ? end - at : kStateBlock;
-    if (a.stochastic || a.state_type != StateType::wide) {
-      for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) {
-        random[i / kLanes<float>] = random_bits(lane + static_cast<std::uint32_t>(at + i), a.noise);
+// One whole block, the first element of which has the number `first` in its tensor.
+template <class R, unsigned Positive, StateType State>
+void step_block(const Scalars<float>& scalars, const StepArgs& args, std::size_t first) {
+  using V = Vec<float>;
+  // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
+  const Scalars<float> k = scalars;
+  const StepArgs a = args;
+  const bool chance = a.stochastic || State != StateType::wide;
+  Bits index = {};
+  for (std::size_t j = 0; j < kLanes<float>; ++j) index[j] = static_cast<std::uint32_t>(first + j);
+  Bits random[kBlockVectors], stepped[R::states + 1][kBlockVectors], largest[R::states + 1] = {};
+  V s[R::states + 1];
+  for (std::size_t v = 0, i = 0; v < kBlockVectors; ++v, i += kLanes<float>) {
+    random[v] = chance ? random_bits(index + static_cast<std::uint32_t>(i), a.noise) : Bits{};
+    const V w = a.master ? load<V>(a.master + i) : widen(a.param_type, a.param, i);
+    const V g = widen(a.grad_type, a.grad, i);
+    for (std::size_t j = 0; j < R::states; ++j) {
+      if constexpr (State == StateType::wide) s[j] = widen(Float::f32, a.state[j], i);
+      if constexpr (State == StateType::bf16) s[j] = widen(Float::bf16, a.state[j], i);
+      if constexpr (State == StateType::u8) {
+        s[j] = widen_u8(static_cast<const std::uint8_t*>(a.state[j]) + i, *a.exponent[j], Positive >> j & 1);
       }
     }
-    widen(a.master ? Float::f32 : a.param_type, a.master ? a.master : a.param, at, n, w);
-    widen(a.grad_type, a.grad, at, n, g);
+    const V next = regularized<R>(k, w, g, s);
+    if (a.master) store(a.master + i, next);
+    narrow(a.param_type, a.param, i, next, a.stochastic, random[v]);
     for (std::size_t j = 0; j < R::states; ++j) {
-      std::uint8_t last[kStateBlock] = {};
-      switch (a.state_type) {
-        case StateType::wide:
-          widen(Float::f32, a.state[j], at, n, s[j]);
-          break;
-        case StateType::bf16:
-          widen(Float::bf16, a.state[j], at, n, s[j]);
-          break;
-        case StateType::u8:
-          const std::uint8_t* codes = static_cast<const std::uint8_t*>(a.state[j]) + at;
-          if (n < kStateBlock) codes = static_cast<const std::uint8_t*>(std::memcpy(last, codes, n));
-          widen_u8(codes, a.exponent[j][at / kStateBlock], positive >> j & 1, s[j]);
-          break;
-      }
-    }
-    step_wide<R>(k, w, static_cast<const float*>(g), states, 0, kStateBlock);
-    if (a.master) std::memcpy(a.master + at, w, n * sizeof(float));
-    narrow_param(a.param_type, w, a.param, at, n, a.stochastic, random);
-    for (std::size_t j = 0; j < R::states; ++j) {
-      std::uint8_t last[kStateBlock];
-      switch (a.state_type) {
-        case StateType::wide:
-          std::memcpy(static_cast<float*>(a.state[j]) + at, s[j], n * sizeof(float));
-          break;
-        case StateType::bf16:
-          narrow(s[j], static_cast<std::uint16_t*>(a.state[j]) + at, n, random,
-                 [j](Bits bits, Bits r) { return bf16_stochastic(bits, turned(r, j + 1)); });
-          break;
-        case StateType::u8:
-          std::uint8_t* codes = static_cast<std::uint8_t*>(a.state[j]) + at;
-          // Behind the end of the tensor there is no more than zeros: they do not count.
-          std::memset(s[j] + n, 0, (kStateBlock - n) * sizeof(float));
-          a.exponent[j][at / kStateBlock] =
-              narrow_u8(s[j], positive >> j & 1, j + 1, random, n < kStateBlock ? last : codes);
-          if (n < kStateBlock) std::memcpy(codes, last, n);
-          break;
+      if constexpr (State == StateType::wide) narrow(Float::f32, a.state[j], i, s[j], false, Bits{});
+      if constexpr (State == StateType::bf16) narrow(Float::bf16, a.state[j], i, s[j], true, turned(random[v], j + 1));
+      if constexpr (State == StateType::u8) {
+        stepped[j][v] = bit_cast<Bits>(s[j]);
+        const Bits rest = stepped[j][v] & 0x7fffffffu;
+        largest[j] = rest > largest[j] ? rest : largest[j];
       }
     }
   }
+  if constexpr (State == StateType::u8) {
+    for (std::size_t j = 0; j < R::states; ++j) {
+      const bool positive = Positive >> j & 1;
+      const std::uint32_t exponent = exponent_of(largest[j], positive);
+      *a.exponent[j] = static_cast<std::uint8_t>(exponent);
+      for (std::size_t v = 0; v < kBlockVectors; ++v) {
+        std::uint8_t* const codes = static_cast<std::uint8_t*>(a.state[j]) + v * kLanes<float>;
+        narrow_u8(codes, stepped[j][v], exponent, positive, turned(random[v], j + 1));
+      }
+    }
+  }
+}
+
+constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
+
+// The same arrays, from element `at` on.
+inline StepArgs from(const StepArgs& a, std::size_t at) {
+  StepArgs b = a;
+  b.param = static_cast<char*>(a.param) + at * width_of(a.param_type);
+  b.grad = static_cast<const char*>(a.grad) + at * width_of(a.grad_type);
+  for (std::size_t j = 0; j < kMaxStates; ++j) {
+    if (a.state[j]) b.state[j] = static_cast<char*>(a.state[j]) + at * width_of(a.state_type);
+    if (a.exponent[j]) b.exponent[j] = a.exponent[j] + at / kStateBlock;
+  }
+  if (a.master) b.master = a.master + at;
+  return b;
+}
+
+template <class R, unsigned Positive, StateType State>
+void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, std::size_t end) {
+  std::size_t at = begin;
+  for (; at + kStateBlock <= end; at += kStateBlock) step_block<R, Positive, State>(k, from(a, at), at);
+  if (at == end) return;
+  // The last block passes through memory of its own, filled up with zeros, which stay zeros in every state.
+  const std::size_t n = end - at;
+  const StepArgs real = from(a, at);
+  StepArgs copy = real;
+  float param[kStateBlock] = {}, grad[kStateBlock] = {}, master[kStateBlock] = {}, state[kMaxStates][kStateBlock] = {};
+  std::memcpy(copy.param = param, real.param, n * width_of(a.param_type));
+  copy.grad = std::memcpy(grad, real.grad, n * width_of(a.grad_type));
+  for (std::size_t j = 0; j < R::states; ++j) {
+    std::memcpy(copy.state[j] = state[j], real.state[j], n * width_of(State));
+  }
+  if (a.master) std::memcpy(copy.master = master, real.master, n * sizeof(float));
+  step_block<R, Positive, State>(k, copy, at);
+  std::memcpy(real.param, param, n * width_of(a.param_type));
+  for (std::size_t j = 0; j < R::states; ++j) std::memcpy(real.state[j], state[j], n * width_of(State));
+  if (a.master) std::memcpy(real.master, master, n * sizeof(float));
 }
 
 // ---- the table -----------------------------------------------------------------------------------------------
@@ -370,8 +368,12 @@ void step(const Hyper& hyper, const StepArgs& a, std::size_t begin, std::size_t 
     wide(double{});
   } else if (a.param_type == Float::f32 && a.grad_type == Float::f32 && a.state_type == StateType::wide) {
     wide(float{});
+  } else if (R::states == 0 || a.state_type == StateType::wide) {
+    step_narrow<R, Positive, StateType::wide>(Scalars<float>(hyper), a, begin, end);
+  } else if (a.state_type == StateType::bf16) {
+    step_narrow<R, Positive, StateType::bf16>(Scalars<float>(hyper), a, begin, end);
   } else {
-    step_narrow<R>(Scalars<float>(hyper), a, Positive, begin, end);
+    step_narrow<R, Positive, StateType::u8>(Scalars<float>(hyper), a, begin, end);
   }
 }
 
@@ -427,7 +429,11 @@ double sum_squares_any(Float type, const void* x, std::size_t begin, std::size_t
   double sum = 0;
   float block[kStateBlock];
   for (std::size_t at = begin; at < end; at += kStateBlock) {
-    widen(type, x, at, end - at < kStateBlock ? end - at : kStateBlock, block);
+    const std::size_t n = end - at < kStateBlock ? end - at : kStateBlock;
+    const std::uint16_t* narrow = static_cast<const std::uint16_t*>(x) + at;
+    std::uint16_t last[kStateBlock] = {};
+    if (n < kStateBlock) narrow = static_cast<const std::uint16_t*>(std::memcpy(last, narrow, n * sizeof *narrow));
+    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store(block + i, widen(type, narrow, i));
     sum += sum_squares(block, kStateBlock);
   }
   return sum;

@@ -1,5 +1,5 @@
-// Bit mask and packed non-zeros, and products with them. Elements are integers of their width: whatever the float type, an element is zero
-// when all bits but the sign are.
+// Bit mask and packed non-zeros, and products with them. Elements are integers of their width: whatever the float type,
+// an element is zero when all bits but the sign are.
 
 template <class U>
 inline bool nonzero(U bits) {

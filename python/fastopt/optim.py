@@ -341,6 +341,7 @@ class Optimizer(abc.ABC):
 
         jobs: list[tuple[Any, ...]] = []
         stochastic = self._common["stochastic_rounding"]
+        chance = stochastic or self._common["state_dtype"] != "float32"
         for group, options, grads_of_group in zip(self._groups, self.param_groups, aligned, strict=True):
             lr = options["lr"]
             if callable(lr):
@@ -350,7 +351,7 @@ class Optimizer(abc.ABC):
             common = (-scale if options["maximize"] else scale, lr * options["l1"], options["keep_zeros"])
             for count, indices in group.jobs(grads_of_group):
                 hyper = self._hyper(options, lr, count + 1, common)
-                noise = _mixed(self._common["seed"], self._steps, len(jobs))
+                noise = _mixed(self._common["seed"], self._steps, len(jobs)) if chance else 0
                 jobs.append(
                     (
                         self._rule(options),
