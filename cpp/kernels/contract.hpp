@@ -83,6 +83,18 @@ struct Range {
   float min, max;
 };
 
+// x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
+// `prepared_bytes`, written by the kernel `prepare_x`; it is not needed where prepared_bytes() is 0.
+struct Linear {
+  const float* x;
+  const std::uint8_t* prepared;
+  std::size_t prepared_bytes;
+  int limbs;  // bytes of a number that x is rounded to: 3 is as exact as float32, 1 is fast
+  std::size_t batch;
+  const float* bias;  // or null
+  float* y;
+};
+
 // What quantizing a range found; bits of an `unsigned`.
 inline constexpr unsigned kNonFinite = 1;   // NaN or infinity in the input
 inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or minimum closely enough
@@ -136,9 +148,11 @@ struct Kernels {
   void (*pack)(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* packed);
   void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
 
-  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end); y is [batch, rows].
-  void (*linear_quantized)(const Quantized& w, const float* x, std::size_t batch, const float* bias, float* y,
-                           std::size_t begin, std::size_t end);
+  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, a row into
+  // prepared_bytes() aligned to 64; 0 means that these groups need no preparation.
+  std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
+  void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
+  void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
   void (*linear_masked)(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y,
                         std::size_t begin, std::size_t end);
 

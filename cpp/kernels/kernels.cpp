@@ -47,6 +47,8 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     dequantize_any,
     pack_any,
     unpack_any,
+    prepared_bytes,
+    prepare_x_any,
     linear_quantized,
     linear_masked,
     magnitude_histogram_any,

@@ -10,6 +10,10 @@ constexpr std::size_t kBlock = 1024;  // codes in flight; a multiple of every pa
 template <int Bits>
 struct Packing;
 template <>
+struct Packing<8> {
+  using Word = std::uint8_t;
+};
+template <>
 struct Packing<4> {
   using Word = std::uint16_t;
   static constexpr Word mask = 0x0f0f;

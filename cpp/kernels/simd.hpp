@@ -63,6 +63,35 @@ inline Vec<T, Lanes> convert(From from) {
   return __builtin_convertvector(from, Vec<T, Lanes>);
 }
 
+// A number as a type, to choose a template by.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Halves added (or whatever `op` does) until one lane is left.
+template <class T, std::size_t Lanes, class Op>
+inline T fold_lanes(Vec<T, Lanes> v, Op op) {
+  if constexpr (Lanes == 16) {
+    return fold_lanes<T, 8>(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                            op);
+  } else if constexpr (Lanes == 8) {
+    return fold_lanes<T, 4>(op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)),
+                            op);
+  } else if constexpr (Lanes == 4) {
+    return fold_lanes<T, 2>(op(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)), op);
+  } else {
+    static_assert(Lanes == 2);
+    return op(v[0], v[1]);
+  }
+}
+template <class V, class Op>
+inline auto fold(V v, Op op) {
+  using T = decltype(v[0] + v[0]);
+  return fold_lanes<T, sizeof(V) / sizeof(T)>(v, op);
+}
+
 inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(bit_cast<Vec<std::uint32_t>>(v) & 0x7fffffffu); }
 
 // Correctly rounded, as IEEE demands of sqrt.
@@ -168,8 +197,11 @@ inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
 #endif
 }
 
-// float16 by hand: not every baseline has instructions for it, and all it is needed for is a number per group.
+// float16 by hand where the baseline has no instruction for it; all it is needed for is a number per group.
 inline float float_of_half(std::uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
   const std::uint32_t rest = h & 0x7fffu;
   std::uint32_t bits;
@@ -181,6 +213,7 @@ inline float float_of_half(std::uint16_t h) {
     return bit_cast<float>(bit_cast<std::uint32_t>(static_cast<float>(rest) * 0x1p-24f) | sign);
   }
   return bit_cast<float>(bits | sign);
+#endif
 }
 
 inline std::uint16_t half_of_float(float f) {
@@ -223,6 +256,118 @@ inline void store_halves(std::uint16_t* to, Vec<float> v) {
   vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
 #else
   for (std::size_t i = 0; i < kLanes<float>; ++i) to[i] = half_of_float(v[i]);
+#endif
+}
+
+// Half to even, for |v| < 2^31.
+inline Vec<std::int32_t> round_to_int(Vec<float> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<std::int32_t>>(_mm512_cvtps_epi32(bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::int32_t>>(_mm256_cvtps_epi32(bit_cast<__m256>(v)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<std::int32_t>>(_mm_cvtps_epi32(bit_cast<__m128>(v)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec<std::int32_t>>(vcvtnq_s32_f32(bit_cast<float32x4_t>(v)));
+#else
+  Vec<std::int32_t> n;
+  for (std::size_t i = 0; i < kLanes<float>; ++i) n[i] = static_cast<std::int32_t>(__builtin_rintf(v[i]));
+  return n;
+#endif
+}
+
+inline Vec<std::int32_t> lane_numbers() {
+  Vec<std::int32_t> v = {};
+  for (std::size_t l = 0; l < kLanes<std::int32_t>; ++l) v[l] = static_cast<std::int32_t>(l);
+  return v;
+}
+
+// table[index[l]] for each lane, of a table of as many floats as there are lanes.
+inline Vec<float> lookup(const float* table, Vec<std::int32_t> index) {
+#if defined(__AVX512F__)
+  // With a mask of all lanes, as GCC 12 warns of the plain one in its own header.
+  return bit_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), load<__m512>(table)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(load<__m256>(table), bit_cast<__m256i>(index)));
+#else
+  Vec<float> v;
+  for (std::size_t l = 0; l < kLanes<float>; ++l) v[l] = table[index[l]];
+  return v;
+#endif
+}
+
+// sums[l] + codes[0][4l .. 4l + 3] . x[4l .. 4l + 3] + the same of the next 64 bytes of x with codes[1], and so on.
+// `codes` are unsigned, below 2^Bits, and 8 / Bits vectors; x is signed.
+template <int Bits>
+inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[8 / Bits],
+                                   const std::int8_t* x) {
+  constexpr int parts = 8 / Bits;
+#if defined(__AVX512VNNI__)
+  __m512i s = bit_cast<__m512i>(sums);
+  for (int p = 0; p < parts; ++p) s = _mm512_dpbusd_epi32(s, bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p));
+  return bit_cast<Vec<std::int32_t>>(s);
+#elif defined(__SSE2__)
+  using Pairs = Vec<std::int16_t>;
+#if defined(__AVX512BW__)
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  };
+#elif defined(__AVX2__)
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+  };
+#else
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+  };
+#endif
+#if defined(__AVX2__)
+  if constexpr (Bits < 8) {  // sums of two products, and of all parts, stay below 2^15
+    Pairs pairs = {};
+    for (int p = 0; p < parts; ++p) {
+#if defined(__AVX512BW__)
+      pairs += bit_cast<Pairs>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p)));
+#else
+      pairs += bit_cast<Pairs>(_mm256_maddubs_epi16(bit_cast<__m256i>(codes[p]), load<__m256i>(x + 64 * p)));
+#endif
+    }
+    return sums + add_products(pairs, Pairs{} + std::int16_t{1});
+  }
+#endif
+  for (int p = 0; p < parts; ++p) {
+    const Pairs both = bit_cast<Pairs>(codes[p]), xs = load<Pairs>(x + 64 * p);
+    const Pairs odd = bit_cast<Pairs>(bit_cast<Vec<std::uint16_t>>(both) >> 8);
+    sums += add_products(both & std::int16_t{0xff}, xs << 8 >> 8) + add_products(odd, xs >> 8);
+  }
+  return sums;
+#elif defined(__aarch64__)
+  // Signed by signed: codes of 8 bits lose 128 first, and get back 128 * x, as twice 64 * x.
+  int32x4_t s = bit_cast<int32x4_t>(sums);
+  for (int p = 0; p < parts; ++p) {
+    const int8x16_t xs = vld1q_s8(x + 64 * p);
+    const int8x16_t c = bit_cast<int8x16_t>(Bits == 8 ? codes[p] ^ std::uint8_t{0x80} : codes[p]);
+    const int8x16_t half = vdupq_n_s8(64);
+#if defined(__ARM_FEATURE_DOTPROD)
+    s = vdotq_s32(s, c, xs);
+    if (Bits == 8) s = vdotq_s32(vdotq_s32(s, xs, half), xs, half);
+#else
+    const auto add = [&](int8x16_t a) {
+      const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(xs)));
+      s = vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(a, xs))));
+    };
+    add(c);
+    if (Bits == 8) {
+      add(half);
+      add(half);
+    }
+#endif
+  }
+  return bit_cast<Vec<std::int32_t>>(s);
+#else
+  for (int p = 0; p < parts; ++p) {
+    for (std::size_t i = 0; i < kVectorBytes; ++i) sums[i / 4] += codes[p][i] * x[64 * static_cast<std::size_t>(p) + i];
+  }
+  return sums;
 #endif
 }
 

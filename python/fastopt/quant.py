@@ -3,6 +3,7 @@
 import math
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -134,7 +135,7 @@ class QuantizedTensor:
         """Bits stored for each weight, parameters included."""
         return 8 * self.nbytes / max(self.size, 1)
 
-    @property
+    @cached_property
     def kernel_args(self) -> tuple[Array, Array, Array, int, int]:
         """What the kernels take, in their order."""
         cols = as_matrix(self.shape)[1]
