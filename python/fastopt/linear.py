@@ -62,9 +62,9 @@ def linear(
     --------
     >>> import numpy as np
     >>> import fastopt as fo
-    >>> w = fo.quantize(np.eye(3, dtype=np.float32), bits=8, param_dtype="float32")
+    >>> w = fo.quantize(15 * np.eye(3, dtype=np.float32), bits=4)
     >>> fo.linear(np.array([1, 2, 3], dtype=np.float32), w)
-    array([1., 2., 3.], dtype=float32)
+    array([15., 30., 45.], dtype=float32)
     """
     limbs = _LIMBS.get(precision)
     if limbs is None:
