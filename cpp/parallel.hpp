@@ -25,8 +25,9 @@ namespace threads {
 inline std::atomic<int> wanted{0};         // 0: not set, OpenMP's default (which honours OMP_NUM_THREADS)
 inline std::atomic<bool> in_child{false};  // libgomp's workers do not survive fork: a child that calls them hangs
 
-// Waking a thread costs some 10 us, in which a core moves about this many bytes from cache.
-inline constexpr double kBytesPerThread = 128 * 1024;
+// Waking a thread costs up to some 30 us, and far more while other processes keep the cores busy; in that time a core
+// moves about this many bytes.
+inline constexpr double kBytesPerThread = 1024 * 1024;
 
 inline void watch_fork() {
 #if defined(__unix__) || defined(__APPLE__)
