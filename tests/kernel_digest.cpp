@@ -325,7 +325,7 @@ void digest_prune(const Kernels& k, Float type, const std::string& type_name, st
     for (bool want_kept : {false, true}) {
       std::vector<U> pruned = w;
       Bytes kept(w.size());
-      const PruneArgs args = {pruned.data(), want_kept ? kept.data() : nullptr, key, keep};
+      const PruneArgs args = {pruned.data(), pruned.data(), want_kept ? kept.data() : nullptr, key, keep};
       k.prune(type, args, offset, offset + n);
       c.add(pruned);
       c.add(kept);
@@ -334,38 +334,106 @@ void digest_prune(const Kernels& k, Float type, const std::string& type_name, st
 }
 
 template <class U>
+void digest_bracket(const Kernels& k, Float type, std::size_t n, std::size_t offset) {
+  Case c("collect_magnitudes width=" + text(sizeof(U)) + " n=" + text(n) + " offset=" + text(offset));
+  const std::vector<U> w = patterns<U>(c, offset + n);
+  constexpr U high = static_cast<U>(~U{0}) >> 1;
+  for (const U low : {U{0}, static_cast<U>(high / 2)}) {
+    std::vector<U> found(n + kGuard);
+    const Collected some =
+        k.collect_magnitudes(type, w.data(), offset, offset + n, low, low + high / 8, found.data(), n);
+    c.add(some.below);
+    c.add(some.found);
+    c.add(found);
+  }
+  Bytes kept(offset + n + kGuard);
+  std::vector<U> cleared = w;
+  k.keep_largest(type, w.data() + offset, n, 2, 5, kept.data() + offset);
+  k.clear(sizeof(U), cleared.data(), kept.data(), offset, offset + n);
+  c.add(kept);
+  c.add(cleared);
+}
+
+template <class U>
 void digest_rows(const Kernels& k, std::size_t n, std::size_t offset) {
   Case c("compress width=" + text(sizeof(U)) + " n=" + text(n) + " offset=" + text(offset));
   const std::vector<U> x = patterns<U>(c, offset + n);
-  const std::size_t count = k.count_nonzero(sizeof(U), x.data() + offset, n);
-  std::vector<U> values(count + kGuard), out(offset + n + kGuard);
   Bytes mask((n + 7) / 8 + kGuard);
-  k.compress_row(sizeof(U), x.data() + offset, n, mask.data(), values.data());
-  k.expand_row(sizeof(U), mask.data(), values.data(), n, out.data() + offset);
+  const std::size_t count = k.nonzero_mask(sizeof(U), x.data() + offset, n, mask.data());
+  std::vector<U> values(count + kGuard), out(offset + n + kGuard);
+  k.compress_row(sizeof(U), x.data() + offset, mask.data(), n, count, values.data());
+  k.expand_row(sizeof(U), mask.data(), values.data(), count, n, out.data() + offset);
   c.add(count);
   c.add(mask);
   c.add(values);
   c.add(out);
+  if (n > kIndexColumns) return;
+  std::vector<std::uint16_t> columns(n + 8), back(n + 8);
+  Bytes gaps(n);
+  c.add(k.mask_columns(mask.data(), n, columns.data()));
+  const std::size_t entries = k.column_gaps(columns.data(), count, gaps.data());
+  c.add(entries);
+  k.gap_columns(gaps.data(), entries, 0, back.data());
+  k.scatter_row(sizeof(U), columns.data(), values.data(), count, n, out.data() + offset);
+  c.add(columns.data(), count * sizeof columns[0]);
+  c.add(gaps);
+  c.add(back.data(), entries * sizeof back[0]);
+  c.add(out);
 }
 
-// One row, its non-zeros as numbers and as 8-bit codes.
-void digest_masked(const Kernels& k, std::size_t cols) {
-  Case c("linear_masked cols=" + text(cols));
-  constexpr std::size_t batch = 3;
-  std::vector<float> dense = numbers<float>(c, cols, plain), values(cols + 1), y(batch);
-  const std::vector<float> x = numbers<float>(c, batch * cols, plain), bias = numbers<float>(c, 1, plain);
-  for (float& w : dense) w = c.random() % 4 ? 0.0f : w;
-  const std::size_t row_bytes = (cols + 7) / 8, count = k.count_nonzero(4, dense.data(), cols);
-  Bytes mask(row_bytes), codes(count);
-  for (auto& code : codes) code = static_cast<std::uint8_t>(c.random());
-  k.compress_row(4, dense.data(), cols, mask.data(), values.data());
-  const std::int64_t offsets[] = {0, static_cast<std::int64_t>(count)};
-  const float scale = 0.01f, minimum = -1.0f;
-  const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0};
-  for (const Quantized* quantized : {static_cast<const Quantized*>(nullptr), &q}) {
-    const Masked w = {mask.data(), offsets, quantized ? nullptr : values.data(), quantized, 1, cols, row_bytes};
-    k.linear_masked(w, x.data(), batch, bias.data(), y.data(), 0, 1);
-    c.add(y);
+// Two rows in every layout, their numbers in every type, by vectors and by tiles.
+void digest_linear_sparse(const Kernels& k, std::size_t cols) {
+  if (cols > kIndexColumns) return;
+  constexpr std::size_t rows = 2, batch = 19;
+  const std::size_t stride = (cols + kBlockLength - 1) / kBlockLength * kBlockLength;
+  for (Layout layout : {Layout::mask, Layout::block, Layout::index16, Layout::index8}) {
+    Case c("linear_sparse cols=" + text(cols) + " layout=" + text(static_cast<std::size_t>(layout)));
+    const bool block = layout == Layout::block;
+    const std::size_t places = block ? stride / kBlockLength : cols, row_bytes = (places + 7) / 8;
+    Bytes mask(rows * row_bytes + 8), gaps;
+    std::vector<std::uint16_t> columns;
+    std::vector<std::int64_t> offsets = {0};
+    for (std::size_t r = 0; r < rows; ++r) {
+      std::vector<std::uint16_t> row;
+      for (std::size_t i = 0; i < places; ++i) {
+        if (c.random() % (r == 0 ? 3 : 40)) continue;
+        mask[r * row_bytes + i / 8] = static_cast<std::uint8_t>(mask[r * row_bytes + i / 8] | 1u << i % 8);
+        row.push_back(static_cast<std::uint16_t>(i));
+      }
+      Bytes row_gaps(cols + 1);
+      const std::size_t entries = k.column_gaps(row.data(), row.size(), row_gaps.data());
+      gaps.insert(gaps.end(), row_gaps.begin(), row_gaps.begin() + static_cast<std::ptrdiff_t>(entries));
+      columns.insert(columns.end(), row.begin(), row.end());
+      offsets.push_back(static_cast<std::int64_t>(layout == Layout::index8 ? gaps.size() : columns.size()));
+    }
+    const std::size_t count = static_cast<std::size_t>(offsets.back()) * (block ? kBlockLength : 1);
+    const std::vector<float> values = numbers<float>(c, count, plain), bias = numbers<float>(c, rows, plain);
+    std::vector<std::uint16_t> halves(count);
+    for (auto& half : halves) half = static_cast<std::uint16_t>(c.random() & 0xbbffu);  // finite
+    Bytes codes(count);
+    for (auto& code : codes) code = static_cast<std::uint8_t>(c.random());
+    const float scale = 0.01f, minimum = -1.0f;
+    const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0};
+    const std::vector<float> x = numbers<float>(c, batch * cols, plain);
+    std::vector<float> padded(3 * stride), tile(cols * 32), y(batch * rows);
+    for (std::size_t b = 0; b < 3; ++b) std::memcpy(&padded[b * stride], &x[b * cols], cols * sizeof(float));
+    k.transpose_tile(x.data(), batch, cols, 0, 32, 0, cols, tile.data());
+    c.add(tile);
+    const void* positions = layout == Layout::index16  ? static_cast<const void*>(columns.data())
+                            : layout == Layout::index8 ? static_cast<const void*>(gaps.data())
+                                                       : static_cast<const void*>(mask.data());
+    for (int kind = 0; kind < 4; ++kind) {
+      constexpr Float types[] = {Float::f32, Float::f16, Float::bf16, Float::f32};
+      const void* numbers_of_kind = kind == 0   ? static_cast<const void*>(values.data())
+                                    : kind == 3 ? nullptr
+                                                : static_cast<const void*>(halves.data());
+      const Sparse w = {layout, positions, offsets.data(), numbers_of_kind, types[kind], kind == 3 ? &q : nullptr,
+                        count,  rows,      cols,           row_bytes};
+      k.linear_sparse(w, padded.data(), stride, 3, bias.data(), y.data(), 0, rows);
+      c.add(y);
+      k.linear_sparse_tile(w, tile.data(), 32, batch, 0, nullptr, y.data(), 0, rows);
+      c.add(y);
+    }
   }
 }
 
@@ -376,11 +444,13 @@ void digest_sparse(const Kernels& k) {
       digest_prune<std::uint16_t>(k, Float::bf16, "bf16", n, offset);
       digest_prune<std::uint32_t>(k, Float::f32, "f32", n, offset);
       digest_prune<std::uint64_t>(k, Float::f64, "f64", n, offset);
+      digest_bracket<std::uint32_t>(k, Float::f32, n, offset);
+      digest_bracket<std::uint64_t>(k, Float::f64, n, offset);
       digest_rows<std::uint16_t>(k, n, offset);
       digest_rows<std::uint32_t>(k, n, offset);
       digest_rows<std::uint64_t>(k, n, offset);
     }
-    digest_masked(k, n);
+    digest_linear_sparse(k, n);
   }
 }
 

@@ -436,6 +436,30 @@ def kept_of_share(w, sparsity):
     return kept.reshape(w.shape)
 
 
+def kept_of_groups(w, n, m):
+    """Of every m elements of a row keep the n largest, of equal ones the earlier."""
+    kept = np.ones(w.shape, bool)
+    for row in range(w.shape[0]):
+        for begin in range(0, w.shape[1], m):
+            part = (row, slice(begin, begin + m))
+            magnitude, nan = magnitudes(w[part])
+            order = np.lexsort((np.arange(magnitude.size), ~nan, -magnitude))
+            kept[part][order[n:]] = False
+    return kept
+
+
+def kept_blocks(w, **choice):
+    """Blocks of 16 columns by their L2 norm, with the threshold or the sparsity that is given."""
+    rows = w.reshape(w.shape[0] if w.ndim > 1 else 1, -1) if w.size else w
+    count = -(-rows.shape[1] // 16)
+    norms = np.zeros((rows.shape[0], count))
+    for c in range(rows.shape[1]):
+        norms[:, c // 16] += rows[:, c].astype(np.float64) ** 2
+    norms = np.sqrt(norms)
+    kept = kept_above(norms, **choice) if "threshold" in choice else kept_of_share(norms, **choice)
+    return np.repeat(kept, 16, axis=1)[:, : rows.shape[1]].reshape(w.shape)
+
+
 def prune(w, kept):
     return np.where(kept, w, w.dtype.type(0))
 
@@ -451,8 +475,65 @@ def compress(w):
     return mask, row_offsets, w[nonzero]
 
 
-def expand(mask, values, cols):
-    nonzero = np.unpackbits(mask, axis=1, count=cols, bitorder="little").astype(bool)
-    w = np.zeros(nonzero.shape, values.dtype)
-    w[nonzero] = values
-    return w
+def stored(layout, positions, row_offsets, rows, cols):
+    """Which elements of a matrix a layout stores; of blocks also those behind the last column."""
+    if layout == "1x16":
+        blocks = np.unpackbits(positions, axis=1, count=-(-cols // 16), bitorder="little").astype(bool)
+        return np.repeat(blocks, 16, axis=1)
+    if not layout.startswith("index"):
+        return np.unpackbits(positions, axis=1, count=cols, bitorder="little").astype(bool)
+    result = np.zeros((rows, cols), bool)
+    for r in range(rows):
+        columns = positions[row_offsets[r] : row_offsets[r + 1]].astype(np.int64)
+        result[r, np.cumsum(columns + 1) - 1 if layout == "index8" else columns] = True
+    return result
+
+
+def expand(stored, values, cols):
+    w = np.zeros(stored.shape, values.dtype)
+    w[stored] = values
+    return w[:, :cols]
+
+
+def tree(sums):
+    """The sum over the last axis, a power of two: its halves are added until one is left."""
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+def linear_sparse(x, w, stored, by_column, bias=None):
+    """x @ w.T in float32 over what is stored.
+
+    Fewer than 4 rows of x: entry k of a stretch of 1024 goes to partial sum k % 16, where k counts columns under a
+    mask and entries elsewhere. More: tiles of 64, 32 or 16 rows, filled up; entry k of a stretch of 8192 / width
+    columns goes to partial sum k % 4.
+    """
+    batch, cols = x.shape
+    y = np.zeros((batch, len(w)), np.float32)
+    for r, row in enumerate(stored[:, :cols]):
+        columns = np.flatnonzero(row)
+        if batch < 4:
+            places = columns if by_column else np.arange(len(columns))
+            total = np.zeros((batch, 16), np.float32)
+            for begin in range(0, cols, 1024):
+                partial = np.zeros((batch, 16), np.float32)
+                for k, c in zip(places, columns, strict=True):
+                    if begin <= k < begin + 1024:
+                        partial[:, k % 16] += x[:, c] * w[r, c]
+                total += partial
+            y[:, r] = tree(total)
+            continue
+        first = 0
+        while first < batch:
+            left = batch - first
+            width = 64 if left > 32 else 32 if left > 16 else 16
+            xs = x[first : first + width]
+            for begin in range(0, cols, 8192 // width):
+                partial = np.zeros((len(xs), 4), np.float32)
+                for k, c in enumerate(columns[(columns >= begin) & (columns < begin + 8192 // width)]):
+                    partial[:, k % 4] += xs[:, c] * w[r, c]
+                y[first : first + width, r] += tree(partial)
+            first += width
+    return y if bias is None else y + bias

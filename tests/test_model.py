@@ -45,7 +45,7 @@ def contents(tensor):
     if isinstance(tensor, fo.QuantizedTensor):
         return [tensor.codes, tensor.scale, tensor.minimum, tensor.bits, tensor.group_size, tensor.shape, tensor.dtype]
     if isinstance(tensor, fo.SparseTensor):
-        return [tensor.mask, tensor.row_offsets, *contents(tensor.values), tensor.shape]
+        return [tensor.positions, tensor.row_offsets, *contents(tensor.values), tensor.shape]
     return [tensor]
 
 
@@ -246,7 +246,7 @@ def test_descriptions_that_lie(tmp_path):
         "q.codes": q.codes,
         "q.scale": q.scale,
         "q.minimum": q.minimum,
-        "s.mask": s.mask,
+        "s.positions": s.positions,
         "s.row_offsets": s.row_offsets,
         "s.values": s.values,
     }
@@ -283,7 +283,10 @@ def test_descriptions_that_lie(tmp_path):
         (changed(shape=[1 << 40, 1 << 40]), "'q': shape: expected the sizes"),
         (changed(shape=[1] * 1000), "'q': shape: expected the sizes"),
         ({**good, "tensors": {"q": quantized, "s": {**sparse, "layout": "csr"}}}, "'s': layout: expected 'mask'"),
-        ({**good, "tensors": {"q": quantized, "s": {**sparse, "shape": [1, 8]}}}, "'s': mask: expected shape"),
+        (
+            {**good, "tensors": {"q": quantized, "s": {**sparse, "shape": [1, 8]}}},
+            "'s': row_offsets: expected 2 elements",
+        ),
         ({**good, "tensors": {"q": quantized, "s": {**sparse, "values": quantized}}}, "'s.values.codes' is missing"),
     ]:
         write(path, arrays, described)
@@ -295,7 +298,7 @@ def test_descriptions_that_lie(tmp_path):
         ("s.row_offsets", np.array([0, 9, 8], "i8"), "row_offsets: must rise"),
         ("s.row_offsets", np.array([-4, 4, 8], "i8"), "row_offsets: must rise"),
         ("s.row_offsets", s.row_offsets.astype("i4"), "row_offsets: expected int64"),
-        ("s.mask", s.mask ^ np.array([[1], [0]], "u1"), "mask: row 0 has"),
+        ("s.positions", s.positions ^ np.array([[1], [0]], "u1"), "positions: row 0 has"),
         ("s.values", s.values.astype("i4"), "values: expected float32"),
         ("q.scale", q.scale.astype("f8"), "scale, minimum: expected float16 or float32"),
         ("q.codes", q.codes.astype("i1"), "codes: expected uint8"),

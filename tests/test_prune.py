@@ -98,6 +98,119 @@ def test_prune_leaves_its_input_alone(rng):
     assert fo.prune(w.T, sparsity=0.5).shape == (5, 6)
 
 
+def test_the_kth_of_many(isa, threads, rng):
+    """Enough for a bracket from a sample, which clustered and sorted weights mislead."""
+    n = 200001
+    normal = rng.standard_normal(n)
+    ties = np.round(normal * 50) / 50
+    steps = np.repeat(10.0 ** rng.integers(-30, 30, n // 1000 + 1), 1000)[:n]
+    for w in (normal, np.sort(np.abs(normal)), ties, steps, np.zeros(n), np.where(np.arange(n) < 9, np.nan, 1.0)):
+        for dtype in ("f4", "f8"):
+            x = w.astype(dtype)
+            for k in (1, n // 3, n - 3, n):
+                key, below, equal = _core.kth_magnitude([x[: n // 4], x[n // 4 :]], k)
+                magnitude = np.sort(np.where(np.isnan(x), np.inf, np.abs(x)))
+                assert below < k <= below + equal
+                if not np.isnan(x).any():
+                    value = np.array(key, f"u{x.itemsize}").view(dtype)
+                    assert value == magnitude[k - 1]
+                    assert below == np.searchsorted(magnitude, value)
+
+
+def test_masks_are_optional(isa, rng):
+    w = rng.standard_normal(3000).astype("f4")
+    with_mask, without = w.copy(), w.copy()
+    fo.prune_(with_mask, sparsity=0.4)
+    assert fo.prune_(without, sparsity=0.4, return_mask=False) is None
+    assert same_bits(with_mask, without)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_groups_equal_reference(isa, dtype, rng):
+    for cols in (0, 1, 3, 4, 7, 16, 33):
+        w = values(rng, 5 * cols, dtype_of(dtype)).reshape(5, cols)
+        for n, m in ((2, 4), (1, 2), (4, 8), (3, 16), (1, 7)):
+            pruned = w.copy()
+            kept = reference.kept_of_groups(w, n, m)
+            assert np.array_equal(fo.prune_(pruned, pattern=f"{n}:{m}"), kept)
+            assert same_bits(pruned, reference.prune(w, kept))
+    s = fo.prune(w, pattern="2:4")
+    assert s.layout == "2:4"
+    assert same_bits(s.to_dense(), reference.prune(w, reference.kept_of_groups(w, 2, 4) & (w != 0)))
+    assert fo.prune(w, pattern="1:7").layout in ("mask", "index8")
+
+
+def test_blocks_equal_reference(isa, rng):
+    for shape in ((7, 100), (3, 16), (40,), (2, 3, 9), (4, 0)):
+        w = np.round(rng.standard_normal(shape) * 2).astype("f4")  # many norms are equal
+        for choice in ({"sparsity": 0.5}, {"sparsity": 0.9}, {"threshold": 8.0}):
+            pruned = w.copy()
+            kept = reference.kept_blocks(w, **choice)
+            assert np.array_equal(fo.prune_(pruned, pattern="1x16", **choice), kept)
+            assert same_bits(pruned, reference.prune(w, kept))
+            s = fo.prune(w, pattern="1x16", **choice)
+            assert s.layout == "1x16"
+            assert np.array_equal(s.to_dense(), pruned)
+    both = [np.ones((2, 32), "f4"), 2 * np.ones((2, 32), "f4")]
+    fo.prune_(both, pattern="1x16", sparsity=0.5, scope="global")
+    assert [w.any() for w in both] == [False, True]
+
+
+def test_importance(isa, rng):
+    w = {name: rng.standard_normal((6, 40)).astype("f4") for name in "ab"}
+    score = {name: rng.standard_normal((6, 40)).astype("f2") for name in "ba"}
+    together = np.stack([score["a"], score["b"]])
+    pruned = {name: x.copy() for name, x in w.items()}
+    masks = fo.prune_(pruned, sparsity=0.6, importance=score, scope="global")
+    kept = reference.kept_of_share(together, 0.6)
+    assert np.array_equal(np.stack([masks["a"], masks["b"]]), kept)
+    assert same_bits(pruned["b"], reference.prune(w["b"], kept[1]))
+    for options in ({"pattern": "2:4"}, {"threshold": 0.5}, {"pattern": "1x16", "sparsity": 0.5}):
+        x, y = w["a"].copy(), w["a"].copy()
+        assert np.array_equal(fo.prune_(x, importance=score["a"], **options), fo.prune_(score["a"].copy(), **options))
+        fo.prune_(y, importance=y.copy(), **options)
+        assert same_bits(y, np.where(fo.prune_(w["a"].copy(), **options), w["a"], np.float32(0)))
+    s = fo.prune(w, sparsity=0.6, importance=score, scope="global")
+    assert same_bits(s["a"].to_dense(), pruned["a"])
+    for bad, message in [
+        (score["a"], r"importance: expected 2 array\(s\), arranged like w"),
+        ({"a": score["a"]}, "importance: nothing for 'b'"),
+        ({"a": score["a"], "b": score["b"].T}, r"importance: expected shape \(6, 40\) for 'b', got \(40, 6\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fo.prune_(pruned, sparsity=0.6, importance=bad)
+
+
+def test_several_arrays_to_sparse(rng):
+    w = [rng.standard_normal((6, 40)).astype("f4"), rng.standard_normal(9).astype("f4")]
+    s = fo.prune(w, sparsity=0.5)
+    assert [t.nnz for t in s] == [120, 5]
+    assert fo.sparsity(s) == 124 / 249
+    assert fo.sparsity({"a": w[0], "b": s[1]}) == 4 / 249
+    assert fo.prune({"x": w[0]}, threshold=1)["x"].shape == (6, 40)
+    assert fo.sparsity([]) == 0
+
+
+def test_pruned_negatives_infinities_and_nan(rng):
+    """Not as theta * mask: that leaves -0, and makes NaN of a pruned infinity."""
+    w = np.array([-0.1, np.inf, np.nan, -5.0], "f4")
+    kept = fo.prune_(w, importance=np.array([1, 2, 3, 4], "f4"), sparsity=0.75)
+    assert kept.tolist() == [False, False, False, True]
+    assert w.view("u4")[:3].tolist() == [0, 0, 0]
+
+
+def test_cubic_schedule():
+    schedule = fo.cubic_sparsity(0.9, 1000, initial=0.1, begin=50)
+    values = [schedule(step) for step in range(1200)]
+    assert values == sorted(values)
+    assert values[:51] == [0.1] * 51
+    assert values[1050:] == [0.9] * 150
+    assert values[550] == pytest.approx(0.9 - 0.8 / 8)
+    for bad in ({"final": 1.1, "steps": 3}, {"final": 0.5, "steps": 0}, {"final": 0.5, "steps": 3, "initial": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            fo.cubic_sparsity(**bad)
+
+
 def test_bad_arguments(rng):
     w = np.ones((4, 4), "f4")
     readonly = w.copy()
@@ -114,6 +227,11 @@ def test_bad_arguments(rng):
         (lambda: fo.prune_({"a": w, "b": w.view()}, sparsity=0.1), ValueError, "shares memory"),
         (lambda: fo.prune_([w, np.ones(3, int)], sparsity=0.1), TypeError, "array '1': expected float32"),
         (lambda: fo.prune_([w, np.ones(3)], sparsity=0.1, scope="global"), TypeError, "must have one dtype"),
+        (lambda: fo.prune_(w, sparsity=0.1, pattern="2:4"), ValueError, "threshold, sparsity: expected neither"),
+        (lambda: fo.prune_(w, pattern="1x16"), ValueError, "threshold, sparsity: expected exactly one"),
+        (lambda: fo.prune_(w, pattern="4:2"), ValueError, "pattern: expected 'N:M' with N < M"),
+        (lambda: fo.prune_(w, pattern="4x4", sparsity=0.5), ValueError, "pattern: expected 'N:M' with N < M"),
+        (lambda: fo.prune(w, sparsity=0.5, layout="2:3"), ValueError, "layout: expected 'mask'"),
         (lambda: fo.prune(np.ones(3, int), sparsity=0.1), TypeError, "w: expected float32"),
         (lambda: fo.prune(w), ValueError, "threshold, sparsity: expected exactly one"),
         (lambda: _core.kth_magnitude([w], 17), ValueError, "k: expected 1 to 16, got 17"),

@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <limits>
+#include <memory>
+
 #include "bindings/storage.hpp"
 #include "dispatch.hpp"
 #include "parallel.hpp"
@@ -48,8 +52,121 @@ void check_weights(const py::list& names, const py::list& arrays) {
 
 double bytes_of(const Weights& w) { return static_cast<double>(w.size) * w.width / 8; }
 
-// The k-th smallest magnitude (k from 1) over all arrays, found digit by digit, 16 bits at a time. Returns its
-// bits, how many magnitudes are smaller, and how many are equal to it.
+struct Rank {
+  std::uint64_t key, below, ties;
+};
+
+// The k-th smallest magnitude by counting digits of 16 bits, from the highest: one pass for each.
+Rank count_digits(const std::vector<Weights>& all, std::uint64_t k) {
+  const Kernels& table = kernels();
+  Rank rank{0, 0, 0};
+  const std::size_t slices = static_cast<std::size_t>(num_threads());
+  std::vector<std::uint64_t> bins(slices * kHistogramBins);
+  for (int shift = all.front().width - 16; shift >= 0; shift -= 16) {
+    std::fill(bins.begin(), bins.end(), 0);
+    for (const Weights& w : all) {
+      parallel_for(slices, bytes_of(w), [&](std::size_t begin, std::size_t end) {
+        table.magnitude_histogram(w.type, w.data, w.size * begin / slices, w.size * end / slices, rank.key, shift,
+                                  bins.data() + begin * kHistogramBins);
+      });
+    }
+    for (std::size_t digit = 0;; ++digit) {
+      rank.ties = 0;
+      for (std::size_t s = 0; s < slices; ++s) rank.ties += bins[s * kHistogramBins + digit];
+      if (rank.below + rank.ties >= k) {
+        rank.key = rank.key << 16 | digit;
+        break;
+      }
+      rank.below += rank.ties;
+    }
+  }
+  return rank;
+}
+
+template <class Key>
+class Selection {
+ public:
+  Selection(const std::vector<Weights>& all, std::size_t total) : all_(all), total_(total) {}
+
+  // The k-th smallest magnitude: a sample gives a bracket, one pass counts what is below it and collects what is in it.
+  // False where the sample misled; a sorted or clustered weight does that.
+  bool find(std::uint64_t k, Rank& rank) {
+    bracket(k);
+    std::uint64_t below = 0;
+    std::vector<Key> found;
+    for (const Weights& w : all_) {
+      if (!collect(w, below, found)) return false;
+    }
+    if (k <= below || k > below + found.size()) return false;
+    const auto middle = found.begin() + static_cast<std::ptrdiff_t>(k - below - 1);
+    std::nth_element(found.begin(), middle, found.end());
+    rank = {*middle, below, 0};
+    for (const Key key : found) {
+      rank.below += key < *middle;
+      rank.ties += key == *middle;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr std::size_t kRun = 16, kRuns = 4096;  // a sample takes lines of cache, not single elements
+
+  void bracket(std::uint64_t k) {
+    low_ = 0;
+    high_ = std::numeric_limits<Key>::max() >> 1;
+    if (total_ <= 2 * kRun * kRuns) return;
+    std::vector<Key> sample(kRun * kRuns);
+    std::size_t n = 0;
+    for (const Weights& w : all_) {
+      const std::size_t runs = w.size / kRun,
+                        want = static_cast<std::size_t>(static_cast<double>(w.size) / static_cast<double>(total_) *
+                                                        static_cast<double>(kRuns));
+      for (std::size_t i = 0; i < want; ++i) {
+        const std::size_t at = kRun * (runs * i / want);
+        n += kernels().collect_magnitudes(w.type, w.data, at, at + kRun, 0, high_, sample.data() + n, kRun).found;
+      }
+    }
+    if (n < kRun * kRuns / 2) return;
+    sample.resize(n);
+    // Six standard deviations of an independent sample.
+    const double size = static_cast<double>(n), at = static_cast<double>(k) / static_cast<double>(total_) * size;
+    const double margin = 3 * std::sqrt(size);
+    const auto pick = [&](double place) {
+      const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(place);
+      std::nth_element(sample.begin(), nth, sample.end());
+      return *nth;
+    };
+    if (at - margin > 0) low_ = pick(at - margin);
+    if (at + margin < size) high_ = pick(at + margin);
+  }
+
+  bool collect(const Weights& w, std::uint64_t& below, std::vector<Key>& found) const {
+    const std::size_t slices = std::min<std::size_t>(static_cast<std::size_t>(num_threads()), 1 + w.size / kChunk);
+    const bool everything = total_ <= 2 * kRun * kRuns;
+    const std::size_t room = everything ? w.size : w.size / slices / 8 + kChunk;
+    std::vector<std::unique_ptr<Key[]>> keys(slices);
+    std::vector<Collected> counts(slices);
+    for (auto& part : keys) part.reset(new Key[room]);
+    parallel_for(slices, bytes_of(w), [&](std::size_t begin, std::size_t end) {
+      for (std::size_t s = begin; s < end; ++s) {
+        counts[s] = kernels().collect_magnitudes(w.type, w.data, w.size * s / slices, w.size * (s + 1) / slices, low_,
+                                                 high_, keys[s].get(), room);
+      }
+    });
+    for (std::size_t s = 0; s < slices; ++s) {
+      if (counts[s].found > room) return false;
+      below += counts[s].below;
+      found.insert(found.end(), keys[s].get(), keys[s].get() + counts[s].found);
+    }
+    return true;
+  }
+
+  const std::vector<Weights>& all_;
+  std::size_t total_;
+  std::uint64_t low_ = 0, high_ = 0;
+};
+
+// The k-th smallest magnitude (k from 1) over all arrays: its bits, how many are smaller, how many equal.
 py::tuple kth_magnitude(const py::list& arrays, std::uint64_t k) {
   std::vector<Weights> all;
   std::size_t total = 0;
@@ -61,44 +178,29 @@ py::tuple kth_magnitude(const py::list& arrays, std::uint64_t k) {
   }
   if (k < 1 || k > total)
     throw py::value_error("k: expected 1 to " + std::to_string(total) + ", got " + std::to_string(k));
-  const Kernels& table = kernels();
-  std::uint64_t prefix = 0, below = 0, ties = 0;
+  Rank rank{};
   {
     const py::gil_scoped_release released;
-    const std::size_t slices = static_cast<std::size_t>(num_threads());
-    std::vector<std::uint64_t> bins(slices * kHistogramBins);
-    for (int shift = all.front().width - 16; shift >= 0; shift -= 16) {
-      std::fill(bins.begin(), bins.end(), 0);
-      for (const Weights& w : all) {
-        parallel_for(slices, bytes_of(w), [&](std::size_t begin, std::size_t end) {
-          table.magnitude_histogram(w.type, w.data, w.size * begin / slices, w.size * end / slices, prefix, shift,
-                                    bins.data() + begin * kHistogramBins);
-        });
-      }
-      for (std::size_t digit = 0;; ++digit) {
-        ties = 0;
-        for (std::size_t s = 0; s < slices; ++s) ties += bins[s * kHistogramBins + digit];
-        if (below + ties >= k) {
-          prefix = prefix << 16 | digit;
-          break;
-        }
-        below += ties;
-      }
-    }
+    const Float type = all.front().type;
+    const bool found = type == Float::f32   ? Selection<std::uint32_t>(all, total).find(k, rank)
+                       : type == Float::f64 ? Selection<std::uint64_t>(all, total).find(k, rank)
+                                            : false;
+    if (!found) rank = count_digits(all, k);
   }
-  return py::make_tuple(prefix, below, ties);
+  return py::make_tuple(rank.key, rank.below, rank.ties);
 }
 
-// Writes +0 where the magnitude is below `key`, or equal to it but for the first `keep_ties`. `kept`, an array of
-// bool or None, tells what stayed. Returns how many were equal.
-std::size_t prune(const py::array& w, const py::object& kept, std::uint64_t key, std::size_t keep_ties) {
-  const Weights to = weights(w, Access::write, {"w"});
-  std::uint8_t* flags = nullptr;
-  if (!kept.is_none()) {
-    const View<bool> v = view<bool>(kept, {"kept"});
-    require_size(v.size, to.size, {"kept"});
-    flags = reinterpret_cast<std::uint8_t*>(v.data);
-  }
+std::uint8_t* flags_of(py::handle kept, std::size_t size) {
+  const View<bool> v = view<bool>(kept, {"kept"});
+  require_size(v.size, size, {"kept"});
+  return reinterpret_cast<std::uint8_t*>(v.data);
+}
+
+// Writes +0 where the magnitude is below `key`, or equal to it but for the first `keep_ties`; where not `write`, only
+// tells. `kept`, an array of bool or None, tells what stayed. Returns how many of those equal to it are kept.
+std::size_t prune(const py::array& w, bool write, const py::object& kept, std::uint64_t key, std::size_t keep_ties) {
+  const Weights to = weights(w, write ? Access::write : Access::read, {"w"});
+  std::uint8_t* flags = kept.is_none() ? nullptr : flags_of(kept, to.size);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   const std::size_t chunks = ceil_div(to.size, kChunk);
@@ -110,17 +212,43 @@ std::size_t prune(const py::array& w, const py::object& kept, std::uint64_t key,
       for (std::size_t i = begin; i < end; ++i) ties[i] = k.count_ties(to.type, to.data, i * kChunk, chunk_end(i), key);
     });
     for (std::size_t& count : ties) {  // from how many there are to how many stay
+      count = std::min(count, keep_ties - total);
       total += count;
-      count = std::min(count, keep_ties);
-      keep_ties -= count;
     }
   }
   parallel_for(chunks, bytes_of(to), [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
-      k.prune(to.type, {to.data, flags, key, ties[i]}, i * kChunk, chunk_end(i));
+      k.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, i * kChunk, chunk_end(i));
     }
   });
   return total;
+}
+
+// Of every m elements of a row the n largest.
+void keep_largest(const py::array& w, std::size_t n, std::size_t m, const py::array& kept) {
+  require_2d(w, {"w"});
+  const Weights from = weights(w, Access::read, {"w"});
+  std::uint8_t* flags = flags_of(kept, from.size);
+  if (m == 0) throw py::value_error("m: expected at least 1, got 0");
+  const std::size_t rows = dimension(w, 0), cols = dimension(w, 1),
+                    row_bytes = cols * static_cast<std::size_t>(from.width) / 8;
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(rows, bytes_of(from), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t r = begin; r < end; ++r) {
+      k.keep_largest(from.type, from.data + r * row_bytes, cols, n, m, flags + r * cols);
+    }
+  });
+}
+
+// Writes +0 where kept is false.
+void clear(const py::array& w, const py::array& kept) {
+  const Weights to = weights(w, Access::write, {"w"});
+  const std::uint8_t* flags = flags_of(kept, to.size);
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(to.size, bytes_of(to),
+               [&](std::size_t begin, std::size_t end) { k.clear(to.width / 8, to.data, flags, begin, end); });
 }
 
 }  // namespace
@@ -128,7 +256,9 @@ std::size_t prune(const py::array& w, const py::object& kept, std::uint64_t key,
 void bind_prune(py::module_& m) {
   m.def("check_weights", &check_weights, py::arg("names"), py::arg("arrays"));
   m.def("kth_magnitude", &kth_magnitude, py::arg("arrays"), py::arg("k"));
-  m.def("prune", &prune, py::arg("w"), py::arg("kept"), py::arg("key"), py::arg("keep_ties"));
+  m.def("prune", &prune, py::arg("w"), py::arg("write"), py::arg("kept"), py::arg("key"), py::arg("keep_ties"));
+  m.def("keep_largest", &keep_largest, py::arg("w"), py::arg("n"), py::arg("m"), py::arg("kept"));
+  m.def("clear", &clear, py::arg("w"), py::arg("kept"));
 }
 
 }  // namespace fastopt

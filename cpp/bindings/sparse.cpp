@@ -1,7 +1,9 @@
-// Sparse storage: dense to mask and non-zeros and back, and multiplying by it.
+// Sparse storage: dense to positions and numbers and back, and multiplying by it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <atomic>
+#include <memory>
 
 #include "bindings/storage.hpp"
 #include "dispatch.hpp"
@@ -25,150 +27,407 @@ Elements elements(py::handle object, Access access, const Label& label) {
   return {array->data, size_of(array), width};
 }
 
-// Offsets must rise from 0 to the number of values: a kernel follows them without looking.
-Masked masked_of(py::handle mask, py::handle row_offsets, std::size_t cols, std::size_t values) {
-  require_2d(mask, {"mask"});
-  Masked m{};
-  m.rows = dimension(mask, 0);
-  m.cols = cols;
-  m.row_bytes = ceil_div(cols, 8);
-  m.mask = view<const std::uint8_t>(mask, {"mask"}).data;
-  require_shape(mask, m.rows, m.row_bytes, {"mask"});
-  const View<const std::int64_t> offsets = view<const std::int64_t>(row_offsets, {"row_offsets"});
-  require_size(offsets.size, m.rows + 1, {"row_offsets"});
-  bool rising = offsets.data[0] == 0 && offsets.data[m.rows] == static_cast<std::int64_t>(values);
-  for (std::size_t r = 0; r < m.rows; ++r) rising &= offsets.data[r] <= offsets.data[r + 1];
-  if (!rising) fail_value({"row_offsets"}, "must rise from 0 to the number of values, " + std::to_string(values));
-  m.row_offsets = offsets.data;
-  return m;
-}
-
-// The rest of what a mask must be, looked at once: bits of each row as many as it has values, none behind the last.
-void check_masked(const py::array& mask, const py::array& row_offsets, std::size_t cols, std::size_t values) {
-  const Masked m = masked_of(mask, row_offsets, cols, values);
-  for (std::size_t r = 0; r < m.rows; ++r) {
-    const std::uint8_t* row = m.mask + r * m.row_bytes;
-    std::int64_t bits = 0;
-    for (std::size_t i = 0; i < m.row_bytes; ++i) bits += __builtin_popcount(row[i]);
-    if (bits != m.row_offsets[r + 1] - m.row_offsets[r]) {
-      fail_value({"mask"}, "row " + std::to_string(r) + " has " + std::to_string(bits) + " bits set, but " +
-                               std::to_string(m.row_offsets[r + 1] - m.row_offsets[r]) + " values");
-    }
-    if (cols % 8 != 0 && row[m.row_bytes - 1] >> (cols % 8) != 0) {
-      fail_value({"mask"}, "row " + std::to_string(r) + " has bits set behind its last column");
-    }
-  }
-}
-
 double dense_bytes(std::size_t rows, std::size_t cols) {
   return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
 }
 
-void count_nonzero(const py::array& x, const py::array& counts) {
+// ---- what is stored, checked ---------------------------------------------------------------------------------
+
+Layout layout_of(const std::string& name) {
+  if (name == "mask") return Layout::mask;
+  if (name == "block") return Layout::block;
+  if (name == "index16") return Layout::index16;
+  if (name == "index8") return Layout::index8;
+  throw py::value_error("layout: expected 'mask', 'block', 'index16' or 'index8', got '" + name + "'");
+}
+
+bool is_mask(Layout layout) { return layout == Layout::mask || layout == Layout::block; }
+
+// Positions and offsets of `entries` entries. Offsets must rise from 0 to that: a kernel follows them without looking.
+Sparse sparse_of(const std::string& layout, py::handle positions, py::handle row_offsets, std::size_t cols,
+                 std::size_t entries) {
+  Sparse s{};
+  s.layout = layout_of(layout);
+  s.cols = cols;
+  const View<const std::int64_t> offsets = view<const std::int64_t>(row_offsets, {"row_offsets"});
+  if (is_mask(s.layout)) {
+    require_2d(positions, {"positions"});
+    s.rows = dimension(positions, 0);
+    s.row_bytes = ceil_div(s.layout == Layout::mask ? cols : ceil_div(cols, kBlockLength), 8);
+    s.positions = view<const std::uint8_t>(positions, {"positions"}).data;
+    require_shape(positions, s.rows, s.row_bytes, {"positions"});
+    require_size(offsets.size, s.rows + 1, {"row_offsets"});
+  } else {
+    if (cols > kIndexColumns) {
+      throw py::value_error("layout: " + layout + " has up to 65536 columns, got " + std::to_string(cols));
+    }
+    if (offsets.size == 0) fail_value({"row_offsets"}, "expected at least one");
+    s.rows = offsets.size - 1;
+    if (s.layout == Layout::index16) {
+      const View<const std::uint16_t> columns = view<const std::uint16_t>(positions, {"positions"});
+      require_size(columns.size, entries, {"positions"});
+      s.positions = columns.data;
+    } else {
+      const View<const std::uint8_t> gaps = view<const std::uint8_t>(positions, {"positions"});
+      require_size(gaps.size, entries, {"positions"});
+      s.positions = gaps.data;
+    }
+  }
+  bool rising = offsets.data[0] == 0 && offsets.data[s.rows] == static_cast<std::int64_t>(entries);
+  for (std::size_t r = 0; r < s.rows; ++r) rising &= offsets.data[r] <= offsets.data[r + 1];
+  if (!rising) fail_value({"row_offsets"}, "must rise from 0 to the number of entries, " + std::to_string(entries));
+  s.row_offsets = offsets.data;
+  return s;
+}
+
+std::size_t row_begin(const Sparse& s, std::size_t row) { return static_cast<std::size_t>(s.row_offsets[row]); }
+
+void check_mask_row(const Sparse& s, std::size_t row) {
+  const std::uint8_t* mask = static_cast<const std::uint8_t*>(s.positions) + row * s.row_bytes;
+  const std::size_t bits = s.layout == Layout::mask ? s.cols : ceil_div(s.cols, kBlockLength);
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < s.row_bytes; ++i) count += static_cast<std::size_t>(__builtin_popcount(mask[i]));
+  if (count != row_begin(s, row + 1) - row_begin(s, row)) {
+    fail_value({"positions"}, "row " + std::to_string(row) + " has " + std::to_string(count) + " bits set, but " +
+                                  std::to_string(row_begin(s, row + 1) - row_begin(s, row)) + " entries");
+  }
+  if (bits % 8 != 0 && mask[s.row_bytes - 1] >> (bits % 8) != 0) {
+    fail_value({"positions"}, "row " + std::to_string(row) + " has bits set behind its last column");
+  }
+}
+
+void check_index_row(const Sparse& s, std::size_t row) {
+  std::size_t next = 0;
+  for (std::size_t i = row_begin(s, row); i < row_begin(s, row + 1); ++i) {
+    const std::size_t column = s.layout == Layout::index16 ? static_cast<const std::uint16_t*>(s.positions)[i]
+                                                           : next + static_cast<const std::uint8_t*>(s.positions)[i];
+    if (column < next) {
+      fail_value({"positions"}, "row " + std::to_string(row) + ": columns must rise, got " + std::to_string(column) +
+                                    " after " + std::to_string(next - 1));
+    }
+    if (column >= s.cols) {
+      fail_value({"positions"}, "row " + std::to_string(row) + ": expected columns below " + std::to_string(s.cols) +
+                                    ", got " + std::to_string(column));
+    }
+    next = column + 1;
+  }
+}
+
+// All that a kernel trusts beyond what sparse_of looks at in each call; asked once.
+void check_sparse(const std::string& layout, const py::array& positions, const py::array& row_offsets, std::size_t cols,
+                  std::size_t entries) {
+  const Sparse s = sparse_of(layout, positions, row_offsets, cols, entries);
+  for (std::size_t r = 0; r < s.rows; ++r) is_mask(s.layout) ? check_mask_row(s, r) : check_index_row(s, r);
+}
+
+// ---- dense to sparse and back --------------------------------------------------------------------------------
+
+// Mask of the non-zeros, and how many each row has.
+void nonzero_mask(const py::array& x, const py::array& mask, const py::array& counts) {
   require_2d(x, {"x"});
   const Elements from = elements(x, Access::read, {"x"});
+  const View<std::uint8_t> bits = view<std::uint8_t>(mask, {"mask"});
   const View<std::int64_t> to = view<std::int64_t>(counts, {"counts"});
-  const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
+  const std::size_t rows = dimension(x, 0), cols = dimension(x, 1), row_bytes = ceil_div(cols, 8);
+  require_shape(mask, rows, row_bytes, {"mask"});
   require_size(to.size, rows, {"counts"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_for(rows, dense_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const char* row = from.data + r * cols * static_cast<std::size_t>(from.width);
-      to.data[r] = static_cast<std::int64_t>(k.count_nonzero(from.width, row, cols));
+      to.data[r] = static_cast<std::int64_t>(k.nonzero_mask(from.width, row, cols, bits.data + r * row_bytes));
     }
   });
 }
 
-// `row_offsets` are the sums of what count_nonzero gave for x.
-void compress(const py::array& x, const py::array& row_offsets, const py::array& mask, const py::array& values) {
+// The elements of x under a mask, of which row_offsets must be the running count.
+void compress(const py::array& x, const py::array& mask, const py::array& row_offsets, const py::array& values) {
   require_2d(x, {"x"});
   const Elements from = elements(x, Access::read, {"x"});
   const Elements to = elements(values, Access::write, {"values"});
-  const View<std::uint8_t> bits = view<std::uint8_t>(mask, {"mask"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1), width = static_cast<std::size_t>(from.width);
-  const Masked m = masked_of(mask, row_offsets, cols, to.size);
-  if (m.rows != rows) fail_value({"mask"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(m.rows));
+  const Sparse s = sparse_of("mask", mask, row_offsets, cols, to.size);
+  if (s.rows != rows) fail_value({"mask"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(s.rows));
   if (to.width != from.width) fail_type({"values"}, "expected the dtype of x");
+  for (std::size_t r = 0; r < rows; ++r) check_mask_row(s, r);
+  const auto* bits = static_cast<const std::uint8_t*>(s.positions);
   const Kernels& k = kernels();
-  std::atomic<bool> fits{true};
-  {
-    const py::gil_scoped_release released;
-    parallel_for(rows, dense_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
-      for (std::size_t r = begin; r < end; ++r) {
-        const char* row = from.data + r * cols * width;
-        const std::size_t first = static_cast<std::size_t>(m.row_offsets[r]);
-        if (k.count_nonzero(from.width, row, cols) != static_cast<std::size_t>(m.row_offsets[r + 1]) - first) {
-          fits = false;
-          continue;
-        }
-        k.compress_row(from.width, row, cols, bits.data + r * m.row_bytes, to.data + first * width);
-      }
-    });
-  }
-  if (!fits) throw py::value_error("row_offsets: do not match the non-zeros of x");
+  const py::gil_scoped_release released;
+  parallel_for(rows, dense_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t r = begin; r < end; ++r) {
+      const std::size_t first = row_begin(s, r);
+      k.compress_row(from.width, from.data + r * cols * width, bits + r * s.row_bytes, cols,
+                     row_begin(s, r + 1) - first, to.data + first * width);
+    }
+  });
 }
 
-void expand(const py::array& mask, const py::array& row_offsets, const py::array& values, const py::array& out) {
+// Scratch for the columns of a row: the kernels write whole vectors.
+std::unique_ptr<std::uint16_t[]> column_scratch(std::size_t cols) {
+  return std::unique_ptr<std::uint16_t[]>(new std::uint16_t[cols + 8]);
+}
+
+// The columns of a mask's set bits, as index16 stores them.
+void mask_columns(const py::array& mask, const py::array& row_offsets, std::size_t cols, const py::array& columns) {
+  const View<std::uint16_t> to = view<std::uint16_t>(columns, {"columns"});
+  const Sparse s = sparse_of("mask", mask, row_offsets, cols, to.size);
+  for (std::size_t r = 0; r < s.rows; ++r) check_mask_row(s, r);
+  const auto* bits = static_cast<const std::uint8_t*>(s.positions);
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(s.rows, dense_bytes(s.rows, cols) / 4, [&](std::size_t begin, std::size_t end) {
+    const auto scratch = column_scratch(cols);
+    for (std::size_t r = begin; r < end; ++r) {
+      const std::size_t n = k.mask_columns(bits + r * s.row_bytes, cols, scratch.get());
+      std::copy_n(scratch.get(), n, to.data + row_begin(s, r));
+    }
+  });
+}
+
+// How many entries each row of index16 takes as index8.
+void count_gaps(const py::array& columns, const py::array& row_offsets, std::size_t cols, const py::array& counts) {
+  const View<const std::uint16_t> from = view<const std::uint16_t>(columns, {"columns"});
+  const Sparse s = sparse_of("index16", columns, row_offsets, cols, from.size);
+  const View<std::int64_t> to = view<std::int64_t>(counts, {"counts"});
+  require_size(to.size, s.rows, {"counts"});
+  for (std::size_t r = 0; r < s.rows; ++r) check_index_row(s, r);
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  parallel_for(s.rows, 8.0 * static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t r = begin; r < end; ++r) {
+      const std::size_t first = row_begin(s, r);
+      to.data[r] = static_cast<std::int64_t>(k.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr));
+    }
+  });
+}
+
+// index16 to index8, whose offsets are the running sum of what count_gaps gave. Values move along; those of entries
+// that only step on stay as they are.
+void column_gaps(const py::array& columns, const py::array& row_offsets, std::size_t cols, const py::array& values,
+                 const py::array& gap_offsets, const py::array& gaps, const py::array& gap_values) {
+  const View<const std::uint16_t> from = view<const std::uint16_t>(columns, {"columns"});
+  const Sparse s = sparse_of("index16", columns, row_offsets, cols, from.size);
+  const View<std::uint8_t> to = view<std::uint8_t>(gaps, {"gaps"});
+  const Sparse t = sparse_of("index8", gaps, gap_offsets, cols, to.size);
+  const Elements v = elements(values, Access::read, {"values"});
+  const Elements tv = elements(gap_values, Access::write, {"gap_values"});
+  require_size(v.size, from.size, {"values"});
+  require_size(tv.size, to.size, {"gap_values"});
+  if (v.width != tv.width) fail_type({"gap_values"}, "expected the dtype of values");
+  if (s.rows != t.rows) fail_value({"gap_offsets"}, "expected as many rows as row_offsets");
+  const Kernels& k = kernels();
+  for (std::size_t r = 0; r < s.rows; ++r) {
+    check_index_row(s, r);
+    const std::size_t first = row_begin(s, r);
+    if (k.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr) != row_begin(t, r + 1) - row_begin(t, r))
+      fail_value({"gap_offsets"}, "do not match the columns");
+  }
+  const std::size_t width = static_cast<std::size_t>(v.width);
+  const py::gil_scoped_release released;
+  parallel_for(s.rows, 8.0 * static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
+    for (std::size_t r = begin; r < end; ++r) {
+      const std::size_t first = row_begin(s, r), n = row_begin(s, r + 1) - first;
+      std::size_t at = row_begin(t, r), next = 0;
+      k.column_gaps(from.data + first, n, to.data + at);
+      for (std::size_t i = 0; i < n; ++i, ++at) {
+        const std::size_t column = from.data[first + i];
+        at += (column - next) / 256;
+        next = column + 1;
+        std::memcpy(tv.data + at * width, v.data + (first + i) * width, width);
+      }
+    }
+  });
+}
+
+// The columns of index8.
+void gap_columns(const py::array& gaps, const py::array& row_offsets, std::size_t cols, const py::array& columns) {
+  const View<std::uint16_t> to = view<std::uint16_t>(columns, {"columns"});
+  const Sparse s = sparse_of("index8", gaps, row_offsets, cols, to.size);
+  const auto* from = static_cast<const std::uint8_t*>(s.positions);
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  const auto scratch = column_scratch(cols);
+  for (std::size_t r = 0; r < s.rows; ++r) {
+    const std::size_t first = row_begin(s, r), n = std::min(row_begin(s, r + 1) - first, cols);
+    k.gap_columns(from + first, n, 0, scratch.get());
+    std::copy_n(scratch.get(), n, to.data + first);
+  }
+}
+
+// Positions have been checked by check_sparse; not for blocks.
+void expand(const std::string& layout, const py::array& positions, const py::array& row_offsets,
+            const py::array& values, const py::array& out) {
   require_2d(out, {"out"});
   const Elements from = elements(values, Access::read, {"values"});
   const Elements to = elements(out, Access::write, {"out"});
   const std::size_t cols = dimension(out, 1), width = static_cast<std::size_t>(to.width);
-  const Masked m = masked_of(mask, row_offsets, cols, from.size);
-  require_shape(out, m.rows, cols, {"out"});
+  const Sparse s = sparse_of(layout, positions, row_offsets, cols, from.size);
+  if (s.layout == Layout::block) throw py::value_error("layout: blocks are not expanded here");
+  require_shape(out, s.rows, cols, {"out"});
   if (to.width != from.width) fail_type({"out"}, "expected the dtype of values");
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(m.rows, dense_bytes(m.rows, cols), [&](std::size_t begin, std::size_t end) {
+  parallel_for(s.rows, dense_bytes(s.rows, cols), [&](std::size_t begin, std::size_t end) {
+    const auto scratch = column_scratch(s.layout == Layout::index8 ? cols : 0);
     for (std::size_t r = begin; r < end; ++r) {
-      k.expand_row(from.width, m.mask + r * m.row_bytes, from.data + static_cast<std::size_t>(m.row_offsets[r]) * width,
-                   cols, to.data + r * cols * width);
+      const std::size_t first = row_begin(s, r), n = row_begin(s, r + 1) - first;
+      const char* v = from.data + first * width;
+      char* row = to.data + r * cols * width;
+      if (s.layout == Layout::mask) {
+        k.expand_row(to.width, static_cast<const std::uint8_t*>(s.positions) + r * s.row_bytes, v, n, cols, row);
+      } else if (s.layout == Layout::index8) {
+        k.gap_columns(static_cast<const std::uint8_t*>(s.positions) + first, n, 0, scratch.get());
+        k.scatter_row(to.width, scratch.get(), v, n, cols, row);
+      } else {
+        k.scatter_row(to.width, static_cast<const std::uint16_t*>(s.positions) + first, v, n, cols, row);
+      }
     }
   });
 }
 
-void multiply(Masked m, const py::array& x, const py::object& bias, const py::array& out) {
-  const LinearOperands io = linear_operands(x, bias, out, m.rows);
+// ---- products ------------------------------------------------------------------------------------------------
+
+constexpr std::size_t kFewVectors = 4;  // below, each x is multiplied for itself
+
+// Cuts the rows between `parts` threads so that each has as much work, where some rows have many more entries than
+// others. A row costs its entries, and looking at its mask.
+class Shares {
+ public:
+  Shares(const Sparse& s, std::size_t parts) : s_(s), parts_(parts) {
+    per_row_ = 16 + (is_mask(s.layout) ? s.row_bytes * 2 : 0);
+  }
+
+  // The first row of a part.
+  std::size_t begin(std::size_t part) const {
+    if (part >= parts_) return s_.rows;
+    const std::size_t goal = work(s_.rows) / parts_ * part;
+    std::size_t low = 0, high = s_.rows;
+    while (low < high) {
+      const std::size_t middle = low + (high - low) / 2;
+      if (work(middle) < goal) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+ private:
+  std::size_t work(std::size_t rows) const { return row_begin(s_, rows) + rows * per_row_; }
+
+  const Sparse& s_;
+  std::size_t parts_, per_row_;
+};
+
+std::unique_ptr<float[]> floats(std::size_t n) { return std::unique_ptr<float[]>(new float[n]); }
+
+void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
+  const std::size_t stride = ceil_div(w.cols, kBlockLength) * kBlockLength;
+  std::unique_ptr<float[]> padded;
+  const float* x = io.x;
+  if (stride != w.cols) {
+    padded = floats(io.batch * stride);
+    for (std::size_t b = 0; b < io.batch; ++b) {
+      float* row = std::copy_n(io.x + b * w.cols, w.cols, padded.get() + b * stride);
+      std::fill_n(row, stride - w.cols, 0.0f);
+    }
+    x = padded.get();
+  }
+  const Shares shares(w, static_cast<std::size_t>(num_threads()));
+  const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
+                       static_cast<double>(io.batch);
+  parallel_for(static_cast<std::size_t>(num_threads()), bytes, [&](std::size_t begin, std::size_t end) {
+    k.linear_sparse(w, x, stride, io.batch, io.bias, io.y, shares.begin(begin), shares.begin(end));
+  });
+}
+
+void multiply_many(const Sparse& w, const LinearOperands& io, const Kernels& k) {
+  constexpr std::size_t widest = 64;
+  const auto tile = floats(w.cols * widest);
+  const std::size_t parts = static_cast<std::size_t>(num_threads());
+  const Shares shares(w, parts);
+  for (std::size_t first = 0; first < io.batch;) {
+    const std::size_t left = io.batch - first, width = left > 32 ? 64 : left > 16 ? 32 : 16;
+    parallel_for(
+        ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width), [&](std::size_t begin, std::size_t end) {
+          k.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile.get());
+        });
+    const double bytes = static_cast<double>(w.count + w.rows * 16) * static_cast<double>(width);
+    parallel_for(parts, bytes, [&](std::size_t begin, std::size_t end) {
+      k.linear_sparse_tile(w, tile.get(), width, io.batch, first, io.bias, io.y, shares.begin(begin),
+                           shares.begin(end));
+    });
+    first += width;
+  }
+}
+
+void multiply(const Sparse& w, const py::array& x, const py::object& bias, const py::array& out) {
+  const LinearOperands io = linear_operands(x, bias, out, w.rows);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(
-      m.rows, dense_bytes(m.rows, m.cols) * static_cast<double>(1 + io.batch / 8),
-      [&](std::size_t begin, std::size_t end) { k.linear_masked(m, io.x, io.batch, io.bias, io.y, begin, end); });
+  io.batch < kFewVectors ? multiply_few(w, io, k) : multiply_many(w, io, k);
 }
 
-void linear_masked(const py::array& x, const py::array& mask, const py::array& row_offsets, const py::array& values,
-                   const py::object& bias, const py::array& out) {
+std::size_t entries_of(const std::string& layout, std::size_t numbers) {
+  return layout == "block" ? numbers / kBlockLength : numbers;
+}
+
+void linear_sparse(const py::array& x, const std::string& layout, const py::array& positions,
+                   const py::array& row_offsets, const py::array& values, const py::object& bias,
+                   const py::array& out) {
   require_2d(x, {"x"});
-  const View<const float> v = view<const float>(values, {"values"});
-  Masked m = masked_of(mask, row_offsets, dimension(x, 1), v.size);
-  m.values = v.data;
-  multiply(m, x, bias, out);
+  const Elements v = elements(values, Access::read, {"values"});
+  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, v.size));
+  const auto* array = array_of(values, {"values"});
+  w.values = v.data;
+  w.count = v.size;
+  if (has_dtype(array, py::dtype::of<float>())) {
+    w.type = Float::f32;
+  } else if (has_dtype(array, py::dtype("e"))) {
+    w.type = Float::f16;
+  } else if (has_dtype(array, bfloat16())) {
+    w.type = Float::bf16;
+  } else {
+    fail_type({"values"}, "expected float32, float16 or bfloat16, got " + dtype_name(array));
+  }
+  multiply(w, x, bias, out);
 }
 
-// The non-zeros as one quantized row of `count` codes.
-void linear_masked_quantized(const py::array& x, const py::array& mask, const py::array& row_offsets,
-                             const py::array& codes, const py::array& scale, const py::array& minimum, int bits,
-                             std::size_t group_size, std::size_t count, const py::object& bias, const py::array& out) {
+// The numbers as one quantized row of `count` codes.
+void linear_sparse_quantized(const py::array& x, const std::string& layout, const py::array& positions,
+                             const py::array& row_offsets, const py::array& codes, const py::array& scale,
+                             const py::array& minimum, int bits, std::size_t group_size, std::size_t count,
+                             const py::object& bias, const py::array& out) {
   require_2d(x, {"x"});
   const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, count, group_size);
   if (q.rows != 1) fail_value({"codes"}, "expected one row of values, got " + std::to_string(q.rows));
-  Masked m = masked_of(mask, row_offsets, dimension(x, 1), count);
-  m.quantized = &q;
-  multiply(m, x, bias, out);
+  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, count));
+  w.quantized = &q;
+  w.count = count;
+  multiply(w, x, bias, out);
 }
 
 }  // namespace
 
 void bind_sparse(py::module_& m) {
-  m.def("check_masked", &check_masked, py::arg("mask"), py::arg("row_offsets"), py::arg("cols"), py::arg("values"));
-  m.def("count_nonzero", &count_nonzero, py::arg("x"), py::arg("counts"));
-  m.def("compress", &compress, py::arg("x"), py::arg("row_offsets"), py::arg("mask"), py::arg("values"));
-  m.def("expand", &expand, py::arg("mask"), py::arg("row_offsets"), py::arg("values"), py::arg("out"));
-  m.def("linear_masked", &linear_masked, py::arg("x"), py::arg("mask"), py::arg("row_offsets"), py::arg("values"),
-        py::arg("bias"), py::arg("out"));
-  m.def("linear_masked_quantized", &linear_masked_quantized, py::arg("x"), py::arg("mask"), py::arg("row_offsets"),
-        py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"), py::arg("group_size"),
-        py::arg("count"), py::arg("bias"), py::arg("out"));
+  m.def("check_sparse", &check_sparse, py::arg("layout"), py::arg("positions"), py::arg("row_offsets"), py::arg("cols"),
+        py::arg("entries"));
+  m.def("nonzero_mask", &nonzero_mask, py::arg("x"), py::arg("mask"), py::arg("counts"));
+  m.def("compress", &compress, py::arg("x"), py::arg("mask"), py::arg("row_offsets"), py::arg("values"));
+  m.def("mask_columns", &mask_columns, py::arg("mask"), py::arg("row_offsets"), py::arg("cols"), py::arg("columns"));
+  m.def("count_gaps", &count_gaps, py::arg("columns"), py::arg("row_offsets"), py::arg("cols"), py::arg("counts"));
+  m.def("column_gaps", &column_gaps, py::arg("columns"), py::arg("row_offsets"), py::arg("cols"), py::arg("values"),
+        py::arg("gap_offsets"), py::arg("gaps"), py::arg("gap_values"));
+  m.def("gap_columns", &gap_columns, py::arg("gaps"), py::arg("row_offsets"), py::arg("cols"), py::arg("columns"));
+  m.def("expand", &expand, py::arg("layout"), py::arg("positions"), py::arg("row_offsets"), py::arg("values"),
+        py::arg("out"));
+  m.def("linear_sparse", &linear_sparse, py::arg("x"), py::arg("layout"), py::arg("positions"), py::arg("row_offsets"),
+        py::arg("values"), py::arg("bias"), py::arg("out"));
+  m.def("linear_sparse_quantized", &linear_sparse_quantized, py::arg("x"), py::arg("layout"), py::arg("positions"),
+        py::arg("row_offsets"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
+        py::arg("group_size"), py::arg("count"), py::arg("bias"), py::arg("out"));
 }
 
 }  // namespace fastopt

@@ -101,14 +101,23 @@ inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or
 
 // ---- sparse --------------------------------------------------------------------------------------------------
 
-// One bit per element, lowest first, rows start on a byte; the non-zeros of row r are values[row_offsets[r]] up to
-// values[row_offsets[r + 1]]. `values` is null where the non-zeros are quantized: then `quantized` holds them as
-// one row.
-struct Masked {
-  const std::uint8_t* mask;
+// Where the entries of a row are: its own bit for each column, or for each block of kBlockLength columns (lowest
+// first, rows start on a byte); the column of each entry; or the distance of each entry from the one before, less one.
+enum class Layout { mask, block, index16, index8 };
+
+inline constexpr std::size_t kBlockLength = 16;
+inline constexpr std::size_t kIndexColumns = 1 << 16;  // as many as index16 and index8 can tell apart
+
+// Row r has the entries row_offsets[r] up to row_offsets[r + 1], each one number, or under a mask of blocks
+// kBlockLength. `values` is null where they are quantized: then `quantized` holds them as one row.
+struct Sparse {
+  Layout layout;
+  const void* positions;
   const std::int64_t* row_offsets;
   const void* values;
+  Float type;
   const Quantized* quantized;
+  std::size_t count;  // numbers in all
   std::size_t rows, cols, row_bytes;
 };
 
@@ -118,8 +127,16 @@ struct Masked {
 // the same for every float type. All NaN count as equal.
 inline constexpr std::size_t kHistogramBins = 1 << 16;
 
-// Keeps what is above `key`, and the first `keep_ties` of those equal to it. Writes +0 elsewhere.
+// Magnitudes of a range: how many are below a bracket, and how many are in it. More may be found than there was room
+// for.
+struct Collected {
+  std::size_t below, found;
+};
+
+// Keeps where the magnitude of `from` is above `key`, and the first `keep_ties` of those equal to it. Writes +0 to w
+// elsewhere; w is `from`, or null.
 struct PruneArgs {
+  const void* from;
   void* w;
   std::uint8_t* kept;  // one byte per element: 1 kept, 0 pruned; may be null
   std::uint64_t key;
@@ -153,19 +170,42 @@ struct Kernels {
   std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
   void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
   void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
-  void (*linear_masked)(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y,
-                        std::size_t begin, std::size_t end);
+  // The same for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
+  void (*linear_sparse)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias,
+                        float* y, std::size_t begin, std::size_t end);
+  // `width` (64, 32 or 16) rows of x from `first`, transposed to [cols][width], zero behind the last: columns
+  // [begin, end) of it, and the product with rows [begin, end) of a weight.
+  void (*transpose_tile)(const float* x, std::size_t batch, std::size_t cols, std::size_t first, std::size_t width,
+                         std::size_t begin, std::size_t end, float* tile);
+  void (*linear_sparse_tile)(const Sparse& w, const float* tile, std::size_t width, std::size_t batch,
+                             std::size_t first, const float* bias, float* y, std::size_t begin, std::size_t end);
 
   // Counts, by the 16 bits above `shift`, the magnitudes whose bits above those equal `prefix`.
   void (*magnitude_histogram)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t prefix, int shift,
                               std::uint64_t* bins);
   std::size_t (*count_ties)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t key);
+  // Copies the magnitudes from `low` to `high` to `out`. Float32 and float64 only, fewer than 2^32.
+  Collected (*collect_magnitudes)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
+                                  std::uint64_t high, void* out, std::size_t room);
   void (*prune)(Float, const PruneArgs&, std::size_t begin, std::size_t end);
+  // For one row: keeps the n largest of every m.
+  void (*keep_largest)(Float, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept);
+  // Writes +0 to w, of elements of `width` bytes, where kept is 0.
+  void (*clear)(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end);
 
-  // Elements are taken as integers of `width` bytes; zero of either sign is not stored.
-  std::size_t (*count_nonzero)(int width, const void* x, std::size_t n);
-  void (*compress_row)(int width, const void* x, std::size_t cols, std::uint8_t* mask, void* values);
-  void (*expand_row)(int width, const std::uint8_t* mask, const void* values, std::size_t cols, void* out);
+  // Elements are taken as integers of `width` bytes; zero of either sign is not stored. A row has `count` entries.
+  std::size_t (*nonzero_mask)(int width, const void* x, std::size_t n, std::uint8_t* mask);  // returns the count
+  void (*compress_row)(int width, const void* x, const std::uint8_t* mask, std::size_t cols, std::size_t count,
+                       void* values);
+  void (*expand_row)(int width, const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols,
+                     void* out);
+  void (*scatter_row)(int width, const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols,
+                      void* out);
+  // Columns of a row from its mask and from its gaps, the first counted from `next`; 7 more are written.
+  std::size_t (*mask_columns)(const std::uint8_t* mask, std::size_t cols, std::uint16_t* columns);
+  void (*gap_columns)(const std::uint8_t* gaps, std::size_t count, std::uint16_t next, std::uint16_t* columns);
+  // Gaps of a row from its columns; returns how many entries it takes. `gaps` may be null.
+  std::size_t (*column_gaps)(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps);
 
   // What the memory allows; the benchmarks print their share of it.
   float (*limit_read)(const float* x, std::size_t n);

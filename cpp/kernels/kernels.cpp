@@ -5,6 +5,7 @@
 #include "kernels/contract.hpp"
 
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -50,13 +51,22 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     prepared_bytes,
     prepare_x_any,
     linear_quantized,
-    linear_masked,
+    linear_sparse,
+    transpose_tile,
+    linear_sparse_tile,
     magnitude_histogram_any,
     count_ties_any,
+    collect_magnitudes_any,
     prune_any,
-    count_nonzero_any,
+    keep_largest_any,
+    clear_any,
+    nonzero_mask_any,
     compress_row_any,
     expand_row_any,
+    scatter_row_any,
+    mask_columns,
+    gap_columns,
+    column_gaps,
     limit_read,
     limit_write,
     limit_update,

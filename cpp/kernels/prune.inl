@@ -8,6 +8,12 @@ struct Magnitude {
     const U rest = static_cast<U>(bits & static_cast<U>(static_cast<U>(~U{0}) >> 1));
     return rest > Infinity ? static_cast<U>(Infinity + 1) : rest;
   }
+  static Vec<U> of(Vec<U> bits) {
+    using S = Vec<std::make_signed_t<U>>;
+    const S rest = bit_cast<S>(bits & static_cast<U>(static_cast<U>(~U{0}) >> 1));
+    const S nan = rest > static_cast<std::make_signed_t<U>>(Infinity);
+    return bit_cast<Vec<U>>((rest & ~nan) | (nan & static_cast<std::make_signed_t<U>>(Infinity + 1)));
+  }
 };
 
 template <class M>
@@ -29,26 +35,107 @@ std::size_t count_ties(const void* from, std::size_t begin, std::size_t end, std
   return count;
 }
 
+inline bool any_bit(Vec<std::uint64_t> v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(bit_cast<__m512i>(v), bit_cast<__m512i>(v)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(bit_cast<__m256i>(v), bit_cast<__m256i>(v)) == 0;
+#else
+  return (v[0] | v[1]) != 0;
+#endif
+}
+
+// Few magnitudes are in the bracket: four vectors are looked at before asking which.
+template <class M>
+Collected collect_magnitudes(const void* from, std::size_t begin, std::size_t end, std::uint64_t low,
+                             std::uint64_t high, void* out, std::size_t room) {
+  using U = typename M::Word;
+  using V = Vec<U>;
+  using S = Vec<std::make_signed_t<U>>;  // without their sign bit, numbers compare alike
+  constexpr std::size_t step = 4 * kLanes<U>;
+  const U* w = static_cast<const U*>(from);
+  U* const found = static_cast<U*>(out);
+  Collected c = {};
+  const auto take = [&](U key) {
+    c.below += key < low;
+    if (key >= low && key <= high) {
+      if (c.found < room) found[c.found] = key;
+      ++c.found;
+    }
+  };
+  const S first = S{} + static_cast<std::make_signed_t<U>>(low), last = S{} + static_cast<std::make_signed_t<U>>(high);
+  V below = {};
+  std::size_t i = begin;
+  for (; i + step <= end; i += step) {
+    __builtin_prefetch(w + i + 2048 / sizeof(U));
+    S inside = {};
+    for (std::size_t j = 0; j < step; j += kLanes<U>) {
+      const S key = bit_cast<S>(M::of(load<V>(w + i + j)));
+      below -= bit_cast<V>(key < first);
+      inside |= (key >= first) & (key <= last);
+    }
+    if (!any_bit(bit_cast<Vec<std::uint64_t>>(inside))) continue;
+    for (std::size_t j = i; j < i + step; ++j) {
+      const U key = M::of(w[j]);
+      if (key >= low && key <= high) {
+        if (c.found < room) found[c.found] = key;
+        ++c.found;
+      }
+    }
+  }
+  for (std::size_t lane = 0; lane < kLanes<U>; ++lane) c.below += below[lane];
+  for (; i < end; ++i) take(M::of(w[i]));
+  return c;
+}
+
 template <class M>
 void prune(const PruneArgs& args, std::size_t begin, std::size_t end) {
   using U = typename M::Word;
+  const U* const from = static_cast<const U*>(args.from);
   U* const w = static_cast<U*>(args.w);
   const U key = static_cast<U>(args.key);
   std::size_t ties = args.keep_ties;
   std::size_t i = begin;
   for (; i < end && ties > 0; ++i) {  // until the last tie that is kept
-    const U magnitude = M::of(w[i]);
+    const U magnitude = M::of(from[i]);
     const bool tie = magnitude == key;
     const bool keep = magnitude > key || tie;
     ties -= tie;
-    if (!keep) w[i] = 0;
     if (args.kept) args.kept[i] = keep;
+    if (w && !keep) w[i] = 0;
   }
-  const std::size_t first = i;
-  if (args.kept) {
-    for (std::size_t j = first; j < end; ++j) args.kept[j] = M::of(w[j]) > key;
+  constexpr std::size_t block = 1024;  // stays in L1 for the second loop; each is one that compilers vectorise
+  for (; i < end; i += block) {
+    const std::size_t stop = end - i < block ? end : i + block;
+    if (args.kept) {
+      for (std::size_t j = i; j < stop; ++j) args.kept[j] = M::of(from[j]) > key;
+    }
+    if (w) {
+      for (std::size_t j = i; j < stop; ++j) w[j] = M::of(w[j]) > key ? w[j] : U{0};
+    }
   }
-  for (; i < end; ++i) w[i] = M::of(w[i]) > key ? w[i] : U{0};
+}
+
+// Of every m elements of a row the n largest, of equal ones those of lower index.
+template <class M>
+void keep_largest(const void* from, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept) {
+  const auto* w = static_cast<const typename M::Word*>(from);
+  for (std::size_t group = 0; group < cols; group += m) {
+    const std::size_t size = cols - group < m ? cols - group : m;
+    for (std::size_t i = 0; i < size; ++i) {
+      const auto key = M::of(w[group + i]);
+      std::size_t before = 0;
+      for (std::size_t j = 0; j < i; ++j) before += M::of(w[group + j]) >= key;
+      for (std::size_t j = i + 1; j < size; ++j) before += M::of(w[group + j]) > key;
+      kept[group + i] = before < n;
+    }
+  }
+}
+
+template <class U>
+void clear(void* to, const std::uint8_t* kept, std::size_t begin, std::size_t end) {
+  U* w = static_cast<U*>(to);
+  for (std::size_t i = begin; i < end; ++i) w[i] = kept[i] ? w[i] : U{0};
 }
 
 template <class Call>
@@ -76,4 +163,25 @@ std::size_t count_ties_any(Float type, const void* w, std::size_t begin, std::si
 
 void prune_any(Float type, const PruneArgs& args, std::size_t begin, std::size_t end) {
   by_magnitude(type, [&](auto m) { prune<decltype(m)>(args, begin, end); });
+}
+
+Collected collect_magnitudes_any(Float type, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
+                                 std::uint64_t high, void* out, std::size_t room) {
+  return by_magnitude(type,
+                      [&](auto m) { return collect_magnitudes<decltype(m)>(w, begin, end, low, high, out, room); });
+}
+
+void keep_largest_any(Float type, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept) {
+  by_magnitude(type, [&](auto magnitude) { keep_largest<decltype(magnitude)>(w, cols, n, m, kept); });
+}
+
+void clear_any(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end) {
+  switch (width) {
+    case 2:
+      return clear<std::uint16_t>(w, kept, begin, end);
+    case 4:
+      return clear<std::uint32_t>(w, kept, begin, end);
+    default:
+      return clear<std::uint64_t>(w, kept, begin, end);
+  }
 }

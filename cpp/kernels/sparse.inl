@@ -1,18 +1,29 @@
-// Bit mask and packed non-zeros, and products with them. Elements are integers of their width: whatever the float type,
-// an element is zero when all bits but the sign are.
+// Sparse storage and products with it. What is stored of a row are its entries: numbers with their columns, or, under
+// a mask of blocks, 16 numbers at a time. Elements are integers of their width where they are only moved.
 
-template <class U>
-inline bool nonzero(U bits) {
-  return static_cast<U>(bits << 1) != 0;
+// For a byte of a mask: where its set bits are, and for each bit how many are set below it, kNone if it is not set.
+constexpr std::uint8_t kNone = 0x80;
+
+struct BitTables {
+  std::uint8_t place[256][8], rank[256][8];
+};
+
+constexpr BitTables make_bit_tables() {
+  BitTables tables = {};
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    std::uint8_t count = 0;
+    for (std::uint8_t j = 0; j < 8; ++j) {
+      const bool set = bits >> j & 1;
+      tables.rank[bits][j] = set ? count : kNone;
+      if (set) tables.place[bits][count++] = j;
+    }
+  }
+  return tables;
 }
 
-template <class U>
-std::size_t count_nonzero(const void* from, std::size_t n) {
-  const U* x = static_cast<const U*>(from);
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < n; ++i) count += nonzero(x[i]);
-  return count;
-}
+alignas(64) constexpr BitTables kBits = make_bit_tables();
+
+inline std::size_t popcount(unsigned bits) { return static_cast<std::size_t>(__builtin_popcount(bits)); }
 
 // Set bits among the first n of a mask.
 inline std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
@@ -23,32 +34,146 @@ inline std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
   return count + static_cast<std::size_t>(__builtin_popcountll(rest & ((std::uint64_t{1} << (n - i)) - 1)));
 }
 
+using Eight = Vec<float, 8>;
+
+// Eight columns under a byte of a mask: the next of eight numbers where its bits are set, zero elsewhere.
+inline Eight spread(Eight next, unsigned bits) {
+#if defined(__AVX2__)
+  const __m256i rank = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.rank[bits])));
+  const __m256 all = _mm256_permutevar8x32_ps(bit_cast<__m256>(next), rank);
+  return bit_cast<Eight>(_mm256_blendv_ps(all, _mm256_setzero_ps(), _mm256_castsi256_ps(rank)));
+#elif defined(__aarch64__)
+  const uint8x16_t low = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  const uint8x16_t byte = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+  const uint8x16_t rank = vcombine_u8(vld1_u8(kBits.rank[bits]), vdup_n_u8(0));
+  const uint8x16x2_t all = bit_cast<uint8x16x2_t>(next);
+  struct {
+    uint8x16_t half[2];
+  } out;
+  for (int i = 0; i < 2; ++i) {  // saturated, an index is beyond the table, which gives zero
+    const uint8x16_t lane = vqtbl1q_u8(rank, vaddq_u8(low, vdupq_n_u8(static_cast<std::uint8_t>(4 * i))));
+    out.half[i] = vqtbl2q_u8(all, vqaddq_u8(vqshlq_n_u8(lane, 2), byte));
+  }
+  return bit_cast<Eight>(out);
+#else
+  Eight out;
+  for (int j = 0; j < 8; ++j) {
+    const std::uint8_t rank = kBits.rank[bits][j];
+    const float value = next[rank & 7];
+    out[j] = rank == kNone ? 0.0f : value;
+  }
+  return out;
+#endif
+}
+
+// ---- dense to sparse and back --------------------------------------------------------------------------------
+
+// Whatever the float type, an element is zero when all bits but the sign are.
 template <class U>
-void compress_row(const void* from, std::size_t cols, std::uint8_t* mask, void* values) {
+inline bool nonzero(U bits) {
+  return static_cast<U>(bits << 1) != 0;
+}
+
+// Which of eight elements are not zero.
+template <class U>
+inline unsigned nonzero_bits(const U* x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(U) == 4) {
+    const __m256i v = load<__m256i>(x);
+    const __m256i zero = _mm256_cmpeq_epi32(_mm256_add_epi32(v, v), _mm256_setzero_si256());
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(zero))) ^ 0xffu;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(U) == 2) {
+    const __m128i v = load<__m128i>(x);
+    const __m128i zero = _mm_cmpeq_epi16(_mm_add_epi16(v, v), _mm_setzero_si128());
+    return ~static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(zero, zero))) & 0xffu;
+  }
+#endif
+  unsigned bits = 0;
+  for (unsigned j = 0; j < 8; ++j) bits |= static_cast<unsigned>(nonzero(x[j])) << j;
+  return bits;
+}
+
+template <class U>
+std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
+  const U* x = static_cast<const U*>(from);
+  std::size_t count = 0, i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const unsigned bits = nonzero_bits(x + i);
+    mask[i / 8] = static_cast<std::uint8_t>(bits);
+    count += popcount(bits);
+  }
+  if (i < n) {
+    unsigned bits = 0;
+    for (std::size_t j = 0; i + j < n; ++j) bits |= static_cast<unsigned>(nonzero(x[i + j])) << j;
+    mask[i / 8] = static_cast<std::uint8_t>(bits);
+    count += popcount(bits);
+  }
+  return count;
+}
+
+// The elements of eight that a byte of a mask names, to the front.
+template <class U>
+inline void gather_eight(const U* x, unsigned bits, U* to) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(U) == 4) {
+    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.place[bits])));
+    store(to, _mm256_permutevar8x32_epi32(load<__m256i>(x), place));
+    return;
+  }
+#endif
+  U all[8];
+  std::memcpy(all, x, sizeof all);
+  for (int j = 0; j < 8; ++j) to[j] = all[kBits.place[bits][j]];
+}
+
+// `count` elements under the mask. Eight are written at a time while there is room for them.
+template <class U>
+void compress_row(const void* from, const std::uint8_t* mask, std::size_t cols, std::size_t count, void* values) {
   const U* x = static_cast<const U*>(from);
   U* to = static_cast<U*>(values);
-  for (std::size_t c = 0; c < cols; c += 8) {
-    const std::size_t n = cols - c < 8 ? cols - c : 8;
-    unsigned bits = 0;
-    for (std::size_t j = 0; j < n; ++j) {
-      if (nonzero(x[c + j])) {
-        bits |= 1u << j;
-        *to++ = x[c + j];
-      }
-    }
-    mask[c / 8] = static_cast<std::uint8_t>(bits);
+  const U* const end = to + count;
+  std::size_t i = 0;
+  for (; i + 8 <= cols && end - to >= 8; i += 8) {
+    const unsigned bits = mask[i / 8];
+    gather_eight(x + i, bits, to);
+    to += popcount(bits);
+  }
+  for (; i < cols; ++i) {
+    if (mask[i / 8] >> (i % 8) & 1) *to++ = x[i];
   }
 }
 
 template <class U>
-void expand(const std::uint8_t* mask, const void* values, std::size_t cols, void* out) {
+void expand_row(const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols, void* out) {
+  const U* from = static_cast<const U*>(values);
+  const U* const end = from + count;
+  U* x = static_cast<U*>(out);
+  std::size_t i = 0;
+  for (; i + 8 <= cols && end - from >= 8; i += 8) {
+    const unsigned bits = mask[i / 8];
+    if constexpr (sizeof(U) == 4) {
+      store(x + i, spread(load<Eight>(from), bits));
+    } else {
+      for (int j = 0; j < 8; ++j) {
+        const std::uint8_t rank = kBits.rank[bits][j];
+        const U value = from[rank & 7];
+        x[i + static_cast<std::size_t>(j)] = rank == kNone ? U{0} : value;
+      }
+    }
+    from += popcount(bits);
+  }
+  for (; i < cols; ++i) x[i] = mask[i / 8] >> (i % 8) & 1 ? *from++ : U{0};
+}
+
+template <class U>
+void scatter_row(const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols, void* out) {
   const U* from = static_cast<const U*>(values);
   U* x = static_cast<U*>(out);
-  for (std::size_t c = 0; c < cols; ++c) {
-    const bool set = mask[c / 8] >> (c % 8) & 1;
-    x[c] = set ? *from : U{0};
-    from += set;
-  }
+  std::memset(x, 0, cols * sizeof(U));
+  for (std::size_t i = 0; i < count; ++i) x[columns[i]] = from[i];
 }
 
 template <class Call>
@@ -63,33 +188,413 @@ auto by_width(int width, Call call) {
   }
 }
 
-std::size_t count_nonzero_any(int width, const void* x, std::size_t n) {
-  return by_width(width, [&](auto u) { return count_nonzero<decltype(u)>(x, n); });
+std::size_t nonzero_mask_any(int width, const void* x, std::size_t n, std::uint8_t* mask) {
+  return by_width(width, [&](auto u) { return nonzero_mask<decltype(u)>(x, n, mask); });
 }
 
-void compress_row_any(int width, const void* x, std::size_t cols, std::uint8_t* mask, void* values) {
-  by_width(width, [&](auto u) { compress_row<decltype(u)>(x, cols, mask, values); });
+void compress_row_any(int width, const void* x, const std::uint8_t* mask, std::size_t cols, std::size_t count,
+                      void* values) {
+  by_width(width, [&](auto u) { compress_row<decltype(u)>(x, mask, cols, count, values); });
 }
 
-void expand_row_any(int width, const std::uint8_t* mask, const void* values, std::size_t cols, void* out) {
-  by_width(width, [&](auto u) { expand<decltype(u)>(mask, values, cols, out); });
+void expand_row_any(int width, const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols,
+                    void* out) {
+  by_width(width, [&](auto u) { expand_row<decltype(u)>(mask, values, count, cols, out); });
 }
 
-void linear_masked(const Masked& w, const float* x, std::size_t batch, const float* bias, float* y, std::size_t begin,
-                   std::size_t end) {
-  float decoded[kStretch];
-  std::size_t at = 0;
-  linear(w.rows, w.cols, x, batch, bias, y, begin, end,
-         [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) {
-           if (c0 == 0) at = static_cast<std::size_t>(w.row_offsets[row]);
-           const std::uint8_t* mask = w.mask + row * w.row_bytes + c0 / 8;
-           const std::size_t n = count_bits(mask, c1 - c0);
-           const float* values = static_cast<const float*>(w.values) + at;
-           if (w.quantized) {
-             dequantize_any(*w.quantized, 0, at, at + n, decoded);
-             values = decoded;
-           }
-           expand<std::uint32_t>(mask, values, c1 - c0, out);
-           at += n;
-         });
+void scatter_row_any(int width, const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols,
+                     void* out) {
+  by_width(width, [&](auto u) { scatter_row<decltype(u)>(columns, values, count, cols, out); });
+}
+
+// ---- columns -------------------------------------------------------------------------------------------------
+
+using Columns = Vec<std::uint16_t, 8>;
+
+inline Columns widen_bytes(const std::uint8_t* from) {
+#if defined(__SSE2__)
+  return bit_cast<Columns>(
+      _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
+#else
+  return convert<std::uint16_t, 8>(load<Vec<std::uint8_t, 8> >(from));
+#endif
+}
+
+// The columns of a mask's set bits; there must be room for 7 more. Returns how many.
+std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16_t* columns) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < cols; i += 8) {
+    const unsigned bits = mask[i / 8];
+    store(columns + count, widen_bytes(kBits.place[bits]) + static_cast<std::uint16_t>(i));
+    count += popcount(bits);
+  }
+  return count;
+}
+
+// Of each entry the distance from the one before, less one; from column -1 for the first. Where it is more than a
+// byte holds, entries with the value zero step in between. Returns the number of entries; `gaps` may be null.
+std::size_t column_gaps(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps) {
+  std::size_t entries = 0, before = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t gap = columns[i] - before;
+    before = columns[i] + std::size_t{1};
+    for (; gap > 255; gap -= 256, ++entries) {
+      if (gaps) gaps[entries] = 255;
+    }
+    if (gaps) gaps[entries] = static_cast<std::uint8_t>(gap);
+    ++entries;
+  }
+  return entries;
+}
+
+// The first `left` of eight columns from their gaps and, in all lanes, the column before. The carry from eight to eight
+// stays in a vector.
+inline Columns columns_of_gaps(const std::uint8_t* gaps, std::size_t left, Columns before) {
+  std::uint8_t part[8] = {};
+  if (left < 8) {
+    std::memcpy(part, gaps, left);
+    gaps = part;
+  }
+  const Columns zero = {};
+  Columns c = widen_bytes(gaps) + std::uint16_t{1};
+  c += __builtin_shufflevector(zero, c, 0, 8, 9, 10, 11, 12, 13, 14);
+  c += __builtin_shufflevector(zero, c, 0, 1, 8, 9, 10, 11, 12, 13);
+  c += __builtin_shufflevector(zero, c, 0, 1, 2, 3, 8, 9, 10, 11);
+  return c + before;
+}
+
+inline Columns last_column(Columns c) { return __builtin_shufflevector(c, c, 7, 7, 7, 7, 7, 7, 7, 7); }
+
+void gap_columns(const std::uint8_t* gaps, std::size_t count, std::uint16_t next, std::uint16_t* columns) {
+  Columns c = Columns{} + static_cast<std::uint16_t>(next - 1);
+  for (std::size_t i = 0; i < count; i += 8) {
+    c = columns_of_gaps(gaps + i, count - i, last_column(c));
+    store(columns + i, c);
+  }
+}
+
+// ---- products ------------------------------------------------------------------------------------------------
+
+// The order of summation is fixed, so the result has the same bits on every instruction set and for any number of
+// threads. By vectors: entry k of a stretch goes to partial sum k % 16, stretches are added up, and at last the
+// sixteen as a tree. Under a mask k counts columns, elsewhere it counts entries.
+constexpr std::size_t kReach = 1024;
+
+// Eight numbers, whatever they are stored as.
+inline Eight load_eight(const float* from) { return load<Eight>(from); }
+
+struct Half {
+  std::uint16_t bits;
+};
+
+inline Eight load_eight(const Half* from) {
+#if defined(__F16C__)
+  return bit_cast<Eight>(_mm256_cvtph_ps(load<__m128i>(from)));
+#elif defined(__aarch64__)
+  const float16x8_t halves = vreinterpretq_f16_u16(load<uint16x8_t>(from));
+  const float32x4x2_t floats = {{vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)}};
+  return bit_cast<Eight>(floats);
+#else
+  Eight v;
+  for (int j = 0; j < 8; ++j) v[j] = float_of_half(from[j].bits);
+  return v;
+#endif
+}
+
+struct Brain {
+  std::uint16_t bits;
+};
+
+inline Eight load_eight(const Brain* from) {
+#if defined(__AVX2__)
+  return bit_cast<Eight>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16));
+#else
+  return bit_cast<Eight>(convert<std::uint32_t, 8>(load<Vec<std::uint16_t, 8> >(from)) << 16);
+#endif
+}
+
+// Numbers [begin, begin + n) of what is stored, n at most kReach, so that eight more may be read: where they are, or at
+// the very end in `scratch`, which holds n + 8.
+template <class T>
+inline const T* numbers_of(const Sparse& w, std::size_t begin, std::size_t n, T* scratch) {
+  const T* from = static_cast<const T*>(w.values) + begin;
+  if (begin + n + 8 <= w.count) return from;
+  std::memcpy(scratch, from, n * sizeof(T));
+  return scratch;
+}
+
+// The same as float, decoded into `scratch` if they are stored otherwise.
+inline const float* values_of(const Sparse& w, std::size_t begin, std::size_t n, float* scratch) {
+  const auto decode = [&](auto type) {
+    decltype(type) last[kReach + 8];
+    const auto* from = numbers_of(w, begin, n, last);
+    for (std::size_t i = 0; i < n; i += 8) store(scratch + i, load_eight(from + i));
+    return scratch;
+  };
+  if (w.quantized) {
+    dequantize_any(*w.quantized, 0, begin, begin + n, scratch);
+    return scratch;
+  }
+  if (w.type == Float::f16) return decode(Half{});
+  if (w.type == Float::bf16) return decode(Brain{});
+  return numbers_of(w, begin, n, scratch);
+}
+
+struct Sixteen {
+  Eight low = {}, high = {};
+
+  void add(Eight a, Eight b) {
+    low += a;
+    high += b;
+  }
+  float sum() const {
+    const Eight eight = low + high;
+    float s[8];
+    std::memcpy(s, &eight, sizeof s);
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+};
+
+// T is what the numbers are stored as; or float where `Decoded`, for those that are decoded a stretch at a time.
+template <class T, bool Decoded = false>
+float dot_mask(const Sparse& w, std::size_t row, const float* x) {
+  T scratch[kReach + 8];
+  const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
+  std::size_t at = static_cast<std::size_t>(w.row_offsets[row]);
+  const std::size_t end = static_cast<std::size_t>(w.row_offsets[row + 1]);
+  Sixteen total;
+  for (std::size_t begin = 0; begin < w.cols; begin += kReach) {
+    const std::size_t n = w.cols - begin < kReach ? w.cols - begin : kReach;
+    const T* first;
+    if constexpr (Decoded) {
+      first = values_of(w, at, count_bits(mask + begin / 8, n), scratch);
+    } else {
+      first = numbers_of(w, at, end - at < n ? end - at : n, scratch);
+    }
+    const T* from = first;
+    Sixteen partial;
+    for (std::size_t c = begin; c < begin + n; c += 16) {
+      const unsigned low = mask[c / 8], high = c + 8 < w.cols ? mask[c / 8 + 1] : 0;
+      const Eight a = spread(load_eight(from), low);
+      from += popcount(low);
+      const Eight b = spread(load_eight(from), high);
+      from += popcount(high);
+      partial.add(a * load<Eight>(x + c), b * load<Eight>(x + c + 8));
+    }
+    total.add(partial.low, partial.high);
+    at += static_cast<std::size_t>(from - first);
+  }
+  return total.sum();
+}
+
+inline float dot_mask_any(const Sparse& w, std::size_t row, const float* x) {
+  if (w.quantized) return dot_mask<float, true>(w, row, x);
+  if (w.type == Float::f16) return dot_mask<Half>(w, row, x);
+  if (w.type == Float::bf16) return dot_mask<Brain>(w, row, x);
+  return dot_mask<float>(w, row, x);
+}
+
+inline float dot_blocks(const Sparse& w, std::size_t row, const float* x) {
+  float scratch[kReach + 8];
+  const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
+  std::size_t at = kBlockLength * static_cast<std::size_t>(w.row_offsets[row]);
+  Sixteen total;
+  for (std::size_t begin = 0; begin < w.cols; begin += kReach, mask += 8) {
+    const std::size_t left = (w.cols - begin + 8 * kBlockLength - 1) / (8 * kBlockLength);  // bytes of mask
+    std::uint64_t word = load_part<std::uint64_t>(mask, left < 8 ? left : 8);
+    const std::size_t count = kBlockLength * static_cast<std::size_t>(__builtin_popcountll(word));
+    const float* from = values_of(w, at, count, scratch);
+    at += count;
+    Sixteen partial;
+    for (; word != 0; word &= word - 1, from += kBlockLength) {
+      const float* xs = x + begin + kBlockLength * static_cast<std::size_t>(__builtin_ctzll(word));
+      partial.add(load<Eight>(from) * load<Eight>(xs), load<Eight>(from + 8) * load<Eight>(xs + 8));
+    }
+    total.add(partial.low, partial.high);
+  }
+  return total.sum();
+}
+
+// Loading the numbers of x one by one is twice as fast as the gather instruction.
+inline float dot_columns(const Sparse& w, std::size_t row, const float* x) {
+  float scratch[kReach + 8];
+  std::uint16_t unpacked[kReach + 8];
+  const std::size_t first = static_cast<std::size_t>(w.row_offsets[row]);
+  const std::size_t end = static_cast<std::size_t>(w.row_offsets[row + 1]);
+  std::uint16_t next = 0;
+  Sixteen total;
+  for (std::size_t at = first; at < end; at += kReach) {
+    const std::size_t n = end - at < kReach ? end - at : kReach;
+    const float* v = values_of(w, at, n, scratch);
+    const std::uint16_t* c = unpacked;
+    if (w.layout == Layout::index8) {
+      gap_columns(static_cast<const std::uint8_t*>(w.positions) + at, n, next, unpacked);
+      next = static_cast<std::uint16_t>(unpacked[n - 1] + 1);
+    } else {
+      c = static_cast<const std::uint16_t*>(w.positions) + at;
+    }
+    using Four = Vec<float, 4>;
+    Four sum[4] = {};
+    std::size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      for (std::size_t j = 0; j < 4; ++j) {
+        const std::uint16_t* q = c + i + 4 * j;
+        sum[j] += Four{x[q[0]], x[q[1]], x[q[2]], x[q[3]]} * load<Four>(v + i + 4 * j);
+      }
+    }
+    float partial[16];
+    std::memcpy(partial, sum, sizeof partial);
+    for (std::size_t j = 0; i + j < n; ++j) partial[j] += x[c[i + j]] * v[i + j];
+    total.add(load<Eight>(partial), load<Eight>(partial + 8));
+  }
+  return total.sum();
+}
+
+void linear_sparse(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
+                   std::size_t begin, std::size_t end) {
+  for (std::size_t row = begin; row < end; ++row) {
+    for (std::size_t b = 0; b < batch; ++b) {
+      const float* xs = x + b * stride;
+      const float sum = w.layout == Layout::mask    ? dot_mask_any(w, row, xs)
+                        : w.layout == Layout::block ? dot_blocks(w, row, xs)
+                                                    : dot_columns(w, row, xs);
+      y[b * w.rows + row] = bias ? sum + bias[row] : sum;
+    }
+  }
+}
+
+// ---- products with many x ------------------------------------------------------------------------------------
+
+// A tile of `width` rows of x lies transposed, [cols][width]. Its part of kTile numbers stays in L1 while all rows of a
+// panel use it. Entry k of a row in that stretch of kTile / width columns goes to partial sum k % 4; these are added
+// as a tree, stretches in order.
+constexpr std::size_t kTile = 8192, kPanel = 128, kChains = 4;
+
+void transpose_tile(const float* x, std::size_t batch, std::size_t cols, std::size_t first, std::size_t width,
+                    std::size_t begin, std::size_t end, float* tile) {
+  constexpr std::size_t block = 16;
+  for (std::size_t c0 = begin; c0 < end; c0 += block) {
+    const std::size_t c1 = end - c0 < block ? end : c0 + block;
+    for (std::size_t b = 0; b < width; ++b) {
+      const float* row = x + (first + b) * cols;
+      for (std::size_t c = c0; c < c1; ++c) tile[c * width + b] = first + b < batch ? row[c] : 0.0f;
+    }
+  }
+}
+
+// y += the sum of values[k] * x[columns[k]], for Vectors vectors of a tile's rows.
+template <std::size_t Vectors>
+inline void accumulate(const std::uint16_t* columns, const float* values, std::size_t n, const float* x,
+                       std::size_t width, float* y) {
+  using V = Vec<float>;
+  V sum[kChains][Vectors] = {};
+  const auto add = [&](std::size_t chain, std::size_t k) {
+    const float* row = x + columns[k] * width;
+    for (std::size_t v = 0; v < Vectors; ++v) sum[chain][v] += values[k] * load<V>(row + v * kLanes<float>);
+  };
+  std::size_t k = 0;
+  for (; k + kChains <= n; k += kChains) {
+    for (std::size_t chain = 0; chain < kChains; ++chain) add(chain, k + chain);
+  }
+  if (k < n) add(0, k);
+  if (k + 1 < n) add(1, k + 1);
+  if (k + 2 < n) add(2, k + 2);
+  for (std::size_t v = 0; v < Vectors; ++v) {
+    float* to = y + v * kLanes<float>;
+    store(to, load<V>(to) + ((sum[0][v] + sum[2][v]) + (sum[1][v] + sum[3][v])));
+  }
+}
+
+// As many vectors at once as there are registers for their chains.
+inline void accumulate_tile(const std::uint16_t* columns, const float* values, std::size_t n, const float* x,
+                            std::size_t width, float* y) {
+  constexpr std::size_t most = kVectorBytes == 64 ? 4 : 2, lanes = kLanes<float>;
+  if (width < most * lanes) {
+    if (width == lanes) return accumulate<1>(columns, values, n, x, width, y);
+    return accumulate<2>(columns, values, n, x, width, y);
+  }
+  for (std::size_t l = 0; l < width; l += most * lanes) accumulate<most>(columns, values, n, x + l, width, y + l);
+}
+
+// How far a row of a panel has been read.
+struct Cursor {
+  std::size_t at;      // entry
+  std::uint16_t next;  // index8: column behind the last one
+};
+
+// Entries of a row in columns [begin, end): n numbers and their columns, counted from `origin`.
+struct Stretch {
+  const std::uint16_t* columns;
+  const float* values;
+  std::size_t n, origin;
+};
+
+inline Stretch next_stretch(const Sparse& w, std::size_t row, std::size_t begin, std::size_t end, Cursor& cursor,
+                            std::uint16_t* columns, float* scratch) {
+  const std::size_t left = static_cast<std::size_t>(w.row_offsets[row + 1]) - cursor.at, at = cursor.at;
+  if (w.layout == Layout::mask) {
+    const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes + begin / 8;
+    const std::size_t n = mask_columns(mask, end - begin, columns);
+    cursor.at += n;
+    return {columns, values_of(w, at, n, scratch), n, begin};
+  }
+  if (w.layout == Layout::block) {
+    const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
+    std::size_t n = 0;
+    for (std::size_t c = begin; c < end; c += kBlockLength) {
+      if ((mask[c / kBlockLength / 8] >> (c / kBlockLength % 8) & 1) == 0) continue;
+      for (std::size_t j = 0; j < kBlockLength; ++j) columns[n++] = static_cast<std::uint16_t>(c - begin + j);
+    }
+    cursor.at += n / kBlockLength;
+    const float* values = values_of(w, kBlockLength * at, n, scratch);
+    if (n > 0 && columns[n - 1] >= w.cols - begin) n -= columns[n - 1] - (w.cols - begin) + 1;  // the last is cut short
+    return {columns, values, n, begin};
+  }
+  if (w.layout == Layout::index8) {
+    const std::uint8_t* gaps = static_cast<const std::uint8_t*>(w.positions) + at;
+    std::size_t n = 0;
+    for (bool inside = true; inside && n < left;) {
+      const Columns c = columns_of_gaps(gaps + n, left - n, Columns{} + static_cast<std::uint16_t>(cursor.next - 1));
+      store(columns + n, c);
+      const std::size_t some = left - n < 8 ? left - n : 8;
+      std::size_t good = some;
+      while (good > 0 && columns[n + good - 1] >= end) --good;
+      inside = good == some;
+      n += good;
+      if (good > 0) cursor.next = static_cast<std::uint16_t>(columns[n - 1] + 1);
+    }
+    cursor.at += n;
+    return {columns, values_of(w, at, n, scratch), n, 0};
+  }
+  const std::uint16_t* c = static_cast<const std::uint16_t*>(w.positions) + at;
+  std::size_t n = 0;
+  while (n + 8 <= left && c[n + 7] < end) n += 8;
+  while (n < left && c[n] < end) ++n;
+  cursor.at += n;
+  return {c, values_of(w, at, n, scratch), n, 0};
+}
+
+void linear_sparse_tile(const Sparse& w, const float* tile, std::size_t width, std::size_t batch, std::size_t first,
+                        const float* bias, float* y, std::size_t begin, std::size_t end) {
+  constexpr std::size_t longest = kTile / 16;
+  float scratch[longest + 8], sums[kPanel * 64];
+  std::uint16_t columns[longest + 8];
+  Cursor cursors[kPanel];
+  const std::size_t reach = kTile / width;
+  for (std::size_t top = begin; top < end; top += kPanel) {
+    const std::size_t rows = end - top < kPanel ? end - top : kPanel;
+    for (std::size_t r = 0; r < rows; ++r) cursors[r] = {static_cast<std::size_t>(w.row_offsets[top + r]), 0};
+    std::memset(sums, 0, rows * width * sizeof(float));
+    for (std::size_t c0 = 0; c0 < w.cols; c0 += reach) {
+      const std::size_t c1 = w.cols - c0 < reach ? w.cols : c0 + reach;
+      for (std::size_t r = 0; r < rows; ++r) {
+        const Stretch s = next_stretch(w, top + r, c0, c1, cursors[r], columns, scratch);
+        accumulate_tile(s.columns, s.values, s.n, tile + s.origin * width, width, sums + r * width);
+      }
+    }
+    for (std::size_t b = 0; b < width && first + b < batch; ++b) {
+      float* to = y + (first + b) * w.rows + top;
+      for (std::size_t r = 0; r < rows; ++r) to[r] = sums[r * width + b] + (bias ? bias[top + r] : 0.0f);
+    }
+  }
 }

@@ -16,9 +16,9 @@ from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.linear import linear
 from fastopt.model import PackedModel, load, pack
 from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
-from fastopt.prune import prune, prune_
+from fastopt.prune import cubic_sparsity, prune, prune_
 from fastopt.quant import QuantizedTensor, pack_bits, quantize, unpack_bits
-from fastopt.sparse import SparseTensor
+from fastopt.sparse import SparseTensor, sparsity
 
 __all__ = [
     "SGD",
@@ -32,6 +32,7 @@ __all__ = [
     "RMSprop",
     "SparseTensor",
     "__version__",
+    "cubic_sparsity",
     "get_num_threads",
     "l1_penalty",
     "l2_penalty",
@@ -47,5 +48,6 @@ __all__ = [
     "schedules",
     "set_num_threads",
     "show_config",
+    "sparsity",
     "unpack_bits",
 ]

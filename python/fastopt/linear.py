@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastopt import _core
 from fastopt.quant import QuantizedTensor, as_matrix
-from fastopt.sparse import SparseTensor
+from fastopt.sparse import SparseTensor, multiply
 
 Array: TypeAlias = NDArray[Any]
 Weight: TypeAlias = "Array | QuantizedTensor | SparseTensor"
@@ -54,7 +54,8 @@ def linear(
     Notes
     -----
     The order of sums is fixed: the result is bit for bit the same on every instruction set, for any number of
-    threads, and for a row of `x` by itself or among others. NaN and infinity in a row of `x` give what NumPy gives.
+    threads, and for a row of `x` by itself or among others; but a sparse weight adds up in another order for four rows
+    or more. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse weight, see `SparseTensor`.
     Groups of more than one a row whose size is no multiple of 16 are multiplied in float32, which is slower. With a
     plain array the product is NumPy's.
 
@@ -92,11 +93,7 @@ def linear(
     x2, out2 = np.require(x, requirements=["C", "A"]).reshape(batch, cols), out.reshape(batch, rows)
 
     if isinstance(w, SparseTensor):
-        if isinstance(w.values, QuantizedTensor):
-            _core.linear_masked_quantized(x2, w.mask, w.row_offsets, *w.values.kernel_args, w.nnz, bias, out2)
-        else:
-            values = w.values if w.dtype == np.float32 else _widened(w.values)
-            _core.linear_masked(x2, w.mask, w.row_offsets, values, bias, out2)
+        multiply(x2, w, bias, out2)
     else:
         if w.dtype != np.float32:
             raise TypeError(f"w: expected float32, got {w.dtype}")
@@ -106,9 +103,3 @@ def linear(
         if bias is not None:
             np.add(out2, bias, out=out2)
     return out
-
-
-def _widened(values: Array) -> Array:
-    if values.dtype == np.float64:
-        raise TypeError("w: expected values of float32, float16 or bfloat16, got float64")
-    return values.astype(np.float32)

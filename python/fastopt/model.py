@@ -1,7 +1,7 @@
 """Whole models: a mapping of arrays in, a mapping of packed tensors out, and the file that holds it.
 
 The file is safetensors. A tensor NAME that is quantized is stored as NAME.codes, NAME.scale and NAME.minimum; a sparse
-one as NAME.mask, NAME.row_offsets and NAME.values (or NAME.values.codes ... where the non-zeros are quantized). One
+one as NAME.positions, NAME.row_offsets and NAME.values (or NAME.values.codes ... where the values are quantized). One
 JSON text under ``__metadata__["fastopt"]`` says what each is; any reader of safetensors opens the file.
 """
 
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from fastopt.linear import Weight
 from fastopt.prune import prune
 from fastopt.quant import GroupSize, QuantizedTensor, quantize, require_bits, require_group_size
-from fastopt.sparse import SparseTensor
+from fastopt.sparse import BLOCK, SparseTensor, require_layout
 
 Array: TypeAlias = NDArray[Any]
 
@@ -125,9 +125,9 @@ class PackedModel(Mapping[str, Weight]):
             if isinstance(tensor, QuantizedTensor):
                 entries[name] = {**add_quantized(name, tensor), "shape": tensor.shape}
             elif isinstance(tensor, SparseTensor):
-                add(f"{name}.mask", tensor.mask)
+                add(f"{name}.positions", tensor.positions)
                 add(f"{name}.row_offsets", tensor.row_offsets)
-                entries[name] = {"kind": "sparse", "layout": "mask", "shape": tensor.shape}
+                entries[name] = {"kind": "sparse", "layout": tensor.layout, "shape": tensor.shape}
                 if isinstance(tensor.values, QuantizedTensor):
                     entries[name]["values"] = add_quantized(f"{name}.values", tensor.values)
                 else:
@@ -269,7 +269,7 @@ def _packed(
     array: Array, bits: int | None, group_size: GroupSize, param_dtype: DTypeLike, sparsity: float | None
 ) -> Weight:
     if sparsity is not None:
-        pruned = prune(array, sparsity=sparsity)
+        pruned: SparseTensor = prune(array, sparsity=sparsity)
         return pruned if bits is None else pruned.quantize(bits, group_size=group_size)
     return array if bits is None else quantize(array, bits, group_size=group_size, param_dtype=param_dtype)
 
@@ -367,20 +367,19 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
         return QuantizedTensor(codes, scale, minimum, bits, group, shape, _FLOATS[dtype])
 
     def sparse(name: str, entry: _Object, shape: tuple[int, ...]) -> SparseTensor:
-        if entry.get("layout", str) != "mask":
-            raise ValueError(f"layout: expected 'mask', got {entry.get('layout', str)!r}")
-        mask, row_offsets = take(f"{name}.mask"), take(f"{name}.row_offsets")
+        layout = require_layout(entry.get("layout", str))
+        positions, row_offsets = take(f"{name}.positions"), take(f"{name}.row_offsets")
         values: Array | QuantizedTensor
         if "values" in entry:
             if row_offsets.dtype != np.int64 or row_offsets.size == 0:
                 raise ValueError("row_offsets: expected int64, at least one")
-            count = int(row_offsets[-1])
-            if count < 0:
+            count = int(row_offsets[-1]) * (BLOCK if layout == "1x16" else 1)
+            if not 0 <= count < 1 << 62:
                 raise ValueError("row_offsets: expected to rise from 0")
             values = quantized(f"{name}.values", _Object(entry.get("values", dict), "values"), (count,))
         else:
             values = take(f"{name}.values")
-        return SparseTensor(mask, row_offsets, values, shape)
+        return SparseTensor(layout, positions, row_offsets, values, shape)
 
     kinds: dict[str, Callable[..., Weight]] = {"quantized": quantized, "sparse": sparse}
     packed: dict[str, Weight] = {}

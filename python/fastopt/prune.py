@@ -1,27 +1,65 @@
-"""Magnitude pruning."""
+"""Pruning by magnitude, or by any importance: unstructured, N of M, and blocks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastopt import _core
-from fastopt.quant import as_float_array
-from fastopt.sparse import SparseTensor
+from fastopt.quant import as_float_array, as_matrix
+from fastopt.sparse import BLOCK, SparseTensor, parse_pattern, require_layout
 
 Array: TypeAlias = NDArray[Any]
 Mask: TypeAlias = NDArray[np.bool_]
 
 
-def _check(threshold: float | None, sparsity: float | None) -> None:
-    if (threshold is None) == (sparsity is None):
+def _check(threshold: float | None, sparsity: float | None, pattern: str | None) -> tuple[int, int] | None:
+    """Return N and M of a pattern N:M, or raise."""
+    groups = None if pattern is None else parse_pattern(pattern)
+    if groups is None and (threshold is None) == (sparsity is None):
         raise ValueError("threshold, sparsity: expected exactly one of them")
+    if groups is not None and (threshold is not None or sparsity is not None):
+        raise ValueError(f"threshold, sparsity: expected neither, as pattern {pattern!r} tells how many stay")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold: expected a number, 0 or more, got {threshold!r}")
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: expected a share from 0 to 1, got {sparsity!r}")
+    return groups
+
+
+def _parts(w: Any) -> tuple[list[Any], list[Any]]:
+    """Return names and values of an array, a list or a mapping."""
+    if isinstance(w, Mapping):
+        return list(w), list(w.values())
+    return (list(range(len(w))), list(w)) if isinstance(w, list | tuple) else ([0], [w])
+
+
+def _like(w: Any, names: Iterable[Any], results: list[Any]) -> Any:
+    """Return results as what `w` is: one, a list or a dict."""
+    if isinstance(w, Mapping):
+        return dict(zip(names, results, strict=True))
+    return results if isinstance(w, list | tuple) else results[0]
+
+
+def _importance_of(importance: Any, w: Any, names: list[Any], arrays: list[Array]) -> list[Array]:
+    """Return an array of importance for each of `w`, checked."""
+    if isinstance(w, Mapping) and isinstance(importance, Mapping):
+        missing = [name for name in names if name not in importance]
+        if missing:
+            raise ValueError(f"importance: nothing for {missing[0]!r}")
+        importance = {name: importance[name] for name in names}
+    _, given = _parts(importance)
+    if len(given) != len(arrays) or isinstance(importance, Mapping) != isinstance(w, Mapping):
+        raise ValueError(f"importance: expected {len(arrays)} array(s), arranged like w")
+    scores = []
+    for name, array, score in zip(names, arrays, given, strict=True):
+        score = as_float_array(score, "importance")
+        if score.shape != array.shape:
+            raise ValueError(f"importance: expected shape {array.shape} for '{name}', got {score.shape}")
+        scores.append(np.require(score, score.dtype.newbyteorder("="), ["C", "A"]))
+    return scores
 
 
 def _bits_of(value: float, dtype: np.dtype[Any]) -> int:
@@ -31,17 +69,37 @@ def _bits_of(value: float, dtype: np.dtype[Any]) -> int:
     return int(rounded.view(f"u{dtype.itemsize}"))
 
 
-def _prune_smallest(arrays: list[Array], masks: list[Mask], sparsity: float) -> None:
-    """Zero exactly ``round(sparsity * size)`` elements of all arrays together; of equal ones the later."""
-    count = round(sparsity * sum(array.size for array in arrays))
+def _block_norms(w: Array) -> Array:
+    """Return the L2 norm of each block of 16 columns in float64, squares added from left to right."""
+    rows, cols = as_matrix(w.shape)
+    x = w.reshape(rows, cols)
+    norms = np.zeros((rows, -(-cols // BLOCK)))
+    for top in range(0, rows, 256):  # a panel stays in cache
+        panel = np.square(x[top : top + 256].astype(np.float64))
+        for j in range(BLOCK):
+            part = panel[:, j::BLOCK]
+            norms[top : top + 256, : part.shape[1]] += part
+    return np.sqrt(norms)
+
+
+def _apply(
+    scores: list[Array], masks: list[Mask | None], threshold: float | None, sparsity: float | None, write: bool
+) -> None:
+    """Fill the masks with what stays; where `write`, also zero the scores themselves."""
+    if threshold is not None:
+        for score, mask in zip(scores, masks, strict=True):
+            _core.prune(score, write, mask, _bits_of(threshold, score.dtype), 0)
+        return
+    count = round((sparsity or 0) * sum(score.size for score in scores))
     if count == 0:
         for mask in masks:
-            mask.fill(True)
+            if mask is not None:
+                mask.fill(True)
         return
-    key, below, ties = _core.kth_magnitude(arrays, count)
+    key, below, ties = _core.kth_magnitude(scores, count)
     keep_ties = ties - (count - below)
-    for array, mask in zip(arrays, masks, strict=True):
-        keep_ties -= min(keep_ties, _core.prune(array, mask, key, keep_ties))
+    for score, mask in zip(scores, masks, strict=True):
+        keep_ties -= _core.prune(score, write, mask, key, keep_ties)
 
 
 def prune_(
@@ -49,9 +107,12 @@ def prune_(
     *,
     threshold: float | None = None,
     sparsity: float | None = None,
+    pattern: str | None = None,
+    importance: Any = None,
     scope: Literal["local", "global"] = "local",
+    return_mask: bool = True,
 ) -> Any:
-    """Set the weights of smallest magnitude to zero, in place.
+    """Set the least important weights to zero, in place.
 
     Parameters
     ----------
@@ -61,12 +122,20 @@ def prune_(
         Keep where ``abs(w) > threshold``, with the threshold rounded to the dtype of `w`.
     sparsity : float
         Zero exactly ``round(sparsity * size)`` elements. Of equal magnitudes those of lower index are kept.
+    pattern : str, optional
+        "N:M", as "2:4": of each M neighbours in a row keep the N largest, instead of a threshold or a sparsity.
+        "1x16": remove whole blocks of 16 neighbours in a row, by their L2 norm.
+    importance : like `w`, optional
+        Arrays of the same shapes, of which the magnitude counts instead of the weights' own: ``w * grad``, or
+        ``w * norm of activations``.
     scope : "local" or "global"
         Whether `sparsity` holds for each array, or for all together, which then must have one dtype.
+    return_mask : bool
+        False saves the time and the memory of masks that nobody needs.
 
     Returns
     -------
-    bool array, or a list or dict of them like `w`
+    bool array, a list or dict of them like `w`, or None
         True where a weight was kept.
 
     Raises
@@ -74,8 +143,8 @@ def prune_(
     TypeError
         If `w` holds something else than arrays of a float type.
     ValueError
-        If both or neither of `threshold` and `sparsity` are given, one is out of range, or an array is
-        read-only, not contiguous, or shares memory with another one.
+        If not exactly one of `threshold` and `sparsity` is given (none of them for N:M), one is out of range, or an
+        array is read-only, not contiguous, or shares memory with another one.
 
     Notes
     -----
@@ -91,51 +160,72 @@ def prune_(
     >>> w
     array([ 0., -2.,  0.,  1.], dtype=float32)
     """
-    _check(threshold, sparsity)
+    groups = _check(threshold, sparsity, pattern)
     if scope not in ("local", "global"):
         raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
-    names: list[Any]
-    if isinstance(w, Mapping):
-        names, arrays = list(w), list(w.values())
-    elif isinstance(w, list | tuple):
-        names, arrays = list(range(len(w))), list(w)
-    else:
-        names, arrays = [0], [w]
+    names, arrays = _parts(w)
     _core.check_weights([str(name) for name in names], arrays)
-    masks: list[Mask] = [np.empty(array.shape, np.bool_) for array in arrays]
-    if threshold is not None:
-        for array, mask in zip(arrays, masks, strict=True):
-            _core.prune(array, mask, _bits_of(threshold, array.dtype), 0)
-    elif sparsity is not None:
-        if scope == "global":
-            _prune_smallest(arrays, masks, sparsity)
+    scores = arrays if importance is None else _importance_of(importance, w, names, arrays)
+    together = scope == "global" and threshold is None and groups is None
+    if together and len({score.dtype for score in scores}) > 1:
+        raise TypeError("w: arrays that are pruned together must have one dtype")
+    direct = pattern is None and importance is None
+    masks: list[Mask | None] = [None] * len(arrays)
+    if not direct or return_mask:
+        masks = [np.empty(array.shape, np.bool_) for array in arrays]
+
+    jobs = [slice(None)] if together else [slice(i, i + 1) for i in range(len(arrays))]
+    for job in jobs:
+        if groups is not None:
+            for score, mask in zip(scores[job], masks[job], strict=True):
+                matrix = as_matrix(score.shape)
+                _core.keep_largest(score.reshape(matrix), *groups, mask.reshape(matrix))  # type: ignore[union-attr]
+        elif pattern is not None:
+            norms = [_block_norms(score) for score in scores[job]]
+            blocks = [np.empty(norm.shape, np.bool_) for norm in norms]
+            _apply(norms, list(blocks), threshold, sparsity, False)
+            for i, score, block in zip(range(len(arrays))[job], scores[job], blocks, strict=True):
+                elements = np.repeat(block, BLOCK, axis=1)[:, : as_matrix(score.shape)[1]]
+                masks[i] = np.ascontiguousarray(elements).reshape(score.shape)
         else:
-            for array, mask in zip(arrays, masks, strict=True):
-                _prune_smallest([array], [mask], sparsity)
-    if isinstance(w, Mapping):
-        return dict(zip(names, masks, strict=True))
-    return masks if isinstance(w, list | tuple) else masks[0]
+            _apply(scores[job], masks[job], threshold, sparsity, direct)
+    if not direct:
+        for array, mask in zip(arrays, masks, strict=True):
+            _core.clear(array, mask)  # type: ignore[arg-type]
+    return _like(w, names, masks) if return_mask else None
 
 
-def prune(w: ArrayLike, *, threshold: float | None = None, sparsity: float | None = None) -> SparseTensor:
-    """Return `w` without its weights of smallest magnitude, in sparse storage; `w` stays as it is.
+def prune(
+    w: Any,
+    *,
+    threshold: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    importance: Any = None,
+    scope: Literal["local", "global"] = "local",
+    layout: str | None = None,
+) -> Any:
+    """Return `w` without its least important weights, in sparse storage; `w` stays as it is.
 
     Parameters
     ----------
-    w : array_like of float32, float64, float16 or bfloat16
-    threshold, sparsity : float
+    w : array_like, or a list or dict of arrays, of float32, float64, float16 or bfloat16
+        A list of numbers counts as one array.
+    threshold, sparsity, pattern, importance, scope
         As in `prune_`.
+    layout : str, optional
+        As in `SparseTensor.from_dense`. By default that of the pattern, or "auto".
 
     Returns
     -------
-    SparseTensor
+    SparseTensor, or a list or dict of them like `w`
 
     Raises
     ------
     TypeError
         If `w` is not of a float type.
     ValueError
-        If both or neither of `threshold` and `sparsity` are given, or one is out of range.
+        As in `prune_`.
 
     Examples
     --------
@@ -143,10 +233,76 @@ def prune(w: ArrayLike, *, threshold: float | None = None, sparsity: float | Non
     >>> import fastopt as fo
     >>> fo.prune(np.array([0.1, -2.0, 0.3, 1.0], dtype=np.float32), threshold=0.2).to_dense()
     array([ 0. , -2. ,  0.3,  1. ], dtype=float32)
+    >>> fo.prune(np.array([[0.1, -2.0, 0.3, 1.0]], dtype=np.float32), pattern="2:4").layout
+    '2:4'
     """
-    _check(threshold, sparsity)
+    groups = _check(threshold, sparsity, pattern)
     if threshold is not None and math.isinf(threshold):
         raise ValueError("threshold: expected a finite number")
-    copy = as_float_array(w, "w").copy(order="C")
-    prune_(copy, threshold=threshold, sparsity=sparsity)
-    return SparseTensor.from_dense(copy)
+    if layout is None:
+        layout = pattern if pattern is not None and (groups is None or groups[1] in (2, 4, 8)) else "auto"
+    elif layout != "auto":
+        require_layout(layout)
+    several = isinstance(w, Mapping) or (isinstance(w, list | tuple) and any(isinstance(v, np.ndarray) for v in w))
+    names, arrays = _parts(w) if several else ([0], [w])
+    copies = [_copy(array) for array in arrays]
+    target: Any = _like(w, names, copies) if several else copies[0]
+    prune_(
+        target,
+        threshold=threshold,
+        sparsity=sparsity,
+        pattern=pattern,
+        importance=importance,
+        scope=scope,
+        return_mask=False,
+    )
+    packed = [SparseTensor.from_dense(copy, layout=layout) for copy in copies]
+    return _like(w, names, packed) if several else packed[0]
+
+
+def _copy(w: ArrayLike) -> Array:
+    array = as_float_array(w, "w")
+    return array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+
+
+def cubic_sparsity(final: float, steps: int, *, initial: float = 0.0, begin: int = 0) -> Callable[[int], float]:
+    """Return a schedule for pruning while training: fast at first, when there is much to spare, then ever slower.
+
+    Parameters
+    ----------
+    final : float
+        Sparsity at step ``begin + steps`` and after it.
+    steps : int
+        How long it takes.
+    initial : float
+        Sparsity until `begin`.
+    begin : int
+
+    Returns
+    -------
+    callable from step to sparsity
+        ``final + (initial - final) * (1 - (step - begin) / steps)**3`` in between (Zhu and Gupta, 2017).
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> schedule = fo.cubic_sparsity(0.8, steps=100)
+    >>> [round(schedule(step), 3) for step in (0, 50, 100, 200)]
+    [0.0, 0.7, 0.8, 0.8]
+    """
+    for name, share in (("final", final), ("initial", initial)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a share from 0 to 1, got {share!r}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+
+    def sparsity(step: int) -> float:
+        left = (1 - min(max((step - begin) / steps, 0), 1)) ** 3
+        return initial * left + final * (1 - left)
+
+    return sparsity

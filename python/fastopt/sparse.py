@@ -1,7 +1,10 @@
 """Sparse storage of pruned weights."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,58 +26,129 @@ Array: TypeAlias = NDArray[Any]
 # Groups of non-zeros that share a scale and minimum, by bits: they run through the rows, so "a row" is no choice.
 _VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
+BLOCK = 16  # columns of a block of layout "1x16"
+_INDEX_COLUMNS = 1 << 16  # as many as 16 bits tell apart
+# Up to this density an index is faster than a mask, and takes about as many bytes: measured, see bench/bench_sparse.py.
+_INDEX_DENSITY = 0.25
+
+
+def parse_pattern(pattern: str, name: str = "pattern") -> tuple[int, int] | None:
+    """Return N and M of a pattern "N:M", None for "1x16", or raise."""
+    if pattern == "1x16":
+        return None
+    match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", pattern) if isinstance(pattern, str) else None
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"{name}: expected 'N:M' with N < M, as in '2:4', or '1x16', got {pattern!r}")
+    return int(match[1]), int(match[2])
+
+
+def require_layout(layout: str) -> str:
+    """Return `layout`, or raise."""
+    if layout in ("mask", "index16", "index8", "1x16"):
+        return layout
+    group = re.fullmatch(r"(\d):([248])", layout) if isinstance(layout, str) else None
+    if group is None or not 1 <= int(group[1]) < int(group[2]):
+        raise ValueError(
+            f"layout: expected 'mask', 'index16', 'index8', '1x16', or 'N:M' with M of 2, 4 or 8, got {layout!r}"
+        )
+    return layout
+
+
+@lru_cache
+def _filled_groups(n: int, m: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """For each byte of a mask: the same with n bits set in each group of m, and whether some group had more."""
+    filled, over = np.zeros(256, np.uint8), np.zeros(256, np.bool_)
+    for byte in range(256):
+        for start in range(0, 8, m):
+            places = range(start, start + m)
+            free = [p for p in places if not byte >> p & 1]
+            over[byte] |= len(free) < m - n
+            chosen = [p for p in places if p not in free[n - (m - len(free)) :]] if len(free) >= m - n else places
+            filled[byte] |= sum(1 << p for p in chosen)
+    return filled, over
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseTensor:
-    """A pruned weight: one bit for each element, and the non-zeros.
+    """A pruned weight: what is left of it, and where that is.
+
+    Made by `SparseTensor.from_dense` or `prune`; arrays may also be read-only ones from a memory-mapped file, which are
+    used as they are.
 
     Attributes
     ----------
-    mask : uint8 array, shape (rows, ceil(cols / 8))
-        A bit for each element, lowest first; each row starts on a byte; bits behind the last column are 0.
+    layout : str
+        "mask": a bit for each element. "index16", "index8": the column of each entry in 16 bits, or its distance from
+        the entry before in 8. "1x16": a bit for each block of 16 columns. "N:M", as "2:4": a mask with exactly N bits
+        set in each M columns.
+    positions : array
+        Masks: uint8, shape (rows, bytes per row), lowest bit first; each row starts on a byte; bits behind the last
+        column are 0. "index16": uint16, shape (entries,), rising in a row. "index8": uint8, shape (entries,); an
+        entry's column is that of the one before (-1 for the first of a row) plus 1 plus this.
     row_offsets : int64 array, shape (rows + 1,)
-        The non-zeros of row r are ``values[row_offsets[r]:row_offsets[r + 1]]``.
-    values : array, shape (nnz,), or QuantizedTensor of that shape
-        The non-zeros in order, in a float type or in 8, 4 or 2 bits.
+        Row r has the entries from ``row_offsets[r]`` to ``row_offsets[r + 1]``.
+    values : array or QuantizedTensor, one axis
+        The entries in order, in a float type or in 8, 4 or 2 bits; of "1x16" an entry has 16.
     shape : tuple of int
         Of the weight; seen as a matrix of its first axis by all others, and as one row if it has one axis.
 
     Raises
     ------
     TypeError, ValueError
-        If mask, offsets and values do not fit each other and the shape.
+        If the arrays do not fit each other, the layout and the shape.
 
     Notes
     -----
-    An element is stored unless it is zero; -0 counts as zero and comes back as +0, NaN and infinity are kept.
-    In a product, what is not stored does not count, even against NaN or infinity.
+    An element is stored unless it is zero; -0 counts as zero and comes back as +0, NaN and infinity are kept. "1x16",
+    "N:M" and "index8" also store the zeros that fill a block, a group or a distance above 255.
+
+    In a product x must be finite: whether NaN or infinity count where a weight has been pruned depends on the layout.
     """
 
-    mask: NDArray[np.uint8]
+    layout: str
+    positions: Array
     row_offsets: NDArray[np.int64]
     values: Array | QuantizedTensor
     shape: tuple[int, ...]
 
+    __array_ufunc__ = None  # so that NumPy leaves operators to this class
+    __hash__ = None  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
+        require_layout(self.layout)
         if len(self.values.shape) != 1:
             raise ValueError(f"values: expected one dimension, got shape {self.values.shape}")
-        rows, cols = as_matrix(self.shape)
-        if self.mask.shape != (rows, -(-cols // 8)):
-            raise ValueError(f"mask: expected shape {(rows, -(-cols // 8))}, got {self.mask.shape}")
         if isinstance(self.values, np.ndarray):
             as_float_array(self.values, "values")
-        _core.check_masked(self.mask, self.row_offsets, cols, self.nnz)
+        rows, cols = as_matrix(self.shape)
+        if self.row_offsets.shape != (rows + 1,):
+            raise ValueError(f"row_offsets: expected {rows + 1} elements, got {self.row_offsets.shape}")
+        entries, odd = divmod(self.nnz, BLOCK if self.layout == "1x16" else 1)
+        if odd:
+            raise ValueError(f"values: expected a multiple of {BLOCK}, got {self.nnz}")
+        _core.check_sparse(self._kernel_layout, self.positions, self.row_offsets, cols, entries)
+        if ":" in self.layout and not np.array_equal(self._filled(self.positions), self.positions):
+            raise ValueError(f"positions: expected {self.layout} of each columns")
         # The kernels trust what was checked here.
-        for array in (self.mask, self.row_offsets):
+        for array in (self.positions, self.row_offsets):
             array.flags.writeable = False
 
+    @property
+    def _kernel_layout(self) -> str:
+        return {"1x16": "block", "index16": "index16", "index8": "index8"}.get(self.layout, "mask")
+
+    def _filled(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return _fill_groups(mask, as_matrix(self.shape)[1], self.layout)
+
     @classmethod
-    def from_dense(cls, w: ArrayLike) -> "SparseTensor":
-        """Return the non-zeros of `w` in sparse storage.
+    def from_dense(cls, w: ArrayLike, *, layout: str = "auto") -> "SparseTensor":
+        """Return what of `w` is not zero, in sparse storage.
 
         Parameters
         ----------
         w : array_like of float32, float64, float16 or bfloat16, any shape
+        layout : str
+            One of those of the class. "auto": a mask, or where less than a quarter is left, an index.
 
         Returns
         -------
@@ -84,58 +158,138 @@ class SparseTensor:
         ------
         TypeError
             If `w` is not of a float type.
+        ValueError
+            If `layout` is unknown, has too few columns for `w`, or is N:M and `w` has more non-zeros than that: prune
+            it first.
 
         Examples
         --------
         >>> import numpy as np
         >>> import fastopt as fo
-        >>> fo.SparseTensor.from_dense(np.eye(4, dtype=np.float32))
-        SparseTensor(shape=(4, 4), density=0.250, float32 values, 30.00 bits per weight)
+        >>> fo.SparseTensor.from_dense(np.eye(4, dtype=np.float32), layout="mask")
+        SparseTensor(shape=(4, 4), layout=mask, density=0.250, float32 values, 30.00 bits per weight)
         """
+        if layout != "auto":
+            require_layout(layout)
         array = as_float_array(w, "w")
         rows, cols = as_matrix(array.shape)
         x = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(rows, cols)
-        row_offsets = np.zeros(rows + 1, np.int64)
-        _core.count_nonzero(x, row_offsets[1:])
-        np.cumsum(row_offsets, out=row_offsets)
+        if layout == "1x16":
+            return cls(layout, *_blocks(x), array.shape)
         mask = np.empty((rows, -(-cols // 8)), np.uint8)
+        row_offsets = np.zeros(rows + 1, np.int64)
+        _core.nonzero_mask(x, mask, row_offsets[1:])
+        if ":" in layout:
+            filled = _fill_groups(mask, cols, layout)
+            if np.any(mask & ~filled):
+                row = int(np.argmax(np.any(mask & ~filled, axis=1)))
+                raise ValueError(
+                    f"w: row {row} has more non-zeros than {layout}; prune it with pattern={layout!r} first"
+                )
+            mask = filled
+            row_offsets[1:] = np.unpackbits(mask, axis=1).sum(axis=1, dtype=np.int64)
+        np.cumsum(row_offsets, out=row_offsets)
         values = np.empty(int(row_offsets[-1]), x.dtype)
-        _core.compress(x, row_offsets, mask, values)
-        return cls(mask, row_offsets, values, array.shape)
+        _core.compress(x, mask, row_offsets, values)
+        if ":" in layout:
+            values[values == 0] = 0  # -0 is not told apart
+        return cls._of_mask(layout, mask, row_offsets, values, array.shape)
+
+    @classmethod
+    def _of_mask(
+        cls, layout: str, mask: NDArray[np.uint8], row_offsets: Array, values: Array, shape: tuple[int, ...]
+    ) -> "SparseTensor":
+        """Return the layout that was asked for, or the one that suits, from a mask and what is under it."""
+        cols = as_matrix(shape)[1]
+        if layout == "auto":
+            index = values.size <= _INDEX_DENSITY * math.prod(shape) and cols <= _INDEX_COLUMNS
+            layout = "index" if index else "mask"
+        if not layout.startswith("index"):
+            return cls(layout, mask, row_offsets, values, shape)
+        if cols > _INDEX_COLUMNS:
+            raise ValueError(f"layout: {layout!r} has up to {_INDEX_COLUMNS} columns, got {cols}; 'mask' has no limit")
+        columns = np.empty(values.size, np.uint16)
+        _core.mask_columns(mask, row_offsets, cols, columns)
+        if layout == "index16":
+            return cls(layout, columns, row_offsets, values, shape)
+        gap_offsets = np.zeros_like(row_offsets)
+        _core.count_gaps(columns, row_offsets, cols, gap_offsets[1:])
+        np.cumsum(gap_offsets, out=gap_offsets)
+        entries = int(gap_offsets[-1])
+        if layout == "index" and entries * (1 + values.itemsize) > values.size * (2 + values.itemsize):
+            return cls("index16", columns, row_offsets, values, shape)
+        gaps = np.empty(entries, np.uint8)
+        gap_values = np.zeros(entries, values.dtype)
+        _core.column_gaps(columns, row_offsets, cols, values, gap_offsets, gaps, gap_values)
+        return cls("index8", gaps, gap_offsets, gap_values, shape)
 
     def quantize(self, bits: int = 8, *, group_size: GroupSize = "auto") -> "SparseTensor":
-        """Return the same with the non-zeros in 8, 4 or 2 bits.
+        """Return the same with the values in 8, 4 or 2 bits.
 
         Parameters
         ----------
         bits : 8, 4 or 2
         group_size : int, -1, None or "auto"
-            How many neighbouring non-zeros share scale and minimum; groups run through the rows. "auto": 128
+            How many neighbouring values share scale and minimum; groups run through the rows. "auto": 128
             for 8 bits, 32 for 4, 16 for 2. -1 and None: all.
 
         Returns
         -------
         SparseTensor
+            Of the same layout; "index8" with distances above 255 becomes "index16", so that zeros stay exact.
 
         Raises
         ------
         ValueError
-            If the non-zeros have NaN or infinity, or an option is out of range.
+            If the values have NaN or infinity, or an option is out of range.
 
         Examples
         --------
         >>> import numpy as np
         >>> import fastopt as fo
         >>> fo.SparseTensor.from_dense(np.eye(64, dtype=np.float32)).quantize(bits=4)
-        SparseTensor(shape=(64, 64), density=0.016, 4-bit values, 2.09 bits per weight)
+        SparseTensor(shape=(64, 64), layout=index8, density=0.016, 4-bit values, 1.22 bits per weight)
         """
         bits = require_bits(bits)
         if group_size == "auto":
             group_size = _VALUE_GROUP_SIZE[bits]
-        values = quantize(self._dense_values(), bits, group_size=group_size)
-        return SparseTensor(self.mask, self.row_offsets, values, self.shape)
+        values = self._float_values()
+        s = self
+        if self.layout == "index8" and not values.all():
+            s = self.to_layout("index16")
+            values = s._float_values()
+        return SparseTensor(
+            s.layout, s.positions, s.row_offsets, quantize(values, bits, group_size=group_size), s.shape
+        )
 
-    def _dense_values(self) -> Array:
+    def to_layout(self, layout: str) -> "SparseTensor":
+        """Return the same in another layout.
+
+        Parameters
+        ----------
+        layout : str
+            As in `from_dense`.
+
+        Returns
+        -------
+        SparseTensor
+            With float values, also if these are quantized.
+
+        Raises
+        ------
+        ValueError
+            As in `from_dense`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastopt as fo
+        >>> fo.SparseTensor.from_dense(np.eye(64, dtype=np.float32)).to_layout("1x16").nnz
+        1024
+        """
+        return SparseTensor.from_dense(self.to_dense(), layout=layout)
+
+    def _float_values(self) -> Array:
         return self.values.dequantize() if isinstance(self.values, QuantizedTensor) else self.values
 
     def to_dense(self, out: Array | None = None) -> Array:
@@ -159,12 +313,57 @@ class SparseTensor:
         target = matrix_of_out(result, self.shape)
         if result.dtype != self.dtype:
             raise TypeError(f"out: expected {self.dtype}, got {result.dtype}")
-        _core.expand(self.mask, self.row_offsets, self._dense_values(), target)
+        if self.layout == "1x16":
+            _expand_blocks(self.positions, self._float_values(), target)
+        else:
+            _core.expand(self._kernel_layout, self.positions, self.row_offsets, self._float_values(), target)
         return result
+
+    def __getitem__(self, rows: Any) -> Array:
+        """Return some rows of the weight, dense.
+
+        Parameters
+        ----------
+        rows : int, slice or sequence of int
+            As in NumPy, along the first axis.
+
+        Returns
+        -------
+        array
+        """
+        if len(self.shape) < 2:
+            raise IndexError("rows: expected a weight of two or more axes")
+        chosen = np.arange(self.shape[0])[rows]
+        picked = np.atleast_1d(chosen)
+        if picked.ndim != 1:
+            raise IndexError("rows: expected one index")
+        counts = np.diff(self.row_offsets)[picked]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        entries = np.arange(offsets[-1]) + np.repeat(self.row_offsets[picked] - offsets[:-1], counts)
+        width = BLOCK if self.layout == "1x16" else 1
+        values = self._float_values().reshape(-1, width)[entries].reshape(-1)
+        positions = self.positions[entries if self.layout.startswith("index") else picked]
+        part = SparseTensor(self.layout, positions, offsets, values, (len(picked), *self.shape[1:]))
+        return part.to_dense().reshape(*chosen.shape, *self.shape[1:])
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both hold the same weights, in whatever layout, bit for bit."""
+        if not isinstance(other, SparseTensor):
+            return NotImplemented
+        if self.shape != other.shape or self.dtype != other.dtype:
+            return False
+        return self.to_dense().tobytes() == other.to_dense().tobytes()
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """A bit for each element that is stored; uint8, shape (rows, ceil(cols / 8)), lowest bit first."""
+        if self._kernel_layout == "mask":
+            return self.positions
+        return SparseTensor.from_dense(self.to_dense(), layout="mask").positions
 
     @property
     def nnz(self) -> int:
-        """Number of non-zeros."""
+        """Number of stored values."""
         return int(self.values.shape[0])
 
     @property
@@ -174,7 +373,7 @@ class SparseTensor:
 
     @property
     def density(self) -> float:
-        """Share of non-zeros."""
+        """Share of weights that is stored."""
         return self.nnz / max(self.size, 1)
 
     @property
@@ -184,13 +383,15 @@ class SparseTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of mask, offsets and values."""
-        return self.mask.nbytes + self.row_offsets.nbytes + self.values.nbytes
+        """Bytes of positions, offsets and values."""
+        return self.positions.nbytes + self.row_offsets.nbytes + self.values.nbytes
 
     @property
     def bits_per_weight(self) -> float:
         """Bits stored for each weight, zeros included."""
         return 8 * self.nbytes / max(self.size, 1)
+
+    # ---- products --------------------------------------------------------------------------------------------
 
     def __matmul__(self, x: Array) -> Array:
         """Return the product with a vector [in] or a matrix [in, batch]."""
@@ -198,10 +399,229 @@ class SparseTensor:
 
         return linear(np.asarray(x).T, self).T
 
+    @property
+    def T(self) -> "Transposed":  # noqa: N802 - NumPy's name
+        """The transpose, for ``x @ s.T``."""
+        return Transposed(self)
+
+    # ---- other libraries -------------------------------------------------------------------------------------
+
+    def _csr(self) -> tuple[Array, NDArray[np.int64], Array]:
+        """Return values, columns and row offsets; a value that is stored as zero stays an entry."""
+        s = self if self._kernel_layout != "block" else self.to_layout("mask")
+        cols = as_matrix(s.shape)[1]
+        if s.layout.startswith("index"):
+            columns: Array = s.positions
+            if s.layout == "index8":
+                columns = np.empty(s.nnz, np.uint16)
+                _core.gap_columns(s.positions, s.row_offsets, cols, columns)
+        else:
+            columns = np.nonzero(np.unpackbits(s.positions, axis=1, count=cols, bitorder="little"))[1]
+        return s._float_values(), columns.astype(np.int64), s.row_offsets
+
+    def to_scipy(self) -> Any:
+        """Return a ``scipy.sparse.csr_array`` of two axes.
+
+        Returns
+        -------
+        scipy.sparse.csr_array
+            float16 and bfloat16, which SciPy does not have, become float32.
+        """
+        from scipy.sparse import csr_array
+
+        values, columns, offsets = self._csr()
+        if values.dtype not in (np.float32, np.float64):
+            values = values.astype(np.float32)
+        return csr_array((values, columns, offsets), shape=as_matrix(self.shape))
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, *, layout: str = "auto") -> "SparseTensor":
+        """Return a SciPy sparse matrix, of any format, in this storage.
+
+        Parameters
+        ----------
+        matrix : scipy.sparse matrix or array of float32 or float64
+        layout : str
+            As in `from_dense`.
+
+        Returns
+        -------
+        SparseTensor
+        """
+        csr = matrix.tocsr(copy=True)
+        csr.sum_duplicates()
+        return cls._from_csr(csr.data, csr.indices, csr.indptr, csr.shape, layout)
+
+    def to_torch(self) -> Any:
+        """Return a torch tensor of two axes in CSR layout.
+
+        Returns
+        -------
+        torch.Tensor
+        """
+        import torch
+
+        values, columns, offsets = self._csr()
+        if values.dtype.name == "bfloat16":
+            data = torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            data = torch.from_numpy(values.copy())
+        indices = torch.from_numpy(columns)
+        return torch.sparse_csr_tensor(torch.from_numpy(offsets.copy()), indices, data, as_matrix(self.shape))
+
+    @classmethod
+    def from_torch(cls, tensor: Any, *, layout: str = "auto") -> "SparseTensor":
+        """Return a torch tensor in CSR layout in this storage.
+
+        Parameters
+        ----------
+        tensor : torch.Tensor of float32, float64 or float16
+        layout : str
+            As in `from_dense`.
+
+        Returns
+        -------
+        SparseTensor
+        """
+        csr = tensor.detach().cpu()
+        values, columns, offsets = (part.numpy() for part in (csr.values(), csr.col_indices(), csr.crow_indices()))
+        return cls._from_csr(values, columns, offsets, tuple(tensor.shape), layout)
+
+    @classmethod
+    def _from_csr(
+        cls, values: Array, columns: Array, offsets: Array, shape: tuple[int, int], layout: str
+    ) -> "SparseTensor":
+        if layout != "auto":
+            require_layout(layout)
+        values, (rows, cols) = as_float_array(values, "values"), shape
+        rising = len(offsets) == rows + 1 and offsets[0] == 0 and offsets[-1] == values.size
+        if not rising or np.any(np.diff(offsets) < 0):
+            raise ValueError("row offsets: must rise from 0 to the number of values")
+        if columns.size and not 0 <= columns.min() <= columns.max() < cols:
+            raise ValueError(f"columns: expected 0 to {cols - 1}, got {columns.min()} to {columns.max()}")
+        row = np.repeat(np.arange(rows), np.diff(offsets))
+        keep = values != 0
+        order = np.lexsort((columns[keep], row[keep]))
+        row, columns, values = row[keep][order], columns[keep][order], values[keep][order]
+        stored = np.zeros((rows, cols), np.bool_)
+        stored[row, columns] = True
+        row_offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(stored, axis=1))]).astype(np.int64)
+        if row_offsets[-1] != values.size:
+            raise ValueError("columns: expected each once in a row")
+        mask = np.packbits(stored, axis=1, bitorder="little")
+        if layout in ("auto", "mask", "index16", "index8"):
+            return cls._of_mask(layout, mask, row_offsets, values, shape)
+        return cls("mask", mask, row_offsets, values, shape).to_layout(layout)
+
     def __repr__(self) -> str:
         quantized = isinstance(self.values, QuantizedTensor)
         values = f"{self.values.bits}-bit" if quantized else str(self.dtype)  # type: ignore[union-attr]
         return (
-            f"SparseTensor(shape={self.shape}, density={self.density:.3f}, {values} values, "
+            f"SparseTensor(shape={self.shape}, layout={self.layout}, density={self.density:.3f}, {values} values, "
             f"{self.bits_per_weight:.2f} bits per weight)"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """The transpose of a sparse weight, which exists to stand on the right of ``x @ s.T``.
+
+    Attributes
+    ----------
+    T : SparseTensor
+    """
+
+    T: SparseTensor
+
+    __array_ufunc__ = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
+        rows, cols = as_matrix(self.T.shape)
+        return cols, rows
+
+    def __rmatmul__(self, x: Array) -> Array:
+        from fastopt.linear import linear
+
+        return linear(x, self.T)
+
+
+def multiply(x: Array, s: SparseTensor, bias: Array | None, out: Array) -> None:
+    """Write ``x @ s.T + bias`` to `out`; all are matrices that `linear` has checked."""
+    if isinstance(s.values, QuantizedTensor):
+        args = (s._kernel_layout, s.positions, s.row_offsets, *s.values.kernel_args, s.nnz)
+        _core.linear_sparse_quantized(x, *args, bias, out)
+        return
+    if s.dtype == np.float64:
+        raise TypeError("w: expected values of float32, float16 or bfloat16, got float64")
+    _core.linear_sparse(x, s._kernel_layout, s.positions, s.row_offsets, s.values, bias, out)
+
+
+def _fill_groups(mask: NDArray[np.uint8], cols: int, layout: str) -> NDArray[np.uint8]:
+    """Return the mask with N bits set in each group of M, the lowest that are free; those over N removed."""
+    n, m = map(int, layout.split(":"))
+    filled, over = _filled_groups(n, m)
+    if np.any(over[mask]):
+        return np.where(over[mask], np.uint8(0), mask)  # lacks bits of `mask`, and so differs
+    result = filled[mask]
+    if cols % 8:  # a short last group
+        result[:, -1] &= (1 << cols % 8) - 1
+    return result
+
+
+def _blocks(x: Array) -> tuple[NDArray[np.uint8], NDArray[np.int64], Array]:
+    """Return mask, row offsets and values of the blocks that are not all zero."""
+    rows, cols = x.shape
+    count = -(-cols // BLOCK)
+    if cols % BLOCK:
+        x = np.concatenate([x, np.zeros((rows, count * BLOCK - cols), x.dtype)], axis=1)
+    blocks = x.reshape(rows, count, BLOCK)
+    stored = np.any(blocks != 0, axis=2)
+    row_offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(stored, axis=1))]).astype(np.int64)
+    values = blocks[stored].reshape(-1)
+    values[values == 0] = 0  # -0 is not told apart
+    return np.packbits(stored, axis=1, bitorder="little"), row_offsets, values
+
+
+def _expand_blocks(mask: NDArray[np.uint8], values: Array, out: Array) -> None:
+    rows, cols = out.shape
+    count = -(-cols // BLOCK)
+    stored = np.unpackbits(mask, axis=1, count=count, bitorder="little").view(np.bool_)
+    blocks = np.zeros((rows, count, BLOCK), out.dtype)
+    blocks[stored] = values.reshape(-1, BLOCK)
+    out[...] = blocks.reshape(rows, count * BLOCK)[:, :cols]
+
+
+def sparsity(w: Any) -> float:
+    """Return the share of zeros.
+
+    Parameters
+    ----------
+    w : array, SparseTensor, or a sequence or mapping of them
+
+    Returns
+    -------
+    float
+        Of all together; 0 if there is nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> fo.sparsity(np.eye(4, dtype=np.float32))
+    0.75
+    """
+    zeros, size = _zeros(w)
+    return zeros / max(size, 1)
+
+
+def _zeros(w: Any) -> tuple[int, int]:
+    if isinstance(w, SparseTensor):
+        w = w.to_dense() if w.layout in ("1x16", "index8") or ":" in w.layout else (w.size - w.nnz, w.size)
+        return _zeros(w) if isinstance(w, np.ndarray) else w
+    if isinstance(w, np.ndarray):
+        return w.size - int(np.count_nonzero(w)), w.size
+    parts: Sequence[Any] = list(w.values()) if hasattr(w, "values") else list(w)
+    counts = [_zeros(part) for part in parts]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)
