@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import common
+import ml_dtypes
 import numpy as np
 
 import fastopt as fo
@@ -24,11 +25,31 @@ def torch_steps(torch: Any) -> dict[str, Step]:
 
     makers = {
         "SGD": torch.optim.SGD,
+        "Adagrad": partial(torch.optim.Adagrad, eps=1e-10),
         "SGD momentum": partial(torch.optim.SGD, momentum=0.9),
         "Adam": torch.optim.Adam,
         "AdamW": partial(torch.optim.AdamW, weight_decay=0.01),
     }
     return {name: partial(step, make) for name, make in makers.items()}
+
+
+def variants() -> dict[str, Step]:
+    """Adam with narrower states and parameters, and with all options at once; the limit is that of plain Adam."""
+
+    def step(w: Array, g: Array, dtype: Any = None, **options: Any) -> Call:
+        scale = options.pop("grad_scale", None)
+        if dtype is not None:
+            w, g = w.astype(dtype), g.astype(dtype)
+        return partial(fo.Adam(w, **options).step, g, **({} if scale is None else {"grad_scale": scale}))
+
+    everything = {"l1": 1e-6, "keep_zeros": True, "maximize": True, "weight_decay": 1e-4}
+    return {
+        "bfloat16 states": partial(step, state_dtype="bfloat16"),
+        "uint8 states": partial(step, state_dtype="uint8"),
+        "uint8, bf16 w and g": partial(step, dtype=ml_dtypes.bfloat16, state_dtype="uint8", stochastic_rounding=True),
+        "L1, L2, keep_zeros": partial(step, **everything),
+        "... and clipping": partial(step, **everything, max_norm=1.0),
+    }
 
 
 def many_small(torch: Any) -> Case:
@@ -65,10 +86,15 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         sizes.append(100_000_000)
     for name in OPTIMIZERS:
         for size in sizes:
-            others = {TORCH: peers[name]} if torch else {}
+            others = {TORCH: peers[name]} if name in peers else {}
             if name == "Adam" and size > 10_000:
                 others["numpy blocked"] = partial(numpy_adam, block=16_384)
             yield optimizer_case(name, size, others)
+    for size in sizes[1:]:
+        case = optimizer_case("Adam", size, variants())
+        case.name += ", variants"
+        case.errors = {}  # narrow states are judged by training: bench_parity.py
+        yield case
     yield many_small(torch)
     yield subnormal(1_000_000, {TORCH: peers["Adam"]} if torch else {})
 

@@ -97,7 +97,7 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
       tensor.args.state_type = StateType::bf16;
     }
   }
-  if (state.size() != count && !(narrow_param && state.size() == count + 1)) {
+  if (state.size() != count && (!narrow_param || state.size() != count + 1)) {
     fail_value(label, "expected " + std::to_string(count) + " arrays, got " + std::to_string(state.size()));
   }
   if (tensor.args.param_type == Float::f64 && tensor.args.state_type != StateType::wide) {
@@ -148,9 +148,7 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
     const std::string needed = std::string(name_of(args.param_type)) + (narrow_param ? " or float32" : "");
     fail_type(grad_label, "expected " + needed + ", got " + dtype_name(g));
   };
-  if (g->descr == w->descr) {
-    args.grad_type = args.param_type;
-  } else if (has_dtype(g, py::reinterpret_borrow<py::dtype>(w->descr))) {
+  if (g->descr == w->descr || has_dtype(g, py::reinterpret_borrow<py::dtype>(w->descr))) {
     args.grad_type = args.param_type;
   } else if (narrow_param && has_dtype(g, py::dtype::of<float>())) {
     args.grad_type = Float::f32;

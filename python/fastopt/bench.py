@@ -320,6 +320,44 @@ def _fastopt_step(make: Callable[[Array], fo.Optimizer]) -> Step:
     return lambda w, g: partial(make(w).step, g)
 
 
+def numpy_accumulated(
+    w: Array, g: Array, decay: float = 1.0, blend: float = 1.0, lr: float = 1e-3, eps: float = 1e-8
+) -> Call:
+    """Adagrad, and RMSprop with `decay` and `blend`."""
+    squares, scratch, root = np.zeros_like(w), np.empty_like(w), np.empty_like(w)
+
+    def step() -> None:
+        np.multiply(g, g, out=scratch)
+        np.multiply(scratch, blend, out=scratch)
+        np.multiply(squares, decay, out=squares)
+        np.add(squares, scratch, out=squares)
+        np.sqrt(squares, out=root)
+        np.add(root, eps, out=root)
+        np.divide(g, root, out=scratch)
+        np.multiply(scratch, lr, out=scratch)
+        np.subtract(w, scratch, out=w)
+
+    return step
+
+
+def numpy_lion(w: Array, g: Array, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> Call:
+    """Lion."""
+    mean, scratch, blend = np.zeros_like(w), np.empty_like(w), np.empty_like(w)
+
+    def step() -> None:
+        np.multiply(mean, betas[0], out=blend)
+        np.multiply(g, 1 - betas[0], out=scratch)
+        np.add(blend, scratch, out=blend)
+        np.sign(blend, out=blend)
+        np.multiply(blend, lr, out=blend)
+        np.subtract(w, blend, out=w)
+        np.multiply(mean, betas[1], out=mean)
+        np.multiply(g, 1 - betas[1], out=scratch)
+        np.add(mean, scratch, out=mean)
+
+    return step
+
+
 # By name: how many arrays a step reads, of which it writes all but the gradient; and who takes it.
 OPTIMIZERS: dict[str, tuple[int, dict[str, Step]]] = {
     "SGD": (2, {FASTOPT: _fastopt_step(fo.SGD), NUMPY: numpy_sgd}),
@@ -327,6 +365,18 @@ OPTIMIZERS: dict[str, tuple[int, dict[str, Step]]] = {
         3,
         {FASTOPT: _fastopt_step(partial(fo.SGD, momentum=0.9)), NUMPY: partial(numpy_sgd, momentum=0.9)},
     ),
+    "Adagrad": (
+        3,
+        {FASTOPT: _fastopt_step(partial(fo.Adagrad, lr=1e-3)), NUMPY: partial(numpy_accumulated, eps=1e-10)},
+    ),
+    "RMSprop": (
+        3,
+        {
+            FASTOPT: _fastopt_step(partial(fo.RMSprop, lr=1e-3)),
+            NUMPY: partial(numpy_accumulated, decay=0.99, blend=0.01),
+        },
+    ),
+    "Lion": (3, {FASTOPT: _fastopt_step(partial(fo.Lion, lr=1e-3)), NUMPY: numpy_lion}),
     "Adam": (4, {FASTOPT: _fastopt_step(fo.Adam), NUMPY: numpy_adam}),
     "AdamW": (
         4,
