@@ -127,8 +127,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     table = Table(title="Adam by kind of state", title_justify="left")
-    for column in ("training", "states", "bytes a parameter", "training loss", "test accuracy (R2)"):
-        table.add_column(column, justify="right" if "a" in column[-9:] and column != "training" else "left")
+    for column in ("training", "states"):
+        table.add_column(column, no_wrap=True)
+    for column in ("bytes/parameter", "training loss", "of float32", "test score"):
+        table.add_column(column, justify="right", no_wrap=True)
     results = []
     for name, train in trainings(options):
         for dtype in STATES:
@@ -139,7 +141,8 @@ def main() -> None:
                 name if dtype == STATES[0] else "",
                 dtype,
                 f"{results[-1]['bytes']:.3f}",
-                f"{loss:.5f} ({loss / first:.3f} x)",
+                f"{loss:.5f}",
+                f"{loss / first:.3f}",
                 f"{score:.4f}",
             )
     Console().print(table)
