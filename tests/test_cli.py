@@ -60,7 +60,7 @@ def test_demo_on_digits(tmp_path):
     assert summary["file"] == str(file)
     assert pruned["file_bytes"] == file.stat().st_size
     with safe_open(file, framework="numpy") as opened:
-        assert "fc1.weight.mask" in opened.keys()  # noqa: SIM118 (a safe_open is not iterable)
+        assert "fc1.weight.row_offsets" in opened.keys()  # noqa: SIM118 (a safe_open is not iterable)
     weights = fo.load(file).unpack()
     assert [w.shape for w in weights.values()] == [(256, 64), (256,), (128, 256), (128,), (10, 128), (10,)]
     zeros = sum(int((w == 0).sum()) for name, w in weights.items() if name.endswith("weight"))

@@ -270,6 +270,7 @@ def test_scipy(rng):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls its CSR a beta
 def test_torch(rng):
     torch = pytest.importorskip("torch")
     w = np.where(rng.random((7, 50)) < 0.2, rng.standard_normal((7, 50)), 0).astype("f4")

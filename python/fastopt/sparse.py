@@ -467,7 +467,8 @@ class SparseTensor:
         else:
             data = torch.from_numpy(values.copy())
         indices = torch.from_numpy(columns)
-        return torch.sparse_csr_tensor(torch.from_numpy(offsets.copy()), indices, data, as_matrix(self.shape))
+        row_pointers = torch.from_numpy(offsets.copy())
+        return torch.sparse_csr_tensor(row_pointers, indices, data, as_matrix(self.shape), check_invariants=True)
 
     @classmethod
     def from_torch(cls, tensor: Any, *, layout: str = "auto") -> "SparseTensor":
