@@ -43,6 +43,12 @@ print("done")
     assert last_line(code) == "done"
 
 
+def test_importing_leaves_the_environment_as_it_was():
+    code = "import os; before = dict(os.environ); import fastopt; print(before == dict(os.environ))"
+    assert last_line(code) == "True"
+    assert last_line(code, GOMP_SPINCOUNT="5") == "True"
+
+
 @needs_threads
 def test_omp_num_threads_is_honoured():
     code = "import fastopt as fo; print(fo.get_num_threads())"

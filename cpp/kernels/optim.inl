@@ -267,6 +267,9 @@ inline void narrow_u8(std::uint8_t* codes, Bits bits, std::uint32_t exponent, bo
   store_low_bytes(codes, bit_cast<Bits>(code) | sign);
 }
 
+constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
+
 // One whole block, the first element of which has the number `first` in its tensor.
 template <class R, unsigned Positive, StateType State>
 void step_block(const Scalars<float>& scalars, const StepArgs& args, std::size_t first) {
@@ -275,6 +278,12 @@ void step_block(const Scalars<float>& scalars, const StepArgs& args, std::size_t
   const Scalars<float> k = scalars;
   const StepArgs a = args;
   const bool chance = a.stochastic || State != StateType::wide;
+  const auto prefetch_block = [](const void* base, std::size_t width) {
+    for (std::size_t at = 0; at < kStateBlock * width; at += 64) prefetch(static_cast<const char*>(base) + at);
+  };
+  prefetch_block(a.param, width_of(a.param_type));
+  prefetch_block(a.grad, width_of(a.grad_type));
+  for (std::size_t j = 0; j < R::states; ++j) prefetch_block(a.state[j], width_of(State));
   Bits index = {};
   for (std::size_t j = 0; j < kLanes<float>; ++j) index[j] = static_cast<std::uint32_t>(first + j);
   Bits random[kBlockVectors], stepped[R::states + 1][kBlockVectors], largest[R::states + 1] = {};
@@ -315,9 +324,6 @@ void step_block(const Scalars<float>& scalars, const StepArgs& args, std::size_t
     }
   }
 }
-
-constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
-constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
 
 // The same arrays, from element `at` on.
 inline StepArgs from(const StepArgs& a, std::size_t at) {

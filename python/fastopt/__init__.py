@@ -9,6 +9,7 @@
 array([0.9, 0.9, 0.9, 0.9], dtype=float32)
 """
 
+from fastopt import _threads as _threads  # first: it loads the extension
 from fastopt import schedules
 from fastopt._core import __version__
 from fastopt.checkpoint import restore, save
