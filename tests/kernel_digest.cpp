@@ -259,9 +259,10 @@ void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
 }
 
 // Group 0: the whole matrix shares its parameters.
-void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t group, bool half, Kind kind) {
+void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t group, bool half, bool refit,
+                      Kind kind) {
   Case c("quantize bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) + " group=" + text(group) +
-         (half ? " f16 " : " f32 ") + kKindNames[kind]);
+         (half ? " f16 " : " f32 ") + (refit ? "lsq " : "") + kKindNames[kind]);
   constexpr std::size_t rows = 3;
   const std::size_t length = group ? group : cols, groups = (cols + length - 1) / length;
   const std::size_t row_bytes = (cols * static_cast<std::size_t>(bits) + 7) / 8;
@@ -271,9 +272,10 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
   const Quantized q = {codes.data(), scale.data(), minimum.data(),    half, bits, rows, cols, row_bytes,
                        length,       groups,       group ? groups : 0};
 
-  Range shared = {};
-  unsigned flags = group ? 0 : k.range(x.data(), x.size(), &shared);
-  flags |= k.quantize(x.data(), q, group ? nullptr : &shared, 0, rows);
+  Shared shared = {};
+  unsigned flags = group ? 0 : k.range(x.data(), x.size(), &shared.range);
+  if (!group && refit && !flags) shared.pair = k.fit(x.data(), x.size(), bits, shared.range);
+  flags |= k.quantize(x.data(), q, group ? nullptr : &shared, refit, 0, rows);
   c.add(flags);
   if (flags) return;  // nobody looks at the rest
   c.add(codes);
@@ -283,7 +285,7 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
     k.dequantize(q, rows - 1, begin, cols, out.data());
     c.add(out);
   }
-  if (kind == plain) digest_linear(c, k, q);
+  if (kind == plain && !refit) digest_linear(c, k, q);
 }
 
 void digest_quantization(const Kernels& k) {
@@ -297,7 +299,7 @@ void digest_quantization(const Kernels& k) {
       for (int bits : {8, 4, 2}) {
         for (bool half : {false, true}) {
           for (std::size_t group : {std::size_t{0}, std::size_t{5}, std::size_t{32}, std::size_t{48}, n}) {
-            digest_quantized(k, bits, n, group, half, kind);
+            for (bool refit : {false, true}) digest_quantized(k, bits, n, group, half, refit, kind);
           }
         }
       }

@@ -276,29 +276,74 @@ def grid(low, high, bits, half):
         return (scale, rounded, f(1), rounded, scale, f(1)), bool(fits)
 
 
-def quantize(w, bits, group_size, half):
+def fit(x, scale, minimum, bits):
+    """Least squares, eight times: codes of the pair, then the pair that fits these codes best (after Lloyd, 1982).
+
+    With u = (x - minimum) / scale, the pair is changed by the line a + b * (code - middle) that fits u - code.
+    """
+    f = np.float32
+    top = f(2**bits - 1)
+    middle = top / f(2)
+
+    def total(values):  # sixteen partial sums, added as a tree
+        padded = np.pad(values, (0, -len(values) % 16)).reshape(-1, 16)
+        partial = np.zeros(16, f)
+        for row in padded:
+            partial = partial + row
+        for half in (8, 4, 2, 1):
+            partial = partial[:half] + partial[half:]
+        return float(partial[0])
+
+    n = float(len(x))
+    for _ in range(8):
+        u = (x - minimum) * (f(1) / scale)
+        code = np.clip(np.rint(u), f(0), top)
+        d, r = code - middle, u - code
+        sd, sdd, sr, srd = total(d), total(d * d), total(r), total(r * d)
+        spread = n * sdd - sd * sd
+        if not spread > 0:
+            break
+        b = (n * srd - sd * sr) / spread
+        a = (sr - b * sd) / n
+        better = f(float(scale) * (1 + b)), f(float(minimum) + float(scale) * (a - b * float(middle)))
+        if not np.finfo(f).tiny <= better[0] <= 2.0**100:
+            break
+        scale, minimum = better
+    return scale, minimum
+
+
+def quantize(w, bits, group_size, half, refit=False):
     """Codes (one a byte), scale and minimum of a matrix; float32 parameters where float16 does not fit."""
+    f = np.float32
     rows, cols = w.shape
     size = {None: cols, -1: cols}.get(group_size, group_size)
     groups = -(-cols // size) if cols else 0
     codes = np.zeros((rows, cols), np.uint8)
     shape = (1, 1) if group_size is None else (rows, groups)
-    scale, minimum = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    scale, minimum = np.zeros(shape, f), np.zeros(shape, f)
     for r in range(rows):
         for g in range(groups):
             part = slice(g * size, min((g + 1) * size, cols))
-            values = w if group_size is None else w[r, part]
+            values = w.reshape(-1) if group_size is None else w[r, part]
             # + 0 makes -0 into +0: which of the two a minimum is would depend on the order
-            low, high = values.min() + np.float32(0), values.max() + np.float32(0)
+            low, high = values.min() + f(0), values.max() + f(0)
             (s, m, factor, offset, divisor, levels), fits = grid(low, high, bits, half)
+            exact = grid(low, high, bits, False)[0]
+            if refit and exact[2] == 1 and 2.0**-100 <= exact[0] <= 2.0**100:
+                s, m = best = fit(values, exact[0], exact[1], bits)
+                if half:
+                    with np.errstate(over="ignore"):
+                        s, m = f(np.float16(s)), f(np.float16(m))
+                    fits = 2.0**-14 <= s <= 65504 and abs(m - best[1]) <= best[0] * f(0.5)
+                factor, offset, divisor, levels = f(1), m, s, f(1)
             if half and not fits:
-                return quantize(w, bits, group_size, half=False)
+                return quantize(w, bits, group_size, False, refit)
             with np.errstate(over="ignore"):
-                exact = (w[r, part] * factor - offset) / divisor * levels
-            codes[r, part] = np.clip(np.round(exact), 0, 2**bits - 1)
+                scaled = (w[r, part] * factor - offset) / divisor * levels
+            codes[r, part] = np.clip(np.round(scaled), 0, 2**bits - 1)
             at = (0, 0) if group_size is None else (r, g)
             scale[at], minimum[at] = s, m
-    dtype = np.float16 if half else np.float32
+    dtype = np.float16 if half else f
     return codes, scale.astype(dtype), minimum.astype(dtype)
 
 

@@ -4,6 +4,7 @@ import reference
 from conftest import Guarded, same_bits
 
 import fastopt as fo
+from fastopt import quant
 
 
 def packed(w):
@@ -72,6 +73,22 @@ def test_huge_weights_equal_reference(isa, rng):
     assert same_bits(fo.linear(x, q), expected(x, q))
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_outliers_count(isa, threads, batch, rng):
+    w = rng.standard_normal((70, 200)).astype("f4")
+    x = rng.standard_normal((batch, 200)).astype("f4")
+    q = fo.quantize(w, 2, outliers=0.01)
+    rows, cols = np.divmod(q.outliers.indices.astype(np.int64), 200)
+    plain = fo.QuantizedTensor(q.codes, q.scale, q.minimum, 2, 16, q.shape, q.dtype)
+    want = fo.linear(x, plain).astype("f8")
+    for r, c, v in zip(rows, cols, q.outliers.values.astype("f8"), strict=True):
+        want[:, r] += x[:, c].astype("f8") * v
+    assert same_bits(fo.linear(x, q), want.astype("f4"))
+    wide = quant.Outliers(q.outliers.indices.astype(np.int64), q.outliers.values)
+    q = fo.QuantizedTensor(q.codes, q.scale, q.minimum, 2, 16, q.shape, q.dtype, wide)
+    assert same_bits(fo.linear(x, q), want.astype("f4"))
+
+
 def test_any_number_of_threads(isa, threads, rng):
     w = rng.standard_normal((301, 1700)).astype("f4")
     x = rng.standard_normal((5, 1700)).astype("f4")
@@ -119,6 +136,10 @@ def test_shapes_and_matmul(rng):
     for t in packed(w.reshape(6, 10)):
         assert same_bits(t @ x[0].T, fo.linear(x[0], t).T)
         assert same_bits(t @ x[0, 0], fo.linear(x[0, 0], t))
+        if isinstance(t, fo.QuantizedTensor):
+            assert same_bits(x @ t.T, fo.linear(x, t))
+            with pytest.raises(TypeError):
+                x @ t
     np.testing.assert_allclose(fo.linear(x, w), x @ w.reshape(6, 10).T, rtol=1e-5)
     np.testing.assert_allclose(fo.linear(x, w, np.ones(6, "f4")), x @ w.reshape(6, 10).T + 1, rtol=1e-5, atol=1e-6)
 
@@ -132,6 +153,7 @@ def test_bad_arguments(make, rng):
         (lambda: fo.linear(x.astype("f8"), w), TypeError, "x: expected float32, got float64"),
         (lambda: fo.linear(x[:, 1:], w), ValueError, r"x: expected shape \(..., 40\) for w of shape \(6, 40\)"),
         (lambda: fo.linear(np.float32(1), w), ValueError, "x: expected shape"),
+        (lambda: fo.linear(x, w, precision="int4"), ValueError, "precision: expected 'exact' or 'int8', got 'int4'"),
         (lambda: fo.linear(x, w, out=np.empty((2, 7), "f4")), ValueError, r"out: expected a C-contiguous array of"),
         (lambda: fo.linear(x, w, out=np.empty((2, 6))), TypeError, "out: expected a float32 array"),
         (lambda: fo.linear(x, w, np.zeros(5, "f4")), ValueError, r"bias: expected shape \(6,\), got \(5,\)"),

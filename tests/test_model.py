@@ -340,3 +340,42 @@ def test_mutated_files_load_or_raise(whole, tmp_path, changes, length, in_header
             assert dense.shape == tensor.shape
             if dense.ndim == 2 and dense.dtype == np.float32:
                 fo.linear(np.ones((1, dense.shape[1]), "f4"), tensor)
+
+
+def test_outliers_are_saved(tmp_path, rng):
+    w = rng.standard_normal((20, 300)).astype("f4")
+    q = fo.quantize(w, 2, fit="lsq", outliers=0.01)
+    path = tmp_path / "model.safetensors"
+    fo.PackedModel({"w": q, "b": w[0]}).save(path)
+    loaded = fo.load(path)
+    assert loaded["w"] == q
+    assert not loaded["w"].outliers.values.flags.writeable
+    x = rng.standard_normal(300).astype("f4")
+    assert np.array_equal(fo.linear(x, loaded["w"]), fo.linear(x, q))
+    assert sorted(load_file(path)) == [
+        "b",
+        *(f"w.{x}" for x in ("codes", "minimum", "outlier_index", "outlier_value", "scale")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, entry: entry.update(outliers=59), "outliers: expected 59, got shape"),
+        (lambda arrays, entry: entry.update(outliers="60"), "outliers: expected int"),
+        (lambda arrays, entry: arrays.pop("w.outlier_index"), "'w.outlier_index' is missing"),
+        (lambda arrays, entry: arrays["w.outlier_index"].__setitem__(-1, 6000), "outlier_index: expected rising"),
+        (lambda arrays, entry: arrays.update({"w.outlier_value": arrays["w.outlier_value"][1:]}), "of equal length"),
+    ],
+)
+def test_wrong_outliers_are_refused(change, message, tmp_path, rng):
+    q = fo.quantize(rng.standard_normal((20, 300)).astype("f4"), 2, outliers=0.01)
+    path = tmp_path / "model.safetensors"
+    fo.PackedModel({"w": q}).save(path)
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["fastopt"])
+    arrays = load_file(path)
+    change(arrays, about["tensors"]["w"])
+    save_file(arrays, path, metadata={"fastopt": json.dumps(about)})
+    with pytest.raises(ValueError, match=message):
+        fo.load(path)

@@ -49,7 +49,7 @@ unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
 
 // Fills codes, scale and minimum; returns kNonFinite and kHalfMisfit flags.
 unsigned quantize(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum,
-                  int bits, std::size_t group_size) {
+                  int bits, std::size_t group_size, bool refit) {
   require_2d(x, {"x"});
   const View<const float> from = view<const float>(x, {"x"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
@@ -73,10 +73,11 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
     }
     return 0;
   }
-  Range all{};
-  std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all) : 0};
+  Shared all{};
+  std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all.range) : 0};
+  if (group_size == 0 && refit && flags == 0) all.pair = k.fit(from.data, from.size, bits, all.range);
   parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
-    flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, begin, end);
+    flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
   });
   return flags;
 }
@@ -190,17 +191,69 @@ const float* bias_of(const py::object& bias, std::size_t rows) {
   return reinterpret_cast<const float*>(array->data);
 }
 
+// What is added to some weights after decoding: rising places, which were checked when the tensor was made.
+template <class Index>
+struct Outliers {
+  const Index* index;
+  const float* value;
+  std::size_t count;
+};
+
+// Adds to rows [begin, end) of y what outliers add; each element in double, in the order of their places.
+template <class Index>
+void add_outliers(const Outliers<Index>& o, const Linear& io, std::size_t rows, std::size_t cols, std::size_t begin,
+                  std::size_t end) {
+  const Index* const last = o.index + o.count;
+  const auto from = [&](const Index* first, std::size_t row) {  // the first that is not before this row
+    return std::lower_bound(first, last, row * cols,
+                            [](Index place, std::size_t limit) { return static_cast<std::size_t>(place) < limit; });
+  };
+  const Index* at = from(o.index, begin);
+  for (std::size_t row = begin; row < end && at < last; ++row) {
+    const Index* const next = from(at, row + 1);
+    for (std::size_t b = 0; b < io.batch && at < next; ++b) {
+      double sum = static_cast<double>(io.y[b * rows + row]);
+      const float* x = io.x + b * cols;
+      for (const Index* p = at; p < next; ++p) {
+        const std::size_t col = static_cast<std::size_t>(*p) - row * cols;
+        if (col < cols) sum += static_cast<double>(x[col]) * static_cast<double>(o.value[p - o.index]);
+      }
+      io.y[b * rows + row] = static_cast<float>(sum);
+    }
+    at = next;
+  }
+}
+
+template <class Index>
+Outliers<Index> outliers_of(const py::tuple& pair) {
+  const View<const Index> index = view<const Index>(pair[0], {"outlier_index"});
+  const View<const float> value = view<const float>(pair[1], {"outlier_value"});
+  require_size(index.size, value.size, {"outlier_index"});
+  return {index.data, value.data, value.size};
+}
+
 // x @ W.T + bias for x of any number of axes; `limbs` is 3 (exact) or 1 (int8). All checks are here: a call from
 // Python is to cost no more than the product of a small matrix.
 py::object linear(const py::object& x_object, const py::array& codes, const py::array& scale, const py::array& minimum,
                   int bits, std::size_t group_size, const py::tuple& shape, const py::object& bias,
-                  const py::object& out_object, int limbs) {
+                  const py::object& out_object, int limbs, const py::object& outliers) {
   if (limbs != 1 && limbs != 3) throw py::value_error("limbs: expected 1 or 3, got " + std::to_string(limbs));
   std::size_t cols = 1;
   for (std::size_t i = shape.size() < 2 ? 0 : 1; i < shape.size(); ++i) cols *= shape[i].cast<std::size_t>();
   const Batch x = batch_of(x_object, cols, shape);
   const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
   py::object out = result_of(x.array, q.rows, out_object);
+
+  Outliers<std::uint32_t> narrow{};
+  Outliers<std::int64_t> wide{};
+  if (!outliers.is_none()) {
+    const auto pair = outliers.cast<py::tuple>();
+    if (has_dtype(array_of(pair[0], {"outlier_index"}), py::dtype::of<std::uint32_t>())) {
+      narrow = outliers_of<std::uint32_t>(pair);
+    } else {
+      wide = outliers_of<std::int64_t>(pair);
+    }
+  }
 
   const Kernels& k = kernels();
   Linear io{};
@@ -229,8 +282,11 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
     });
   }
   const double bytes = static_cast<double>(q.rows) * static_cast<double>(q.row_bytes);
-  parallel_for(q.rows, bytes * static_cast<double>(1 + io.batch),
-               [&](std::size_t begin, std::size_t end) { k.linear_quantized(q, io, begin, end); });
+  parallel_for(q.rows, bytes * static_cast<double>(1 + io.batch), [&](std::size_t begin, std::size_t end) {
+    k.linear_quantized(q, io, begin, end);
+    if (narrow.count > 0) add_outliers(narrow, io, q.rows, q.cols, begin, end);
+    if (wide.count > 0) add_outliers(wide, io, q.rows, q.cols, begin, end);
+  });
   return out;
 }
 
@@ -240,13 +296,14 @@ void bind_quant(py::module_& m) {
   m.attr("NON_FINITE") = kNonFinite;
   m.attr("HALF_MISFIT") = kHalfMisfit;
   m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
-        py::arg("group_size"));
+        py::arg("group_size"), py::arg("refit") = false);
   m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("out"));
   m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));
   m.def("unpack", &unpack, py::arg("packed"), py::arg("bits"), py::arg("codes"));
   m.def("linear_quantized", &linear, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
-        py::arg("bits"), py::arg("group_size"), py::arg("shape"), py::arg("bias"), py::arg("out"), py::arg("limbs"));
+        py::arg("bits"), py::arg("group_size"), py::arg("shape"), py::arg("bias"), py::arg("out"), py::arg("limbs"),
+        py::arg("outliers") = py::none());
 }
 
 }  // namespace fastopt

@@ -83,6 +83,16 @@ struct Range {
   float min, max;
 };
 
+struct Pair {
+  float scale, minimum;
+};
+
+// What the whole matrix shares: its range and, where it was fitted to the values, a pair (else of scale 0).
+struct Shared {
+  Range range;
+  Pair pair;
+};
+
 // x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
 // `prepared_bytes`, written by the kernel `prepare_x`; it is not needed where prepared_bytes() is 0.
 struct Linear {
@@ -156,9 +166,12 @@ struct Kernels {
 
   // Smallest and largest of n > 0 values; returns kNonFinite or 0.
   unsigned (*range)(const float* x, std::size_t n, Range*);
-  // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 the
-  // range of the whole is given, otherwise `shared` is null. Returns flags.
-  unsigned (*quantize)(const float* x, const Quantized& q, const Range* shared, std::size_t begin, std::size_t end);
+  // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is to be kept.
+  Pair (*fit)(const float* x, std::size_t n, int bits, Range);
+  // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 `shared` is
+  // given, otherwise null; `refit` fits every group. Returns flags.
+  unsigned (*quantize)(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                       std::size_t end);
   // Columns [col_begin, col_end) of one row.
   void (*dequantize)(const Quantized& q, std::size_t row, std::size_t col_begin, std::size_t col_end, float* out);
   // n codes of one byte each, to and from packed bytes.

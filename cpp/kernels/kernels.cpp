@@ -44,6 +44,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     sizeof kRules / sizeof kRules[0],
     sum_squares_any,
     range,
+    fit_any,
     quantize_any,
     dequantize_any,
     pack_any,

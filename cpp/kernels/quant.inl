@@ -91,18 +91,20 @@ void unpack_any(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_
 
 // ---- range ---------------------------------------------------------------------------------------------------
 
-unsigned range(const float* x, std::size_t n, Range* out) {
+// Smallest and largest of n > 0 values; `magnitude` grows to the largest bits of any |x|, ordered like the numbers
+// with NaN last.
+inline Range range_of(const float* x, std::size_t n, Vec<std::int32_t>* magnitude) {
   using V = Vec<float>;
-  using U = Vec<std::int32_t>;
+  using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
   constexpr float inf = __builtin_inff();
   V low = V{} + inf, high = V{} - inf;
-  U magnitude = {};
+  Ints largest = *magnitude;
   const auto take = [&](V v) {
     low = v < low ? v : low;
     high = v > high ? v : high;
-    const U bits = bit_cast<U>(v) & 0x7fffffff;
-    magnitude = bits > magnitude ? bits : magnitude;
+    const Ints bits = bit_cast<Ints>(v) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
   };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) take(load<V>(x + i));
@@ -113,17 +115,20 @@ unsigned range(const float* x, std::size_t n, Range* out) {
   } else if (i < n) {
     take(load<V>(x + n - lanes));
   }
-  out->min = low[0];
-  out->max = high[0];
-  std::int32_t largest = magnitude[0];
-  for (std::size_t j = 1; j < lanes; ++j) {
-    out->min = low[j] < out->min ? low[j] : out->min;
-    out->max = high[j] > out->max ? high[j] : out->max;
-    largest = magnitude[j] > largest ? magnitude[j] : largest;
-  }
-  out->min += 0.0f;  // -0 and +0 are equal, so which of them came out depends on the order: make it +0
-  out->max += 0.0f;
-  return largest >= 0x7f800000 ? kNonFinite : 0;
+  *magnitude = largest;
+  // -0 and +0 are equal, so which of them came out depends on the order: + 0 makes it +0.
+  return {fold(low, [](auto a, auto b) { return a < b ? a : b; }) + 0.0f,
+          fold(high, [](auto a, auto b) { return a > b ? a : b; }) + 0.0f};
+}
+
+inline unsigned non_finite(Vec<std::int32_t> magnitude) {
+  return fold(magnitude, [](auto a, auto b) { return a > b ? a : b; }) >= 0x7f800000 ? kNonFinite : 0;
+}
+
+unsigned range(const float* x, std::size_t n, Range* out) {
+  Vec<std::int32_t> magnitude = {};
+  *out = range_of(x, n, &magnitude);
+  return non_finite(magnitude);
 }
 
 // ---- quantize ------------------------------------------------------------------------------------------------
@@ -170,21 +175,157 @@ inline Grid grid_f16(Range r, float top, bool* misfit) {
   return {scale, minimum, 1.0f, minimum, scale, 1.0f};
 }
 
-inline void encode(const float* x, std::size_t n, const Grid& grid, float top, std::uint8_t* codes) {
+// Codes against a pair that is stored as it is here.
+inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
+  if (half) {
+    const Pair exact = p;
+    p = {float_of_half(half_of_float(p.scale)), float_of_half(half_of_float(p.minimum))};
+    const float moved = p.minimum > exact.minimum ? p.minimum - exact.minimum : exact.minimum - p.minimum;
+    *misfit |= !(p.scale >= kSmallestHalf && p.scale <= 65504.0f && moved <= exact.scale * 0.5f);
+  }
+  return {p.scale, p.minimum, 1.0f, p.minimum, p.scale, 1.0f};
+}
+
+constexpr std::size_t kGroupsAtOnce = 16;
+
+// Grids of as many ranges. With float16 parameters they are made side by side, unless one of them is unusual.
+inline void make_grids(const float (&low)[kGroupsAtOnce], const float (&high)[kGroupsAtOnce], std::size_t n, bool half,
+                       float top, Grid* grids, bool* misfit) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>;
+  float scales[kGroupsAtOnce], minima[kGroupsAtOnce];
+  bool usual = half;
+  for (std::size_t i = 0; i < n && usual; i += lanes) {
+    const V l = load<V>(low + i), h = load<V>(high + i);
+    std::uint16_t halves[lanes];
+    store_halves(halves, l);
+    const V minimum = float_of_halves(halves), exact = (h - l) / top;
+    store_halves(halves, (h - minimum) / top);
+    const V scale = float_of_halves(halves);
+    const auto good = (exact >= kSmallestNormal) & (exact <= 0x1.fffffep127f) & (scale >= kSmallestHalf) &
+                      (scale <= 65504.0f) & (abs(minimum - l) <= exact * 0.5f);
+    usual = fold(good, [](auto a, auto b) { return a & b; }) != 0;
+    store(scales + i, scale);
+    store(minima + i, minimum);
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const Range r = {low[i], high[i]};
+    grids[i] = usual  ? Grid{scales[i], minima[i], 1.0f, minima[i], scales[i], 1.0f}
+               : half ? grid_f16(r, top, misfit)
+                      : grid_f32(r, top);
+  }
+}
+
+// `ahead` is how far away what is read next lies: it comes from memory while these codes are made.
+template <bool Plain>
+inline void encode(const float* x, std::size_t n, const Grid& grid, float top, std::size_t ahead, std::uint8_t* codes) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   const auto code = [&](V v) {
-    v = round_even((v * grid.half - grid.offset) / grid.divisor * grid.levels);
+    v = Plain ? (v - grid.offset) / grid.divisor : (v * grid.half - grid.offset) / grid.divisor * grid.levels;
+    v = round_even(v);
     v = v > top ? V{} + top : v;
     return v > 0 ? v : V{};
   };
   std::size_t i = 0;
-  for (; i + lanes <= n; i += lanes) store_bytes(codes + i, code(load<V>(x + i)));
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_prefetch(x + i + ahead);
+    store_bytes(codes + i, code(load<V>(x + i)));
+  }
   if (i < n) {
     std::uint8_t last[lanes];
     store_bytes(last, code(load_part<V>(x + i, (n - i) * sizeof(float))));
     std::memcpy(codes + i, last, n - i);
   }
+}
+
+// ---- least squares -------------------------------------------------------------------------------------------
+
+// With u = (x - minimum) / scale, d the code counted from the middle and r = u - code: what the line r ~ a + b * d is
+// fitted from. Sums run over sixteen partial ones, element i to number i % 16, added as a tree.
+struct Sums {
+  float d, dd, r, rd;
+};
+
+inline Sums fit_sums(const float* x, std::size_t n, float top, Pair pair) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, chunk = 16, vectors = chunk / lanes;
+  const float middle = top * 0.5f, inverse = 1.0f / pair.scale;
+  V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
+  const auto take = [&](std::size_t j, V v, std::size_t left) {
+    const V u = (v - pair.minimum) * inverse;
+    V code = round_even(u);
+    code = code > top ? V{} + top : code;
+    code = code > 0 ? code : V{};
+    V d = code - middle, r = u - code;
+    if (left < lanes) {
+      const auto exists = lane_numbers() < static_cast<std::int32_t>(left);
+      d = exists ? d : V{};
+      r = exists ? r : V{};
+    }
+    sum_d[j] += d;
+    sum_dd[j] += d * d;
+    sum_r[j] += r;
+    sum_rd[j] += r * d;
+  };
+  std::size_t i = 0;
+  for (; i + chunk <= n; i += chunk) {
+    for (std::size_t j = 0; j < vectors; ++j) take(j, load<V>(x + i + j * lanes), lanes);
+  }
+  for (std::size_t j = 0; i < n; ++j, i += lanes) {
+    const std::size_t left = n - i < lanes ? n - i : lanes;
+    take(j, load_part<V>(x + i, left * sizeof(float)), left);
+  }
+  const auto total = [&](const V(&v)[vectors]) {
+    V sum = v[0];
+    if constexpr (vectors == 2) sum = v[0] + v[1];
+    if constexpr (vectors == 4) sum = (v[0] + v[2]) + (v[1] + v[3]);
+    return fold(sum, [](auto a, auto b) { return a + b; });
+  };
+  return {total(sum_d), total(sum_dd), total(sum_r), total(sum_rd)};
+}
+
+// The pair that fits the codes of `pair` best; the same pair where there is none. It is changed by the line, which is
+// small: nothing cancels.
+inline Pair fitted(const Sums& sums, std::size_t n, float top, Pair pair) {
+  const double count = static_cast<double>(n), sd = static_cast<double>(sums.d), sr = static_cast<double>(sums.r);
+  const double spread = count * static_cast<double>(sums.dd) - sd * sd;
+  if (!(spread > 0)) return pair;  // all codes are equal
+  const double b = (count * static_cast<double>(sums.rd) - sd * sr) / spread, a = (sr - b * sd) / count;
+  const double scale = static_cast<double>(pair.scale), minimum = static_cast<double>(pair.minimum);
+  const Pair better = {static_cast<float>(scale * (1 + b)),
+                       static_cast<float>(minimum + scale * (a - b * static_cast<double>(top * 0.5f)))};
+  return better.scale >= kSmallestNormal && better.scale <= 0x1p100f ? better : pair;
+}
+
+// Eight times: codes of the pair, then the pair that fits these codes best. `n` values in groups of `group`, side by
+// side so that one does not wait for the other; a pair of scale 0 is left alone.
+inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, Pair (&pairs)[kGroupsAtOnce]) {
+  for (int step = 0; step < 8; ++step) {
+    Sums sums[kGroupsAtOnce];
+    for (std::size_t g = 0, at = 0; at < n; ++g, at += group) {
+      if (pairs[g].scale > 0) sums[g] = fit_sums(x + at, n - at < group ? n - at : group, top, pairs[g]);
+    }
+    for (std::size_t g = 0, at = 0; at < n; ++g, at += group) {
+      if (pairs[g].scale > 0) pairs[g] = fitted(sums[g], n - at < group ? n - at : group, top, pairs[g]);
+    }
+  }
+}
+
+// Where scale and inverse are numbers of full precision; elsewhere the pair of the range stays.
+inline bool can_fit(const Grid& exact) {
+  return exact.half == 1.0f && exact.scale >= 0x1p-100f && exact.scale <= 0x1p100f;
+}
+
+Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  const Grid exact = grid_f32(r, top);
+  Pair pairs[kGroupsAtOnce] = {};
+  if (can_fit(exact)) {
+    pairs[0] = {exact.scale, exact.minimum};
+    fit_groups(x, n, n, top, pairs);
+  }
+  return pairs[0];
 }
 
 inline void store_params(const Quantized& q, std::size_t at, const Grid& grid) {
@@ -197,50 +338,103 @@ inline void store_params(const Quantized& q, std::size_t at, const Grid& grid) {
   }
 }
 
+// Codes of a row on their way into its bytes.
 template <int Bits>
-unsigned quantize(const float* x, const Quantized& q, const Range* shared, std::size_t begin, std::size_t end) {
+class Packer {
+ public:
+  Packer(std::uint8_t* to, std::size_t ahead) : to_(to), ahead_(ahead) {}
+
+  void add(const float* x, std::size_t n, const Grid& grid) {
+    constexpr float top = (1 << Bits) - 1;
+    while (n > 0) {
+      const std::size_t take = n < kBlock - filled_ ? n : kBlock - filled_;
+      if (grid.half == 1.0f && grid.levels == 1.0f) {
+        encode<true>(x, take, grid, top, ahead_, block_ + filled_);
+      } else {
+        encode<false>(x, take, grid, top, ahead_, block_ + filled_);
+      }
+      x += take;
+      n -= take;
+      filled_ += take;
+      if (filled_ == kBlock) flush();
+    }
+  }
+
+  void flush() {
+    pack<Bits>(block_, filled_, to_);
+    to_ += filled_ * Bits / 8;
+    filled_ = 0;
+  }
+
+ private:
+  std::uint8_t* to_;
+  std::size_t ahead_, filled_ = 0;
+  std::uint8_t block_[kBlock];
+};
+
+template <int Bits>
+unsigned quantize(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                  std::size_t end) {
   constexpr float top = (1 << Bits) - 1;
-  unsigned flags = 0;
   bool misfit = false;
-  const auto grid_of = [&](Range r) { return q.half ? grid_f16(r, top, &misfit) : grid_f32(r, top); };
-  std::uint8_t block[kBlock];
+  Vec<std::int32_t> magnitude = {};
   for (std::size_t row = begin; row < end; ++row) {
     const float* from = x + row * q.cols;
-    std::uint8_t* to = const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes;
-    std::size_t filled = 0;
-    for (std::size_t g = 0; g < q.groups; ++g) {
-      const std::size_t first = g * q.group;
-      std::size_t left = q.cols - first < q.group ? q.cols - first : q.group;
-      Range r = {};
-      if (shared) {
-        r = *shared;
-      } else {
-        flags |= range(from, left, &r);
+    Packer<Bits> packer(const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes,
+                        q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols);
+    if (shared) {
+      const Pair pair = shared->pair;
+      const Grid grid = pair.scale > 0 ? grid_of_pair(pair, q.half, &misfit)
+                        : q.half       ? grid_f16(shared->range, top, &misfit)
+                                       : grid_f32(shared->range, top);
+      if (row == 0) store_params(q, 0, grid);
+      packer.add(from, q.cols, grid);
+    }
+    for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
+      const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
+      const auto length = [&](std::size_t i) {
+        const std::size_t left = q.cols - (g + i) * q.group;
+        return left < q.group ? left : q.group;
+      };
+      float low[kGroupsAtOnce], high[kGroupsAtOnce];
+      for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+        const Range r = i < n ? range_of(from + i * q.group, length(i), &magnitude) : Range{0.0f, 1.0f};
+        low[i] = r.min;
+        high[i] = r.max;
       }
-      const Grid grid = grid_of(r);
-      if (!shared || row == 0) store_params(q, row * q.param_stride + g, grid);
-      while (left > 0) {
-        const std::size_t take = left < kBlock - filled ? left : kBlock - filled;
-        encode(from, take, grid, top, block + filled);
-        from += take;
-        left -= take;
-        filled += take;
-        if (filled == kBlock) {
-          pack<Bits>(block, filled, to);
-          to += kBlock * Bits / 8;
-          filled = 0;
+      Grid grids[kGroupsAtOnce];
+      make_grids(low, high, n, q.half && !refit, top, grids, &misfit);
+      if (refit) {
+        Pair pairs[kGroupsAtOnce] = {};
+        for (std::size_t i = 0; i < n; ++i) {
+          if (can_fit(grids[i])) pairs[i] = {grids[i].scale, grids[i].minimum};
+        }
+        const std::size_t all = q.cols - g * q.group;
+        fit_groups(from, all < n * q.group ? all : n * q.group, q.group, top, pairs);
+        for (std::size_t i = 0; i < n; ++i) {
+          if (pairs[i].scale > 0) {
+            grids[i] = grid_of_pair(pairs[i], q.half, &misfit);
+          } else if (q.half) {
+            grids[i] = grid_f16({low[i], high[i]}, top, &misfit);
+          }
         }
       }
+      for (std::size_t i = 0; i < n; ++i) {
+        store_params(q, row * q.param_stride + g + i, grids[i]);
+        packer.add(from + i * q.group, length(i), grids[i]);
+      }
+      from += kGroupsAtOnce * q.group;
     }
-    pack<Bits>(block, filled, to);
+    packer.flush();
   }
-  return flags | (misfit ? kHalfMisfit : 0);
+  return non_finite(magnitude) | (misfit ? kHalfMisfit : 0);
 }
 
-unsigned quantize_any(const float* x, const Quantized& q, const Range* shared, std::size_t begin, std::size_t end) {
-  return q.bits == 8   ? quantize<8>(x, q, shared, begin, end)
-         : q.bits == 4 ? quantize<4>(x, q, shared, begin, end)
-                       : quantize<2>(x, q, shared, begin, end);
+unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                      std::size_t end) {
+  return q.bits == 8   ? quantize<8>(x, q, shared, refit, begin, end)
+         : q.bits == 4 ? quantize<4>(x, q, shared, refit, begin, end)
+                       : quantize<2>(x, q, shared, refit, begin, end);
 }
 
 // ---- dequantize ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fastopt.linear import linear
 from fastopt.model import PackedModel, load, pack
 from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
 from fastopt.prune import cubic_sparsity, prune, prune_
-from fastopt.quant import QuantizedTensor, pack_bits, quantize, unpack_bits
+from fastopt.quant import QuantizedTensor, embedding, pack_bits, quantize, unpack_bits
 from fastopt.sparse import SparseTensor, sparsity
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "SparseTensor",
     "__version__",
     "cubic_sparsity",
+    "embedding",
     "get_num_threads",
     "l1_penalty",
     "l2_penalty",

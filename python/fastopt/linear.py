@@ -71,7 +71,7 @@ def linear(
     if limbs is None:
         raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
     if isinstance(w, QuantizedTensor):
-        return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs)
+        return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
     x = np.asarray(x)
     if x.dtype != np.float32:
         raise TypeError(f"x: expected float32, got {x.dtype}")

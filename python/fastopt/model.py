@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from fastopt.linear import Weight
 from fastopt.prune import prune
-from fastopt.quant import GroupSize, QuantizedTensor, quantize, require_bits, require_group_size
+from fastopt.quant import GroupSize, Outliers, QuantizedTensor, quantize, require_bits, require_group_size
 from fastopt.sparse import BLOCK, SparseTensor, require_layout
 
 Array: TypeAlias = NDArray[Any]
@@ -119,7 +119,13 @@ class PackedModel(Mapping[str, Weight]):
             add(f"{name}.codes", q.codes)
             add(f"{name}.scale", q.scale)
             add(f"{name}.minimum", q.minimum)
-            return {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
+            if q.outliers is not None:
+                add(f"{name}.outlier_index", q.outliers.indices)
+                add(f"{name}.outlier_value", q.outliers.values)
+                outliers = {"outliers": len(q.outliers.indices)}
+            else:
+                outliers = {}
+            return {**outliers, "kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
 
         for name, tensor in self._tensors.items():
             if isinstance(tensor, QuantizedTensor):
@@ -364,7 +370,12 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
             raise ValueError(f"dtype: expected one of {sorted(_FLOATS)}, got {dtype!r}")
         codes, scale, minimum = take(f"{name}.codes"), take(f"{name}.scale"), take(f"{name}.minimum")
         group = require_group_size(group_size, bits)
-        return QuantizedTensor(codes, scale, minimum, bits, group, shape, _FLOATS[dtype])
+        outliers = None
+        if "outliers" in entry:
+            outliers = Outliers(take(f"{name}.outlier_index"), take(f"{name}.outlier_value"))
+            if outliers.indices.shape != (entry.get("outliers", int),):
+                raise ValueError(f"outliers: expected {entry.get('outliers', int)}, got shape {outliers.indices.shape}")
+        return QuantizedTensor(codes, scale, minimum, bits, group, shape, _FLOATS[dtype], outliers)
 
     def sparse(name: str, entry: _Object, shape: tuple[int, ...]) -> SparseTensor:
         layout = require_layout(entry.get("layout", str))
