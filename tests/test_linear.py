@@ -172,3 +172,23 @@ def test_double_values_are_refused(rng):
     s = fo.prune(rng.standard_normal((6, 40)), sparsity=0.5)
     with pytest.raises(TypeError, match="w: expected values of float32, float16 or bfloat16, got float64"):
         fo.linear(np.ones((1, 40), "f4"), s)
+
+
+@pytest.mark.parametrize("shape", [(600, 1000), (30, 5, 2, 4), (1, 5), (0, 5), (5, 0)])
+def test_many_rows_of_x(shape, rng):
+    w = rng.standard_normal(shape).astype("f4")
+    q = fo.quantize(w, 4, outliers=0.01)
+    cols = int(np.prod(shape[1:]))
+    x = rng.standard_normal((2, 70, cols)).astype("f4")
+    bias = rng.standard_normal(shape[0]).astype("f4")
+    want = x.astype("f8") @ q.dequantize().reshape(shape[0], cols).T.astype("f8") + bias
+    got = fo.linear(x, q, bias)
+    assert got.shape == (2, 70, shape[0])
+    assert np.linalg.norm(got - want) <= 5e-7 * np.linalg.norm(want)
+    assert np.linalg.norm(fo.linear(x, q, bias, precision="int8") - want) <= 1.5e-2 * np.linalg.norm(want)
+    out = np.empty_like(got)
+    assert fo.linear(x, q, bias, out=out) is out
+    assert same_bits(out, got)
+    if shape[0] > 5 and cols == 1000:
+        with pytest.raises(ValueError, match="out: shares memory with x"):
+            fo.linear(x, q[:1000], out=x.reshape(-1)[: 140 * 600].reshape(2, 70, 600))

@@ -431,21 +431,22 @@ inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, s
   }
 }
 
-template <int Bits, int Limbs, std::size_t Batch>
+template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
 void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::size_t begin, std::size_t end) {
   std::size_t row = begin;
-  for (; row + 2 <= end; row += 2) linear_tile<Bits, Limbs, 2, Batch>(w, io, row, batch);
-  if (row < end) linear_tile<Bits, Limbs, 1, Batch>(w, io, row, batch);
+  for (; row + Rows <= end; row += Rows) linear_tile<Bits, Limbs, Rows, Batch>(w, io, row, batch);
+  for (; row < end; ++row) linear_tile<Bits, Limbs, 1, Batch>(w, io, row, batch);
 }
 
 template <int Bits, int Limbs>
 void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
   constexpr std::size_t rows_in_cache = 16;
+  constexpr std::size_t rows = kVectorBytes == 64 ? 4 : 2;  // with four of x, as many as there are registers for
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
     std::size_t b = 0;
-    for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
-    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 1>(w, io, b, row, stop);
+    for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, rows, 4>(w, io, b, row, stop);
+    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 2, 1>(w, io, b, row, stop);
   }
 }
 

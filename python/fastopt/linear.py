@@ -15,6 +15,9 @@ Weight: TypeAlias = "Array | QuantizedTensor | SparseTensor"
 
 
 _LIMBS = {"exact": 3, "int8": 1}
+# From as many rows of x on, decoding panels of the weight for BLAS pays; a panel stays in the outer cache.
+_PANEL_BATCH = 128
+_PANEL_SIZE = 1 << 19
 
 
 def linear(
@@ -55,7 +58,9 @@ def linear(
     -----
     The order of sums is fixed: the result is bit for bit the same on every instruction set, for any number of
     threads, and for a row of `x` by itself or among others; but a sparse weight adds up in another order for four rows
-    or more. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse weight, see `SparseTensor`.
+    or more. From 128 rows on, an exact product with a quantized weight is left to NumPy's BLAS, a decoded panel at a
+    time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
+    weight, see `SparseTensor`.
     Groups of more than one a row whose size is no multiple of 16 are multiplied in float32, which is slower. With a
     plain array the product is NumPy's.
 
@@ -70,7 +75,7 @@ def linear(
     limbs = _LIMBS.get(precision)
     if limbs is None:
         raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
-    if isinstance(w, QuantizedTensor):
+    if isinstance(w, QuantizedTensor) and not (limbs == 3 and _pays_for_panels(x, w)):
         return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
     x = np.asarray(x)
     if x.dtype != np.float32:
@@ -94,6 +99,10 @@ def linear(
 
     if isinstance(w, SparseTensor):
         multiply(x2, w, bias, out2)
+    elif isinstance(w, QuantizedTensor):
+        if np.may_share_memory(out2, x2):
+            raise ValueError("out: shares memory with x")
+        _by_panels(x2, w, bias, out2)
     else:
         if w.dtype != np.float32:
             raise TypeError(f"w: expected float32, got {w.dtype}")
@@ -103,3 +112,22 @@ def linear(
         if bias is not None:
             np.add(out2, bias, out=out2)
     return out
+
+
+def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:
+    return isinstance(x, np.ndarray) and math.prod(x.shape[:-1]) >= _PANEL_BATCH and len(w.shape) > 1
+
+
+def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array) -> None:
+    """Decode some rows of `w` at a time and leave each panel to BLAS."""
+    rows, cols = as_matrix(w.shape)
+    step = max(1, _PANEL_SIZE // max(cols, 1))
+    memory = np.empty((min(step, rows), cols), np.float32)
+    for begin in range(0, rows, step):
+        part = w[begin : begin + step]
+        panel = memory[: len(part)]
+        part.dequantize(out=panel.reshape(part.shape))
+        with np.errstate(all="ignore"):
+            np.matmul(x, panel.T, out=out[:, begin : begin + step])
+    if bias is not None:
+        np.add(out, bias, out=out)
