@@ -441,12 +441,12 @@ void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::s
 template <int Bits, int Limbs>
 void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
   constexpr std::size_t rows_in_cache = 16;
-  constexpr std::size_t rows = kVectorBytes == 64 ? 4 : 2;  // with four of x, as many as there are registers for
+  constexpr std::size_t rows = kVectorBytes == 64 ? 4 : 2;  // as many as there are registers for
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
     std::size_t b = 0;
     for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, rows, 4>(w, io, b, row, stop);
-    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 2, 1>(w, io, b, row, stop);
+    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, rows, 1>(w, io, b, row, stop);
   }
 }
 
