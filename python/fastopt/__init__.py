@@ -19,6 +19,7 @@ from fastopt.model import PackedModel, load, pack
 from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
 from fastopt.prune import cubic_sparsity, prune, prune_
 from fastopt.quant import QuantizedTensor, embedding, pack_bits, quantize, unpack_bits
+from fastopt.shrink import Add, Concat, Layer, Shrunk, drop_layers, shrink
 from fastopt.sparse import SparseTensor, sparsity
 
 __all__ = [
@@ -26,14 +27,19 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Add",
+    "Concat",
+    "Layer",
     "Lion",
     "Optimizer",
     "PackedModel",
     "QuantizedTensor",
     "RMSprop",
+    "Shrunk",
     "SparseTensor",
     "__version__",
     "cubic_sparsity",
+    "drop_layers",
     "embedding",
     "get_num_threads",
     "l1_penalty",
@@ -50,6 +56,7 @@ __all__ = [
     "schedules",
     "set_num_threads",
     "show_config",
+    "shrink",
     "sparsity",
     "unpack_bits",
 ]
