@@ -11,7 +11,7 @@ import numpy as np
 import fastopt as fo
 from fastopt.bench import FASTOPT, NUMPY, Array, Case, copies, limit, linear_case, normal, prune_case
 
-SCIPY = "scipy csr"
+SCIPY, TORCH = "scipy csr", "torch dense"
 
 
 def threshold_case(side: int, threshold: float) -> Case:
@@ -28,9 +28,12 @@ def threshold_case(side: int, threshold: float) -> Case:
     return Case(
         name=f"prune_ threshold {threshold:g}, {side}x{side}",
         size=w.size,
-        nbytes=2 * w.nbytes + mask.nbytes,
-        contenders={FASTOPT: [lambda: fo.prune_(w, threshold=threshold)], NUMPY: [numpys]},
-        limit=limit(update=w.nbytes, write=mask.nbytes),
+        nbytes=2 * w.nbytes,
+        contenders={
+            FASTOPT: [lambda: fo.prune_(w, threshold=threshold, return_mask=False)],
+            NUMPY: [numpys],
+        },
+        limit=limit(update=w.nbytes),
         errors={FASTOPT: lambda: np.count_nonzero(w != exact)},
         reset=lambda: np.copyto(w, start),
     )
@@ -68,28 +71,68 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def dense_peers(w: Array, batch: int) -> dict[str, list[Any]]:
+    """Dense BLAS of other libraries, as far as they are there."""
+    torch = common.peer("torch")
+    if torch is None:
+        return {}
+    torch.set_num_threads(fo.get_num_threads())
+    x = torch.from_numpy(normal(batch, w.shape[1], seed=2))
+    return {TORCH: copies(lambda: partial(torch.nn.functional.linear, x, torch.from_numpy(w.copy())), w.nbytes, True)}
+
+
+def product_case(what: str, w: Array, batch: int, layout: str = "auto", bits: int | None = None) -> Case:
+    """One product, against the dense ones and SciPy."""
+
+    def pack() -> fo.SparseTensor:
+        s = fo.SparseTensor.from_dense(w, layout=layout)
+        return s if bits is None else s.quantize(bits)
+
+    wide = pack().to_dense().astype(np.float32)
+    case = linear_case(f"{what}, {pack().layout}", pack, wide, batch)
+    case.contenders |= dense_peers(wide, batch)
     scipy = common.peer("scipy.sparse")
+    if scipy and bits is None:
+        x = normal(batch, wide.shape[1], seed=2).T.copy()
+        csr = scipy.csr_array(wide)
+        case.contenders[SCIPY] = copies(lambda: partial(csr.copy().__matmul__, x), 8 * csr.nnz, True)
+    return case
+
+
+def skewed(side: int, sparsity: float) -> Array:
+    """Weights whose first rows keep most, as pruned networks have them."""
+    w = normal(side, side)
+    return fo_pruned(w * np.geomspace(10, 0.1, side, dtype=np.float32)[:, None], sparsity=sparsity)
+
+
+def fo_pruned(w: Array, **options: Any) -> Array:
+    fo.prune_(w, return_mask=False, **options)
+    return w
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     side = 1024 if options.quick else 4096
     yield threshold_case(side, 0.67)  # about half
     yield prune_case(side, side, 0.5)
     yield prune_case(side, side, 0.9)
     for sparsity in (0.5, 0.9):
-        w = normal(side, side)
-        fo.prune_(w, sparsity=sparsity)
+        w = fo_pruned(normal(side, side), sparsity=sparsity)
+        yield from storage_cases(w, f"{100 * sparsity:.0f} % sparse, {side}x{side}")
+    for sparsity in (0.5, 0.7, 0.8, 0.9, 0.95):
+        w = fo_pruned(normal(side, side), sparsity=sparsity)
         what = f"{100 * sparsity:.0f} % sparse"
-        yield from storage_cases(w, f"{what}, {side}x{side}")
-        for batch in (1, 16):
-            case = linear_case(what, partial(fo.SparseTensor.from_dense, w), w, batch)
-            if scipy:
-                xt = normal(batch, side, seed=2).T.copy()
-                csr = scipy.csr_array(w)
-                case.contenders[SCIPY] = copies(lambda m=csr, x=xt: partial(m.copy().__matmul__, x), 8 * csr.nnz, True)
-            yield case
-            eight = fo.SparseTensor.from_dense(w).quantize(8)
-            yield linear_case(
-                f"{what}, 8 bits", lambda w=w: fo.SparseTensor.from_dense(w).quantize(8), eight.to_dense(), batch
-            )
+        yield product_case(what, w, 1)
+        yield product_case(f"{what} float16", w.astype(np.float16), 1)
+        if sparsity == 0.9:
+            yield product_case(f"{what} 8 bits", w, 1, bits=8)
+        if sparsity in (0.5, 0.8, 0.9):
+            yield product_case(what, w, 16)
+            yield product_case(what, w, 64)
+        if sparsity >= 0.8:
+            blocks = fo_pruned(normal(side, side), sparsity=sparsity, pattern="1x16")
+            yield product_case(f"{what} blocks", blocks, 1, "1x16")
+    yield product_case("90 % sparse, skewed", skewed(side, 0.9), 1)
+    yield product_case("2:4", fo_pruned(normal(side, side), pattern="2:4"), 1, "2:4")
 
 
 if __name__ == "__main__":

@@ -98,18 +98,35 @@ class Selection {
       if (!collect(w, below, found)) return false;
     }
     if (k <= below || k > below + found.size()) return false;
-    const auto middle = found.begin() + static_cast<std::ptrdiff_t>(k - below - 1);
-    std::nth_element(found.begin(), middle, found.end());
-    rank = {*middle, below, 0};
+    rank = {select(found, k - below), below, 0};
     for (const Key key : found) {
-      rank.below += key < *middle;
-      rank.ties += key == *middle;
+      rank.below += key < rank.key;
+      rank.ties += key == rank.key;
     }
     return true;
   }
 
  private:
+  static constexpr std::size_t kSlices = 4096;
   static constexpr std::size_t kRun = 16, kRuns = 4096;  // a sample takes lines of cache, not single elements
+
+  // The k-th smallest of what is in the bracket: the right one of equal slices of it, and then in that.
+  Key select(const std::vector<Key>& found, std::uint64_t k) const {
+    int shift = 0;
+    while ((high_ - low_) >> shift >= kSlices) ++shift;
+    const auto slice_of = [&](Key key) { return (key - low_) >> shift; };
+    std::vector<std::uint64_t> counts(kSlices);
+    for (const Key key : found) ++counts[slice_of(key)];
+    std::size_t slice = 0;
+    for (; k > counts[slice]; ++slice) k -= counts[slice];
+    std::vector<Key> few;
+    for (const Key key : found) {
+      if (slice_of(key) == slice) few.push_back(key);
+    }
+    const auto middle = few.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(few.begin(), middle, few.end());
+    return *middle;
+  }
 
   void bracket(std::uint64_t k) {
     low_ = 0;

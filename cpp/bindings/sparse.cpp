@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
+#include <cstring>
 #include <memory>
 
 #include "bindings/storage.hpp"
@@ -85,8 +85,7 @@ std::size_t row_begin(const Sparse& s, std::size_t row) { return static_cast<std
 void check_mask_row(const Sparse& s, std::size_t row) {
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(s.positions) + row * s.row_bytes;
   const std::size_t bits = s.layout == Layout::mask ? s.cols : ceil_div(s.cols, kBlockLength);
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < s.row_bytes; ++i) count += static_cast<std::size_t>(__builtin_popcount(mask[i]));
+  const std::size_t count = kernels().count_bits(mask, 8 * s.row_bytes);
   if (count != row_begin(s, row + 1) - row_begin(s, row)) {
     fail_value({"positions"}, "row " + std::to_string(row) + " has " + std::to_string(count) + " bits set, but " +
                                   std::to_string(row_begin(s, row + 1) - row_begin(s, row)) + " entries");
@@ -96,9 +95,26 @@ void check_mask_row(const Sparse& s, std::size_t row) {
   }
 }
 
+// Whether columns rise and stay below `cols`, in loops that compilers vectorise.
+bool index_row_fits(const Sparse& s, std::size_t row) {
+  const std::size_t begin = row_begin(s, row), end = row_begin(s, row + 1);
+  if (begin == end) return true;
+  if (s.layout == Layout::index8) {  // these rise by themselves
+    const auto* gaps = static_cast<const std::uint8_t*>(s.positions);
+    std::size_t columns = end - begin;
+    for (std::size_t i = begin; i < end; ++i) columns += gaps[i];
+    return columns <= s.cols;
+  }
+  const auto* columns = static_cast<const std::uint16_t*>(s.positions);
+  bool falls = false;
+  for (std::size_t i = begin; i + 1 < end; ++i) falls |= columns[i] >= columns[i + 1];
+  return !falls && columns[end - 1] < s.cols;
+}
+
 void check_index_row(const Sparse& s, std::size_t row) {
+  if (index_row_fits(s, row)) return;
   std::size_t next = 0;
-  for (std::size_t i = row_begin(s, row); i < row_begin(s, row + 1); ++i) {
+  for (std::size_t i = row_begin(s, row); i < row_begin(s, row + 1); ++i) {  // what to complain of
     const std::size_t column = s.layout == Layout::index16 ? static_cast<const std::uint16_t*>(s.positions)[i]
                                                            : next + static_cast<const std::uint8_t*>(s.positions)[i];
     if (column < next) {
@@ -229,7 +245,10 @@ void column_gaps(const py::array& columns, const py::array& row_offsets, std::si
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r), n = row_begin(s, r + 1) - first;
       std::size_t at = row_begin(t, r), next = 0;
-      k.column_gaps(from.data + first, n, to.data + at);
+      if (k.column_gaps(from.data + first, n, to.data + at) == n) {
+        std::memcpy(tv.data + at * width, v.data + first * width, n * width);
+        continue;
+      }
       for (std::size_t i = 0; i < n; ++i, ++at) {
         const std::size_t column = from.data[first + i];
         at += (column - next) / 256;

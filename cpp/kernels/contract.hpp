@@ -208,6 +208,7 @@ struct Kernels {
 
   // Elements are taken as integers of `width` bytes; zero of either sign is not stored. A row has `count` entries.
   std::size_t (*nonzero_mask)(int width, const void* x, std::size_t n, std::uint8_t* mask);  // returns the count
+  std::size_t (*count_bits)(const std::uint8_t* mask, std::size_t n);
   void (*compress_row)(int width, const void* x, const std::uint8_t* mask, std::size_t cols, std::size_t count,
                        void* values);
   void (*expand_row)(int width, const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols,

@@ -62,6 +62,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     keep_largest_any,
     clear_any,
     nonzero_mask_any,
+    count_bits,
     compress_row_any,
     expand_row_any,
     scatter_row_any,

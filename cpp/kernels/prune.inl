@@ -35,56 +35,61 @@ std::size_t count_ties(const void* from, std::size_t begin, std::size_t end, std
   return count;
 }
 
-inline bool any_bit(Vec<std::uint64_t> v) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi64_mask(bit_cast<__m512i>(v), bit_cast<__m512i>(v)) != 0;
+// A bit for each lane of a comparison, of 32 or 64 bits.
+template <class S>
+inline unsigned lane_bits(S lanes) {
+  constexpr bool wide = sizeof lanes[0] == 8;
+#if defined(__AVX512DQ__)
+  const __m512i v = bit_cast<__m512i>(lanes);
+  return wide ? unsigned{_mm512_movepi64_mask(v)} : unsigned{_mm512_movepi32_mask(v)};
 #elif defined(__AVX2__)
-  return _mm256_testz_si256(bit_cast<__m256i>(v), bit_cast<__m256i>(v)) == 0;
+  const __m256i v = bit_cast<__m256i>(lanes);
+  return static_cast<unsigned>(wide ? _mm256_movemask_pd(_mm256_castsi256_pd(v))
+                                    : _mm256_movemask_ps(_mm256_castsi256_ps(v)));
+#elif defined(__SSE2__)
+  const __m128i v = bit_cast<__m128i>(lanes);
+  return static_cast<unsigned>(wide ? _mm_movemask_pd(_mm_castsi128_pd(v)) : _mm_movemask_ps(_mm_castsi128_ps(v)));
 #else
-  return (v[0] | v[1]) != 0;
+  const auto halves = bit_cast<Vec<std::uint64_t>>(lanes);
+  if ((halves[0] | halves[1]) == 0) return 0;
+  unsigned bits = 0;
+  for (unsigned j = 0; j < sizeof lanes / sizeof lanes[0]; ++j) bits |= (lanes[j] != 0 ? 1u : 0u) << j;
+  return bits;
 #endif
 }
 
-// Few magnitudes are in the bracket: four vectors are looked at before asking which.
 template <class M>
 Collected collect_magnitudes(const void* from, std::size_t begin, std::size_t end, std::uint64_t low,
                              std::uint64_t high, void* out, std::size_t room) {
   using U = typename M::Word;
+  using Signed = std::make_signed_t<U>;
   using V = Vec<U>;
-  using S = Vec<std::make_signed_t<U>>;  // without their sign bit, numbers compare alike
-  constexpr std::size_t step = 4 * kLanes<U>;
+  using S = Vec<Signed>;  // without their sign bit, numbers compare alike
   const U* w = static_cast<const U*>(from);
   U* const found = static_cast<U*>(out);
   Collected c = {};
   const auto take = [&](U key) {
-    c.below += key < low;
-    if (key >= low && key <= high) {
-      if (c.found < room) found[c.found] = key;
-      ++c.found;
-    }
+    if (c.found < room) found[c.found] = key;
+    ++c.found;
   };
-  const S first = S{} + static_cast<std::make_signed_t<U>>(low), last = S{} + static_cast<std::make_signed_t<U>>(high);
+  const S first = S{} + static_cast<Signed>(low), last = S{} + static_cast<Signed>(high);
   V below = {};
   std::size_t i = begin;
-  for (; i + step <= end; i += step) {
+  for (; i + kLanes<U> <= end; i += kLanes<U>) {
     __builtin_prefetch(w + i + 2048 / sizeof(U));
-    S inside = {};
-    for (std::size_t j = 0; j < step; j += kLanes<U>) {
-      const S key = bit_cast<S>(M::of(load<V>(w + i + j)));
-      below -= bit_cast<V>(key < first);
-      inside |= (key >= first) & (key <= last);
-    }
-    if (!any_bit(bit_cast<Vec<std::uint64_t>>(inside))) continue;
-    for (std::size_t j = i; j < i + step; ++j) {
-      const U key = M::of(w[j]);
-      if (key >= low && key <= high) {
-        if (c.found < room) found[c.found] = key;
-        ++c.found;
-      }
+    const V keys = M::of(load<V>(w + i));
+    const S key = bit_cast<S>(keys);
+    below -= bit_cast<V>(key < first);
+    for (unsigned bits = lane_bits((key >= first) & (key <= last)); bits != 0; bits &= bits - 1) {
+      take(M::of(w[i + static_cast<std::size_t>(__builtin_ctz(bits))]));
     }
   }
   for (std::size_t lane = 0; lane < kLanes<U>; ++lane) c.below += below[lane];
-  for (; i < end; ++i) take(M::of(w[i]));
+  for (; i < end; ++i) {
+    const U key = M::of(w[i]);
+    c.below += key < low;
+    if (key >= low && key <= high) take(key);
+  }
   return c;
 }
 
@@ -93,6 +98,7 @@ void prune(const PruneArgs& args, std::size_t begin, std::size_t end) {
   using U = typename M::Word;
   const U* const from = static_cast<const U*>(args.from);
   U* const w = static_cast<U*>(args.w);
+  std::uint8_t* const kept = args.kept;  // a byte could be part of args: compilers would load it anew each time
   const U key = static_cast<U>(args.key);
   std::size_t ties = args.keep_ties;
   std::size_t i = begin;
@@ -101,14 +107,14 @@ void prune(const PruneArgs& args, std::size_t begin, std::size_t end) {
     const bool tie = magnitude == key;
     const bool keep = magnitude > key || tie;
     ties -= tie;
-    if (args.kept) args.kept[i] = keep;
+    if (kept) kept[i] = keep;
     if (w && !keep) w[i] = 0;
   }
   constexpr std::size_t block = 1024;  // stays in L1 for the second loop; each is one that compilers vectorise
   for (; i < end; i += block) {
     const std::size_t stop = end - i < block ? end : i + block;
-    if (args.kept) {
-      for (std::size_t j = i; j < stop; ++j) args.kept[j] = M::of(from[j]) > key;
+    if (kept) {
+      for (std::size_t j = i; j < stop; ++j) kept[j] = M::of(from[j]) > key;
     }
     if (w) {
       for (std::size_t j = i; j < stop; ++j) w[j] = M::of(w[j]) > key ? w[j] : U{0};
@@ -167,8 +173,10 @@ void prune_any(Float type, const PruneArgs& args, std::size_t begin, std::size_t
 
 Collected collect_magnitudes_any(Float type, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
                                  std::uint64_t high, void* out, std::size_t room) {
-  return by_magnitude(type,
-                      [&](auto m) { return collect_magnitudes<decltype(m)>(w, begin, end, low, high, out, room); });
+  if (type == Float::f64) {
+    return collect_magnitudes<Magnitude<std::uint64_t, 0x7ff0000000000000>>(w, begin, end, low, high, out, room);
+  }
+  return collect_magnitudes<Magnitude<std::uint32_t, 0x7f800000>>(w, begin, end, low, high, out, room);
 }
 
 void keep_largest_any(Float type, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept) {

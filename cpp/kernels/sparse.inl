@@ -26,7 +26,7 @@ alignas(64) constexpr BitTables kBits = make_bit_tables();
 inline std::size_t popcount(unsigned bits) { return static_cast<std::size_t>(__builtin_popcount(bits)); }
 
 // Set bits among the first n of a mask.
-inline std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
+std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
   std::size_t count = 0, i = 0;
   for (; i + 64 <= n; i += 64)
     count += static_cast<std::size_t>(__builtin_popcountll(load<std::uint64_t>(mask + i / 8)));
@@ -234,17 +234,23 @@ std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16
 // Of each entry the distance from the one before, less one; from column -1 for the first. Where it is more than a
 // byte holds, entries with the value zero step in between. Returns the number of entries; `gaps` may be null.
 std::size_t column_gaps(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps) {
-  std::size_t entries = 0, before = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    std::size_t gap = columns[i] - before;
-    before = columns[i] + std::size_t{1};
-    for (; gap > 255; gap -= 256, ++entries) {
-      if (gaps) gaps[entries] = 255;
-    }
-    if (gaps) gaps[entries] = static_cast<std::uint8_t>(gap);
-    ++entries;
+  if (count == 0) return 0;
+  std::size_t steps = columns[0] / 256u;
+  for (std::size_t i = 1; i < count; ++i) steps += static_cast<std::uint16_t>(columns[i] - columns[i - 1] - 1) / 256u;
+  if (!gaps) return count + steps;
+  if (steps == 0) {
+    gaps[0] = static_cast<std::uint8_t>(columns[0]);
+    for (std::size_t i = 1; i < count; ++i) gaps[i] = static_cast<std::uint8_t>(columns[i] - columns[i - 1] - 1);
+    return count;
   }
-  return entries;
+  std::size_t next = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t gap = columns[i] - next;
+    next = columns[i] + std::size_t{1};
+    for (; gap > 255; gap -= 256) *gaps++ = 255;
+    *gaps++ = static_cast<std::uint8_t>(gap);
+  }
+  return count + steps;
 }
 
 // The first `left` of eight columns from their gaps and, in all lanes, the column before. The carry from eight to eight
