@@ -301,10 +301,11 @@ inline Vec<float> lookup(const float* table, Vec<std::int32_t> index) {
 template <int Bits>
 inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[8 / Bits],
                                    const std::int8_t* x) {
-  constexpr int parts = 8 / Bits;
+  constexpr std::size_t parts = 8 / Bits;
 #if defined(__AVX512VNNI__)
   __m512i s = bit_cast<__m512i>(sums);
-  for (int p = 0; p < parts; ++p) s = _mm512_dpbusd_epi32(s, bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p));
+  for (std::size_t p = 0; p < parts; ++p)
+    s = _mm512_dpbusd_epi32(s, bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p));
   return bit_cast<Vec<std::int32_t>>(s);
 #elif defined(__SSE2__)
   using Pairs = Vec<std::int16_t>;
@@ -324,7 +325,7 @@ inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_
 #if defined(__AVX2__)
   if constexpr (Bits < 8) {  // sums of two products, and of all parts, stay below 2^15
     Pairs pairs = {};
-    for (int p = 0; p < parts; ++p) {
+    for (std::size_t p = 0; p < parts; ++p) {
 #if defined(__AVX512BW__)
       pairs += bit_cast<Pairs>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p)));
 #else
@@ -334,7 +335,7 @@ inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_
     return sums + add_products(pairs, Pairs{} + std::int16_t{1});
   }
 #endif
-  for (int p = 0; p < parts; ++p) {
+  for (std::size_t p = 0; p < parts; ++p) {
     const Pairs both = bit_cast<Pairs>(codes[p]), xs = load<Pairs>(x + 64 * p);
     const Pairs odd = bit_cast<Pairs>(bit_cast<Vec<std::uint16_t>>(both) >> 8);
     sums += add_products(both & std::int16_t{0xff}, xs << 8 >> 8) + add_products(odd, xs >> 8);
@@ -343,7 +344,7 @@ inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_
 #elif defined(__aarch64__)
   // Signed by signed: codes of 8 bits lose 128 first, and get back 128 * x, as twice 64 * x.
   int32x4_t s = bit_cast<int32x4_t>(sums);
-  for (int p = 0; p < parts; ++p) {
+  for (std::size_t p = 0; p < parts; ++p) {
     const int8x16_t xs = vld1q_s8(x + 64 * p);
     const int8x16_t c = bit_cast<int8x16_t>(Bits == 8 ? codes[p] ^ std::uint8_t{0x80} : codes[p]);
     const int8x16_t half = vdupq_n_s8(64);
@@ -364,7 +365,7 @@ inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_
   }
   return bit_cast<Vec<std::int32_t>>(s);
 #else
-  for (int p = 0; p < parts; ++p) {
+  for (std::size_t p = 0; p < parts; ++p) {
     for (std::size_t i = 0; i < kVectorBytes; ++i) sums[i / 4] += codes[p][i] * x[64 * static_cast<std::size_t>(p) + i];
   }
   return sums;
