@@ -505,7 +505,9 @@ class OnlyArray:
 
 
 def test_arrays_of_others_are_stepped_in_place():
-    for kind in (OnlyArray, OnlyDlpack):
+    # Before 2.1, NumPy took all memory that came by DLPack for read-only.
+    kinds = (OnlyArray, OnlyDlpack) if np.lib.NumpyVersion(np.__version__) >= "2.1.0" else (OnlyArray,)
+    for kind in kinds:
         w = np.ones(4, "f4")
         fo.SGD([kind(w)], lr=0.5).step([kind(np.ones(4, "f4"))])
         assert w.tolist() == [0.5] * 4

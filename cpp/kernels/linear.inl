@@ -169,9 +169,10 @@ inline void round_block(const float* x, std::size_t left, std::uint8_t (&bytes)[
     largest = bits > largest ? bits : largest;
   }
   *scale = block_scale<Limbs>(bit_cast<float>(fold(largest, [](auto a, auto b) { return a > b ? a : b; })));
+  const bool finite = *scale == *scale;  // otherwise the row goes another way, and these numbers are not looked at
   Ints total = {};
   for (std::size_t i = 0; i < kWordVectors; ++i) {
-    const Ints n = round_to_int(v[i] / *scale);
+    const Ints n = finite ? round_to_int(v[i] / *scale) : Ints{};
     total += n;
     // Each limb is signed, so what is above it is rounded.
     const Ints limbs[3] = {Limbs == 1 ? n : (n + 0x8080) >> 16, (n + 0x80) >> 8, n};

@@ -473,8 +473,8 @@ def drop_layers(
     >>> import fastopt as fo
     >>> weights = {f"layers.{i}.weight": np.full((2, 2), i == 1, np.float32) for i in range(3)}
     >>> small = fo.drop_layers(weights, "layers.{}.", count=2)
-    >>> list(small.weights), small.weights["layers.0.weight"].all()
-    (['layers.0.weight'], np.True_)
+    >>> list(small.weights), bool(small.weights["layers.0.weight"].all())
+    (['layers.0.weight'], True)
     """
     if prefix.count("{}") != 1:
         raise ValueError(f"prefix: expected one '{{}}' for the number, got {prefix!r}")
