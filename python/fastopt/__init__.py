@@ -14,6 +14,7 @@ from fastopt import schedules
 from fastopt._core import __version__
 from fastopt.checkpoint import restore, save
 from fastopt.config import get_num_threads, set_num_threads, show_config
+from fastopt.export import export
 from fastopt.linear import linear
 from fastopt.model import PackedModel, load, pack
 from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
@@ -41,6 +42,7 @@ __all__ = [
     "cubic_sparsity",
     "drop_layers",
     "embedding",
+    "export",
     "get_num_threads",
     "l1_penalty",
     "l2_penalty",

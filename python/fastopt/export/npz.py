@@ -1,0 +1,67 @@
+"""NumPy's npz, to look into: every weight decoded, and beside it what it is stored as."""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fastopt.export import Notify
+from fastopt.linear import Weight
+from fastopt.model import Array, replacing, unpacked
+from fastopt.quant import QuantizedTensor, as_matrix, unpack_bits
+from fastopt.sparse import SparseTensor
+
+
+def write(model: Mapping[str, Weight], path: Path, notify: Notify) -> None:
+    """Write ``NAME``, decoded, and ``NAME.codes`` (one a byte), ``NAME.scale`` ... for each tensor.
+
+    Parameters
+    ----------
+    model : mapping from name to array, QuantizedTensor or SparseTensor
+    path : Path
+    notify : callable
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    ValueError
+        If two arrays would be stored under one name.
+    """
+    written: set[str] = set()
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        for done, (name, tensor) in enumerate(model.items(), 1):
+            for part, array in _parts(name, tensor):
+                if part in written:
+                    raise ValueError(f"{part!r}: two arrays would be stored under this name; rename one")
+                written.add(part)
+                # NumPy's files do not know bfloat16; every one is a float32.
+                known = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+                with archive.open(f"{part}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, known, allow_pickle=False)
+            notify(name, done, len(model))
+
+
+def _parts(name: str, tensor: Weight) -> Iterator[tuple[str, Array]]:
+    yield name, unpacked(tensor)
+    if isinstance(tensor, QuantizedTensor):
+        yield from _quantized_parts(name, tensor)
+    elif isinstance(tensor, SparseTensor):
+        yield f"{name}.positions", tensor.positions
+        yield f"{name}.row_offsets", tensor.row_offsets
+        yield f"{name}.values", unpacked(tensor.values)
+        if isinstance(tensor.values, QuantizedTensor):
+            yield from _quantized_parts(f"{name}.values", tensor.values)
+
+
+def _quantized_parts(name: str, q: QuantizedTensor) -> Iterator[tuple[str, Array]]:
+    rows, cols = as_matrix(q.shape)
+    row_codes = q.codes.shape[1] * 8 // q.bits  # with those that fill the last byte of a row
+    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)
+    yield f"{name}.codes", codes[:, :cols].reshape(q.shape)
+    yield f"{name}.scale", q.scale
+    yield f"{name}.minimum", q.minimum
+    if q.outliers is not None:
+        yield f"{name}.outlier_index", q.outliers.indices
+        yield f"{name}.outlier_value", q.outliers.values
