@@ -92,19 +92,19 @@ def demo(
 
     Writes fastopt-demo.safetensors (the packed model) and fastopt-demo.png (the comparison).
     """
-    from fastopt import demo, report
+    from fastopt import demo, demo_report
 
-    report.require_matplotlib()  # before the work, not after it
+    demo_report.require_matplotlib()  # before the work, not after it
     dataset = demo.load_digits() if data is None else demo.load_idx_folder(data)
     out.mkdir(parents=True, exist_ok=True)
     with _progress() as notify:
         result = demo.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
     picture = out / "fastopt-demo.png"
-    report.draw(result, picture)
+    demo_report.draw(result, picture)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(result.summary), "picture": str(picture)}))
     else:
-        report.print_table(result.summary)
+        demo_report.print_table(result.summary)
         typer.echo(f"\nmodel    {result.summary.file}\npicture  {picture}")
 
 
