@@ -3,16 +3,22 @@
 import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from fastopt.linear import Weight
+from fastopt.model import Array
+from fastopt.quant import QuantizedTensor, as_matrix
 
 # Called with the name of each tensor that is written, how many are done, and how many there are.
 Notify: TypeAlias = Callable[[str, int, int], None]
 
 # Each is a module here with a function `write(model, path, notify, **options)`.
-TARGETS = ("npz",)
+TARGETS = ("gguf", "mlx", "npz")
 
 
 def export(
@@ -34,14 +40,20 @@ def export(
     path : path-like
         Replaced when the file is complete.
     to : str
-        "npz": NumPy's, to look into: decoded weights, and what they are stored as.
+        "gguf": ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for
+        MLX's quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and
+        what they are stored as.
     notify : callable, optional
         Called with the name of each tensor when it is written, how many are, and how many there are.
     **options
-        Of the target; see above.
+        Of the target. "gguf": ``requantize=True`` decodes what the format cannot say and stores it as Q8_0, else that
+        is an error; ``architecture`` is a text for the file's head. "mlx": ``param_dtype="float16"`` makes the file
+        smaller, and MLX decode in float16.
 
     Raises
     ------
+    ImportError
+        If the package that writes the format is not installed.
     OSError
         If the file cannot be written.
     TypeError, ValueError
@@ -64,3 +76,30 @@ def export(
 
 def _ignore(name: str, done: int, total: int) -> None:
     pass
+
+
+def require_package(name: str) -> None:
+    """Raise ImportError, with what to install, unless there is a package of that name."""
+    if find_spec(name) is None:
+        raise ImportError(f"this export needs {name}: pip install 'fastopt[export]'")
+
+
+def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
+    """Return scale and minimum of every `size` columns, or None where these do not share them."""
+    rows, cols = as_matrix(q.shape)
+    own = cols if q.group_size in (None, -1) else q.group_size
+    if cols % size or (own % size and own < cols):
+        return None
+    groups = cols // size
+    if q.group_size is None:
+        return np.broadcast_to(q.scale, (rows, groups)), np.broadcast_to(q.minimum, (rows, groups))
+    times = -(-own // size)
+    return q.scale.repeat(times, axis=1)[:, :groups], q.minimum.repeat(times, axis=1)[:, :groups]
+
+
+def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:
+    """Return scale and minimum in another dtype, or None if it does not hold them."""
+    with np.errstate(over="ignore"):
+        scale, minimum = (array.astype(dtype, copy=False) for array in params)
+    same = np.array_equal(scale, params[0]) and np.array_equal(minimum, params[1])
+    return (scale, minimum) if same else None

@@ -1,0 +1,165 @@
+"""GGUF, the format of ggml and llama.cpp, written by the gguf package.
+
+Its type Q4_1 is our 4 bits in groups of 32 with float16 parameters: ``w = m + d * code``. What else each of its blocks
+of 32 can say with one scale, one minimum and codes up to 15 becomes the same: 2 bits, larger groups, rows.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastopt.export import Notify, cast_exactly, regroup, require_package
+from fastopt.linear import Weight
+from fastopt.model import Array, replacing, unpacked
+from fastopt.quant import QuantizedTensor, unpack_bits
+from fastopt.sparse import SparseTensor
+
+_BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
+_PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
+_NAME_BYTES = 63
+_AXES = 4
+
+
+class _Stored(NamedTuple):
+    """A tensor as the file has it: what the directory says, and a function that makes the content."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Array]
+
+
+def write(
+    model: Mapping[str, Weight],
+    path: Path,
+    notify: Notify,
+    *,
+    requantize: bool = False,
+    architecture: str = "fastopt",
+) -> None:
+    """Write a GGUF file.
+
+    Parameters
+    ----------
+    model : mapping from name to array, QuantizedTensor or SparseTensor
+    path : Path
+    notify : callable
+    requantize : bool
+        Decode what Q4_1 cannot say and quantize it to Q8_0; or, where rows are not made of blocks of 32, store it as
+        float32.
+    architecture : str
+        The file's ``general.architecture``.
+
+    Raises
+    ------
+    ImportError
+        If gguf is not installed.
+    OSError
+        If the file cannot be written.
+    ValueError
+        If a tensor cannot be told in GGUF; the message names it.
+    """
+    require_package("gguf")
+    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+    stored = {name: _stored(name, tensor, requantize) for name, tensor in model.items()}
+    with replacing(path) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        try:
+            writer.add_name(path.stem)
+            types = {tensor.dtype for tensor in stored.values()}
+            if types & {"Q4_1", "Q8_0"}:
+                writer.add_quantization_version(GGML_QUANT_VERSION)
+            mostly = next((t for t in ("Q4_1", "Q8_0", "BF16", "F16") if t in types), None)
+            writer.add_file_type(LlamaFileType[f"MOSTLY_{mostly}"] if mostly else LlamaFileType.ALL_F32)
+            for name, tensor in stored.items():
+                kind = GGMLQuantizationType[tensor.dtype]
+                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), _nbytes(tensor), kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, (name, tensor) in enumerate(stored.items(), 1):
+                writer.write_tensor_data(tensor.make())
+                notify(name, done, len(stored))
+        finally:
+            writer.close()
+
+
+def _nbytes(tensor: _Stored) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.dtype]]
+    return int(np.prod(tensor.shape, dtype=np.int64)) // block * size
+
+
+def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
+    """Return how a tensor is stored, or raise."""
+    if len(name.encode()) > _NAME_BYTES:
+        raise ValueError(f"{name!r}: GGUF has names of up to {_NAME_BYTES} bytes, got {len(name.encode())}; rename it")
+    if len(tensor.shape) > _AXES:
+        raise ValueError(f"{name!r}: GGUF has tensors of up to {_AXES} axes, got shape {tensor.shape}; reshape it")
+    if 0 in tensor.shape:  # ggml divides by the size
+        raise ValueError(f"{name!r}: GGUF has no empty tensors, got shape {tensor.shape}; leave it out")
+    shape = tuple(tensor.shape) or (1,)
+    if isinstance(tensor, np.ndarray):
+        if tensor.dtype.name == "bfloat16":
+            return _Stored(shape, "BF16", lambda: np.ascontiguousarray(tensor).view(np.uint16))
+        if tensor.dtype.name not in _PLAIN:
+            raise ValueError(
+                f"{name!r}: GGUF has no {tensor.dtype}; convert it to one of {', '.join(_PLAIN)}, or leave it out"
+            )
+        return _Stored(shape, f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}", lambda: _contiguous(tensor))
+    blocks = shape[-1] % _BLOCK == 0
+    if isinstance(tensor, SparseTensor):
+        trouble = "GGUF has no sparse tensors; unpack it, or pack it without sparsity"
+    elif tensor.outliers is not None:
+        trouble = "GGUF has no outliers; pack it without them"
+    elif not blocks:
+        trouble = f"GGUF has rows of blocks of {_BLOCK}, got shape {tensor.shape}; leave it unpacked"
+    elif tensor.bits == 8:
+        trouble = "GGUF has no 8-bit codes with a minimum; pack it to 4 bits in groups of 32"
+    else:
+        params = regroup(tensor, _BLOCK)
+        if params is None:
+            trouble = f"GGUF has a scale and minimum for {_BLOCK} weights, got groups of {tensor.group_size}"
+            trouble += "; pack it in groups of 32"
+        else:
+            half = cast_exactly(params, np.float16)
+            if half is not None:
+                return _Stored(shape, "Q4_1", lambda: _q4_1(tensor, *half))
+            trouble = "GGUF has float16 scales and minima, which cannot hold these float32 ones; leave it unpacked"
+    if not requantize:
+        fallback = "Q8_0" if blocks else "F32"
+        raise ValueError(f"{name!r}: {trouble}; or let it be decoded and stored as {fallback}, with requantize")
+    if blocks:
+        return _Stored(shape, "Q8_0", lambda: _q8_0(unpacked(tensor)))
+    return _Stored(shape, "F32", lambda: unpacked(tensor).astype(np.float32))
+
+
+def _contiguous(array: Array) -> Array:
+    """Return the array as the file holds it."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
+def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
+    """Return blocks of scale, minimum and 16 bytes, of which byte j has code j below and code j + 16 above."""
+    out = np.empty((scale.size, 20), np.uint8)
+    out[:, 0:2] = scale.reshape(-1, 1).view(np.uint8)
+    out[:, 2:4] = minimum.reshape(-1, 1).view(np.uint8)
+    codes = out[:, 4:]
+    if q.bits == 4:  # byte j has codes 2 j and 2 j + 1
+        first, second = np.split(q.codes.reshape(-1, 16), 2, axis=1)
+        codes[:, 0::2] = (first & 15) | (second << 4)
+        codes[:, 1::2] = (first >> 4) | (second & 0xF0)
+    else:
+        one_a_byte = unpack_bits(q.codes, q.bits, out.shape[0] * _BLOCK).reshape(-1, _BLOCK)
+        codes[:] = one_a_byte[:, :16] | (one_a_byte[:, 16:] << 4)
+    return out
+
+
+def _q8_0(w: Array) -> NDArray[np.uint8]:
+    from gguf import GGMLQuantizationType, quantize
+
+    return quantize(np.ascontiguousarray(w, np.float32), GGMLQuantizationType.Q8_0)

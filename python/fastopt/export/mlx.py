@@ -1,0 +1,82 @@
+"""MLX: a safetensors file with what its quantized layers read, which is our codes in words of 32 bits."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from fastopt.export import Notify, cast_exactly, regroup
+from fastopt.linear import Weight
+from fastopt.model import Array, replacing
+from fastopt.quant import QuantizedTensor
+from fastopt.sparse import SparseTensor
+
+_GROUP_SIZES = (128, 64, 32)
+
+
+def write(model: Mapping[str, Weight], path: Path, notify: Notify, *, param_dtype: DTypeLike = "float32") -> None:
+    """Write ``NAME.weight`` in words of 32 bits, ``NAME.scales`` and ``NAME.biases`` for each tensor NAME.weight.
+
+    Parameters
+    ----------
+    model : mapping from name to array, QuantizedTensor or SparseTensor
+    path : Path
+    notify : callable
+    param_dtype : "float32" or "float16"
+        Of scales and biases: MLX decodes in this type. With float16 the file is smaller, and what MLX decodes is
+        rounded to it.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    ValueError
+        If a tensor cannot be told in MLX's layout; the message names it.
+    """
+    dtype = np.dtype(param_dtype)
+    if dtype not in (np.float16, np.float32):
+        raise ValueError(f"param_dtype: expected float32 or float16, got {dtype}")
+    arrays: dict[str, Array] = {}
+    about: dict[str, Any] = {}
+
+    def add(name: str, array: Array) -> None:
+        if name in arrays:
+            raise ValueError(f"{name!r}: two arrays would be stored under this name; rename one")
+        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+
+    for done, (name, tensor) in enumerate(model.items(), 1):
+        if isinstance(tensor, np.ndarray):
+            add(name, tensor)
+        elif isinstance(tensor, SparseTensor):
+            raise ValueError(f"{name!r}: MLX has no sparse weights; unpack it, or pack it without sparsity")
+        else:
+            group_size, params = _groups(name, tensor)
+            cast = cast_exactly(params, dtype)
+            if cast is None:
+                raise ValueError(f"{name!r}: has float32 parameters, which float16 cannot hold; take float32")
+            layer, axes = name.removesuffix(".weight"), tensor.shape[:-1]
+            add(name, np.ascontiguousarray(tensor.codes).view("<u4").reshape(*axes, -1))
+            add(f"{layer}.scales", cast[0].reshape(*axes, -1))
+            add(f"{layer}.biases", cast[1].reshape(*axes, -1))
+            about[layer] = {"bits": tensor.bits, "group_size": group_size}
+        notify(name, done, len(model))
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, metadata={"format": "mlx", "quantization": json.dumps(about)})
+
+
+def _groups(name: str, tensor: QuantizedTensor) -> tuple[int, tuple[Array, Array]]:
+    """Return a group size that MLX has, with scale and minimum of each group, or raise."""
+    if tensor.outliers is not None:
+        raise ValueError(f"{name!r}: MLX has no outliers; pack it without them")
+    for size in _GROUP_SIZES:
+        params = regroup(tensor, size) if len(tensor.shape) > 1 and tensor.shape[-1] % size == 0 else None
+        if params is not None:
+            return size, params
+    raise ValueError(
+        f"{name!r}: MLX has weights of two or more axes whose rows are made of groups of 32, 64 or 128, "
+        f"got shape {tensor.shape} and group_size {tensor.group_size}; pack it in groups of 32, or leave it unpacked"
+    )
