@@ -18,7 +18,7 @@ from fastopt.quant import QuantizedTensor, as_matrix
 Notify: TypeAlias = Callable[[str, int, int], None]
 
 # Each is a module here with a function `write(model, path, notify, **options)`.
-TARGETS = ("gguf", "mlx", "npz")
+TARGETS = ("gguf", "mlx", "npz", "onnx")
 
 
 def export(
@@ -42,13 +42,16 @@ def export(
     to : str
         "gguf": ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for
         MLX's quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and
-        what they are stored as.
+        what they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output;
+        any bits, groups, outliers and sparse weights.
     notify : callable, optional
         Called with the name of each tensor when it is written, how many are, and how many there are.
     **options
         Of the target. "gguf": ``requantize=True`` decodes what the format cannot say and stores it as Q8_0, else that
         is an error; ``architecture`` is a text for the file's head. "mlx": ``param_dtype="float16"`` makes the file
-        smaller, and MLX decode in float16.
+        smaller, and MLX decode in float16. "onnx": ``graph``, a list of `Layer` (dense), `Add` and `Concat` as for
+        `shrink`, makes a model from ``x`` [batch, in]; ``fast=True`` multiplies by ONNX Runtime's MatMulNBits instead of
+        standard operators, and ``accuracy_level=4`` lets that round x to int8.
 
     Raises
     ------
@@ -85,12 +88,15 @@ def require_package(name: str) -> None:
 
 
 def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
-    """Return scale and minimum of every `size` columns, or None where these do not share them."""
+    """Return scale and minimum of every `size` columns, or None where these do not share them.
+
+    The last of a row may be fewer.
+    """
     rows, cols = as_matrix(q.shape)
     own = cols if q.group_size in (None, -1) else q.group_size
-    if cols % size or (own % size and own < cols):
+    if own % size and own < cols:
         return None
-    groups = cols // size
+    groups = -(-cols // size)
     if q.group_size is None:
         return np.broadcast_to(q.scale, (rows, groups)), np.broadcast_to(q.minimum, (rows, groups))
     times = -(-own // size)

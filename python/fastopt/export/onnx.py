@@ -1,0 +1,456 @@
+"""ONNX: a model that runs, of a chain of layers or of decoded tensors.
+
+Codes become a tensor of uint8, uint4 or uint2, whose bytes are ours, and DequantizeLinear and Add decode them. Where
+only ONNX Runtime has to run the model, its MatMulNBits multiplies with the codes as they are; what the minima add to
+the product is the sum of x over each block times the minimum of the block.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fastopt.export import Notify, regroup, require_package
+from fastopt.linear import Weight
+from fastopt.model import Array, replacing, unpacked
+from fastopt.quant import QuantizedTensor, as_matrix, pack_bits, unpack_bits
+from fastopt.shrink import Concat, Layer, Node
+from fastopt.sparse import SparseTensor
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+OPSET = 21  # the first with uint4
+_OPSET_OF_BITS = {8: OPSET, 4: OPSET, 2: 25}
+_CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
+_BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
+_LIMIT = (1 << 31) - (1 << 20)  # bytes of a protobuf message, and some for what is not tensors
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu": ("Relu", {}),
+    "leaky_relu": ("LeakyRelu", {"alpha": 0.01}),
+    "gelu": ("Gelu", {}),
+    "tanh": ("Tanh", {}),
+    "sigmoid": ("Sigmoid", {}),
+}
+
+
+def write(
+    model: Mapping[str, Weight],
+    path: Path,
+    notify: Notify,
+    *,
+    graph: Sequence[Node] | None = None,
+    fast: bool = False,
+    accuracy_level: int = 0,
+) -> None:
+    """Write an ONNX model.
+
+    Parameters
+    ----------
+    model : mapping from name to array, QuantizedTensor or SparseTensor
+    path : Path
+    notify : callable
+    graph : sequence of Layer, Add and Concat, optional
+        As `shrink` takes it, of dense layers. The model's input is ``x`` [batch, in], its outputs are the nodes that no
+        other reads. Tensors that it does not name are left out. Without a graph there is no input, and every tensor is
+        an output, decoded.
+    fast : bool
+        Multiply by MatMulNBits, which is ONNX Runtime's own: about as fast as it gets with 4 bits, and with 8 and 2
+        where `accuracy_level` is 4.
+    accuracy_level : int
+        Of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
+
+    Raises
+    ------
+    ImportError
+        If onnx is not installed.
+    OSError
+        If the file cannot be written.
+    ValueError
+        If the graph does not fit the model, or a tensor cannot be told in ONNX; the message names it.
+    """
+    require_package("onnx")
+    names = list(model) if graph is None else ["x", *(node.name for node in graph)]
+    builder = Builder(fast, accuracy_level, set(names))
+    if graph is None:
+        inputs: list[_Described] = []
+        outputs: list[_Described] = []
+        for done, (name, tensor) in enumerate(model.items(), 1):
+            builder.value(name, tensor, output=name)
+            outputs.append(_Described(name, tensor.dtype, tensor.shape))
+            notify(name, done, len(model))
+    else:
+        inputs, outputs = _chain(builder, model, graph, notify)
+    save(builder.model(inputs, outputs), path)
+
+
+def save(model: "ModelProto", path: Path) -> None:
+    """Write a model to a file; raise ValueError where it is too large for one."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size > _LIMIT:
+        raise ValueError(f"an ONNX file has up to 2 GiB, this model would have {size:,} bytes; pack it to fewer bits")
+    content = model.SerializeToString()
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+class _Described(NamedTuple):
+    """An input or output of a model."""
+
+    name: str
+    dtype: DTypeLike
+    shape: Sequence[int | str]
+
+
+class Builder:
+    """Nodes and constants of a graph in the making."""
+
+    def __init__(self, fast: bool, accuracy_level: int, taken: set[str]) -> None:
+        if accuracy_level not in range(5):
+            raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r}")
+        self.fast = fast
+        self.accuracy_level = accuracy_level
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.opset = OPSET
+        self._names = taken
+        self._shared: dict[Any, str] = {}
+
+    def fresh(self, name: str) -> str:
+        """Return a name that is not taken, and take it."""
+        unique, number = name, 2
+        while unique in self._names:
+            unique, number = f"{name}.{number}", number + 1
+        self._names.add(unique)
+        return unique
+
+    def node(self, kind: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any) -> str:
+        """Add a node and return the name of its output."""
+        from onnx import helper
+
+        output = output or self.fresh(f"{inputs[0]}.{kind}")
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], output, domain=domain, **attributes))
+        return output
+
+    def constant(self, name: str, array: Array) -> str:
+        """Add a constant and return its name."""
+        from onnx import numpy_helper
+
+        name = self.fresh(name)
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+    def numbers(self, *values: int) -> str:
+        """Return the name of a constant of int64 numbers, the same for the same ones."""
+        if values not in self._shared:
+            self._shared[values] = self.constant(f"numbers.{'.'.join(map(str, values))}", np.array(values, np.int64))
+        return self._shared[values]
+
+    def value(self, name: str, tensor: Weight, output: str | None = None, dtype: Any = None) -> str:
+        """Add a tensor, decoded, and return its name; of its own dtype if no other is given."""
+        from onnx import helper
+
+        dtype = np.dtype(tensor.dtype if dtype is None else dtype)
+        parts = output or name  # the names of constants begin with this one
+        if isinstance(tensor, QuantizedTensor):
+            value, present = self._decoded(parts, tensor), np.dtype(np.float32)
+        elif isinstance(tensor, SparseTensor):
+            value, present = self._scattered(parts, tensor), np.dtype(tensor.dtype)
+        else:
+            value, present = self.constant(f"{parts}.value", tensor), tensor.dtype
+        if present.newbyteorder("=") != dtype.newbyteorder("="):
+            return self.node("Cast", value, output=output, to=helper.np_dtype_to_tensor_dtype(dtype))
+        return value if output is None else self.node("Identity", value, output=output)
+
+    def _float32(self, name: str, array: Array) -> str:
+        """Add a constant as it is stored, and return the name of its value in float32."""
+        from onnx import TensorProto
+
+        constant = self.constant(name, array)
+        return constant if array.dtype == np.float32 else self.node("Cast", constant, to=TensorProto.FLOAT)
+
+    def _decoded(self, name: str, q: QuantizedTensor) -> str:
+        """Add minimum + scale * code, in float32 and of the weight's shape."""
+        from onnx import TensorProto
+
+        if q.size == 0:
+            return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
+        self.opset = max(self.opset, _OPSET_OF_BITS[q.bits])
+        rows, cols = as_matrix(q.shape)
+        codes = self.fresh(f"{name}.codes")
+        kind = TensorProto.DataType.Value(_CODES[q.bits])
+        self.constants.append(TensorProto(name=codes, data_type=kind, dims=[rows, cols], raw_data=_codes(q)))
+        if q.scale.shape[1] == 1:  # a pair for all, or for each row
+            scale = q.scale.reshape(() if q.group_size is None else rows)
+            scaled = self.node("DequantizeLinear", codes, self._float32(f"{name}.scale", scale), axis=0)
+            value = self.node("Add", scaled, self._float32(f"{name}.minimum", q.minimum))
+        else:
+            size, groups = q.group_size, q.scale.shape[1]
+            assert size is not None
+            scale_name = self._float32(f"{name}.scale", q.scale)
+            scaled = self.node("DequantizeLinear", codes, scale_name, axis=1, block_size=size)
+            if cols % size:
+                minimum_name = self._float32(f"{name}.minimum", q.minimum)
+                group_of_column = self.constant(f"{name}.group", np.arange(cols) // size)
+                value = self.node("Add", scaled, self.node("Gather", minimum_name, group_of_column, axis=1))
+            else:
+                minimum_name = self._float32(f"{name}.minimum", q.minimum[..., None])
+                parted = self.node("Reshape", scaled, self.numbers(rows, groups, size))
+                value = self.node("Add", parted, minimum_name)
+        if q.outliers is not None:
+            flat = self.node("Reshape", value, self.numbers(-1))
+            index = self.constant(f"{name}.outlier_index", q.outliers.indices.astype(np.int64))
+            added = self.constant(f"{name}.outlier_value", q.outliers.values)
+            value = self.node("ScatterElements", flat, index, added, axis=0, reduction="add")
+        return self.node("Reshape", value, self.numbers(*q.shape))
+
+    def _scattered(self, name: str, tensor: SparseTensor) -> str:
+        """Add the stored values, scattered over zeros."""
+        from onnx import helper
+
+        # Where each value stands, of any layout: the numbers of the values in their places.
+        numbers = np.arange(1, tensor.nnz + 1, dtype=np.float64)
+        numbered = SparseTensor(tensor.layout, tensor.positions, tensor.row_offsets, numbers, tensor.shape)
+        found = numbered.to_dense().reshape(-1)
+        places = np.flatnonzero(found)
+        places = places[np.argsort(found[places], kind="stable")]
+        zero = helper.make_tensor("zero", helper.np_dtype_to_tensor_dtype(tensor.dtype), [1], [0])
+        zeros = self.node("ConstantOfShape", self.numbers(tensor.size), output=self.fresh(f"{name}.zeros"), value=zero)
+        index = self.constant(f"{name}.positions", places.astype(np.int32 if tensor.size < 1 << 31 else np.int64))
+        values = self.value(f"{name}.values", tensor.values)
+        flat = self.node("ScatterElements", zeros, index, values, axis=0)
+        return self.node("Reshape", flat, self.numbers(*tensor.shape))
+
+    def product(self, x: str, name: str, w: Weight, output: str | None = None) -> str:
+        """Add ``x @ w.T`` for x of float32 and any number of axes."""
+        rows, cols = as_matrix(w.shape)
+        if self.fast and isinstance(w, QuantizedTensor):
+            return self._fast_product(x, name, w, output)
+        value = self.value(name, w, dtype=np.float32)
+        if len(w.shape) != 2:
+            value = self.node("Reshape", value, self.numbers(rows, cols))
+        return self.node("MatMul", x, self.node("Transpose", value, perm=[1, 0]), output=output)
+
+    def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None) -> str:
+        from onnx import TensorProto, helper
+
+        rows, cols = as_matrix(q.shape)
+        size, scale, minimum = _blocks(name, q)
+        groups = scale.shape[1]
+        row_bytes = groups * size * q.bits // 8
+        codes = np.zeros((rows, row_bytes), np.uint8)
+        codes[:, : q.codes.shape[1]] = q.codes
+        constants = [self.constant(f"{name}.codes", codes.reshape(rows, groups, -1))]
+        constants.append(self._float32(f"{name}.scale", scale.reshape(-1)))
+        # Codes count from 0, which takes a zero point that says so.
+        zeros = helper.make_tensor("zero", TensorProto.UINT8, [1], [0])
+        shape = self.numbers(rows * -(-groups * q.bits // 8))
+        constants.append(self.node("ConstantOfShape", shape, output=self.fresh(f"{name}.zero_points"), value=zeros))
+        options: dict[str, Any] = {
+            "K": cols,
+            "N": rows,
+            "bits": q.bits,
+            "block_size": size,
+            "accuracy_level": self.accuracy_level,
+        }
+        y = self.node("MatMulNBits", x, *constants, domain="com.microsoft", **options)
+        minima = self.node("Transpose", self._float32(f"{name}.minimum", minimum), perm=[1, 0])
+        added = self.node("MatMul", self._block_sums(x, cols, size), minima)
+        if q.outliers is None:
+            return self.node("Add", y, added, output=output)
+        return self._add_outliers(x, self.node("Add", y, added), name, q, output)
+
+    def _block_sums(self, x: str, cols: int, size: int) -> str:
+        """Add the sums of x over blocks of columns, unless they are there."""
+        if (x, size) not in self._shared:
+            padded, groups = x, -(-cols // size)
+            if cols % size:
+                padded = self.node("Pad", x, self.numbers(0, groups * size - cols), "", self.numbers(-1))
+            batch = self.node("Shape", x, end=-1)
+            shape = self.node("Concat", batch, self.numbers(groups, size), axis=0)
+            blocks = self.node("Reshape", padded, shape)
+            self._shared[x, size] = self.node("ReduceSum", blocks, self.numbers(-1), keepdims=0)
+        return self._shared[x, size]
+
+    def _add_outliers(self, x: str, y: str, name: str, q: QuantizedTensor, output: str | None) -> str:
+        """Add to y, row by row of its transpose, the columns of x at outliers times what these add."""
+        assert q.outliers is not None
+        cols = as_matrix(q.shape)[1]
+        row, col = np.divmod(q.outliers.indices.astype(np.int64), cols)
+        shape = self.node("Shape", y)
+        columns = self.node("Transpose", self.node("Reshape", x, self.numbers(-1, cols)), perm=[1, 0])
+        taken = self.node("Gather", columns, self.constant(f"{name}.outlier_cols", col), axis=0)
+        values = self.constant(f"{name}.outlier_value", q.outliers.values[:, None])
+        sums = self.node("Transpose", self.node("Reshape", y, self.numbers(-1, as_matrix(q.shape)[0])), perm=[1, 0])
+        rows = self.constant(f"{name}.outlier_rows", row[:, None])
+        sums = self.node("ScatterND", sums, rows, self.node("Mul", taken, values), reduction="add")
+        return self.node("Reshape", self.node("Transpose", sums, perm=[1, 0]), shape, output=output)
+
+    def model(self, inputs: Sequence["_Described"], outputs: Sequence["_Described"]) -> "ModelProto":
+        """Return the model."""
+        from onnx import helper
+
+        def described(what: _Described) -> Any:
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(what.dtype).newbyteorder("="))
+            return helper.make_tensor_value_info(what.name, kind, what.shape)
+
+        graph = helper.make_graph(
+            self.nodes,
+            "fastopt",
+            [described(what) for what in inputs],
+            [described(what) for what in outputs],
+            self.constants,
+        )
+        opsets = [helper.make_opsetid("", self.opset)]
+        version = helper.find_min_ir_version_for(opsets)
+        if any(node.domain == "com.microsoft" for node in self.nodes):
+            opsets.append(helper.make_opsetid("com.microsoft", 1))
+        return helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
+
+
+def _codes(q: QuantizedTensor) -> bytes:
+    """Return the codes without what fills the last byte of each row."""
+    rows, cols = as_matrix(q.shape)
+    if cols * q.bits % 8 == 0:
+        return q.codes.tobytes()
+    row_codes = q.codes.shape[1] * 8 // q.bits
+    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)
+    return pack_bits(codes[:, :cols], q.bits).tobytes()
+
+
+def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
+    """Return a block size that MatMulNBits has, with scale and minimum of each block, or raise."""
+    cols = as_matrix(q.shape)[1]
+    for size in sorted(_BLOCKS, key=lambda size: cols % size != 0):  # rather those that need no padding
+        params = regroup(q, size)
+        if params is not None:
+            return size, *params
+    raise ValueError(
+        f"{name!r}: MatMulNBits has blocks of 16, 32, 64, 128 or 256, got groups of {q.group_size}; "
+        "pack it in groups of one of these, or leave out `fast`"
+    )
+
+
+def _chain(
+    builder: Builder, model: Mapping[str, Weight], graph: Sequence[Node], notify: Notify
+) -> tuple[list[_Described], list[_Described]]:
+    """Add the nodes of a graph; return its inputs and outputs."""
+    widths: dict[str, int] = {}
+    read: set[str] = set()
+    given: int | None = None
+    before: str | None = None
+    for done, node in enumerate(graph, 1):
+        if node.name in widths or node.name == "x":
+            raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
+        reads = _reads(node, before)
+        read.update(reads)
+        for name in reads:
+            if name != "x" and name not in widths:
+                raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
+        if isinstance(node, Layer):
+            (source,) = reads
+            rows, cols = _layer(builder, model, node, source)
+            known = given if source == "x" else widths[source]
+            if known not in (None, cols):
+                raise ValueError(f"model: expected '{node.name}.weight' of {known} columns, got {cols}")
+            given = cols if source == "x" else given
+            widths[node.name] = rows
+        else:
+            widths[node.name] = _join(builder, node, [(name, widths[name]) for name in reads])
+        before = node.name
+        notify(node.name, done, len(graph))
+    if given is None:
+        raise ValueError("graph: expected one or more layers, got none")
+    outputs = {name: width for name, width in widths.items() if name not in read}
+    return [_rows("x", given)], [_rows(*item) for item in outputs.items()]
+
+
+def _rows(name: str, cols: int) -> _Described:
+    return _Described(name, np.float32, ("batch", cols))
+
+
+def _reads(node: Node, before: str | None) -> list[str]:
+    if isinstance(node, Layer):
+        return [(before if node.input is None else node.input) or "x"]
+    if not node.inputs:
+        raise ValueError(f"graph: {node.name!r} reads nothing")
+    return list(node.inputs)
+
+
+def _layer(builder: Builder, model: Mapping[str, Weight], layer: Layer, x: str) -> tuple[int, int]:
+    """Add a layer; return the shape of its weight."""
+    if layer.kind != "dense":
+        raise ValueError(
+            f"graph: {layer.name!r} is {layer.kind!r}, of which a graph does not say strides and padding; "
+            "pack the model's own ONNX file instead (fastopt pack model.onnx)"
+        )
+    name = f"{layer.name}.weight"
+    if name not in model:
+        raise ValueError(f"model: the graph needs {name!r}, which is missing")
+    w = model[name]
+    if len(w.shape) < 2 or np.dtype(w.dtype).name not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(f"model: expected {name!r} to be of floats and two or more axes, got {w.dtype} {w.shape}")
+    rows = w.shape[0]
+    y = builder.product(x, name, w)
+    if f"{layer.name}.bias" in model:
+        y = builder.node("Add", y, _vector(builder, model, f"{layer.name}.bias", rows))
+    if layer.norm is not None:
+        y = _norm(builder, model, layer, rows, y)
+    _activate(builder, layer.name, layer.activation, y)
+    return as_matrix(w.shape)
+
+
+def _vector(builder: Builder, model: Mapping[str, Weight], name: str, rows: int) -> str:
+    if model[name].shape != (rows,):
+        raise ValueError(f"model: expected {name!r} of shape {(rows,)}, got {model[name].shape}")
+    return builder.value(name, model[name], dtype=np.float32)
+
+
+def _norm(builder: Builder, model: Mapping[str, Weight], layer: Layer, rows: int, y: str) -> str:
+    """Add a batch normalization as a factor and a summand."""
+    default = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
+    if not any(f"{layer.norm}.{part}" in model for part in ("weight", "running_mean")):
+        raise ValueError(f"model: the graph needs '{layer.norm}.weight', which is missing")
+    values = []
+    for part, otherwise in default.items():
+        name = f"{layer.norm}.{part}"
+        values.append(unpacked(model[name]).astype(np.float64) if name in model else np.full(rows, otherwise))
+        if values[-1].shape != (rows,):
+            raise ValueError(f"model: expected {name!r} of shape {(rows,)}, got {values[-1].shape}")
+    mean, var, gain, shift = values
+    factor = gain / np.sqrt(var + layer.eps)
+    scaled = builder.node("Mul", y, builder.constant(f"{layer.norm}.factor", factor.astype(np.float32)))
+    return builder.node(
+        "Add", scaled, builder.constant(f"{layer.norm}.summand", (shift - mean * factor).astype(np.float32))
+    )
+
+
+def _join(builder: Builder, node: Any, reads: list[tuple[str, int]]) -> int:
+    """Add a sum or a concatenation; return its number of columns."""
+    names, widths = [name for name, _ in reads], [width for _, width in reads]
+    if isinstance(node, Concat):
+        builder.node("Concat", *names, output=node.name, axis=-1)
+        return sum(widths)
+    if len(set(widths)) > 1:
+        raise ValueError(f"graph: {node.name!r} adds nodes of {' and '.join(map(str, widths))} columns")
+    _activate(builder, node.name, node.activation, builder.node("Sum", *names))
+    return widths[0]
+
+
+def _activate(builder: Builder, name: str, activation: Any, y: str) -> None:
+    """Add an activation whose output has the name of the node."""
+    if activation is None:
+        builder.node("Identity", y, output=name)
+    elif activation == "silu":
+        builder.node("Mul", y, builder.node("Sigmoid", y), output=name)
+    elif activation == "relu6":
+        limits = [builder.constant(f"{name}.{limit}", np.array(limit, np.float32)) for limit in (0, 6)]
+        builder.node("Clip", y, *limits, output=name)
+    elif activation in _ACTIVATIONS:
+        kind, attributes = _ACTIVATIONS[activation]
+        builder.node(kind, y, output=name, **attributes)
+    else:
+        expected = sorted([*_ACTIVATIONS, "relu6", "silu"])
+        raise ValueError(f"activation: expected one of {', '.join(expected)} for {name!r}, got {activation!r}")
