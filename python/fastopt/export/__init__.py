@@ -50,8 +50,8 @@ def export(
         Of the target. "gguf": ``requantize=True`` decodes what the format cannot say and stores it as Q8_0, else that
         is an error; ``architecture`` is a text for the file's head. "mlx": ``param_dtype="float16"`` makes the file
         smaller, and MLX decode in float16. "onnx": ``graph``, a list of `Layer` (dense), `Add` and `Concat` as for
-        `shrink`, makes a model from ``x`` [batch, in]; ``fast=True`` multiplies by ONNX Runtime's MatMulNBits instead of
-        standard operators, and ``accuracy_level=4`` lets that round x to int8.
+        `shrink`, makes a model from ``x`` [batch, in]; ``fast=True`` multiplies by ONNX Runtime's MatMulNBits instead
+        of standard operators, and ``accuracy_level=4`` lets that round x to int8.
 
     Raises
     ------
