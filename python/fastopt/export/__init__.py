@@ -14,10 +14,10 @@ from fastopt.linear import Weight
 from fastopt.model import Array
 from fastopt.quant import QuantizedTensor, as_matrix
 
-# Called with the name of each tensor that is written, how many are done, and how many there are.
-Notify: TypeAlias = Callable[[str, int, int], None]
+# Called with the bytes that are done, those of all, and the name of the tensor that comes next.
+Notify: TypeAlias = Callable[[int, int, str], None]
 
-# Each is a module here with a function `write(model, path, notify, **options)`.
+# Each is a module here with a function `write(model, path, progress, **options)`.
 TARGETS = ("gguf", "mlx", "npz", "onnx")
 
 
@@ -45,7 +45,8 @@ def export(
         what they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output;
         any bits, groups, outliers and sparse weights.
     notify : callable, optional
-        Called with the name of each tensor when it is written, how many are, and how many there are.
+        Called with the bytes of the model that are done, those of all, and the name of the tensor that is next, "" at
+        the end.
     **options
         Of the target. "gguf": ``requantize=True`` decodes what the format cannot say and stores it as Q8_0, else that
         is an error; ``architecture`` is a text for the file's head. "mlx": ``param_dtype="float16"`` makes the file
@@ -74,11 +75,25 @@ def export(
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
-    import_module(f"fastopt.export.{to}").write(model, Path(path), notify or _ignore, **options)
+    progress = Progress(model, notify)
+    import_module(f"fastopt.export.{to}").write(model, Path(path), progress, **options)
+    progress.next("")
 
 
-def _ignore(name: str, done: int, total: int) -> None:
-    pass
+class Progress:
+    """Tells how many bytes of a model are done."""
+
+    def __init__(self, model: Mapping[str, Weight], notify: Notify | None) -> None:
+        self._model, self._notify = model, notify
+        self._done, self._total, self._name = 0, sum(tensor.nbytes for tensor in model.values()), ""
+
+    def next(self, name: str) -> None:
+        """Tell that the tensor that was named before is done, and this one is next."""
+        if self._name:
+            self._done += self._model[self._name].nbytes
+        self._name = name
+        if self._notify is not None:
+            self._notify(self._done, self._total, name)
 
 
 def require_package(name: str) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt.export import Notify, cast_exactly, regroup, require_package
+from fastopt.export import Progress, cast_exactly, regroup, require_package
 from fastopt.linear import Weight
 from fastopt.model import Array, replacing, unpacked
 from fastopt.quant import QuantizedTensor, unpack_bits
@@ -34,7 +34,7 @@ class _Stored(NamedTuple):
 def write(
     model: Mapping[str, Weight],
     path: Path,
-    notify: Notify,
+    progress: Progress,
     *,
     requantize: bool = False,
     architecture: str = "fastopt",
@@ -45,7 +45,7 @@ def write(
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-    notify : callable
+    progress : Progress
     requantize : bool
         Decode what Q4_1 cannot say and quantize it to Q8_0; or, where rows are not made of blocks of 32, store it as
         float32.
@@ -80,9 +80,9 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for done, (name, tensor) in enumerate(stored.items(), 1):
+            for name, tensor in stored.items():
+                progress.next(name)
                 writer.write_tensor_data(tensor.make())
-                notify(name, done, len(stored))
         finally:
             writer.close()
 

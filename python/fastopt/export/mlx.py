@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from fastopt.export import Notify, cast_exactly, regroup
+from fastopt.export import Progress, cast_exactly, regroup
 from fastopt.linear import Weight
 from fastopt.model import Array, replacing
 from fastopt.quant import QuantizedTensor
@@ -18,14 +18,14 @@ from fastopt.sparse import SparseTensor
 _GROUP_SIZES = (128, 64, 32)
 
 
-def write(model: Mapping[str, Weight], path: Path, notify: Notify, *, param_dtype: DTypeLike = "float32") -> None:
+def write(model: Mapping[str, Weight], path: Path, progress: Progress, *, param_dtype: DTypeLike = "float32") -> None:
     """Write ``NAME.weight`` in words of 32 bits, ``NAME.scales`` and ``NAME.biases`` for each tensor NAME.weight.
 
     Parameters
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-    notify : callable
+    progress : Progress
     param_dtype : "float32" or "float16"
         Of scales and biases: MLX decodes in this type. With float16 the file is smaller, and what MLX decodes is
         rounded to it.
@@ -48,7 +48,8 @@ def write(model: Mapping[str, Weight], path: Path, notify: Notify, *, param_dtyp
             raise ValueError(f"{name!r}: two arrays would be stored under this name; rename one")
         arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
 
-    for done, (name, tensor) in enumerate(model.items(), 1):
+    for name, tensor in model.items():
+        progress.next(name)
         if isinstance(tensor, np.ndarray):
             add(name, tensor)
         elif isinstance(tensor, SparseTensor):
@@ -63,7 +64,6 @@ def write(model: Mapping[str, Weight], path: Path, notify: Notify, *, param_dtyp
             add(f"{layer}.scales", cast[0].reshape(*axes, -1))
             add(f"{layer}.biases", cast[1].reshape(*axes, -1))
             about[layer] = {"bits": tensor.bits, "group_size": group_size}
-        notify(name, done, len(model))
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata={"format": "mlx", "quantization": json.dumps(about)})
 

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from fastopt.export import Notify
+from fastopt.export import Progress
 from fastopt.linear import Weight
 from fastopt.model import Array, replacing, unpacked
 from fastopt.quant import QuantizedTensor, as_matrix, unpack_bits
 from fastopt.sparse import SparseTensor
 
 
-def write(model: Mapping[str, Weight], path: Path, notify: Notify) -> None:
+def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     """Write ``NAME``, decoded, and ``NAME.codes`` (one a byte), ``NAME.scale`` ... for each tensor.
 
     Parameters
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-    notify : callable
+    progress : Progress
 
     Raises
     ------
@@ -31,7 +31,8 @@ def write(model: Mapping[str, Weight], path: Path, notify: Notify) -> None:
     """
     written: set[str] = set()
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-        for done, (name, tensor) in enumerate(model.items(), 1):
+        for name, tensor in model.items():
+            progress.next(name)
             for part, array in _parts(name, tensor):
                 if part in written:
                     raise ValueError(f"{part!r}: two arrays would be stored under this name; rename one")
@@ -40,7 +41,6 @@ def write(model: Mapping[str, Weight], path: Path, notify: Notify) -> None:
                 known = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
                 with archive.open(f"{part}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, known, allow_pickle=False)
-            notify(name, done, len(model))
 
 
 def _parts(name: str, tensor: Weight) -> Iterator[tuple[str, Array]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt.export import Notify, regroup, require_package
+from fastopt.export import Progress, regroup, require_package
 from fastopt.linear import Weight
 from fastopt.model import Array, replacing, unpacked
 from fastopt.quant import QuantizedTensor, as_matrix, pack_bits, unpack_bits
@@ -39,7 +39,7 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def write(
     model: Mapping[str, Weight],
     path: Path,
-    notify: Notify,
+    progress: Progress,
     *,
     graph: Sequence[Node] | None = None,
     fast: bool = False,
@@ -51,7 +51,7 @@ def write(
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-    notify : callable
+    progress : Progress
     graph : sequence of Layer, Add and Concat, optional
         As `shrink` takes it, of dense layers. The model's input is ``x`` [batch, in], its outputs are the nodes that no
         other reads. Tensors that it does not name are left out. Without a graph there is no input, and every tensor is
@@ -77,12 +77,12 @@ def write(
     if graph is None:
         inputs: list[_Described] = []
         outputs: list[_Described] = []
-        for done, (name, tensor) in enumerate(model.items(), 1):
+        for name, tensor in model.items():
+            progress.next(name)
             builder.value(name, tensor, output=name)
             outputs.append(_Described(name, tensor.dtype, tensor.shape))
-            notify(name, done, len(model))
     else:
-        inputs, outputs = _chain(builder, model, graph, notify)
+        inputs, outputs = _chain(builder, model, graph, progress)
     save(builder.model(inputs, outputs), path)
 
 
@@ -334,14 +334,14 @@ def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
 
 
 def _chain(
-    builder: Builder, model: Mapping[str, Weight], graph: Sequence[Node], notify: Notify
+    builder: Builder, model: Mapping[str, Weight], graph: Sequence[Node], progress: Progress
 ) -> tuple[list[_Described], list[_Described]]:
     """Add the nodes of a graph; return its inputs and outputs."""
     widths: dict[str, int] = {}
     read: set[str] = set()
     given: int | None = None
     before: str | None = None
-    for done, node in enumerate(graph, 1):
+    for node in graph:
         if node.name in widths or node.name == "x":
             raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
         reads = _reads(node, before)
@@ -351,6 +351,7 @@ def _chain(
                 raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
         if isinstance(node, Layer):
             (source,) = reads
+            progress.next(f"{node.name}.weight")
             rows, cols = _layer(builder, model, node, source)
             known = given if source == "x" else widths[source]
             if known not in (None, cols):
@@ -360,7 +361,6 @@ def _chain(
         else:
             widths[node.name] = _join(builder, node, [(name, widths[name]) for name in reads])
         before = node.name
-        notify(node.name, done, len(graph))
     if given is None:
         raise ValueError("graph: expected one or more layers, got none")
     outputs = {name: width for name, width in widths.items() if name not in read}
