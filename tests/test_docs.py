@@ -10,7 +10,7 @@ import pytest
 
 import fastopt as fo
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Modules of the command line need its extra and have no examples of their own.
 MODULES = [f"fastopt.{m.name}" for m in pkgutil.iter_modules(fo.__path__) if m.name != "_core"]
@@ -25,9 +25,10 @@ def test_docstrings(name, tmp_path, monkeypatch):
     assert failed == 0
 
 
-def test_readme(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/format.md"])
+def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failed, tried = doctest.testfile(str(README), module_relative=False, optionflags=OPTIONS)
+    failed, tried = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=OPTIONS)
     assert failed == 0
     assert tried > 0
 

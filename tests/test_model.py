@@ -1,4 +1,5 @@
 import json
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_loading_maps_and_copies_nothing(weights, tmp_path):
         base = part
         while isinstance(base.base, np.ndarray):
             base = base.base
-        assert isinstance(base, np.memmap)
+        assert isinstance(base.base.obj, mmap.mmap)
     x = np.ones((1, 24), "f4")
     assert fo.linear(x, model["embed"]).shape == (1, 50)
 
@@ -108,7 +109,7 @@ def test_any_reader_of_safetensors_opens_it(weights, tmp_path):
     q = fo.quantize(weights["embed"])
     fo.PackedModel({"w": q, "b": weights["fc.bias"]}).save(path)
     arrays = load_file(path)
-    assert sorted(arrays) == ["b", "w.codes", "w.minimum", "w.scale"]
+    assert sorted(arrays) == ["b", "fastopt.pad.0", "fastopt.pad.1", "fastopt.pad.2", "w.codes", "w.minimum", "w.scale"]
     assert np.array_equal(arrays["w.codes"], q.codes)
     with safe_open(path, "numpy") as file:
         described = json.loads(file.metadata()["fastopt"])
@@ -176,8 +177,8 @@ def test_bad_arguments_of_pack(weights):
     for options, error, message in [
         ({"bits": 5}, ValueError, "bits: expected 8, 4 or 2, got 5"),
         ({"bits": 4, "overrides": {"*": {"speed": 1}}}, ValueError, r"overrides: '\*' has unknown options \['speed'\]"),
-        ({"sparsity": 2}, ValueError, "'embed': sparsity: expected a share from 0 to 1, got 2"),
-        ({"bits": 4, "group_size": 0}, ValueError, "'embed': group_size: expected"),
+        ({"sparsity": 2}, ValueError, "sparsity: expected a share from 0 to 1, got 2"),
+        ({"bits": 4, "group_size": 0}, ValueError, "group_size: expected"),
     ]:
         with pytest.raises(error, match=message):
             fo.pack(weights, min_size=1, **options)
@@ -263,7 +264,7 @@ def test_descriptions_that_lie(tmp_path):
         ("[" * 100000, "metadata"),
         ("{", "metadata|Expecting"),
         ([], "metadata: expected a JSON object"),
-        ({**good, "version": 2}, "metadata: expected format version 1, got 2"),
+        ({**good, "version": 3}, "metadata: expected format version 1 to 2, got 3"),
         ({**good, "version": True}, "version: expected int"),
         ({**good, "order": ["q"]}, "order does not name the tensors"),
         ({**good, "order": ["q", "q"]}, "order does not name the tensors"),
@@ -352,7 +353,7 @@ def test_outliers_are_saved(tmp_path, rng):
     assert not loaded["w"].outliers.values.flags.writeable
     x = rng.standard_normal(300).astype("f4")
     assert np.array_equal(fo.linear(x, loaded["w"]), fo.linear(x, q))
-    assert sorted(load_file(path)) == [
+    assert sorted(name for name in load_file(path) if not name.startswith("fastopt.pad.")) == [
         "b",
         *(f"w.{x}" for x in ("codes", "minimum", "outlier_index", "outlier_value", "scale")),
     ]

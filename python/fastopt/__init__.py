@@ -13,15 +13,20 @@ from fastopt import _threads as _threads  # first: it loads the extension
 from fastopt import schedules
 from fastopt._core import __version__
 from fastopt.checkpoint import restore, save
+from fastopt.choose import choose_bits
 from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.export import export
+from fastopt.files import Weights
 from fastopt.linear import linear
-from fastopt.model import PackedModel, load, pack
+from fastopt.model import PackedModel, Report, TensorReport, load, pack
 from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
 from fastopt.prune import cubic_sparsity, prune, prune_
 from fastopt.quant import QuantizedTensor, embedding, pack_bits, quantize, unpack_bits
+from fastopt.recipe import Options, Recipe
 from fastopt.shrink import Add, Concat, Layer, Shrunk, drop_layers, shrink
 from fastopt.sparse import SparseTensor, sparsity
+from fastopt.stream import pack_file, plan, prune_file, unpack_file
+from fastopt.weights import open_weights
 
 __all__ = [
     "SGD",
@@ -33,12 +38,18 @@ __all__ = [
     "Layer",
     "Lion",
     "Optimizer",
+    "Options",
     "PackedModel",
     "QuantizedTensor",
     "RMSprop",
+    "Recipe",
+    "Report",
     "Shrunk",
     "SparseTensor",
+    "TensorReport",
+    "Weights",
     "__version__",
+    "choose_bits",
     "cubic_sparsity",
     "drop_layers",
     "embedding",
@@ -48,10 +59,14 @@ __all__ = [
     "l2_penalty",
     "linear",
     "load",
+    "open_weights",
     "pack",
     "pack_bits",
+    "pack_file",
+    "plan",
     "prune",
     "prune_",
+    "prune_file",
     "quantize",
     "restore",
     "save",
@@ -61,4 +76,5 @@ __all__ = [
     "shrink",
     "sparsity",
     "unpack_bits",
+    "unpack_file",
 ]

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from fastopt.model import read_arrays, replacing
+from fastopt.files import parse_json, part_of, read_arrays, write
 
 _KEY = "fastopt.checkpoint"
 
@@ -47,7 +46,7 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
 
     def plain(node: Any, at: str) -> Any:
         if isinstance(node, np.ndarray):
-            arrays[at] = np.require(node, node.dtype.newbyteorder("="), "C")
+            arrays[at] = node
             return {"array": at}
         if isinstance(node, np.generic):
             return node.item()
@@ -63,8 +62,7 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"tree: {at or 'the root'} is a {type(node).__name__}, which a file cannot hold")
 
     text = json.dumps({"version": 1, "tree": plain(tree, "")})
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata={_KEY: text})
+    write(path, [part_of(name, array) for name, array in arrays.items()], {_KEY: text})
 
 
 def restore(path: str | os.PathLike[str]) -> Any:
@@ -88,7 +86,7 @@ def restore(path: str | os.PathLike[str]) -> Any:
     """
     arrays, metadata = read_arrays(path)
     try:
-        described = json.loads(metadata[_KEY])
+        described = parse_json(metadata[_KEY])
         if described["version"] != 1:
             raise ValueError(f"expected version 1, got {described['version']!r:.100}")
         return _built(described["tree"], arrays)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastopt.demo import Result, Summary
-from fastopt.model import replacing
+from fastopt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

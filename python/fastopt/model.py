@@ -2,50 +2,229 @@
 
 The file is safetensors. A tensor NAME that is quantized is stored as NAME.codes, NAME.scale and NAME.minimum; a sparse
 one as NAME.positions, NAME.row_offsets and NAME.values (or NAME.values.codes ... where the values are quantized). One
-JSON text under ``__metadata__["fastopt"]`` says what each is; any reader of safetensors opens the file.
+JSON text under ``__metadata__["fastopt"]`` says what each is; any reader of safetensors opens the file. docs/format.md
+specifies it.
 """
 
-import contextlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from fastopt.choose import choose_bits
+from fastopt.files import (
+    DTYPES,
+    PAD,
+    Part,
+    PathLike,
+    parse_json,
+    part_of,
+    read_arrays,
+    read_index,
+    require_shape,
+    write,
+)
 from fastopt.linear import Weight
-from fastopt.prune import prune
-from fastopt.quant import GroupSize, Outliers, QuantizedTensor, quantize, require_bits, require_group_size
+from fastopt.quant import (
+    FLOATS,
+    Error,
+    ErrorSums,
+    GroupSize,
+    Outliers,
+    QuantizedTensor,
+    require_bits,
+    require_group_size,
+)
+from fastopt.recipe import Recipe
 from fastopt.sparse import BLOCK, SparseTensor, require_layout
 
 Array: TypeAlias = NDArray[Any]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no tensors that only fill, and no recipe
 
-_DTYPES = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "F32": np.dtype(np.float32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
-}
-_FLOATS = {str(_DTYPES[name]): _DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
+_FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
+
+
+# ---- reports -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of a tensor.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : str
+        Before it was packed.
+    kind : "dense", "quantized", "sparse" or "sparse+quantized"
+    bits, group_size : int or None
+        Of the codes, as in `QuantizedTensor`.
+    density : float
+        Share of weights that is stored.
+    bits_per_weight : float
+        Bits stored for each weight, all parts included.
+    nbytes_before, nbytes : int
+    error : Error or None
+        Distance from the original, where that was at hand and of a float type.
+    reason : str
+        Which part of the recipe chose this, or why the tensor was kept as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Literal["dense", "quantized", "sparse", "sparse+quantized"]
+    bits: int | None
+    group_size: int | None
+    density: float
+    bits_per_weight: float
+    nbytes_before: int
+    nbytes: int
+    error: Error | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the tensors of a model, one by one and all together.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorReport
+    error : Error or None
+        Over all tensors whose error is known.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    error: Error | None
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of all tensors before they were packed."""
+        return sum(tensor.nbytes_before for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; a file has some more for its header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight of all tensors."""
+        return 8 * self.nbytes / max(sum(math.prod(tensor.shape) for tensor in self.tensors), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as a plain dict; what is not finite, which JSON cannot say, as None.
+
+        Returns
+        -------
+        dict
+        """
+        return {
+            "nbytes_before": self.nbytes_before,
+            "nbytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "error": _plain_error(self.error),
+            "tensors": [
+                {**asdict(tensor), "shape": list(tensor.shape), "error": _plain_error(tensor.error)}
+                for tensor in self.tensors
+            ],
+        }
+
+
+def _plain_error(error: Error | None) -> dict[str, float | None] | None:
+    if error is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in error._asdict().items()}
+
+
+class Reporter:
+    """Collects a `Report`, tensor by tensor."""
+
+    def __init__(self) -> None:
+        self._tensors: list[TensorReport] = []
+        self._sums = ErrorSums()
+        self._measured = False
+
+    def add(self, name: str, tensor: Weight, original: Array | None, reason: str) -> None:
+        """Add a tensor as it was stored; with the original its error is measured."""
+        sums = None if original is None else _error_sums(tensor, original)
+        if sums is not None:
+            self._sums += sums
+            self._measured = True
+        values = tensor.values if isinstance(tensor, SparseTensor) else tensor
+        bits, group_size = (values.bits, values.group_size) if isinstance(values, QuantizedTensor) else (None, None)
+        sparse, quantized = isinstance(tensor, SparseTensor), isinstance(values, QuantizedTensor)
+        self.add_planned(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            "sparse+quantized"
+            if sparse and quantized
+            else "sparse"
+            if sparse
+            else "quantized"
+            if quantized
+            else "dense",
+            tensor.nbytes,
+            reason,
+            bits=bits,
+            group_size=group_size,
+            density=tensor.density if isinstance(tensor, SparseTensor) else 1.0,
+            error=None if sums is None else sums.error(),
+        )
+
+    def add_planned(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        kind: Literal["dense", "quantized", "sparse", "sparse+quantized"],
+        nbytes: int,
+        reason: str,
+        *,
+        bits: int | None = None,
+        group_size: int | None = None,
+        density: float = 1.0,
+        error: Error | None = None,
+    ) -> None:
+        """Add a tensor of which only this is known."""
+        size = math.prod(shape)
+        per_weight, before = 8 * nbytes / max(size, 1), size * dtype.itemsize
+        self._tensors.append(
+            TensorReport(
+                name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
+            )
+        )
+
+    def report(self) -> Report:
+        """Return what was collected."""
+        return Report(tuple(self._tensors), self._sums.error() if self._measured else None)
+
+
+def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:
+    """Return the sums of the error of a tensor, None if it is not of a float type."""
+    if tensor.dtype.name not in FLOATS:
+        return None
+    if tensor.shape != original.shape:
+        raise ValueError(f"weights: expected shape {tensor.shape}, got {original.shape}")
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.error_sums(original)
+    sums = ErrorSums()
+    ours, theirs, step = unpacked(tensor).reshape(-1), original.reshape(-1), 1 << 20
+    for at in range(0, theirs.size, step):
+        sums.add(ours[at : at + step], theirs[at : at + step])
+    return sums
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
 
 
 class PackedModel(Mapping[str, Weight]):
@@ -56,10 +235,13 @@ class PackedModel(Mapping[str, Weight]):
     Parameters
     ----------
     tensors : mapping
+    recipe : Recipe, optional
+        What they were packed by.
     """
 
-    def __init__(self, tensors: Mapping[str, Weight]) -> None:
+    def __init__(self, tensors: Mapping[str, Weight], recipe: Recipe | None = None) -> None:
         self._tensors = dict(tensors)
+        self.recipe = recipe
 
     def __getitem__(self, name: str) -> Weight:
         return self._tensors[name]
@@ -88,11 +270,48 @@ class PackedModel(Mapping[str, Weight]):
         """
         return {name: unpacked(tensor) for name, tensor in self._tensors.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def report(self, weights: Mapping[str, Array] | None = None) -> Report:
+        """Return what became of each tensor.
+
+        Parameters
+        ----------
+        weights : mapping from name to array, optional
+            The originals: with them errors are measured, for the names that are in it.
+
+        Returns
+        -------
+        Report
+
+        Raises
+        ------
+        ValueError
+            If an original has another shape.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastopt as fo
+        >>> weights = {"w": 15 * np.eye(64, dtype=np.float32), "b": np.zeros(64, dtype=np.float32)}
+        >>> for tensor in fo.pack(weights, bits=4).report(weights).tensors:
+        ...     print(tensor.name, tensor.kind, tensor.nbytes, tensor.error.max, tensor.reason)
+        w quantized 2560 0.0 for all
+        b dense 256 0.0 64 weights, fewer than min_size 4096
+        """
+        reporter = Reporter()
+        for name, tensor in self._tensors.items():
+            reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
+            original = None if weights is None or name not in weights else weights[name]
+            try:
+                reporter.add(name, tensor, original, reason)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name!r}: {error}") from error
+        return reporter.report()
+
+    def save(self, path: PathLike) -> None:
         """Write the model to one safetensors file.
 
         The file is written beside its place and moved there when it is complete and on the disk: whatever
-        happens, there is either the old file or the new one.
+        happens, there is either the old file or the new one. The same model makes the same bytes.
 
         Parameters
         ----------
@@ -102,48 +321,17 @@ class PackedModel(Mapping[str, Weight]):
         ------
         OSError
             If the file cannot be written.
-        ValueError
-            If two tensors would be stored under one name.
+        TypeError, ValueError
+            If a tensor has a dtype that the file cannot hold, or two tensors would be stored under one name.
         """
-        arrays: dict[str, Array] = {}
+        parts: list[Part] = []
         entries: dict[str, Any] = {}
-
-        def add(name: str, array: Array) -> None:
-            if name in arrays:
-                raise ValueError(f"tensors: two would be stored as {name!r}")
-            if array.dtype.newbyteorder("=") not in _DTYPES.values():
-                raise TypeError(f"tensors: {name!r} has dtype {array.dtype}, which the file cannot hold")
-            arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
-
-        def add_quantized(name: str, q: QuantizedTensor) -> dict[str, Any]:
-            add(f"{name}.codes", q.codes)
-            add(f"{name}.scale", q.scale)
-            add(f"{name}.minimum", q.minimum)
-            if q.outliers is not None:
-                add(f"{name}.outlier_index", q.outliers.indices)
-                add(f"{name}.outlier_value", q.outliers.values)
-                outliers = {"outliers": len(q.outliers.indices)}
-            else:
-                outliers = {}
-            return {**outliers, "kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
-
         for name, tensor in self._tensors.items():
-            if isinstance(tensor, QuantizedTensor):
-                entries[name] = {**add_quantized(name, tensor), "shape": tensor.shape}
-            elif isinstance(tensor, SparseTensor):
-                add(f"{name}.positions", tensor.positions)
-                add(f"{name}.row_offsets", tensor.row_offsets)
-                entries[name] = {"kind": "sparse", "layout": tensor.layout, "shape": tensor.shape}
-                if isinstance(tensor.values, QuantizedTensor):
-                    entries[name]["values"] = add_quantized(f"{name}.values", tensor.values)
-                else:
-                    add(f"{name}.values", tensor.values)
-            else:
-                add(name, tensor)
-        order = list(self._tensors)
-        text = json.dumps({"version": FORMAT_VERSION, "order": order, "tensors": entries}, sort_keys=True)
-        with replacing(path) as temporary:
-            save_file(arrays, temporary, metadata={"fastopt": text})
+            arrays, entry = disassemble(name, tensor)
+            parts += [part_of(stored, array) for stored, array in arrays.items()]
+            if entry is not None:
+                entries[name] = entry
+        write(path, parts, describe(self._tensors, entries, self.recipe))
 
 
 def unpacked(tensor: Weight) -> Array:
@@ -153,42 +341,36 @@ def unpacked(tensor: Weight) -> Array:
     return tensor.to_dense() if isinstance(tensor, SparseTensor) else tensor
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; on success move it there, durably, else remove it."""
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory")
-    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        try:
-            yield temporary
-        except SafetensorError as error:  # what the library makes of a full disk
-            raise OSError(f"{target}: {error}") from error
-        temporary.chmod(mode)
-        _sync(temporary)
-        temporary.replace(target)
-        _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, Any] | None]:
+    """Return the arrays that a file holds of a tensor, and what its metadata say of it: None if it is an array."""
+    if isinstance(tensor, QuantizedTensor):
+        arrays, entry = _disassemble_quantized(name, tensor)
+        return arrays, {**entry, "shape": tensor.shape}
+    if not isinstance(tensor, SparseTensor):
+        return {name: tensor}, None
+    arrays = {f"{name}.positions": tensor.positions, f"{name}.row_offsets": tensor.row_offsets}
+    entry = {"kind": "sparse", "layout": tensor.layout, "shape": tensor.shape}
+    if not isinstance(tensor.values, QuantizedTensor):
+        return {**arrays, f"{name}.values": tensor.values}, entry
+    values, entry["values"] = _disassemble_quantized(f"{name}.values", tensor.values)
+    return {**arrays, **values}, entry
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _disassemble_quantized(name: str, q: QuantizedTensor) -> tuple[dict[str, Array], dict[str, Any]]:
+    arrays = {f"{name}.codes": q.codes, f"{name}.scale": q.scale, f"{name}.minimum": q.minimum}
+    entry = {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
+    if q.outliers is not None:
+        arrays |= {f"{name}.outlier_index": q.outliers.indices, f"{name}.outlier_value": q.outliers.values}
+        entry["outliers"] = len(q.outliers.indices)
+    return arrays, entry
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def describe(order: Iterable[str], entries: Mapping[str, Any], recipe: Recipe | None) -> dict[str, str]:
+    """Return the metadata of a file: what order tensors have, and what those are that are not arrays."""
+    about = {"version": FORMAT_VERSION, "order": list(order), "tensors": entries}
+    if recipe is not None:
+        about["recipe"] = recipe.to_dict()
+    return {"fastopt": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
 
 
 def pack(
@@ -197,31 +379,45 @@ def pack(
     bits: int | None = None,
     group_size: GroupSize = "auto",
     param_dtype: DTypeLike = "float16",
+    fit: Literal["minmax", "lsq"] = "minmax",
+    outliers: float | None = None,
+    threshold: float | None = None,
     sparsity: float | None = None,
+    pattern: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     min_size: int = 4096,
+    recipe: Recipe | None = None,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
 ) -> PackedModel:
     """Pack the tensors of a model: quantized, sparse, or both.
 
     Parameters
     ----------
     weights : mapping from name to array
+        A dict, or what `open_weights` returns.
     bits : 8, 4, 2 or None
         None: do not quantize.
-    group_size, param_dtype
+    group_size, param_dtype, fit, outliers
         As in `quantize`.
-    sparsity : float, optional
-        Prune each tensor to this share of zeros and store it sparse; with `bits` the non-zeros are quantized.
+    threshold, sparsity, pattern
+        As in `prune`: prune each tensor and store it sparse; with `bits` the non-zeros are quantized.
         A tensor that has been pruned before keeps its zeros.
     include, exclude : sequences of glob patterns
         Tensors to pack, by name; the others are kept as they are.
     overrides : mapping from glob pattern to options
-        Other ``bits``, ``group_size``, ``param_dtype`` or ``sparsity`` for the names that match; the first
-        pattern that matches counts.
+        Other options, by the names above, for the names that match; the first pattern that matches counts.
     min_size : int
         Smaller tensors are kept as they are.
+    recipe : Recipe, optional
+        All of these at once, instead of them.
+    target_bits : float, optional
+        Choose bits and group size of each tensor by its error, so that the model has this many bits per weight at
+        most, as `choose_bits` does.
+    target_size : int or str, optional
+        The same for the bytes of the saved model, as ``12_000_000`` or ``"12MB"``.
 
     Returns
     -------
@@ -240,48 +436,45 @@ def pack(
     >>> fo.pack(weights, bits=4)
     PackedModel(2 tensors, 2,816 bytes)
     """
-    defaults: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
-        "param_dtype": param_dtype,
-        "sparsity": sparsity,
-    }
-    if bits is not None:
-        require_bits(bits)
-    tensors: dict[str, Weight] = {}
-    for name, array in weights.items():
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
-        options = dict(defaults)
-        for pattern, changed in (overrides or {}).items():
-            if fnmatchcase(name, pattern):
-                unknown = sorted(set(changed) - set(defaults))
-                if unknown:
-                    raise ValueError(f"overrides: {pattern!r} has unknown options {unknown}")
-                options |= changed
-                break
-        wanted = any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-        if not wanted or array.size < min_size or array.dtype.name not in _FLOATS:
-            tensors[name] = array
-            continue
-        try:
-            tensors[name] = _packed(array, **options)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name!r}: {error}") from error
-    return PackedModel(tensors)
+    given = Recipe(
+        bits=bits,
+        group_size=group_size,
+        param_dtype=param_dtype,
+        fit=fit,
+        outliers=outliers,
+        threshold=threshold,
+        sparsity=sparsity,
+        pattern=pattern,
+        include=include,
+        exclude=exclude,
+        overrides=overrides or {},
+        min_size=min_size,
+    )
+    if recipe is not None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+        if given != Recipe():
+            raise ValueError("recipe: cannot be given together with other options; use recipe.replace")
+        given = recipe
+    given = choose_bits(weights, given, target_bits=target_bits, target_size=target_size)
+    return PackedModel({name: pack_tensor(name, array, given)[0] for name, array in weights.items()}, given)
 
 
-def _packed(
-    array: Array, bits: int | None, group_size: GroupSize, param_dtype: DTypeLike, sparsity: float | None
-) -> Weight:
-    if sparsity is not None:
-        pruned: SparseTensor = prune(array, sparsity=sparsity)
-        return pruned if bits is None else pruned.quantize(bits, group_size=group_size)
-    return array if bits is None else quantize(array, bits, group_size=group_size, param_dtype=param_dtype)
+def pack_tensor(name: str, array: Array, recipe: Recipe) -> tuple[Weight, str]:
+    """Return a tensor packed as the recipe says, and why so."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
+    options, reason = recipe.of(name, array.shape, array.dtype)
+    if options is None:
+        return array, reason
+    try:
+        return options.apply(array), reason
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name!r}: {error}") from error
 
 
-def load(path: str | os.PathLike[str]) -> PackedModel:
-    """Map a model that `PackedModel.save` wrote, or any safetensors file, into memory.
+def load(path: PathLike) -> PackedModel:
+    """Map a model that `PackedModel.save` or `pack_file` wrote, or any safetensors file, into memory.
 
     Nothing is copied: tensors are read-only views of the file, and the kernels read it where it lies. Everything that
     the file says is checked before it is trusted.
@@ -289,6 +482,7 @@ def load(path: str | os.PathLike[str]) -> PackedModel:
     Parameters
     ----------
     path : path-like
+        A safetensors file, or the ``.index.json`` of one in shards.
 
     Returns
     -------
@@ -301,61 +495,43 @@ def load(path: str | os.PathLike[str]) -> PackedModel:
     ValueError
         If it is not a safetensors file, or its content does not fit together; the message says where.
     """
-    arrays, metadata = read_arrays(path)
+    path = Path(path)
+    if not path.name.endswith(".index.json"):
+        return assemble(path, *read_arrays(path))
+    tensors: dict[str, Weight] = {}
+    recipe = None
+    for shard, names in read_index(path).items():
+        arrays, metadata = read_arrays(path.parent / shard)
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"{path}: {missing[0]!r} is not in {shard}")
+        model = assemble(path.parent / shard, arrays, metadata)
+        both = sorted(tensors.keys() & model.keys())
+        if both:
+            raise ValueError(f"{path}: {both[0]!r} is in two shards")
+        tensors |= model
+        recipe = recipe or model.recipe
+    return PackedModel(tensors, recipe)
+
+
+def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> PackedModel:
+    """Return the model that the arrays and the metadata of a file make; raise as `load` does."""
     if "fastopt" not in metadata:
         return PackedModel(arrays)
     try:
-        return PackedModel(_assemble(metadata["fastopt"], arrays))
+        return _assemble(metadata["fastopt"], arrays)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the arrays of a safetensors file as views of it, and its metadata; raise as `load` does."""
-    path = Path(path)
-    with path.open("rb") as file:
-        head = file.read(8)
-    try:
-        # The library checks the header: its length, its JSON, and that tensors fill the file without overlap or hole.
-        with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            specs = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
-            stored = [(name, spec.get_dtype(), tuple(spec.get_shape())) for name, spec in specs]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
-    return _map(path, 8 + int.from_bytes(head, "little"), stored), metadata
-
-
-def _map(path: Path, start: int, stored: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Array]:
-    """Return views of a file whose tensors follow each other from `start`."""
-    size = path.stat().st_size
-    content = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
-    arrays: dict[str, Array] = {}
-    for name, dtype_name, shape in stored:
-        dtype = _DTYPES.get(dtype_name)
-        if dtype is None:
-            raise ValueError(f"{path}: {name!r} has dtype {dtype_name}, which NumPy does not have")
-        end = start + math.prod(shape) * dtype.itemsize
-        if end > size:
-            raise ValueError(f"{path}: {name!r} ends at byte {end} of {size}")
-        array = np.asarray(content[start:end]).view(dtype).reshape(shape)
-        # Files of other writers may place a tensor on an address that its dtype does not allow.
-        arrays[name] = array if array.flags.aligned else array.copy()
-        start = end
-    return arrays
-
-
-def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
+def _assemble(text: str, arrays: Mapping[str, Array]) -> PackedModel:
     """Put the tensors together that the metadata describes."""
-    try:
-        described = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("metadata: nested too deeply") from error
-    description = _Object(described, "metadata")
+    description = _Object(parse_json(text), "metadata")
     version = description.get("version", int)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"metadata: expected format version {FORMAT_VERSION}, got {version}")
-    rest = dict(arrays)
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"metadata: expected format version 1 to {FORMAT_VERSION}, got {version}")
+    recipe = Recipe.from_dict(description.get("recipe", dict)) if "recipe" in description else None
+    rest = {name: array for name, array in arrays.items() if version == 1 or not name.startswith(PAD)}
 
     def take(name: str) -> Array:
         if name not in rest:
@@ -385,7 +561,7 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
             if row_offsets.dtype != np.int64 or row_offsets.size == 0:
                 raise ValueError("row_offsets: expected int64, at least one")
             count = int(row_offsets[-1]) * (BLOCK if layout == "1x16" else 1)
-            if not 0 <= count < 1 << 62:
+            if not 0 <= count < 1 << 59:
                 raise ValueError("row_offsets: expected to rise from 0")
             values = quantized(f"{name}.values", _Object(entry.get("values", dict), "values"), (count,))
         else:
@@ -400,7 +576,7 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
             kind = entry.get("kind", str)
             if kind not in kinds:
                 raise ValueError(f"kind: expected one of {sorted(kinds)}, got {kind!r}")
-            packed[name] = kinds[kind](name, entry, _shape(entry.get("shape", list)))
+            packed[name] = kinds[kind](name, entry, require_shape(entry.get("shape", list), "shape"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name!r}: {error}") from error
     both = sorted(packed.keys() & rest.keys())
@@ -410,7 +586,7 @@ def _assemble(text: str, arrays: dict[str, Array]) -> dict[str, Weight]:
     order = description.get("order", list)
     if sorted(map(str, order)) != sorted(tensors):
         raise ValueError("metadata: order does not name the tensors of the file")
-    return {name: tensors[name] for name in order}
+    return PackedModel({name: tensors[name] for name in order}, recipe)
 
 
 class _Object:
@@ -429,9 +605,3 @@ class _Object:
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(f"{key}: expected {' or '.join(t.__name__ for t in types)}, got {value!r:.100}")
         return value
-
-
-def _shape(sizes: list[Any]) -> tuple[int, ...]:
-    if len(sizes) > 32 or not all(type(n) is int and n >= 0 for n in sizes) or math.prod(sizes) >= 1 << 62:
-        raise ValueError(f"shape: expected the sizes of up to 32 axes, got {sizes!r:.100}")
-    return tuple(sizes)

@@ -15,7 +15,7 @@ Array: TypeAlias = NDArray[Any]
 Mask: TypeAlias = NDArray[np.bool_]
 
 
-def _check(threshold: float | None, sparsity: float | None, pattern: str | None) -> tuple[int, int] | None:
+def check_selection(threshold: float | None, sparsity: float | None, pattern: str | None) -> tuple[int, int] | None:
     """Return N and M of a pattern N:M, or raise."""
     groups = None if pattern is None else parse_pattern(pattern)
     if groups is None and (threshold is None) == (sparsity is None):
@@ -160,7 +160,7 @@ def prune_(
     >>> w
     array([ 0., -2.,  0.,  1.], dtype=float32)
     """
-    groups = _check(threshold, sparsity, pattern)
+    groups = check_selection(threshold, sparsity, pattern)
     if scope not in ("local", "global"):
         raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
     names, arrays = _parts(w)
@@ -236,7 +236,7 @@ def prune(
     >>> fo.prune(np.array([[0.1, -2.0, 0.3, 1.0]], dtype=np.float32), pattern="2:4").layout
     '2:4'
     """
-    groups = _check(threshold, sparsity, pattern)
+    groups = check_selection(threshold, sparsity, pattern)
     if threshold is not None and math.isinf(threshold):
         raise ValueError("threshold: expected a finite number")
     if layout is None:

@@ -18,6 +18,9 @@ GroupSize: TypeAlias = "int | Literal['auto'] | None"
 # What real weights need: 8 bits a pair of parameters a row, 4 and 2 bits one a group.
 DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
 
+# Dtypes of weights.
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the rows and columns that an array of any shape is seen as: the first axis, and all others."""
@@ -48,7 +51,7 @@ def require_group_size(group_size: GroupSize, bits: int) -> int | None:
 def as_float_array(w: ArrayLike, name: str) -> Array:
     """Return `w` as an array of a float type, or raise."""
     array = np.asarray(w)
-    if array.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+    if array.dtype.name not in FLOATS:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {array.dtype}")
     return array
 
@@ -65,6 +68,20 @@ def _param_shape(group_size: int | None, rows: int, cols: int) -> tuple[int, int
     if group_size is None:
         return 1, 1
     return rows, -(-cols // _kernel_group_size(group_size, cols))
+
+
+def quantized_nbytes(
+    shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+) -> int:
+    """Return the bytes that `quantize` makes of a weight, if its parameters fit `param_dtype` and all outliers miss."""
+    rows, cols = as_matrix(shape)
+    params = math.prod(_param_shape(require_group_size(group_size, bits), rows, cols))
+    entry = 4 + (4 if rows * cols < 1 << 32 else 8)
+    return (
+        rows * -(-cols * bits // 8)
+        + 2 * params * np.dtype(param_dtype).itemsize
+        + round((outliers or 0) * rows * cols) * entry
+    )
 
 
 class Outliers(NamedTuple):
@@ -104,6 +121,40 @@ class Error(NamedTuple):
     max: float
     snr: float
     cosine: float
+
+
+class ErrorSums:
+    """What `Error` follows from, added up in float64 over pieces of one weight or of many."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.total = self.noise = self.signal = self.dot = self.largest = 0.0
+
+    def add(self, ours: Array, theirs: Array) -> None:
+        """Add a piece of a weight, as it is now and as it was."""
+        ours, theirs = ours.astype(np.float64, copy=False), theirs.astype(np.float64)
+        difference = ours - theirs
+        self.size += theirs.size
+        self.noise += float(np.vdot(difference, difference))
+        self.signal += float(np.vdot(theirs, theirs))
+        self.total += float(np.vdot(ours, ours))
+        self.dot += float(np.vdot(ours, theirs))
+        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
+
+    def __iadd__(self, other: "ErrorSums") -> "ErrorSums":
+        for name in ("size", "noise", "signal", "total", "dot"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest = max(self.largest, other.largest)
+        return self
+
+    def error(self) -> Error:
+        """Return the error of all that was added."""
+        rmse = math.sqrt(self.noise / max(self.size, 1))
+        relative = math.sqrt(self.noise / self.signal) if self.signal > 0 else (0.0 if self.noise == 0 else math.inf)
+        snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
+        lengths = math.sqrt(self.total) * math.sqrt(self.signal)
+        cosine = self.dot / lengths if lengths > 0 else float(self.total == self.signal)
+        return Error(rmse, relative, self.largest, snr, cosine)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -259,28 +310,21 @@ class QuantizedTensor:
         >>> round(fo.quantize(w, bits=4).error(w).max, 3)
         0.032
         """
+        return self.error_sums(w).error()
+
+    def error_sums(self, w: ArrayLike) -> ErrorSums:
+        """Return what `error` follows from, so that it can be added up over weights."""
         array = as_float_array(w, "w")
         if array.shape != self.shape:
             raise ValueError(f"w: expected shape {self.shape}, got {array.shape}")
-        total = noise = signal = dot = largest = 0.0
+        sums = ErrorSums()
         rows = as_matrix(self.shape)[0]
         step = max(1, (1 << 20) // max(as_matrix(self.shape)[1], 1))
         for at in range(0, rows, step):
             many = len(self.shape) > 1
             ours = self.dequantize(dtype=np.float64, rows=slice(at, at + step) if many else None)
-            theirs = (array[at : at + step] if many else array).astype(np.float64)
-            difference = ours - theirs
-            noise += float(np.vdot(difference, difference))
-            signal += float(np.vdot(theirs, theirs))
-            total += float(np.vdot(ours, ours))
-            dot += float(np.vdot(ours, theirs))
-            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
-        rmse = math.sqrt(noise / max(self.size, 1))
-        relative = math.sqrt(noise / signal) if signal > 0 else (0.0 if noise == 0 else math.inf)
-        snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
-        lengths = math.sqrt(total) * math.sqrt(signal)
-        cosine = dot / lengths if lengths > 0 else float(total == signal)
-        return Error(rmse, relative, largest, snr, cosine)
+            sums.add(ours, array[at : at + step] if many else array)
+        return sums
 
     def copy(self) -> "QuantizedTensor":
         """Return the same with arrays of its own, in memory.

@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
 from fastopt.quant import (
@@ -120,6 +120,8 @@ class SparseTensor:
             raise ValueError(f"values: expected one dimension, got shape {self.values.shape}")
         if isinstance(self.values, np.ndarray):
             as_float_array(self.values, "values")
+        elif self.values.outliers is not None:
+            raise ValueError("values: expected none with outliers, which products with sparse weights do not add")
         rows, cols = as_matrix(self.shape)
         if self.row_offsets.shape != (rows + 1,):
             raise ValueError(f"row_offsets: expected {rows + 1} elements, got {self.row_offsets.shape}")
@@ -223,7 +225,14 @@ class SparseTensor:
         _core.column_gaps(columns, row_offsets, cols, values, gap_offsets, gaps, gap_values)
         return cls("index8", gaps, gap_offsets, gap_values, shape)
 
-    def quantize(self, bits: int = 8, *, group_size: GroupSize = "auto") -> "SparseTensor":
+    def quantize(
+        self,
+        bits: int = 8,
+        *,
+        group_size: GroupSize = "auto",
+        param_dtype: DTypeLike = "float16",
+        fit: Literal["minmax", "lsq"] = "minmax",
+    ) -> "SparseTensor":
         """Return the same with the values in 8, 4 or 2 bits.
 
         Parameters
@@ -232,6 +241,8 @@ class SparseTensor:
         group_size : int, -1, None or "auto"
             How many neighbouring values share scale and minimum; groups run through the rows. "auto": 128
             for 8 bits, 32 for 4, 16 for 2. -1 and None: all.
+        param_dtype, fit
+            As in `fastopt.quantize`.
 
         Returns
         -------
@@ -258,9 +269,8 @@ class SparseTensor:
         if self.layout == "index8" and not values.all():
             s = self.to_layout("index16")
             values = s._float_values()
-        return SparseTensor(
-            s.layout, s.positions, s.row_offsets, quantize(values, bits, group_size=group_size), s.shape
-        )
+        quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit)
+        return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
 
     def to_layout(self, layout: str) -> "SparseTensor":
         """Return the same in another layout.

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt.export import Progress, cast_exactly, regroup, require_package
+from fastopt.files import replacing
 from fastopt.linear import Weight
-from fastopt.model import Array, replacing, unpacked
+from fastopt.model import Array, unpacked
 from fastopt.quant import QuantizedTensor, unpack_bits
 from fastopt.sparse import SparseTensor
 

@@ -10,8 +10,9 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from fastopt.export import Progress, cast_exactly, regroup
+from fastopt.files import replacing
 from fastopt.linear import Weight
-from fastopt.model import Array, replacing
+from fastopt.model import Array
 from fastopt.quant import QuantizedTensor
 from fastopt.sparse import SparseTensor
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from fastopt.export import Progress
+from fastopt.files import replacing
 from fastopt.linear import Weight
-from fastopt.model import Array, replacing, unpacked
+from fastopt.model import Array, unpacked
 from fastopt.quant import QuantizedTensor, as_matrix, unpack_bits
 from fastopt.sparse import SparseTensor
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt.export import Progress, regroup, require_package
+from fastopt.files import replacing
 from fastopt.linear import Weight
-from fastopt.model import Array, replacing, unpacked
+from fastopt.model import Array, unpacked
 from fastopt.quant import QuantizedTensor, as_matrix, pack_bits, unpack_bits
 from fastopt.shrink import Concat, Layer, Node
 from fastopt.sparse import SparseTensor

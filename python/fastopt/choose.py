@@ -1,0 +1,186 @@
+"""Bits and group size of each tensor, so that a model fits into so many bytes with the least error."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import escape
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastopt.files import ALIGNMENT, Weights, spec_of
+from fastopt.prune import prune
+from fastopt.quant import ErrorSums, QuantizedTensor, quantized_nbytes
+from fastopt.recipe import Options, Recipe
+from fastopt.sparse import SparseTensor
+
+Array: TypeAlias = NDArray[Any]
+
+# What is tried where the recipe leaves the group size open, by bits.
+_GROUP_SIZES = {2: (16, 32, 64), 4: (16, 32, 64, 128), 8: (128, -1)}
+_SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
+
+_SAMPLE = 1 << 20  # weights of a tensor that are measured at most
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_HEADER = 160  # bytes that describe a stored array at most, beside its name
+
+
+@dataclass(frozen=True)
+class _Choice:
+    nbytes: int
+    error: float  # squared, relative to the square of the tensor
+    changes: dict[str, Any]
+
+
+def choose_bits(
+    weights: Mapping[str, Array],
+    recipe: Recipe,
+    *,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Recipe:
+    """Return a recipe with bits and group size for each tensor that make a model of a given size.
+
+    Each tensor that the recipe packs, and whose bits no override gives, is quantized in turn with 2, 4 and 8 bits in
+    groups of several sizes (only that of the recipe, if it has one), and its error measured, on a million weights at
+    most. All begin with the fewest bytes; then the step is taken, again and again, that takes away most of the error
+    for a byte, as long as it fits. The error of a model is the sum of the squared relative errors of its tensors.
+
+    Parameters
+    ----------
+    weights : mapping from name to array
+    recipe : Recipe
+        With ``bits=None``; its other options hold.
+    target_bits : float, optional
+        Bits for each weight of all tensors together, also of those that are kept as they are.
+    target_size : int or str, optional
+        Bytes of the saved model, as ``12_000_000``, ``"12MB"`` or ``"11.5MiB"``.
+    notify : callable, optional
+        Called with the name of each tensor before it is measured.
+
+    Returns
+    -------
+    Recipe
+        With an override for each tensor that was chosen for: it makes the same model without a search. Without a
+        target, `recipe` itself.
+
+    Raises
+    ------
+    ValueError
+        If the target cannot be reached, both are given, or the recipe gives bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> rng = np.random.default_rng(0)
+    >>> weights = {name: rng.standard_normal((64, 256)).astype("f4") for name in ("a", "b")}
+    >>> recipe = fo.choose_bits(weights, fo.Recipe(fit="lsq"), target_bits=4.5)
+    >>> recipe.overrides["a"]
+    {'bits': 4, 'group_size': 64}
+    >>> fo.pack(weights, recipe=recipe).report().bits_per_weight
+    4.5
+    """
+    if target_bits is None and target_size is None:
+        return recipe
+    if target_bits is not None and target_size is not None:
+        raise ValueError("target_bits, target_size: expected one of them, got both")
+    if recipe.bits is not None:
+        raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
+    probe = recipe.replace(bits=8)
+    fixed = weight_count = header = 0
+    open_: dict[str, list[_Choice]] = {}
+    for name in weights:
+        if notify is not None:
+            notify(name)
+        shape, dtype = spec_of(weights, name)
+        size = int(np.prod(shape, dtype=object))
+        weight_count += size
+        header += 7 * (_HEADER + ALIGNMENT + len(name)) if dtype.kind in "fV" else _HEADER + ALIGNMENT + len(name)
+        options, _ = probe.of(name, shape, dtype)
+        changes = probe.override_of(name)[1]
+        if options is None:
+            fixed += size * dtype.itemsize
+        elif "bits" in changes:
+            fixed += options.apply(weights[name]).nbytes
+        else:
+            open_[name] = _hull(_choices(weights[name], options))
+        if isinstance(weights, Weights):
+            weights.release(name)
+    budget = parse_size(target_size) - header if target_size is not None else int((target_bits or 0) * weight_count / 8)
+    least = fixed + sum(hull[0].nbytes for hull in open_.values())
+    if least > budget:
+        if target_bits is not None:
+            fewest = 8 * least / max(weight_count, 1)
+            raise ValueError(f"target_bits: expected at least {fewest:.3f}, got {target_bits}")
+        raise ValueError(f"target_size: expected at least {least + header} bytes, got {target_size}")
+    chosen = _spend(list(open_.values()), budget - least)
+    mine = {}
+    for (name, hull), at in zip(open_.items(), chosen, strict=True):
+        mine[escape(name)] = {**probe.override_of(name)[1], **hull[at].changes}
+    return recipe.replace(overrides={**mine, **recipe.overrides})
+
+
+def _choices(array: Array, options: Options) -> Iterator[_Choice]:
+    """Yield what a tensor takes and misses, for each setting that is open."""
+    kept: SparseTensor | None = None
+    if options.prunes:
+        kept = prune(array, threshold=options.threshold, sparsity=options.sparsity, pattern=options.pattern)
+        sample = kept.to_dense()
+    else:
+        step = -(-array.size // _SAMPLE)
+        sample = array[::step] if array.ndim > 1 else array
+    for bits in (2, 4, 8):
+        groups: tuple[Any, ...] = (options.group_size,)
+        if options.group_size == "auto":
+            groups = (_GROUP_SIZES if kept is None else _SPARSE_GROUP_SIZES)[bits]
+        for group_size in groups:
+            changes = {"bits": bits, "group_size": group_size}
+            tried = options.changed(changes)
+            if kept is None:
+                q = tried.apply(sample)
+                assert isinstance(q, QuantizedTensor)
+                nbytes = quantized_nbytes(array.shape, bits, group_size, q.scale.dtype, tried.outliers)
+                sums = q.error_sums(sample)
+            else:
+                s = tried.quantize_values(kept)
+                nbytes, sums = s.nbytes, ErrorSums()
+                sums.add(s.to_dense(), sample)
+            yield _Choice(nbytes, sums.noise / sums.signal if sums.signal > 0 else 0.0, changes)
+
+
+def _hull(choices: Iterator[_Choice]) -> list[_Choice]:
+    """Return the choices, by rising bytes, that take away most for a byte: the lower convex hull."""
+    hull: list[_Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.error)):
+        if hull and (choice.error >= hull[-1].error or choice.nbytes == hull[-1].nbytes):
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _gain(a: _Choice, b: _Choice) -> float:
+    return (a.error - b.error) / (b.nbytes - a.nbytes)
+
+
+def _spend(hulls: list[list[_Choice]], budget: int) -> list[int]:
+    """Return which choice of each hull to take, from the first on, for so many more bytes."""
+    steps = [(-_gain(hull[i], hull[i + 1]), t, i) for t, hull in enumerate(hulls) for i in range(len(hull) - 1)]
+    chosen = [0] * len(hulls)
+    for _, t, i in sorted(steps):
+        cost = hulls[t][i + 1].nbytes - hulls[t][i].nbytes
+        if chosen[t] == i and cost <= budget:
+            chosen[t], budget = i + 1, budget - cost
+    return chosen
+
+
+def parse_size(size: int | str) -> int:
+    """Return bytes from a number or a text as "12MB" or "1.5 GiB"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", str(size).lower())
+    if match is None or isinstance(size, bool):
+        raise ValueError(f"target_size: expected bytes, as 12000000 or '12MB', got {size!r}")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,295 @@
+"""What is done to which tensor of a model."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastopt.files import PathLike
+from fastopt.prune import check_selection, prune
+from fastopt.quant import FLOATS, GroupSize, QuantizedTensor, quantize, require_bits, require_group_size
+from fastopt.sparse import SparseTensor
+
+Array: TypeAlias = NDArray[Any]
+
+_PRUNING = ("threshold", "sparsity", "pattern")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done to a tensor.
+
+    Attributes
+    ----------
+    bits : 8, 4, 2 or None
+        None: it is not quantized.
+    group_size, param_dtype, fit, outliers
+        As in `quantize`.
+    threshold, sparsity, pattern
+        As in `prune`; the tensor is stored sparse. With `bits` too, its values are quantized. All None: it stays
+        dense.
+    """
+
+    bits: int | None = None
+    group_size: GroupSize = "auto"
+    param_dtype: DTypeLike = "float16"
+    fit: Literal["minmax", "lsq"] = "minmax"
+    outliers: float | None = None
+    threshold: float | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            require_bits(self.bits)
+        require_group_size(self.group_size, self.bits or 8)
+        params = np.dtype(self.param_dtype)
+        if params not in (np.float16, np.float32):
+            raise ValueError(f"param_dtype: expected float16 or float32, got {params}")
+        object.__setattr__(self, "param_dtype", params.name)
+        if self.fit not in ("minmax", "lsq"):
+            raise ValueError(f"fit: expected 'minmax' or 'lsq', got {self.fit!r}")
+        if self.outliers is not None and not 0 <= self.outliers <= 1:
+            raise ValueError(f"outliers: expected a share between 0 and 1, got {self.outliers!r}")
+        if self.prunes:
+            check_selection(self.threshold, self.sparsity, self.pattern)
+            if self.outliers is not None and self.bits is not None:
+                raise ValueError("outliers: expected None for a tensor that is stored sparse")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the tensor is pruned and stored sparse."""
+        return any(getattr(self, name) is not None for name in _PRUNING)
+
+    def changed(self, other: Mapping[str, Any]) -> "Options":
+        """Return these with some changed; who says how to prune replaces all that was said about it."""
+        fresh = dict.fromkeys(_PRUNING) if any(name in other for name in _PRUNING) else {}
+        return Options(**{**{f.name: getattr(self, f.name) for f in fields(Options)}, **fresh, **other})
+
+    def apply(self, array: Array) -> QuantizedTensor | SparseTensor:
+        """Return a tensor packed so; `bits` or a way to prune must be given."""
+        if self.prunes:
+            kept: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
+            return kept if self.bits is None else self.quantize_values(kept)
+        return quantize(
+            array,
+            self.bits or 8,
+            group_size=self.group_size,
+            param_dtype=self.param_dtype,
+            fit=self.fit,
+            outliers=self.outliers,
+        )
+
+    def quantize_values(self, kept: SparseTensor) -> SparseTensor:
+        """Return a pruned tensor with its values in `bits` bits."""
+        assert self.bits is not None
+        return kept.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
+
+
+_OPTIONS = tuple(f.name for f in fields(Options))
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """What is done to each tensor of a model: options for all, and glob patterns of names to tell them apart.
+
+    Attributes
+    ----------
+    bits, group_size, param_dtype, fit, outliers
+        As in `quantize`; ``bits=None`` does not quantize.
+    threshold, sparsity, pattern
+        As in `prune`; at least one of them stores tensors sparse, and with `bits` quantizes what is left.
+    include, exclude : sequences of glob patterns
+        Tensors that are packed, by name: those that match any of `include` and none of `exclude`.
+    overrides : mapping from glob pattern to options
+        Other options, by the names above, for tensors that match; the first pattern that matches counts.
+    min_size : int
+        Tensors of fewer weights are kept as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option is unknown or out of range.
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> recipe = fo.Recipe(bits=4, exclude=["*norm*"], overrides={"*embed*": {"bits": 8}})
+    >>> options, reason = recipe.of("embed.weight", (1000, 64), "float32")
+    >>> options.bits, reason
+    (8, "override '*embed*'")
+    >>> recipe.of("norm.weight", (4096,), "float32")
+    (None, "excluded by '*norm*'")
+    """
+
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    min_size: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(getattr(self, name), name))
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides: expected a mapping, got {type(self.overrides).__name__}")
+        changed = {}
+        for pattern, options in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(options, Mapping):
+                raise TypeError(f"overrides: expected options for a pattern, got {options!r:.80} for {pattern!r:.80}")
+            unknown = sorted(set(map(str, options)) - set(_OPTIONS))
+            if unknown:
+                raise ValueError(f"overrides: {pattern!r} has unknown options {unknown}; there are {list(_OPTIONS)}")
+            try:
+                checked = self.changed(options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"overrides: {pattern!r}: {error}") from error
+            changed[pattern] = {name: getattr(checked, name) for name in options}
+        object.__setattr__(self, "overrides", changed)
+        if isinstance(self.min_size, bool) or not isinstance(self.min_size, int) or self.min_size < 0:
+            raise ValueError(f"min_size: expected a number, 0 or more, got {self.min_size!r}")
+
+    def of(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[Options | None, str]:
+        """Return what is done to a tensor, or None if it is kept as it is, and why.
+
+        Parameters
+        ----------
+        name : str
+        shape : tuple of int
+        dtype : dtype
+
+        Returns
+        -------
+        options : Options or None
+        reason : str
+        """
+        if not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return None, "not included"
+        for pattern in self.exclude:
+            if fnmatchcase(name, pattern):
+                return None, f"excluded by {pattern!r}"
+        kind = np.dtype(dtype).name
+        if kind not in FLOATS:
+            return None, f"{kind} is not quantized or pruned"
+        size = int(np.prod(shape, dtype=object))
+        if size < self.min_size:
+            return None, f"{size} weights, fewer than min_size {self.min_size}"
+        matching, changes = self.override_of(name)
+        options = self.changed(changes)
+        reason = "for all" if matching is None else f"override {matching!r}"
+        if options.bits is None and not options.prunes:
+            return None, "nothing is asked for" if matching is None else reason
+        return options, reason
+
+    def override_of(self, name: str) -> tuple[str | None, Mapping[str, Any]]:
+        """Return the first pattern of `overrides` that matches a name, None if none does, and its options."""
+        for pattern, changes in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                return pattern, changes
+        return None, {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as a plain dict, which JSON can hold.
+
+        Returns
+        -------
+        dict
+        """
+        plain = asdict(self)
+        return {**plain, "include": list(self.include), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe that a plain dict describes.
+
+        Parameters
+        ----------
+        raw : mapping from option to value
+
+        Returns
+        -------
+        Recipe
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an option is unknown or out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
+        unknown = sorted(set(map(str, raw)) - set(known))
+        if unknown:
+            raise ValueError(f"recipe: unknown options {unknown}; there are {known}")
+        return cls(**raw)
+
+    @classmethod
+    def from_toml(cls, path: PathLike) -> "Recipe":
+        r"""Read a recipe from a TOML file: options by name, "none" for None, and a table ``[overrides]``.
+
+        Parameters
+        ----------
+        path : path-like
+
+        Returns
+        -------
+        Recipe
+
+        Raises
+        ------
+        OSError
+            If the file cannot be opened.
+        TypeError, ValueError
+            If it is not TOML, or an option is unknown or out of range; the message names the file.
+
+        Examples
+        --------
+        >>> import pathlib
+        >>> import fastopt as fo
+        >>> text = 'bits = 4\nexclude = ["*norm*"]\n[overrides]\n"*embed*" = {bits = 8, group_size = "none"}'
+        >>> _ = pathlib.Path("recipe.toml").write_text(text)
+        >>> fo.Recipe.from_toml("recipe.toml").overrides
+        {'*embed*': {'bits': 8, 'group_size': None}}
+        """
+        tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        with Path(path).open("rb") as file:
+            try:
+                return cls.from_dict(_without_none(tomllib.load(file)))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{path}: {error}") from error
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Return the same with some options changed.
+
+        Parameters
+        ----------
+        **changes
+            Options by name.
+
+        Returns
+        -------
+        Recipe
+        """
+        return replace(self, **changes)
+
+
+def _patterns(given: Any, name: str) -> tuple[str, ...]:
+    """Return glob patterns as a tuple; a text alone is one pattern, not its letters."""
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name}: expected glob patterns, got {given!r:.80}")
+    return tuple(patterns)
+
+
+def _without_none(node: Any) -> Any:
+    """Return what TOML, which knows no None, says by the word "none"."""
+    if isinstance(node, dict):
+        return {key: _without_none(value) for key, value in node.items()}
+    return None if node == "none" else node
