@@ -1,0 +1,411 @@
+"""cpp/edge/fastopt.h computes what Python does, wherever it is compiled for, and refuses what is not a file."""
+
+import itertools
+import json
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import same_bits
+
+import fastopt as fo
+
+ROOT = Path(__file__).parents[1]
+EDGE = ROOT / "cpp" / "edge"
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
+
+TRY, DEQUANTIZE, LINEAR, LINEAR_INT8, EMBEDDING = range(5)
+
+CODES = re.search(r"enum \{\s*(FO_OK,.*?)\s*\};", (EDGE / "fastopt.h").read_text(), re.DOTALL)[1].split(",")
+CODES = [code.strip() for code in CODES]
+
+
+def need(*tools):
+    for tool in tools:
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool}")
+
+
+def run(*command, **options):
+    done = subprocess.run([str(c) for c in command], capture_output=True, **options)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done.stdout
+
+
+# ---- builds of the driver: compiler, options, and what runs it -----------------------------------------------------
+
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffreestanding"]
+BUILDS = {
+    "sanitized": ("cc", ["-std=c99", *SANITIZE], []),
+    "scalar": ("cc", ["-std=c99", "-O2", "-DFO_NO_SIMD"], []),
+    "gnu": ("cc", ["-std=gnu17", "-O3", "-march=native", "-ffp-contract=fast"], []),
+    "c++": ("c++", ["-std=c++11", "-O1", "-x", "c++"], []),
+    "aarch64": ("aarch64-linux-gnu-gcc", ["-std=gnu17", "-O2", "-static"], ["qemu-aarch64", "-cpu", "cortex-a72"]),
+    "aarch64-dotprod": (
+        "aarch64-linux-gnu-gcc",
+        ["-std=c99", "-O2", "-static", "-march=armv8.2-a+dotprod"],
+        ["qemu-aarch64", "-cpu", "max"],
+    ),
+    "armhf": ("arm-linux-gnueabihf-gcc", ["-std=c99", "-O2", "-static", "-mfpu=neon"], ["qemu-arm", "-cpu", "max"]),
+    "riscv64": ("riscv64-linux-gnu-gcc", ["-std=gnu17", "-O2", "-static"], ["qemu-riscv64"]),
+}
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    folder, built = tmp_path_factory.mktemp("edge"), {}
+
+    def get(name):
+        if name not in built:
+            compiler, options, emulator = BUILDS[name]
+            need(compiler, *emulator[:1])
+            run(compiler, *options, *STRICT, ROOT / "tests" / "edge_driver.c", "-o", folder / name)
+            built[name] = [*emulator, folder / name]
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=BUILDS)
+def driver(request, build):
+    return Driver(build(request.param))
+
+
+@pytest.fixture(scope="session")
+def sanitized(build):
+    return Driver(build("sanitized"))
+
+
+class Driver:
+    """A build of the driver, and requests that it will answer together."""
+
+    def __init__(self, command, requests=()):
+        self.command, self.requests = command, list(requests)
+
+    def ask(self, operation, file, name="", x=b"", size=0, *, bias="", offset=0):
+        name, bias, x = name.encode(), bias.encode(), bytes(x)
+        head = struct.pack("<7I", operation, offset, len(name), len(bias), len(file), len(x), 4 * size)
+        self.requests.append((b"".join([head, name, bias, file, x]), size))
+
+    def answers(self):
+        """Return a code and an array of floats for each request."""
+        text, at, result = run(*self.command, input=b"".join(text for text, _ in self.requests)), 0, []
+        for _, size in self.requests:
+            code = int.from_bytes(text[at : at + 4], "little")
+            result.append((CODES[code], np.frombuffer(text, "<f4", size, at + 4)))
+            at += 4 + 4 * size
+        assert at == len(text)
+        self.requests.clear()
+        return result
+
+    def answer(self, *request, **options):
+        self.ask(*request, **options)
+        (answer,) = self.answers()
+        return answer
+
+
+def saved(tensors, tmp_path):
+    path = tmp_path / "model.safetensors"
+    fo.PackedModel(tensors).save(path)
+    return path.read_bytes()
+
+
+# ---- the same numbers as in Python ---------------------------------------------------------------------------------
+
+
+def tensors(rng):
+    """Every width, grouping, type of parameters and layout, in odd sizes."""
+    result, params = {}, itertools.cycle(["float16", "float32", "float32", "float16", "float32"])
+    for (rows, cols), bits in itertools.product([(1, 1), (3, 17), (5, 130), (7, 333), (2, 1100)], [8, 4, 2]):
+        w = rng.standard_normal((rows, cols)).astype("f4")
+        for group in (-1, None, 32, 16, 20, 7):
+            q = fo.quantize(w, bits, group_size=group, param_dtype=next(params))
+            result[f"{rows}x{cols} {bits} bits, groups of {group}, {q.scale.dtype}"] = q
+        result[f"{rows}x{cols} {bits} bits, outliers"] = fo.quantize(w, bits, outliers=0.02)
+    result["tiny"] = fo.quantize(w * np.float32(1e-9), 4)
+    bits = itertools.cycle([8, 4, 2])
+    for share, (rows, cols) in itertools.product([0.3, 0.95, 1.0], [(1, 5), (4, 64), (9, 333)]):
+        w = fo.prune(rng.standard_normal((rows, cols)).astype("f4"), sparsity=share).to_dense()
+        for layout in ("mask", "index16", "index8", "1x16"):
+            s = fo.SparseTensor.from_dense(w, layout=layout)
+            result[f"{rows}x{cols} {layout}, {share}"] = s
+            result[f"{rows}x{cols} {layout}, {share}, codes"] = s.quantize(next(bits))
+        half = fo.SparseTensor.from_dense(w.astype("f2"))
+        result[f"{rows}x{cols} float16, {share}"] = half
+        result[f"{rows}x{cols} bfloat16, {share}"] = fo.SparseTensor.from_dense(w.astype(ml_dtypes.bfloat16))
+        result[f"{rows}x{cols} whole, {share}"] = fo.SparseTensor.from_dense(w).quantize(4, group_size=None)
+    w = rng.standard_normal((6, 75)).astype("f4")
+    for pattern in ("2:4", "1:2", "3:8"):
+        result[pattern] = fo.prune(w, pattern=pattern)
+        result[f"{pattern}, 4 bits"] = fo.prune(w, pattern=pattern).quantize(4)
+    for dtype in ("f4", "f2", ml_dtypes.bfloat16):
+        result[f"plain {np.dtype(dtype)}"] = w.astype(dtype)
+    result["three axes"] = fo.quantize(rng.standard_normal((3, 5, 7)).astype("f4"), 4)
+    result["one axis"] = fo.quantize(rng.standard_normal(50).astype("f4"), 2)
+    result['\u00e9 "\\ \U0001f600'] = w
+    result["no rows"], result["no columns"] = (fo.quantize(np.empty(n, "f4"), 4) for n in ((0, 9), (9, 0)))
+    return result
+
+
+def matrix(tensor):
+    """The weight in float32, as a matrix."""
+    dense = fo.PackedModel({"w": tensor}).unpack()["w"].astype("f4")
+    return dense.reshape(dense.shape[0] if dense.ndim > 1 else 1, -1) if dense.size else dense
+
+
+def rounded(x):
+    """x in whole numbers times a scale, a row each, as fo_round_int8 makes it."""
+    f = np.float32
+    scale = np.maximum(abs(x).max(axis=1, initial=0) / f(127), np.finfo(f).tiny).astype(f)
+    number = x / scale[:, None]
+    return np.trunc(number + np.copysign(f(0.5), number)).astype(np.float64) * scale[:, None]
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """Requests for every tensor, and what comes out in Python: by operation, then by name."""
+    rng, tmp_path = np.random.default_rng(20261122), tmp_path_factory.mktemp("models")
+    weights = tensors(rng)
+    biases = {name: rng.standard_normal(len(matrix(w))).astype("f4") for name, w in weights.items()}
+    result = {operation: (Driver([]), {}) for operation in (DEQUANTIZE, LINEAR, LINEAR_INT8)}
+    for i, (name, tensor) in enumerate(weights.items()):
+        w, bias = matrix(tensor), biases[name] if i % 3 else np.float32(0)
+        file = b""
+        if i % 8 == 0:
+            names = list(weights)[i : i + 8]
+            file = saved({n: weights[n] for n in names} | {f"bias of {n}": biases[n] for n in names}, tmp_path)
+        requests, expected = result[DEQUANTIZE]
+        requests.ask(DEQUANTIZE, file, name, size=w.size, offset=i % 4)
+        expected[name] = w
+        x = rng.standard_normal(([1, 2, 6][i % 3], w.shape[1])).astype("f4")
+        for operation, number in ((LINEAR, x.astype("f8")), (LINEAR_INT8, rounded(x))):
+            requests, expected = result[operation]
+            options = {"bias": f"bias of {name}" if i % 3 else "", "offset": i % 4}
+            requests.ask(operation, file, name, x.tobytes(), len(x) * len(w), **options)
+            size = np.linalg.norm(number, axis=1, keepdims=True) * np.linalg.norm(w.astype("f8"), axis=1) + abs(bias)
+            expected[name] = number @ w.astype("f8").T + bias, size
+    return result
+
+
+def test_decodes_to_the_same_bits(driver, cases):
+    requests, expected = cases[DEQUANTIZE]
+    answers = Driver(driver.command, requests.requests).answers()
+    for (name, w), (code, values) in zip(expected.items(), answers, strict=True):
+        assert code == "FO_OK", name
+        assert same_bits(values.reshape(w.shape), w), name
+
+
+@pytest.mark.parametrize("operation", [LINEAR, LINEAR_INT8])
+def test_products_are_within_1e_6(driver, cases, operation):
+    requests, expected = cases[operation]
+    answers = Driver(driver.command, requests.requests).answers()
+    for (name, (product, size)), (code, y) in zip(expected.items(), answers, strict=True):
+        assert code == "FO_OK", name
+        assert (abs(y.reshape(product.shape) - product) <= 1e-6 * size).all(), name
+
+
+def test_same_products_as_python(build, rng, tmp_path):
+    driver = Driver(build("gnu"))
+    for bits, group in ((8, -1), (4, 32), (2, 16), (4, -1)):
+        w = fo.quantize(rng.standard_normal((64, 4096)).astype("f4"), bits, group_size=group)
+        x = rng.standard_normal((2, 4096)).astype("f4")
+        code, y = driver.answer(LINEAR, saved({"w": w}, tmp_path), "w", x.tobytes(), 128)
+        python = fo.linear(x, w)
+        assert code == "FO_OK"
+        assert np.linalg.norm(y.reshape(2, 64) - python) < 1e-6 * np.linalg.norm(python)
+
+
+def test_embedding(driver, rng, tmp_path):
+    q = fo.quantize(rng.standard_normal((20, 33)).astype("f4"), 4, outliers=0.05)
+    s = fo.prune(rng.standard_normal((20, 33)).astype("f4"), sparsity=0.9).quantize(8)
+    file, ids = saved({"q": q, "s": s}, tmp_path), np.array([3, 19, 3, 0], np.uint32)
+    assert same_bits(driver.answer(EMBEDDING, file, "q", ids, 4 * 33)[1].reshape(4, 33), fo.embedding(q, ids))
+    assert same_bits(driver.answer(EMBEDDING, file, "s", ids, 4 * 33)[1].reshape(4, 33), s[ids])
+    assert driver.answer(EMBEDDING, file, "q", ids + 1, 4 * 33)[0] == "FO_BAD_ROW"
+    assert driver.answer(EMBEDDING, file, "q", ids, 4 * 33 - 1)[0] == "FO_BAD_SIZE"
+
+
+# ---- what does not fit is refused ----------------------------------------------------------------------------------
+
+
+def test_sizes_are_checked(sanitized, rng, tmp_path):
+    w = fo.quantize(rng.standard_normal((4, 6)).astype("f4"))
+    file = saved({"w": w, "b": np.zeros(3, "f4"), "ids": np.zeros(4, "i4"), "wide": np.zeros((4, 6))}, tmp_path)
+    x = np.zeros(12, "f4")
+    for operation in (LINEAR, LINEAR_INT8):
+        assert sanitized.answer(operation, file, "w", x, 8)[0] == "FO_OK"
+        assert sanitized.answer(operation, file, "w", x, 4)[0] == "FO_BAD_SIZE"
+        assert sanitized.answer(operation, file, "w", x, 9)[0] == "FO_BAD_SIZE"
+        assert sanitized.answer(operation, file, "w", x[:11], 8)[0] == "FO_BAD_SIZE"
+        assert sanitized.answer(operation, file, "w", x, 8, bias="b")[0] == "FO_BAD_SIZE"
+        assert sanitized.answer(operation, file, "wide", x, 8)[0] == "FO_UNSUPPORTED_DTYPE"
+        assert sanitized.answer(operation, file, "v", x, 8)[0] == "FO_NOT_FOUND"
+        assert sanitized.answer(operation, file, "__metadata__", x, 8)[0] == "FO_NOT_FOUND"
+    assert sanitized.answer(LINEAR_INT8, file, "w", np.full(6, np.nan, "f4"), 4)[0] == "FO_NOT_FINITE"
+    assert sanitized.answer(DEQUANTIZE, file, "ids", size=4)[0] == "FO_UNSUPPORTED_DTYPE"
+
+
+def small_model(rng):
+    w = rng.standard_normal((3, 21)).astype("f4")
+    sparse = fo.prune(w, sparsity=0.8)
+    return {
+        "w": fo.quantize(w, 4, outliers=0.1),
+        "fc1.weight": sparse.to_layout("index16").quantize(8),
+        '\u00e9"\\': fo.SparseTensor.from_dense(sparse.to_dense(), layout="1x16"),
+        "": sparse.to_layout("mask"),
+    }
+
+
+def test_every_truncation_is_refused(sanitized, rng, tmp_path):
+    file = saved(small_model(rng), tmp_path)
+    for size in range(1, len(file)):
+        sanitized.ask(TRY, file[:size])
+    assert {code for code, _ in sanitized.answers()} <= {"FO_TRUNCATED", "FO_BAD_HEADER"}
+    assert sanitized.answer(TRY, file)[0] == "FO_OK"
+    assert sanitized.answer(TRY, file + b"\0")[0] == "FO_BAD_HEADER"
+
+
+def test_flipped_bits_are_harmless(sanitized, rng, tmp_path):
+    """The sanitizers see that nothing outside is read, whatever is said of the tensors."""
+    file = saved(small_model(rng), tmp_path)
+    for at in range(len(file)):
+        wrong = bytearray(file)
+        wrong[at] ^= 1 << rng.integers(8)
+        sanitized.ask(TRY, bytes(wrong))
+    assert len({code for code, _ in sanitized.answers()}) > 3
+
+
+def written(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def packed(description, arrays):
+    """A file whose metadata describes one packed tensor, "w"."""
+    header, data = {"__metadata__": {"fastopt": json.dumps({"version": 1, "tensors": {"w": description}})}}, b""
+    for name, array in arrays.items():
+        kind = {"f": "F", "u": "U", "i": "I"}[array.dtype.kind] + str(8 * array.itemsize)
+        offsets = [len(data), len(data) + array.nbytes]
+        header[f"w.{name}"] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
+        data += array.tobytes()
+    return written(header, data)
+
+
+QUANTIZED = {"kind": "quantized", "bits": 4, "group_size": 3, "shape": [2, 5], "dtype": "float32"}
+CODES_OF_W = {
+    "codes": np.zeros((2, 3), "u1"),
+    "scale": np.ones((2, 2), "f2"),
+    "minimum": np.zeros((2, 2), "f2"),
+}
+OUTLIERS = {"outlier_index": np.array([3, 9], "u4"), "outlier_value": np.ones(2, "f4")}
+SPARSE = {"kind": "sparse", "layout": "mask", "shape": [2, 5]}
+MASK = {
+    "positions": np.array([[3], [16]], "u1"),
+    "row_offsets": np.array([0, 2, 3]),
+    "values": np.ones(3, "f4"),
+}
+INDEX = {**MASK, "positions": np.array([0, 4, 2], "u2")}
+INDEX8 = {**MASK, "positions": np.array([0, 3, 2], "u1")}
+FITS = [
+    (QUANTIZED, CODES_OF_W),
+    ({**QUANTIZED, "outliers": 2}, {**CODES_OF_W, **OUTLIERS}),
+    (SPARSE, MASK),
+    ({**SPARSE, "layout": "index16"}, INDEX),
+    ({**SPARSE, "layout": "index8"}, INDEX8),
+    ({**SPARSE, "layout": "3:8"}, MASK),
+]
+MISFITS = [
+    ("FO_BAD_METADATA", {**QUANTIZED, "kind": "dense"}, CODES_OF_W),
+    ("FO_BAD_METADATA", {**QUANTIZED, "shape": [2, -5]}, CODES_OF_W),
+    ("FO_BAD_METADATA", {**QUANTIZED, "shape": [1] * 33}, CODES_OF_W),
+    ("FO_TOO_LARGE", {**QUANTIZED, "shape": [2**33, 2**33]}, CODES_OF_W),
+    ("FO_TOO_LARGE", {**QUANTIZED, "shape": [1, 2**32]}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "shape": [2, 7]}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 3}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 4.0}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 2**64 + 4}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "group_size": 0}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "group_size": -2}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "group_size": 2}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "group_size": None}, CODES_OF_W),
+    ("FO_BAD_TENSOR", QUANTIZED, {**CODES_OF_W, "scale": np.ones((2, 2), "f8")}),
+    ("FO_BAD_TENSOR", QUANTIZED, {**CODES_OF_W, "minimum": np.ones((2, 2), "f4")}),
+    ("FO_BAD_TENSOR", QUANTIZED, {**CODES_OF_W, "codes": np.zeros((2, 3), "i1")}),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "outliers": 2}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "outliers": 3}, {**CODES_OF_W, **OUTLIERS}),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "outliers": 2}, {**CODES_OF_W, **OUTLIERS, "outlier_index": np.array([9, 3])}),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "outliers": 2}, {**CODES_OF_W, **OUTLIERS, "outlier_index": np.array([3, 10])}),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "outliers": 2}, {**CODES_OF_W, **OUTLIERS, "outlier_index": np.array([-1, 3])}),
+    ("FO_UNSUPPORTED_LAYOUT", {**SPARSE, "layout": "csr"}, MASK),
+    ("FO_UNSUPPORTED_DTYPE", SPARSE, {**MASK, "values": np.ones(3)}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "values": np.ones(4, "f4")}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "positions": np.array([[3], [17]], "u1")}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "positions": np.array([[3], [32]], "u1")}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "row_offsets": np.array([0, 3, 3])}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "row_offsets": np.array([1, 2, 3])}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "row_offsets": np.array([0, -1, 3])}),
+    ("FO_BAD_TENSOR", SPARSE, {**MASK, "row_offsets": np.array([0, 2])}),
+    ("FO_BAD_TENSOR", {**SPARSE, "layout": "1x16"}, {**MASK, "values": np.ones(33, "f4")}),
+    ("FO_BAD_TENSOR", {**SPARSE, "layout": "index16"}, {**INDEX, "positions": np.array([4, 4, 2], "u2")}),
+    ("FO_BAD_TENSOR", {**SPARSE, "layout": "index16"}, {**INDEX, "positions": np.array([0, 5, 2], "u2")}),
+    ("FO_BAD_TENSOR", {**SPARSE, "layout": "index16"}, INDEX8),
+    ("FO_BAD_TENSOR", {**SPARSE, "layout": "index8"}, {**INDEX8, "positions": np.array([0, 4, 2], "u1")}),
+    (
+        "FO_UNSUPPORTED_OUTLIERS",
+        {**SPARSE, "values": {"bits": 8, "group_size": -1, "dtype": "float32", "outliers": 0}},
+        MASK,
+    ),
+]
+
+
+def test_parts_must_fit(sanitized):
+    for description, arrays in FITS:
+        sanitized.ask(DEQUANTIZE, packed(description, arrays), "w", size=10)
+    for _, description, arrays in MISFITS:
+        sanitized.ask(DEQUANTIZE, packed(description, arrays), "w", size=10)
+    codes = [code for code, _ in sanitized.answers()]
+    assert codes == ["FO_OK"] * len(FITS) + [code for code, _, _ in MISFITS]
+
+
+PLAIN = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+TWICE = b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+HEADERS = [
+    ("FO_OK", {}, b""),
+    ("FO_OK", {"w": PLAIN}, bytes(8)),
+    ("FO_OK", {"w": {**PLAIN, "dtype": "F4_OF_A_LATER_DAY"}}, bytes(8)),
+    ("FO_OK", {"w": {**PLAIN, "more": [1.5e-3, -0, {"a": None, "b": [True, False, "\U0001f600"]}]}}, bytes(8)),
+    ("FO_TRUNCATED", {"w": PLAIN}, bytes(7)),
+    ("FO_BAD_HEADER", {"w": PLAIN}, bytes(9)),
+    ("FO_BAD_HEADER", {"w": {**PLAIN, "data_offsets": [8, 0]}}, bytes(8)),
+    ("FO_BAD_HEADER", {"w": {**PLAIN, "data_offsets": [0, 4]}}, bytes(4)),
+    ("FO_BAD_HEADER", {"w": PLAIN, "v": PLAIN}, bytes(8)),
+    ("FO_BAD_HEADER", {"w": {"dtype": "F32", "shape": [2]}}, bytes(8)),
+    ("FO_BAD_HEADER", {"w": 3}, bytes(8)),
+    ("FO_BAD_HEADER", b"", b""),
+    ("FO_BAD_HEADER", b"[]", b""),
+    ("FO_BAD_HEADER", b"{} x", b""),
+    ("FO_BAD_HEADER", b'{"w":}', b""),
+    ("FO_BAD_HEADER", b'{"w":01}', b""),
+    ("FO_BAD_HEADER", b'{"w":"\\ud800"}', b""),
+    ("FO_BAD_HEADER", b'{"w\n":1}', b""),
+    ("FO_BAD_HEADER", b'{"w":' + b"[" * 100000 + b"]" * 100000 + b"}", b""),
+    ("FO_BAD_METADATA", {"__metadata__": {"fastopt": 3}}, b""),
+    ("FO_BAD_METADATA", {"__metadata__": {"fastopt": "["}}, b""),
+    ("FO_BAD_METADATA", {"__metadata__": {"fastopt": "{} {}"}}, b""),
+    ("FO_BAD_METADATA", {"__metadata__": {"fastopt": "{}"}}, b""),
+    ("FO_BAD_VERSION", {"__metadata__": {"fastopt": '{"version": 99}'}}, b""),
+]
+
+
+def test_headers_are_checked(sanitized):
+    for _, header, data in HEADERS:
+        sanitized.ask(TRY, written(header, data))
+    sanitized.ask(DEQUANTIZE, written(TWICE), "w")
+    sanitized.ask(TRY, struct.pack("<Q", 2**64 - 1) + b"{}")
+    codes = [code for code, _ in sanitized.answers()]
+    assert codes == [*(code for code, _, _ in HEADERS), "FO_NOT_FOUND", "FO_TRUNCATED"]
