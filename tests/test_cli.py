@@ -1,20 +1,22 @@
-"""The command line and its demo, end to end on few epochs."""
+"""The command line: the commands on models, and how every command ends."""
 
-import gzip
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import fastopt as fo
-from fastopt import demo
+from fastopt import stream
 from fastopt.commands import app
 
-PNG = b"\x89PNG\r\n\x1a\n"
+ENTRY = [sys.executable, "-c", "from fastopt.cli import main; main()"]
 
 
 def run(*args, code=0):
@@ -23,151 +25,508 @@ def run(*args, code=0):
     return result
 
 
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
-
-
-def write_folder(folder, zipped=False, test="t10k"):
-    """Images of 6 x 5 with a bright row that tells the class."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 512), (test, 64)):
-        labels = rng.integers(0, 3, count).astype(np.uint8)
-        images = rng.integers(0, 100, (count, 6, 5)).astype(np.uint8)
-        images[np.arange(count), labels] += 150
-        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
-            if zipped:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-            else:
-                (folder / name).write_bytes(idx(array))
-    return folder
-
-
-def test_demo_on_digits(tmp_path):
-    result = run("demo", "--json", "--epochs", 16, "--out", tmp_path)
+def answer(*args):
+    result = run(*args, "--json")
     assert result.stderr == ""  # no progress where there is no terminal
-    summary = json.loads(result.stdout)
-
-    plain, full, packed, pruned = summary["variants"]
-    assert plain["accuracy"] > 0.93
-    for variant in (full, packed, pruned):
-        assert variant["accuracy"] >= plain["accuracy"] - 0.01
-    assert summary["same_weights"]
-    assert full["loss"] == plain["loss"]
-    assert pruned["file_bytes"] < packed["file_bytes"] / 1.5 < plain["file_bytes"] / 8
-    assert packed["step_us"] is None
-
-    file = tmp_path / "fastopt-demo.safetensors"
-    assert summary["file"] == str(file)
-    assert pruned["file_bytes"] == file.stat().st_size
-    with safe_open(file, framework="numpy") as opened:
-        assert "fc1.weight.row_offsets" in opened.keys()  # noqa: SIM118 (a safe_open is not iterable)
-    weights = fo.load(file).unpack()
-    assert [w.shape for w in weights.values()] == [(256, 64), (256,), (128, 256), (128,), (10, 128), (10,)]
-    zeros = sum(int((w == 0).sum()) for name, w in weights.items() if name.endswith("weight"))
-    total = sum(w.size for name, w in weights.items() if name.endswith("weight"))
-    assert summary["zeros_kept"]
-    assert zeros >= round(0.8 * total)
-
-    assert summary["picture"] == str(tmp_path / "fastopt-demo.png")
-    assert (tmp_path / "fastopt-demo.png").read_bytes().startswith(PNG)
-    assert len(list(tmp_path.iterdir())) == 2
+    return json.loads(result.stdout, parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_demo_on_idx_files(tmp_path, zipped):
-    folder = write_folder(tmp_path, zipped, test="test" if zipped else "t10k")
-    out = tmp_path / "new" / "out"
-    result = run("demo", "--data", folder, "--out", out, "--epochs", 12)
-    assert "512 training and 64 test images" in result.stdout
-    for name in ("NumPy fp32", "fastopt fp32", "fastopt 4-bit", "fastopt 4-bit, pruned"):
-        assert name in result.stdout
-    assert (out / "fastopt-demo.safetensors").exists()
-    assert (out / "fastopt-demo.png").read_bytes().startswith(PNG)
+def weights():
+    rng = np.random.default_rng(0)
+    made = {
+        "embed.weight": rng.standard_normal((100, 64)),
+        "layers.0.weight": rng.standard_normal((64, 128)),
+        "layers.0.bias": rng.standard_normal(64),
+        "layers.1.weight": rng.standard_normal((128, 64)),
+        "norm.weight": rng.standard_normal(5000),
+    }
+    made["layers.0.weight"][3, 5] = 40
+    made["layers.1.weight"][:64] = 0
+    return {**{name: w.astype(np.float32) for name, w in made.items()}, "ids": np.arange(5000)}
 
 
-def test_idx_is_read_as_written(tmp_path):
-    data = demo.load_idx_folder(write_folder(tmp_path))
-    assert data.image_shape == (6, 5)
-    assert data.classes == ("0", "1", "2")
-    assert data.train_images.shape == (512, 30)
-    assert data.train_images.dtype == np.float32
-    raw = demo.read_idx(tmp_path / "train-images-idx3-ubyte")
-    np.testing.assert_array_equal(data.train_images.reshape(raw.shape), raw.astype(np.float32) / np.float32(255))
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(weights(), path)
+    return path
 
 
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.safetensors"
+    fo.pack(weights(), bits=4, exclude=["norm*"], overrides={"embed*": {"sparsity": 0.5}}).save(path)
+    return path
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- inspect -----------------------------------------------------------------------------------------------------
+
+
+def test_inspect(model):
+    told = answer("inspect", model)
+    assert told["file"] == str(model)
+    facts = {t["name"]: t for t in told["tensors"]}
+    assert facts.keys() == weights().keys()
+    assert facts["layers.0.weight"] == {
+        "name": "layers.0.weight",
+        "kind": "dense",
+        "bits": None,
+        "group_size": None,
+        "shape": [64, 128],
+        "dtype": "float32",
+        "size": 8192,
+        "nbytes": 32768,
+        "bits_per_weight": 32.0,
+        "minimum": float(weights()["layers.0.weight"].min()),
+        "maximum": 40.0,
+        "mean": pytest.approx(weights()["layers.0.weight"].mean(dtype=np.float64), rel=1e-12),
+        "std": pytest.approx(weights()["layers.0.weight"].std(dtype=np.float64), rel=1e-12),
+        "zeros": 0,
+        "outliers": 1,
+        "non_finite": 0,
+        "suggested_bits": 4,
+    }
+    assert facts["layers.1.weight"]["zeros"] == 64 * 64
+    assert [facts[name]["suggested_bits"] for name in ("norm.weight", "layers.0.bias", "ids")] == [4, None, None]
+    assert facts["ids"]["maximum"] == 4999
+
+
+def test_inspect_of_a_packed_file(small):
+    facts = {t["name"]: t for t in answer("inspect", small)["tensors"]}
+    packed = fo.load(small)
+    for name, kind, bits, group_size in (
+        ("embed.weight", "sparse+quantized", 4, 32),
+        ("layers.0.weight", "quantized", 4, 32),
+        ("norm.weight", "dense", None, None),
+    ):
+        t = facts[name]
+        assert (t["kind"], t["bits"], t["group_size"], t["nbytes"]) == (kind, bits, group_size, packed[name].nbytes)
+    assert facts["layers.0.weight"]["bits_per_weight"] == packed["layers.0.weight"].bits_per_weight
+    assert facts["layers.0.weight"]["suggested_bits"] is None
+
+
+def test_inspect_prints_a_table_and_a_command_that_works(model, tmp_path, monkeypatch):
+    text = run("inspect", model).stdout
+    for name in weights():
+        assert name.rpartition("layers.0.")[2].rpartition("layers.1.")[2] in text
+    command = re.search(r"suggested: fastopt (.*)", text)[1].split()
+    monkeypatch.chdir(tmp_path)
+    run(*command)
+    assert (tmp_path / "model-packed.safetensors").exists()
+
+
+def test_inspect_tells_of_nan(tmp_path):
+    w = np.ones((64, 64), np.float32)
+    w[0, :2] = np.nan, np.inf
+    save_file({"w": w}, tmp_path / "m.safetensors")
+    assert "w: 2 values are NaN or infinite" in run("inspect", tmp_path / "m.safetensors").stdout
+    [facts] = answer("inspect", tmp_path / "m.safetensors")["tensors"]
+    assert (facts["non_finite"], facts["minimum"], facts["suggested_bits"]) == (2, 1.0, None)
+
+
+# ---- pack and unpack ---------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "--bits 4": {"bits": 4},
+    "--bits 4 --exclude *norm* --override embed*:bits=8": {
+        "bits": 4,
+        "exclude": ["*norm*"],
+        "overrides": {"embed*": {"bits": 8}},
+    },
+    "--bits 4 --group-size row --fit lsq --outliers 1e-3 --param-dtype float32": {
+        "bits": 4,
+        "group_size": -1,
+        "fit": "lsq",
+        "outliers": 1e-3,
+        "param_dtype": "float32",
+    },
+    "--bits 2 --group-size 64 --include layers.* --include embed* --min-size 10": {
+        "bits": 2,
+        "group_size": 64,
+        "include": ["layers.*", "embed*"],
+        "min_size": 10,
+    },
+    "--bits 8 --group-size tensor --sparsity 0.5": {"bits": 8, "group_size": None, "sparsity": 0.5},
+    "--pattern 2:4 --override embed*:pattern=none,bits=2,group_size=row,outliers=0.01": {
+        "pattern": "2:4",
+        "overrides": {"embed*": {"pattern": None, "bits": 2, "group_size": -1, "outliers": 0.01}},
+    },
+    "--threshold 0.5 --override *1.weight:threshold=1.5,bits=4": {
+        "threshold": 0.5,
+        "overrides": {"*1.weight": {"threshold": 1.5, "bits": 4}},
+    },
+}
+
+
+@pytest.mark.parametrize("line", OPTIONS)
+def test_pack_does_what_python_does(model, tmp_path, line):
+    told = answer("pack", model, "-o", tmp_path / "a.safetensors", *line.split())
+    expected = fo.pack(fo.load(model), **OPTIONS[line])
+    expected.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert told["recipe"] == json.loads(json.dumps(expected.recipe.to_dict()))
+    assert told["file_bytes"] == (tmp_path / "a.safetensors").stat().st_size
+    report = expected.report(fo.load(model)).to_dict()
+    assert {key: told[key] for key in report} == json.loads(json.dumps(report))
+
+
+def test_pack_json_is_stable(model, tmp_path):
+    told = answer("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4)
+    assert set(told) == {
+        *("source", "target", "dry_run", "file_bytes", "recipe"),
+        *("nbytes_before", "nbytes", "bits_per_weight", "error", "tensors"),
+    }
+    error = {"rmse", "relative", "max", "snr", "cosine"}
+    assert set(told["error"]) == error
+    for t in told["tensors"]:
+        assert set(t) == {
+            *("name", "shape", "dtype", "kind", "bits", "group_size", "density", "bits_per_weight"),
+            *("nbytes_before", "nbytes", "error", "reason"),
+        }
+        assert t["error"] is None or set(t["error"]) == error
+
+
+def test_pack_prints_what_was_kept_and_why(model, tmp_path):
+    text = run("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--exclude", "*norm*").stdout
+    assert "kept as they are: 1 tensors, 256 B (fewer than min_size 4096)" in text
+    assert "kept as they are: 1 tensors, 20.00 kB (excluded by '*norm*')" in text
+    assert re.search(r"embed\.weight .*4 bits, g32 .*5\.00", text)
+
+
+def test_recipe_file(model, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('bits = 4\nexclude = ["*norm*"]\n[overrides]\n"embed*" = {bits = 2}\n"layers.0*" = {bits = 8}\n')
+    told = answer("pack", model, "-o", tmp_path / "a.safetensors", "--recipe", recipe)
+    bits = {t["name"]: t["bits"] for t in told["tensors"]}
+    assert (bits["embed.weight"], bits["layers.0.weight"], bits["layers.1.weight"]) == (2, 8, 4)
+    # What the command line says goes first.
+    told = answer(
+        *("pack", model, "-o", tmp_path / "a.safetensors", "--recipe", recipe),
+        *("--bits", 8, "--override", "*.0.*:bits=2", "--exclude", "embed*"),
+    )
+    bits = {t["name"]: t["bits"] for t in told["tensors"]}
+    assert bits == {**dict.fromkeys(weights()), "layers.0.weight": 2, "layers.1.weight": 8, "norm.weight": 8}
+
+
+def test_targets(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    told = answer("pack", model, "-o", path, "--target-size", "62kB")
+    assert told["file_bytes"] == path.stat().st_size <= 62_000
+    assert {t["bits"] for t in told["tensors"]} & {2, 4}
+    told = answer("pack", model, "-o", path, "--target-bits", 16, "--fit", "lsq")
+    assert told["bits_per_weight"] <= 16
+    assert fo.load(path).recipe.fit == "lsq"
+
+
+def test_dry_run_writes_nothing(model, tmp_path):
+    before = content(tmp_path)
+    for args in (("pack", "--bits", 4, "--sparsity", 0.5), ("pack", "--bits", 2), ("prune", "--sparsity", 0.5)):
+        told = answer(args[0], model, "-o", tmp_path / "small.safetensors", "--dry-run", *args[1:])
+        assert content(tmp_path) == before
+        assert told["dry_run"]
+        assert told["file_bytes"] is None
+        real = answer(args[0], model, "-o", tmp_path / "small.safetensors", *args[1:])
+        for planned, made in zip(told["tensors"], real["tensors"], strict=True):
+            assert planned == {**made, "error": None}
+        assert told["nbytes"] == real["nbytes"]
+        (tmp_path / "small.safetensors").unlink()
+    assert "not written" in run("pack", model, "-o", tmp_path / "x.safetensors", "--dry-run", "--bits", 4).stdout
+    assert content(tmp_path) == before
+
+
+def test_the_input_may_be_the_output(model):
+    run("pack", model, "-o", model, "--bits", 8, "--html", model.with_suffix(".html"))
+    assert fo.load(model)["embed.weight"] == fo.pack(weights(), bits=8)["embed.weight"]
+    assert model.with_suffix(".html").exists()
+    run("unpack", model, "-o", model)
+    assert load_file(model).keys() == weights().keys()
+
+
+def test_unpack(small, tmp_path):
+    told = answer("unpack", small, "-o", tmp_path / "back.safetensors")
+    assert told == {
+        "source": str(small),
+        "target": str(tmp_path / "back.safetensors"),
+        "file_bytes": (tmp_path / "back.safetensors").stat().st_size,
+    }
+    back = load_file(tmp_path / "back.safetensors")
+    for name, w in fo.load(small).unpack().items():
+        np.testing.assert_array_equal(back[name], w)
+        assert back[name].dtype == w.dtype
+
+
+def test_other_formats(model, tmp_path):
+    np.savez(tmp_path / "model.npz", **weights())
+    (tmp_path / "arrays").mkdir()
+    for name, w in weights().items():
+        np.save(tmp_path / "arrays" / f"{name}.npy", w)
+    packed = fo.pack(weights(), bits=4)
+    for source in (tmp_path / "model.npz", tmp_path / "arrays"):
+        run("pack", source, "-o", tmp_path / "a.safetensors", "--bits", 4)
+        made = fo.load(tmp_path / "a.safetensors")
+        assert {name: made[name] for name in packed if name.startswith("layers")}.keys() < set(made)
+        assert made["embed.weight"] == packed["embed.weight"]
+        assert answer("diff", model, source)["total"]["rmse"] == 0
+
+
+def test_shards(tmp_path):
+    parts = {"a.safetensors": ["embed.weight", "ids"], "b.safetensors": ["layers.0.weight", "layers.0.bias"]}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for file, names in parts.items():
+        save_file({name: weights()[name] for name in names}, tmp_path / "in" / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    target = tmp_path / "out" / "model.safetensors.index.json"
+    told = answer("pack", tmp_path / "in", "-o", target, "--bits", 4)
+    made = fo.load(target)
+    assert made["layers.0.weight"] == fo.quantize(weights()["layers.0.weight"], 4)
+    assert len(list(target.parent.glob("*.safetensors"))) == 2
+    assert told["file_bytes"] == sum(path.stat().st_size for path in target.parent.iterdir())
+    facts = answer("inspect", tmp_path / "out")["tensors"]
+    assert {t["name"] for t in facts if t["kind"] == "quantized"} == {"embed.weight", "layers.0.weight"}
+    assert answer("diff", tmp_path / "in", target)["total"]["relative"] > 0
+
+
+def test_prune(model, tmp_path):
+    path = tmp_path / "pruned.safetensors"
+    told = answer("prune", model, "-o", path, "--sparsity", 0.75, "--exclude", "*norm*")
+    assert {t["name"]: t["kind"] for t in told["tensors"]} == {
+        **dict.fromkeys(weights(), "dense"),
+        **dict.fromkeys(("embed.weight", "layers.0.weight", "layers.1.weight"), "sparse"),
+    }
+    assert fo.load(path)["layers.0.weight"].nnz == 64 * 128 // 4
+    run("prune", model, "-o", path, "--pattern", "2:4")
+    assert fo.load(path)["layers.0.weight"].layout == "2:4"
+    run("prune", model, "-o", path, "--threshold", 1)
+    assert np.abs(fo.load(path)["embed.weight"].values).min() > 1
+
+
+# ---- diff --------------------------------------------------------------------------------------------------------
+
+
+def test_diff(model, small, tmp_path):
+    assert "6 of 6 tensors that both have are equal" in run("diff", model, model).stdout
+    told = answer("diff", model, small)
+    assert set(told) == {"first", "second", "tensors", "missing", "extra", "reshaped", "total"}
+    found = {t["name"]: t for t in told["tensors"]}
+    packed = fo.load(small)["layers.0.weight"]
+    error = packed.error(weights()["layers.0.weight"])._asdict()
+    assert found["layers.0.weight"] == {
+        "name": "layers.0.weight",
+        "shape": [64, 128],
+        "size": 8192,
+        "nbytes": [32768, packed.nbytes],
+        **{key: pytest.approx(value, rel=1e-12) for key, value in error.items()},
+    }
+    assert (found["norm.weight"]["rmse"], found["norm.weight"]["snr"]) == (0, None)
+    assert "layers.0" in run("diff", model, small).stdout
+
+
+def test_diff_of_names_and_shapes(model, tmp_path):
+    other = weights()
+    other["new"] = other.pop("ids")
+    other["norm.weight"] = other["norm.weight"].reshape(50, 100)
+    other["layers.0.bias"] = other["layers.0.bias"] + np.float32(1)
+    save_file(other, tmp_path / "other.safetensors")
+    told = answer("diff", model, tmp_path / "other.safetensors")
+    assert (told["missing"], told["extra"]) == (["ids"], ["new"])
+    assert told["reshaped"] == [["norm.weight", [5000], [50, 100]]]
+    assert {t["name"] for t in told["tensors"] if t["rmse"]} == {"layers.0.bias"}
+    text = run("diff", model, tmp_path / "other.safetensors").stdout
+    for line in ("only in the first: ids", "only in the second: new", "other shape: norm.weight, 5000 and 50x100"):
+        assert line in text
+
+
+def test_diff_with_a_limit(model, small, tmp_path):
+    run("diff", model, small, "--max-error", 1.5)
+    result = run("diff", model, small, "--max-error", 0.01, code=1)
+    assert result.stderr.startswith("fastopt: 3 tensors, as 'embed.weight', differ by more than 0.01")
+    assert result.stderr.count("\n") == 1
+    save_file({"ids": weights()["ids"]}, tmp_path / "few.safetensors")
+    run("diff", model, tmp_path / "few.safetensors", "--max-error", 1, code=1)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def page_data(path):
+    text = path.read_text()
+    assert not re.search(r"(src|href|url|import|fetch)\W*['\"(]?https?:", text)  # it needs no network
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_page_of_packing(model, tmp_path):
+    path = tmp_path / "report.html"
+    args = ("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--override", "embed*:sparsity=0.5,bits=2")
+    told = answer(*args, "--html", path)
+    data = page_data(path)
+    assert [t["name"] for t in data["tensors"]] == list(fo.load(model))
+    for shown, t in zip(data["tensors"], told["tensors"], strict=True):
+        assert (shown["bytes_before"], shown["bytes_after"], shown["why"]) == (
+            t["nbytes_before"],
+            t["nbytes"],
+            t["reason"],
+        )
+        assert shown["relative"] == (t["error"] and t["error"]["relative"])
+    assert json.loads(data["recipe"]) == told["recipe"]
+    answer(*args, "--html", path, "--dry-run")
+    assert all(t["histogram"]["after"] is None for t in page_data(path)["tensors"])
+
+
+def test_page_of_a_difference(model, small, tmp_path):
+    told = answer("diff", model, small, "--html", tmp_path / "report.html")
+    data = page_data(tmp_path / "report.html")
+    assert [t["relative"] for t in data["tensors"]] == [t["relative"] for t in told["tensors"]]
+
+
+def test_names_from_files_stay_texts(tmp_path):
+    name = "</script><img src=x onerror=alert(1)> [bold]x[/bold] & 'é"
+    save_file({name: np.eye(64, dtype=np.float32)}, tmp_path / "m.safetensors")
+    args = ("pack", tmp_path / "m.safetensors", "-o", tmp_path / "a.safetensors", "--bits", 4)
+    assert "[bold]x[/bold] & 'é" in run(*args, "--html", tmp_path / "report.html").stdout
+    assert page_data(tmp_path / "report.html")["tensors"][0]["name"] == name
+    assert "onerror" not in re.sub(r"<script.*?</script>", "", (tmp_path / "report.html").read_text(), flags=re.S)
+    assert "[bold]x[/bold] & 'é" in run("inspect", tmp_path / "m.safetensors").stdout
+
+
+# ---- how commands end --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("args", "message"),
     [
-        (IMAGES, None, "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
-        (LABELS, None, "has no train-labels-idx1-ubyte"),
-        ("t10k-images-idx3-ubyte", None, "has no t10k-images-idx3-ubyte"),
-        (IMAGES, b"", "not an idx file"),
-        (IMAGES, b"\x89PNG", "not an idx file of unsigned bytes: it starts with '89 50 4e 47'"),
-        (IMAGES, b"\0\0\x08\3\0\0", "ends inside its header"),
-        (IMAGES, b"\0\0\x08\3" + b"\xff" * 12, "needs 79228162458924105385300197375 bytes, got 0"),
-        (IMAGES, idx(np.zeros((512, 6, 5), np.uint8)) + b"\0", "needs 15360 bytes, got 15361"),
-        (IMAGES, idx(np.zeros((0, 6, 5), np.uint8)), "expected images, rows and columns, got shape (0, 6, 5)"),
-        (IMAGES, idx(np.zeros((512, 6, 4), np.uint8)), "images of (6, 5), but (6, 4) in"),
-        (IMAGES, idx(np.zeros(512, np.uint8)), "expected images, rows and columns, got shape (512,)"),
-        (LABELS, idx(np.zeros(511, np.uint8)), "expected 512 labels, one an image, got shape (511,)"),
+        (["--bits", "3"], "bits: expected 8, 4 or 2, got 3"),
+        (["--bits", "four"], "--bits"),
+        (["--bits", "4", "--group-size", "many"], "expected a number, row or tensor"),
+        (["--bits", "4", "--group-size", "0"], "group_size"),
+        (["--bits", "4", "--fit", "best"], "--fit"),
+        (["--bits", "4", "--outliers", "2"], "outliers: expected a share between 0 and 1, got 2"),
+        (["--bits", "4", "--override", "*embed*"], "GLOB:OPTION=VALUE"),
+        (["--bits", "4", "--override", "*embed*:colour=8"], "GLOB:OPTION=VALUE"),
+        (["--bits", "4", "--override", "*embed*:bits=8,colour=8"], "colour"),
+        (["--bits", "4", "--override", "*embed*:bits=5"], "bits"),
+        (["--sparsity", "1.5"], "sparsity"),
+        (["--pattern", "4:2"], "pattern"),
+        (["--target-size", "12MB", "--target-bits", "4"], "one of them"),
+        (["--target-bits", "4", "--bits", "4"], "--bits"),
+        ([], "nothing to do"),
+        (["--exclude", "*"], "nothing to do"),
+        (["--bits", "4", "extra"], "extra"),
     ],
 )
-def test_bad_idx_folder(tmp_path, name, content, message):
-    path = write_folder(tmp_path) / name
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    line = run("demo", "--data", tmp_path, "--out", tmp_path / "out", code=1).stderr
-    assert line.startswith("fastopt: ")
-    assert line.count("\n") == 1
-    assert message in line
-    assert not (tmp_path / "out").exists()
+def test_usage(model, tmp_path, args, message):
+    before = content(tmp_path)
+    result = run("pack", model, "-o", tmp_path / "a.safetensors", *args, code=2)
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"plain", gzip.compress(b"x" * 1000)[:-9]])
-def test_bad_gzip(tmp_path, content):
-    path = write_folder(tmp_path, zipped=True) / f"{IMAGES}.gz"
-    path.write_bytes(content)
-    assert f"{path}: not a whole gzip file" in run("demo", "--data", tmp_path, code=1).stderr
-
-
-def test_missing_folder(tmp_path):
-    missing = tmp_path / "nowhere"
-    assert run("demo", "--data", missing, code=1).stderr == f"fastopt: {missing}: no such folder\n"
-    result = CliRunner().invoke(app, ["--debug", "demo", "--data", str(missing)])
-    assert isinstance(result.exception, FileNotFoundError)
-
-
-def test_too_few_images(tmp_path):
-    write_folder(tmp_path)
-    (tmp_path / IMAGES).write_bytes(idx(np.zeros((9, 6, 5), np.uint8)))
-    (tmp_path / LABELS).write_bytes(idx(np.zeros(9, np.uint8)))
-    assert "expected at least 128 training images, got 9" in run("demo", "--data", tmp_path, code=1).stderr
-
-
-def test_interruption(tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "train", interrupt)
-    assert run("demo", "--out", tmp_path, code=130).stderr == "fastopt: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("args", [["demo", "--epochs", "0"], ["demo", "--nonsense"], ["nonsense"]])
-def test_usage_errors(args):
+@pytest.mark.parametrize(
+    "args",
+    [["nonsense"], ["pack"], ["pack", "x"], ["unpack", "x"], ["diff", "x"], ["inspect"], ["prune", "x", "-o", "y"]],
+)
+def test_usage_of_others(args):
     assert run(*args, code=2).stdout == ""
 
 
-def test_help_and_version():
+def test_failures(model, tmp_path):
+    nan = tmp_path / "nan.safetensors"
+    save_file({"layers.0.weight": np.full((64, 64), np.nan, np.float32)}, nan)
+    text = tmp_path / "text.safetensors"
+    text.write_text("no model")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("bits = 5")
+    out = tmp_path / "out.safetensors"
+    for args, message in (
+        (("inspect", tmp_path / "none.safetensors"), f"{tmp_path / 'none.safetensors'}: No such file or directory"),
+        (("inspect", text), f"{text}: not a safetensors file"),
+        (("diff", model, text), f"{text}: not a safetensors file"),
+        (("pack", nan, "-o", out, "--bits", 4), "'layers.0.weight': w: expected finite float32 values, got nan"),
+        (("pack", model, "-o", out, "--recipe", recipe), f"{recipe}: bits: expected 8, 4 or 2, got 5"),
+        (("pack", model, "-o", out, "--recipe", tmp_path / "no.toml"), f"{tmp_path / 'no.toml'}: No such file"),
+        (("pack", model, "-o", out, "--target-size", "1kB"), "target_size: expected at least"),
+        (("pack", model, "-o", out, "--target-size", "big"), "target_size: expected bytes"),
+        (("pack", model, "-o", tmp_path / "no" / "out.safetensors", "--bits", 4), "No such file or directory"),
+        (("pack", model, "-o", tmp_path, "--bits", 4), f"{tmp_path}: Is a directory"),
+        (("unpack", model, "-o", tmp_path), f"{tmp_path}: Is a directory"),
+    ):
+        result = run(*args, code=1)
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"fastopt: {message}" if message[0] in "/'t" else "fastopt: "), result.stderr
+        assert message in result.stderr
+        assert not out.exists()
+    assert not list(tmp_path.glob(".*"))  # nothing half written is left
+    result = CliRunner().invoke(app, ["--debug", "inspect", str(text)])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_an_interruption_leaves_the_old_file(model, tmp_path, monkeypatch):
+    target = tmp_path / "small.safetensors"
+    target.write_bytes(b"old")
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pack_tensor(*args, **kwargs)
+
+    pack_tensor = stream.pack_tensor
+    monkeypatch.setattr(stream, "pack_tensor", interrupted)
+    result = run("pack", model, "-o", target, "--bits", 4, "--html", tmp_path / "r.html", code=130)
+    assert result.stderr == "fastopt: interrupted\n"
+    assert content(tmp_path).keys() == {"model.safetensors", "small.safetensors"}
+    assert target.read_bytes() == b"old"
+
+
+def test_real_entry_point(model, tmp_path):
+    def entry(*args):
+        return subprocess.run([*ENTRY, *map(str, args)], capture_output=True, text=True, check=False, timeout=60)
+
+    assert entry("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4).returncode == 0
+    done = entry("inspect", tmp_path / "none.safetensors")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == f"fastopt: {tmp_path / 'none.safetensors'}: No such file or directory"
+    assert entry("pack", model).returncode == 2
+
+
+def test_progress_on_a_terminal(model, tmp_path):
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    args = ["pack", str(model), "-o", str(tmp_path / "a.safetensors"), "--bits", "4"]
+    done = subprocess.run([*ENTRY, *args], stdout=subprocess.PIPE, stderr=theirs, env=env, check=False, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "pack" in shown
+    assert "100%" in shown
+    assert b"\x1b" not in done.stdout
+
+
+def test_completion():
+    env = {**os.environ, "_FASTOPT_COMPLETE": "complete_bash", "COMP_WORDS": "fastopt pa", "COMP_CWORD": "1"}
+    done = subprocess.run(ENTRY, capture_output=True, text=True, env=env, check=False, timeout=60)
+    assert done.stdout.split() == ["pack"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "diff", "prune", "bench", "demo"])
+def test_help(command):
+    assert command in run("--help").stdout
+    text = run(command, "--help").stdout
+    assert "--json" in text
+    assert command == "bench" or f"fastopt {command} " in text.partition("Examples")[2]
+
+
+def test_version():
     assert run("--version").stdout == f"fastopt {fo.__version__}\n"
-    assert "fastopt demo" in run("--help").stdout
-    text = run("demo", "--help").stdout
-    assert "--data" in text
-    assert "fastopt demo --json" in text
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])

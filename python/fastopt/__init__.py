@@ -15,6 +15,7 @@ from fastopt._core import __version__
 from fastopt.checkpoint import restore, save
 from fastopt.choose import choose_bits
 from fastopt.config import get_num_threads, set_num_threads, show_config
+from fastopt.examine import Difference, TensorDifference, TensorFacts, diff, inspect
 from fastopt.export import export
 from fastopt.files import Weights
 from fastopt.linear import linear
@@ -35,6 +36,7 @@ __all__ = [
     "AdamW",
     "Add",
     "Concat",
+    "Difference",
     "Layer",
     "Lion",
     "Optimizer",
@@ -46,15 +48,19 @@ __all__ = [
     "Report",
     "Shrunk",
     "SparseTensor",
+    "TensorDifference",
+    "TensorFacts",
     "TensorReport",
     "Weights",
     "__version__",
     "choose_bits",
     "cubic_sparsity",
+    "diff",
     "drop_layers",
     "embedding",
     "export",
     "get_num_threads",
+    "inspect",
     "l1_penalty",
     "l2_penalty",
     "linear",

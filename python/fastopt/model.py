@@ -159,20 +159,12 @@ class Reporter:
         if sums is not None:
             self._sums += sums
             self._measured = True
-        values = tensor.values if isinstance(tensor, SparseTensor) else tensor
-        bits, group_size = (values.bits, values.group_size) if isinstance(values, QuantizedTensor) else (None, None)
-        sparse, quantized = isinstance(tensor, SparseTensor), isinstance(values, QuantizedTensor)
+        kind, bits, group_size = storage_of(tensor)
         self.add_planned(
             name,
             tensor.shape,
             tensor.dtype,
-            "sparse+quantized"
-            if sparse and quantized
-            else "sparse"
-            if sparse
-            else "quantized"
-            if quantized
-            else "dense",
+            kind,
             tensor.nbytes,
             reason,
             bits=bits,
@@ -207,6 +199,19 @@ class Reporter:
     def report(self) -> Report:
         """Return what was collected."""
         return Report(tuple(self._tensors), self._sums.error() if self._measured else None)
+
+
+def storage_of(
+    tensor: Weight,
+) -> tuple[Literal["dense", "quantized", "sparse", "sparse+quantized"], int | None, int | None]:
+    """Return how a tensor is stored: its kind, bits and group size."""
+    if isinstance(tensor, QuantizedTensor):
+        return "quantized", tensor.bits, tensor.group_size
+    if not isinstance(tensor, SparseTensor):
+        return "dense", None, None
+    if isinstance(tensor.values, QuantizedTensor):
+        return "sparse+quantized", tensor.values.bits, tensor.values.group_size
+    return "sparse", None, None
 
 
 def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:

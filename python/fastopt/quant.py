@@ -153,7 +153,7 @@ class ErrorSums:
         relative = math.sqrt(self.noise / self.signal) if self.signal > 0 else (0.0 if self.noise == 0 else math.inf)
         snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
         lengths = math.sqrt(self.total) * math.sqrt(self.signal)
-        cosine = self.dot / lengths if lengths > 0 else float(self.total == self.signal)
+        cosine = max(min(self.dot / lengths, 1.0), -1.0) if lengths > 0 else float(self.total == self.signal)
         return Error(rmse, relative, self.largest, snr, cosine)
 
 

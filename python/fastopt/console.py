@@ -1,0 +1,127 @@
+"""What all commands share: the application, how it ends, and its progress.
+
+Status 0: done. 1: failed, with one line on stderr. 2: called wrongly. 130: interrupted.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column
+from typer.core import TyperGroup
+
+from fastopt import __version__
+
+
+class _Commands(TyperGroup):
+    """A group whose commands end with one line, not a traceback, where the user can do something about it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # a closed pipe is ended quietly by the caller
+            raise
+        except (OSError, TypeError, ValueError, ImportError, MemoryError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"fastopt: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            if ctx.params["debug"]:
+                raise
+            typer.echo("fastopt: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Examples:\n\n"
+    "fastopt inspect model.safetensors\n\n"
+    "fastopt pack model.safetensors -o small.safetensors --bits 4 --exclude '*norm*'\n\n"
+    "fastopt diff model.safetensors small.safetensors\n\n"
+    "fastopt demo\n\n"
+    "Status: 0 done, 1 failed (one line on stderr says why), 2 called wrongly, 130 interrupted."
+)
+def fastopt(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Optimizer steps, low-bit quantization and pruning for NumPy, at the speed of the memory bus."""
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Give a function that shows a bar for each phase, on stderr if that is a terminal."""
+    tasks: dict[str, TaskID] = {}
+    with _bars(TextColumn("{task.description:<9}"), TimeElapsedColumn(), TextColumn("{task.fields[note]}")) as bars:
+
+        def notify(phase: str, done: int, total: int, note: str) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, note=note)
+            bars.update(tasks[phase], completed=done, note=note)
+
+        yield notify
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Give a function that shows bytes done, bytes in all, and a name, with rate and remaining time: as `progress`."""
+    name = TextColumn("[dim]{task.fields[name]}", markup=True, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    with _bars(TextColumn("{task.description}"), TransferSpeedColumn(), TimeRemainingColumn(), name) as bars:
+        task = bars.add_task(what, total=None, name="")
+
+        def notify(done: int, total: int, name: str) -> None:
+            bars.update(task, completed=done, total=total, name=escape(name))
+
+        yield notify
+
+
+def _bars(first: ProgressColumn, *columns: ProgressColumn) -> Progress:
+    stderr = Console(stderr=True)
+    return Progress(
+        first,
+        BarColumn(),
+        TaskProgressColumn(),
+        *columns,
+        console=stderr,
+        disable=not stderr.is_terminal,
+        transient=True,
+    )

@@ -1,0 +1,383 @@
+"""The commands on models: inspect, pack, unpack, diff, prune."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastopt import page, report
+from fastopt.console import Json, app, byte_progress
+from fastopt.examine import diff as difference_of
+from fastopt.examine import inspect as facts_of
+from fastopt.files import Weights, read_index
+from fastopt.linear import Weight
+from fastopt.model import PackedModel, load
+from fastopt.recipe import Options, Recipe
+from fastopt.stream import pack_file, unpack_file
+from fastopt.weights import open_weights
+
+
+class Fit(str, Enum):
+    """How scale and minimum are found."""
+
+    minmax = "minmax"
+    lsq = "lsq"
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A .safetensors file, the .index.json of one in shards, a folder with either, .npz, .npy or a folder of "
+        ".npy files, or a state dict of torch (.pt, .pth, .bin; needs torch).",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The safetensors file to write; it appears when it is complete. It may be the input itself. "
+        "With a name that ends in .index.json, a file for each shard of the input.",
+        show_default=False,
+    ),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors whose names match; may be repeated.")
+]
+MinSize = Annotated[int | None, typer.Option(help="Keep tensors of fewer weights; 4096 if not given.")]
+Sparsity = Annotated[float | None, typer.Option(help="Share of weights to prune, of each tensor.")]
+Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most this magnitude.")]
+Pattern = Annotated[
+    str | None, typer.Option(metavar="N:M|1x16", help="Keep N of each M weights, as 2:4, or whole blocks of 16.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes, and write nothing.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(help="Write a page for the browser: sizes, errors, histograms with their grids.", show_default=False),
+]
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt inspect model.safetensors\n\n"
+    "fastopt inspect small.safetensors --json | jq '.tensors[] | select(.outliers > 0) | .name'"
+)
+def inspect(model: Source, as_json: Json = False) -> None:
+    """Show what the tensors of a model are like: size, range, zeros, outliers, and how many bits would do.
+
+    Outliers are further than 6 standard deviations from the mean. Suggested are the fewest bits whose error is below
+    12 % of the tensor (root mean square) at the default group size. Of a packed model, how each tensor is stored.
+
+    JSON: file, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum, maximum,
+    mean, std, zeros, outliers, non_finite, suggested_bits).
+    """
+    with byte_progress("inspect") as notify:
+        facts = facts_of(_Watched(_open(model), notify))
+    if as_json:
+        typer.echo(report.to_json({"file": str(model), "tensors": facts}))
+    else:
+        report.print_facts(model, facts)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "fastopt pack model.safetensors -o small.safetensors --bits 4 --exclude '*norm*' --override '*embed*:bits=8'\n\n"
+    "fastopt pack model.safetensors -o small.safetensors --bits 4 --group-size row --fit lsq --outliers 1e-4\n\n"
+    "fastopt pack model.safetensors -o small.safetensors --target-size 12MB --html report.html\n\n"
+    "fastopt pack model.safetensors -o small.safetensors --sparsity 0.5 --bits 8 --dry-run\n\n"
+    "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml"
+)
+def pack(
+    model: Source,
+    output: Target,
+    bits: Annotated[int | None, typer.Option(metavar="8|4|2", help="Quantize to so many bits.")] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|row|tensor",
+            help="Weights that share a scale and a minimum; if not given, a row at 8 bits, 32 at 4, 16 at 2.",
+        ),
+    ] = None,
+    fit: Annotated[Fit | None, typer.Option(help="minmax: the range of a group; lsq: least squared error.")] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="Share of weights, furthest off, to store in full beside.")
+    ] = None,
+    param_dtype: Annotated[str | None, typer.Option(metavar="float16|float32", help="Of scale and minimum.")] = None,
+    sparsity: Sparsity = None,
+    threshold: Threshold = None,
+    pattern: Pattern = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB:OPTION=VALUE,...",
+            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, sparsity, "
+            "threshold, pattern. May be repeated; the first that matches counts.",
+        ),
+    ] = None,
+    min_size: MinSize = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A TOML file with these options by name, and a table of overrides; options here go first."),
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Choose bits by measured error, for so many bits per weight in all.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The same, for a file of so many bytes, as 12MB or 11.5MiB.")
+    ] = None,
+    dry_run: DryRun = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a model: quantize it to 8, 4 or 2 bits, prune it, or both, tensor by tensor.
+
+    One tensor is in memory at a time. What is kept as it is, and why, is in the report. The recipe is stored in the
+    file.
+
+    JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
+    max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
+    nbytes, error, reason).
+    """
+    given = _given(
+        bits=bits,
+        fit=fit and fit.value,
+        outliers=outliers,
+        param_dtype=param_dtype,
+        sparsity=sparsity,
+        threshold=threshold,
+        pattern=pattern,
+        include=include,
+        exclude=exclude,
+        min_size=min_size,
+    )
+    if group_size is not None:
+        given["group_size"] = _group_size(group_size)
+    base = Recipe() if recipe is None else Recipe.from_toml(recipe)
+    overrides = dict(_override(text) for text in override or ())
+    with _usage():
+        wanted = base.replace(**given, overrides={**overrides, **base.overrides})
+    if target_bits is not None and target_size is not None:
+        raise typer.BadParameter("--target-bits and --target-size: expected one of them")
+    if (target_bits is not None or target_size is not None) and wanted.bits is not None:
+        raise typer.BadParameter("--bits: chosen by --target-bits or --target-size, not given beside it")
+    asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
+    if not asked:
+        raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
+    _pack(model, output, wanted, dry_run, html, as_json, target_bits=target_bits, target_size=target_size)
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt prune model.safetensors -o pruned.safetensors --sparsity 0.5\n\n"
+    "fastopt prune model.safetensors -o pruned.safetensors --pattern 2:4 --exclude '*embed*'"
+)
+def prune(
+    model: Source,
+    output: Target,
+    sparsity: Sparsity = None,
+    threshold: Threshold = None,
+    pattern: Pattern = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    min_size: MinSize = None,
+    dry_run: DryRun = False,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Prune the weights of a model by magnitude, and store what is left sparse.
+
+    To quantize what is left, give the same options and --bits to fastopt pack. fastopt unpack makes dense tensors with
+    zeros of the result. JSON: as that of fastopt pack.
+    """
+    given = _given(
+        sparsity=sparsity, threshold=threshold, pattern=pattern, include=include, exclude=exclude, min_size=min_size
+    )
+    with _usage():
+        recipe = Recipe(**given)
+    if not recipe.prunes:
+        raise typer.BadParameter("expected --sparsity, --threshold or --pattern")
+    _pack(model, output, recipe, dry_run, html, as_json)
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt unpack small.safetensors -o back.safetensors\n\n"
+    "fastopt unpack model.npz -o model.safetensors"
+)
+def unpack(model: Source, output: Target, as_json: Json = False) -> None:
+    """Turn a packed model, or one in another format, into plain tensors that any reader of safetensors knows.
+
+    Tensors get the shapes and dtypes back that they had. JSON: source, target, file_bytes.
+    """
+    with byte_progress("unpack") as notify:
+        unpack_file(model, output, notify=notify)
+    size = _file_bytes(output)
+    if as_json:
+        typer.echo(report.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
+    else:
+        typer.echo(f"{output}: {report.size_text(size)}")
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt diff model.safetensors small.safetensors\n\n"
+    "fastopt diff model.safetensors small.safetensors --max-error 0.1 || echo too far off"
+)
+def diff(
+    first: Source,
+    second: Annotated[Path, typer.Argument(help="What is compared with it, in any of these formats.")],
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="End with status 1 if the relative error of a tensor is larger than this, or names or shapes differ.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far the tensors of two models are apart, by their decoded values, and which only one of them has.
+
+    Errors are those of the second model: root mean square, relative to that of the first; largest; signal to noise
+    ratio; cosine. The status is 0 when the models have been compared, whatever came out, but for --max-error.
+
+    JSON: first, second, tensors (name, shape, size, nbytes of both, rmse, relative, max, snr, cosine), missing, extra,
+    reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is null.
+    """
+    one, other = _open(first), _open(second)
+    with byte_progress("compare") as notify:
+        found = difference_of(_Watched(one, notify), other)
+    if html is not None:
+        with byte_progress("page") as notify:
+            page.write(html, page.of_difference(first, second, found, _Watched(one, notify), other))
+    if as_json:
+        typer.echo(report.to_json({"first": str(first), "second": str(second), **report.plain(found)}))
+    else:
+        report.print_difference(found)
+    if max_error is not None:
+        apart = [t.name for t in found.tensors if not t.relative <= max_error]
+        apart += [*found.missing, *found.extra, *(name for name, *_ in found.reshaped)]
+        if apart:
+            raise ValueError(
+                f"{len(apart)} tensors, as {apart[0]!r}, differ by more than {max_error:g}, or in name or shape"
+            )
+
+
+# ---- what they share ---------------------------------------------------------------------------------------------
+
+
+def _pack(
+    source: Path, target: Path, recipe: Recipe, dry_run: bool, html: Path | None, as_json: bool, **targets: Any
+) -> None:
+    """Pack from file to file, and report."""
+    weights = (
+        None if html is None else open_weights(source)
+    )  # before the target, which may be the same file, is written
+    with byte_progress("plan" if dry_run else "pack") as notify:
+        packed = pack_file(source, target, recipe, dry_run=dry_run, notify=notify, **targets)
+    model = None if dry_run else load(target)
+    if html is not None and weights is not None:
+        with byte_progress("page") as notify:
+            watched = _Watched(weights, notify)
+            page.write(html, page.of_packing(source, target, packed, recipe, watched, model))
+    size = None if dry_run else _file_bytes(target)
+    if as_json:
+        about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
+        used = recipe if model is None or model.recipe is None else model.recipe
+        typer.echo(report.to_json({**about, "recipe": used.to_dict(), **packed.to_dict()}))
+    else:
+        report.print_report(packed)
+        typer.echo(f"{target}: {'not written' if size is None else report.size_text(size)}")
+
+
+def _file_bytes(path: Path) -> int:
+    """Return the size of a file, of an index with all its shards."""
+    names = read_index(path) if path.name.endswith(".index.json") else []
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+
+
+_NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
+
+
+def _open(path: Path) -> "PackedModel | Weights":
+    """Open a model; what is packed stays so."""
+    if path.is_dir():
+        found = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
+        return load(found[0]) if len(found) == 1 else open_weights(path)
+    return open_weights(path) if path.suffix in _NOT_PACKED else load(path)
+
+
+class _Watched(Mapping[str, Weight]):
+    """A model that tells how far its tensors have been read, one after the other."""
+
+    def __init__(self, weights: "PackedModel | Weights", notify: Callable[[int, int, str], None]) -> None:
+        self._weights, self._notify, self._done = weights, notify, 0
+
+    def __getitem__(self, name: str) -> Weight:
+        self._notify(self._done, self._weights.nbytes, name)
+        tensor = self._weights[name]
+        self._done += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that the command line gives."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Let an option out of range end as wrong usage does."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+_GROUPS = {"row": -1, "tensor": None, "auto": "auto"}
+_OVERRIDE = re.compile(rf"(.+?):((?:{'|'.join(f.name for f in fields(Options))})=.*)")
+
+
+def _group_size(text: str) -> Any:
+    if text in _GROUPS:
+        return _GROUPS[text]
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"group_size: expected a number, row or tensor, got {text!r}") from None
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the pattern and the options of ``GLOB:OPTION=VALUE,...``."""
+    match = _OVERRIDE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"--override: expected GLOB:OPTION=VALUE,... as '*embed*:bits=8', got {text!r}")
+    options: dict[str, Any] = {}
+    for part in match[2].split(","):
+        name, _, value = part.partition("=")
+        options[name] = _group_size(value) if name == "group_size" else _value(value)
+    return match[1], options
+
+
+def _value(text: str) -> Any:
+    """Return what a value means: none, a number, or a text."""
+    if text == "none":
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

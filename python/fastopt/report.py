@@ -1,0 +1,270 @@
+"""What the commands on models print: tables for the terminal, or JSON."""
+
+import json
+import math
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastopt.examine import Difference, TensorFacts
+from fastopt.model import Report
+from fastopt.quant import Error
+
+# ---- numbers as texts --------------------------------------------------------------------------------------------
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes with its unit, of 1000 each: as file managers and ``--target-size`` count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'B' else 1 if count >= 100 else 2}f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def percent_text(share: float | None) -> str:
+    """Return a share in percent, nothing for None."""
+    if share is None or share == 0:
+        return "" if share is None else "0"
+    percent = 100 * share
+    return "<0.01 %" if percent < 0.01 else f"{percent:.{2 if percent < 10 else 1}f} %"
+
+
+def decibel_text(snr: float) -> str:
+    """Return a signal to noise ratio; "exact" if there is no noise."""
+    return "exact" if snr == math.inf else f"{snr:.1f}"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
+    """Return how a tensor is stored in a few words, as "4 bits, g32" or "sparse, 8 bits, g128"."""
+    if bits is None:
+        return kind
+    group = {None: "tensor", -1: "row"}.get(group_size, f"g{group_size}")
+    return f"{'sparse, ' if kind.startswith('sparse') else ''}{bits} bits, {group}"
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> str:
+    """Return one JSON object; numbers that JSON does not have, as an infinite signal to noise ratio, are null."""
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Return dicts, lists, texts and numbers that are finite, else None, of whatever a report holds."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Error):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+_NAME = 32  # columns that the names of tensors get at least, if they need them
+
+
+class _Column(NamedTuple):
+    head: str
+    text: Callable[[Any], str]
+    rank: int = 0  # where a terminal is too narrow, columns of the highest rank are left out
+
+
+def layer_of(name: str) -> str:
+    """Return the part of a tensor's name up to a number, as "encoder.layer.0"; "" if there is none."""
+    match = re.match(r"(.*?\.\d+)\.", f".{name}")
+    return match[1][1:] if match else ""
+
+
+def _tail(name: str, room: int) -> str:
+    """Return a name, of a long one the end, which tells more than its beginning."""
+    return name if len(name) <= room else f"…{name[1 - room :]}"
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # of a file or a pipe
+    return console
+
+
+def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) -> None:
+    """Print a row for each of `rows` under its layer, with the columns that fit."""
+    lines: list[tuple[str, Any]] = []
+    for layer, group in groupby(rows, lambda row: layer_of(row.name)):
+        members = list(group)
+        under = layer if len(members) > 1 else ""
+        lines += [(under, None)] if under else []
+        lines += [(f"  {row.name[len(under) + 1 :]}" if under else row.name, row) for row in members]
+    widths = {column: 2 + max(len(column.head), *(len(column.text(row)) for row in rows)) for column in columns}
+    shown, longest = list(columns), max(len(name) for name, row in lines if row is not None)
+    while sum(widths[column] for column in shown) + min(longest, _NAME) > console.width:
+        last = max(shown, key=lambda column: column.rank)
+        if last.rank == 0:
+            break
+        shown.remove(last)
+    room = max(_NAME // 2, console.width - sum(widths[column] for column in shown))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for column in shown:
+        table.add_column(column.head, justify="right", no_wrap=True)
+    for name, row in lines:
+        # Names come from files: they are texts, never markup.
+        cells = [] if row is None else [Text(column.text(row)) for column in shown]
+        table.add_row(Text(_tail(name, room), style="bold" if row is None else ""), *cells)
+    console.print(table)
+
+
+def print_facts(file: Path, facts: Sequence[TensorFacts]) -> None:
+    """Print what the tensors of a file are like.
+
+    Parameters
+    ----------
+    file : Path
+    facts : sequence of TensorFacts
+    """
+    console = _console()
+    columns = (
+        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("dtype", lambda t: t.dtype, 6),
+        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size), 3),
+        _Column("bits/w", lambda t: _short(t.bits_per_weight), 2),
+        _Column("size", lambda t: size_text(t.nbytes)),
+        _Column("min", lambda t: _short(t.minimum), 1),
+        _Column("max", lambda t: _short(t.maximum), 1),
+        _Column("std", lambda t: _short(t.std), 5),
+        _Column("zeros", lambda t: percent_text(t.zeros / max(t.size, 1)), 5),
+        _Column("> 6 std", lambda t: f"{t.outliers:,}"),
+        _Column("bits", lambda t: str(t.suggested_bits or "")),
+    )
+    _print(console, columns, facts)
+    for line in facts_lines(file, facts):
+        console.print(Text(line))
+
+
+def facts_lines(file: Path, facts: Sequence[TensorFacts]) -> list[str]:
+    """Return what is to be said of all tensors together, and the command that would pack them."""
+    size, nbytes = sum(t.size for t in facts), sum(t.nbytes for t in facts)
+    lines = [f"{len(facts)} tensors, {size:,} values, {size_text(nbytes)}, {8 * nbytes / max(size, 1):.2f} bits each"]
+    lines += [f"{t.name}: {t.non_finite:,} values are NaN or infinite" for t in facts if t.non_finite]
+    wanted = Counter[int]()
+    for t in facts:
+        if t.suggested_bits:
+            wanted[t.suggested_bits] += t.size
+    if wanted:
+        bits = wanted.most_common(1)[0][0]
+        others = [t for t in facts if t.suggested_bits not in (None, bits)]
+        parts = ["fastopt", "pack", str(file), "-o", f"{file.stem}-packed.safetensors", "--bits", str(bits)]
+        for t in others[:3]:
+            parts += ["--override", f"{t.name}:bits={t.suggested_bits}"]
+        lines.append(f"suggested: {shlex.join(parts)}{' ...' if len(others) > 3 else ''}")
+    return lines
+
+
+def print_report(report: Report) -> None:
+    """Print what became of the tensors of a model; those that were kept for one reason share a row.
+
+    Parameters
+    ----------
+    report : Report
+    """
+    console = _console()
+    packed = [t for t in report.tensors if t.kind != "dense"]
+    columns = (
+        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size)),
+        _Column("bits/w", lambda t: f"{t.bits_per_weight:.2f}", 2),
+        _Column("before", lambda t: size_text(t.nbytes_before), 3),
+        _Column("after", lambda t: size_text(t.nbytes)),
+        _Column("error", lambda t: percent_text(t.error and t.error.relative)),
+        _Column("max", lambda t: _short(t.error and t.error.max), 1),
+        _Column("SNR dB", lambda t: decibel_text(t.error.snr) if t.error else "", 1),
+        _Column("cosine", lambda t: f"{t.error.cosine:.5f}" if t.error else "", 6),
+    )
+    if packed:
+        _print(console, columns, packed)
+    for line in report_lines(report):
+        console.print(Text(line))
+
+
+def report_lines(report: Report) -> list[str]:
+    """Return what was kept and why, and what became of all tensors together."""
+    kept: dict[str, list[int]] = {}
+    for t in report.tensors:
+        if t.kind == "dense":
+            kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
+    lines = [f"kept as they are: {len(n)} tensors, {size_text(sum(n))} ({reason})" for reason, n in kept.items()]
+    ratio = report.nbytes_before / max(report.nbytes, 1)
+    total = f"{size_text(report.nbytes_before)} -> {size_text(report.nbytes)} ({ratio:.2f} times smaller)"
+    lines.append(f"{total}, {report.bits_per_weight:.2f} bits per weight")
+    if report.error:
+        lines.append(_error_text(report.error))
+    return lines
+
+
+def print_difference(difference: Difference) -> None:
+    """Print how far two models are apart.
+
+    Parameters
+    ----------
+    difference : Difference
+    """
+    console = _console()
+    columns = (
+        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("first", lambda t: size_text(t.nbytes[0]), 2),
+        _Column("second", lambda t: size_text(t.nbytes[1])),
+        _Column("error", lambda t: percent_text(t.relative)),
+        _Column("rmse", lambda t: _short(t.rmse), 5),
+        _Column("max", lambda t: _short(t.max), 1),
+        _Column("SNR dB", lambda t: decibel_text(t.snr), 1),
+        _Column("cosine", lambda t: f"{t.cosine:.6f}", 6),
+    )
+    different = [t for t in difference.tensors if t.rmse != 0]
+    if different:
+        _print(console, columns, different)
+    for line in difference_lines(difference):
+        console.print(Text(line))
+
+
+def difference_lines(difference: Difference) -> list[str]:
+    """Return what is to be said of two models as a whole."""
+    equal = sum(t.rmse == 0 for t in difference.tensors)
+    lines = [f"{equal} of {len(difference.tensors)} tensors that both have are equal"]
+    if equal < len(difference.tensors):
+        first, second = (sum(t.nbytes[i] for t in difference.tensors) for i in (0, 1))
+        lines.append(f"{size_text(first)} and {size_text(second)}; {_error_text(difference.total)}")
+    lines += [f"only in the first: {name}" for name in difference.missing]
+    lines += [f"only in the second: {name}" for name in difference.extra]
+    lines += [f"other shape: {name}, {_times(one)} and {_times(other)}" for name, one, other in difference.reshaped]
+    return lines
+
+
+def _error_text(error: Error) -> str:
+    return f"relative error {percent_text(error.relative)}, SNR {decibel_text(error.snr)} dB, cosine {error.cosine:.6f}"
