@@ -23,8 +23,8 @@ from fastopt.sparse import SparseTensor
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-OPSET = 21  # the first with uint4
-_OPSET_OF_BITS = {8: OPSET, 4: OPSET, 2: 25}
+_OPSET = 21  # the first with uint4
+_OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
 _CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
 _LIMIT = (1 << 31) - (1 << 20)  # bytes of a protobuf message, and some for what is not tensors
@@ -97,6 +97,12 @@ def save(model: "ModelProto", path: Path) -> None:
         temporary.write_bytes(content)
 
 
+def opset_of(tensor: Weight) -> int:
+    """Return the operator set that is needed to decode a tensor."""
+    stored = tensor.values if isinstance(tensor, SparseTensor) else tensor
+    return _OPSET_OF_BITS[stored.bits] if isinstance(stored, QuantizedTensor) else _OPSET
+
+
 class _Described(NamedTuple):
     """An input or output of a model."""
 
@@ -115,9 +121,10 @@ class Builder:
         self.accuracy_level = accuracy_level
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
-        self.opset = OPSET
+        self.opset = _OPSET
         self._names = taken
         self._shared: dict[Any, str] = {}
+        self._blocks: dict[str, tuple[int, str, str, str, str]] = {}
 
     def fresh(self, name: str) -> str:
         """Return a name that is not taken, and take it."""
@@ -178,7 +185,7 @@ class Builder:
 
         if q.size == 0:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
-        self.opset = max(self.opset, _OPSET_OF_BITS[q.bits])
+        self.opset = max(self.opset, opset_of(q))
         rows, cols = as_matrix(q.shape)
         codes = self.fresh(f"{name}.codes")
         kind = TensorProto.DataType.Value(_CODES[q.bits])
@@ -235,33 +242,36 @@ class Builder:
         return self.node("MatMul", x, self.node("Transpose", value, perm=[1, 0]), output=output)
 
     def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None) -> str:
-        from onnx import TensorProto, helper
-
         rows, cols = as_matrix(q.shape)
-        size, scale, minimum = _blocks(name, q)
-        groups = scale.shape[1]
-        row_bytes = groups * size * q.bits // 8
-        codes = np.zeros((rows, row_bytes), np.uint8)
-        codes[:, : q.codes.shape[1]] = q.codes
-        constants = [self.constant(f"{name}.codes", codes.reshape(rows, groups, -1))]
-        constants.append(self._float32(f"{name}.scale", scale.reshape(-1)))
-        # Codes count from 0, which takes a zero point that says so.
-        zeros = helper.make_tensor("zero", TensorProto.UINT8, [1], [0])
-        shape = self.numbers(rows * -(-groups * q.bits // 8))
-        constants.append(self.node("ConstantOfShape", shape, output=self.fresh(f"{name}.zero_points"), value=zeros))
-        options: dict[str, Any] = {
-            "K": cols,
-            "N": rows,
-            "bits": q.bits,
-            "block_size": size,
-            "accuracy_level": self.accuracy_level,
-        }
+        size, *constants, minimum = self._block_constants(name, q)
+        options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": size}
+        options["accuracy_level"] = self.accuracy_level
         y = self.node("MatMulNBits", x, *constants, domain="com.microsoft", **options)
-        minima = self.node("Transpose", self._float32(f"{name}.minimum", minimum), perm=[1, 0])
-        added = self.node("MatMul", self._block_sums(x, cols, size), minima)
+        added = self.node("MatMul", self._block_sums(x, cols, size), minimum)
         if q.outliers is None:
             return self.node("Add", y, added, output=output)
         return self._add_outliers(x, self.node("Add", y, added), name, q, output)
+
+    def _block_constants(self, name: str, q: QuantizedTensor) -> tuple[int, str, str, str, str]:
+        """Add codes, scale, zero point and, transposed, minimum of each block, unless they are there."""
+        from onnx import TensorProto, helper
+
+        if name not in self._blocks:
+            size, scale, minimum = _blocks(name, q)
+            rows, groups = scale.shape
+            codes = np.zeros((rows, groups * size * q.bits // 8), np.uint8)
+            codes[:, : q.codes.shape[1]] = q.codes
+            # Codes count from 0, which takes a zero point that says so.
+            zero = helper.make_tensor("zero", TensorProto.UINT8, [1], [0])
+            shape = self.numbers(rows * -(-groups * q.bits // 8))
+            self._blocks[name] = (
+                size,
+                self.constant(f"{name}.codes", codes.reshape(rows, groups, -1)),
+                self._float32(f"{name}.scale", scale.reshape(-1)),
+                self.node("ConstantOfShape", shape, output=self.fresh(f"{name}.zero_points"), value=zero),
+                self.node("Transpose", self._float32(f"{name}.minimum", minimum), perm=[1, 0]),
+            )
+        return self._blocks[name]
 
     def _block_sums(self, x: str, cols: int, size: int) -> str:
         """Add the sums of x over blocks of columns, unless they are there."""
