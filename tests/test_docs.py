@@ -13,7 +13,7 @@ import fastopt as fo
 ROOT = Path(__file__).parent.parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Modules of the command line need its extra and have no examples of their own.
-MODULES = [f"fastopt.{m.name}" for m in pkgutil.iter_modules(fo.__path__) if m.name != "_core"]
+MODULES = [m.name for m in pkgutil.walk_packages(fo.__path__, "fastopt.") if m.name != "fastopt._core"]
 
 
 @pytest.mark.parametrize("name", ["fastopt", *MODULES])

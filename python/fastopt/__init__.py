@@ -17,6 +17,7 @@ from fastopt.choose import choose_bits
 from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.examine import Difference, TensorDifference, TensorFacts, diff, inspect
 from fastopt.export import export
+from fastopt.export.onnx_pack import pack_onnx
 from fastopt.files import Weights
 from fastopt.linear import linear
 from fastopt.model import PackedModel, Report, TensorReport, load, pack
@@ -69,6 +70,7 @@ __all__ = [
     "pack",
     "pack_bits",
     "pack_file",
+    "pack_onnx",
     "plan",
     "prune",
     "prune_",

@@ -215,9 +215,12 @@ class Builder:
         return self.node("Reshape", value, self.numbers(*q.shape))
 
     def _scattered(self, name: str, tensor: SparseTensor) -> str:
-        """Add the stored values, scattered over zeros."""
+        """Add the stored values, scattered over zeros; or these too, where the places would take more bytes."""
         from onnx import helper
 
+        index_type = np.dtype(np.int32 if tensor.size < 1 << 31 else np.int64)
+        if tensor.values.nbytes + tensor.nnz * index_type.itemsize >= tensor.size * tensor.dtype.itemsize:
+            return self.constant(f"{name}.value", tensor.to_dense())
         # Where each value stands, of any layout: the numbers of the values in their places.
         numbers = np.arange(1, tensor.nnz + 1, dtype=np.float64)
         numbered = SparseTensor(tensor.layout, tensor.positions, tensor.row_offsets, numbers, tensor.shape)
@@ -226,7 +229,7 @@ class Builder:
         places = places[np.argsort(found[places], kind="stable")]
         zero = helper.make_tensor("zero", helper.np_dtype_to_tensor_dtype(tensor.dtype), [1], [0])
         zeros = self.node("ConstantOfShape", self.numbers(tensor.size), output=self.fresh(f"{name}.zeros"), value=zero)
-        index = self.constant(f"{name}.positions", places.astype(np.int32 if tensor.size < 1 << 31 else np.int64))
+        index = self.constant(f"{name}.positions", places.astype(index_type))
         values = self.value(f"{name}.values", tensor.values)
         flat = self.node("ScatterElements", zeros, index, values, axis=0)
         return self.node("Reshape", flat, self.numbers(*tensor.shape))
@@ -236,6 +239,8 @@ class Builder:
         rows, cols = as_matrix(w.shape)
         if self.fast and isinstance(w, QuantizedTensor):
             return self._fast_product(x, name, w, output)
+        if isinstance(w, np.ndarray):
+            return self.node("MatMul", x, self.value(name, w.reshape(rows, cols).T, dtype=np.float32), output=output)
         value = self.value(name, w, dtype=np.float32)
         if len(w.shape) != 2:
             value = self.node("Reshape", value, self.numbers(rows, cols))
@@ -334,7 +339,7 @@ def _codes(q: QuantizedTensor) -> bytes:
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
     """Return a block size that MatMulNBits has, with scale and minimum of each block, or raise."""
     cols = as_matrix(q.shape)[1]
-    for size in sorted(_BLOCKS, key=lambda size: cols % size != 0):  # rather those that need no padding
+    for size in sorted(_BLOCKS, key=lambda size: (-cols % size, -size)):  # with the least padding
         params = regroup(q, size)
         if params is not None:
             return size, *params

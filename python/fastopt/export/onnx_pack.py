@@ -71,6 +71,16 @@ def pack_onnx(
     TypeError, ValueError
         If the source is not an ONNX model, or cannot be brought to an operator set with low-bit types (21, or 25 for
         2 bits), or as in `pack`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> weights = {"fc.weight": np.random.default_rng(0).standard_normal((64, 64)).astype("f4")}
+    >>> fo.export(weights, "model.onnx", to="onnx", graph=[fo.Layer("fc")])
+    >>> report = fo.pack_onnx("model.onnx", "small.onnx", fo.Recipe(bits=4))
+    >>> report.nbytes_before, report.nbytes
+    (16384, 2560)
     """
     require_package("onnx")
     model = _load(Path(source))
@@ -167,6 +177,14 @@ def _graphs(graph: "GraphProto") -> Iterator["GraphProto"]:
             yield from _graphs(inner)
 
 
+def _reads(node: "NodeProto") -> Iterator[str]:
+    """Give what a node reads, and all that its graphs do."""
+    yield from node.input
+    for inner in _subgraphs(node):
+        for within in inner.node:
+            yield from _reads(within)
+
+
 def _constants(graph: "GraphProto") -> dict[str, "TensorProto"]:
     """Return the initializers, and the outputs of Constant nodes, of one graph."""
     found = {tensor.name: tensor for tensor in graph.initializer}
@@ -239,7 +257,9 @@ def _replace(model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast
             else:
                 nodes.append(node)
                 decoded.update(node.input)
-                decoded.update(name for inner in _subgraphs(node) for g in _graphs(inner) for n in g.node for name in n.input)
+                decoded.update(
+                    name for inner in _subgraphs(node) for g in _graphs(inner) for n in g.node for name in n.input
+                )
         for name in own:
             if name in decoded:
                 _decode(builder, name, own[name], transposed[name])

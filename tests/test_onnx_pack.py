@@ -1,0 +1,205 @@
+"""ONNX models, packed and run by ONNX Runtime."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_export_onnx import distance, random, run
+
+import fastopt as fo
+
+onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+# Whether the model below holds a weight as [in, out].
+TRANSPOSED = {
+    "conv": False,
+    "depthwise": False,
+    "shared": True,
+    "constant": True,
+    "gemm": True,
+    "turned": False,
+    "scaled": True,
+    "inner": True,
+    "outer": True,
+}
+
+
+@pytest.fixture
+def weights(rng):
+    shapes = [(8, 3, 3, 3), (8, 1, 3, 3), (128, 128), (128, 48), (48, 40), (24, 40), (24, 24), (24, 24), (24, 24)]
+    return {name: random(rng, *shape) / np.float32(8) for name, shape in zip(TRANSPOSED, shapes, strict=True)}
+
+
+def save_model(path, weights, opset=17, listed=False):
+    """A model with weights of Conv, MatMul, Gemm; constants; in branches. `tied` is read otherwise too."""
+    node, rng = helper.make_node, np.random.default_rng(0)
+    rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 24]) for name in ("then", "else", "y")]
+    then = [node("MatMul", ["s", "inner"], ["i"]), node("MatMul", ["i", "outer"], ["then"])]
+    inner = numpy_helper.from_array(weights["inner"], "inner")
+    nodes = [
+        node("Constant", [], ["constant"], value=numpy_helper.from_array(weights["constant"], "value")),
+        node("Conv", ["x", "conv"], ["c"], pads=[1, 1, 1, 1]),
+        node("Conv", ["c", "depthwise"], ["d"], group=8, pads=[1, 1, 1, 1]),
+        node("Reshape", ["d", "to_rows"], ["r"]),
+        node("MatMul", ["r", "shared"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("MatMul", ["b", "shared"], ["e"]),
+        node("MatMul", ["e", "constant"], ["f"]),
+        node("Reshape", ["f", "to_matrix"], ["g"]),
+        node("Gemm", ["g", "gemm", "bias"], ["h"]),
+        node("Gemm", ["h", "turned"], ["k"], transB=1),
+        node("Gemm", ["k", "scaled"], ["s"], alpha=0.5),
+        node(
+            "If",
+            ["yes"],
+            ["t"],
+            then_branch=helper.make_graph(then, "then", [], rows[:1], [inner]),
+            else_branch=helper.make_graph([node("MatMul", ["s", "outer"], ["else"])], "else", [], rows[1:2]),
+        ),
+        node("MatMul", ["t", "tied"], ["u"]),
+        node("Gather", ["tied", "row"], ["v"]),
+        node("Add", ["u", "v"], ["y"]),
+    ]
+    arrays = {name: w for name, w in weights.items() if name not in ("constant", "inner")}
+    arrays |= {"bias": random(rng, 40), "tied": random(rng, 24, 24), "row": np.array(3)}
+    arrays |= {"to_rows": np.array([2, -1, 128]), "to_matrix": np.array([-1, 48])}
+    constants = [numpy_helper.from_array(w, name) for name, w in arrays.items()]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16]),
+        helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+    ]
+    if listed:
+        inputs += [helper.make_tensor_value_info(c.name, c.data_type, c.dims) for c in constants]
+    graph = helper.make_graph(nodes, "g", inputs, rows[2:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def source(weights, tmp_path):
+    return save_model(tmp_path / "model.onnx", weights)
+
+
+def packed_weights(weights, recipe):
+    """What `fo.pack` makes of the weights seen as [out, in, ...], decoded, as the model holds them."""
+    seen = {name: w.T.copy() if TRANSPOSED[name] else w for name, w in weights.items()}
+    decoded = fo.pack(seen, recipe=recipe).unpack()
+    return {name: w.T.copy() if TRANSPOSED[name] else w for name, w in decoded.items()}
+
+
+RECIPES = {
+    "eight": fo.Recipe(bits=8, min_size=1),
+    "four": fo.Recipe(bits=4, fit="lsq", min_size=1),
+    "two": fo.Recipe(bits=2, group_size=32, min_size=1),
+    "outliers": fo.Recipe(bits=4, outliers=0.02, min_size=1),
+    "sparse": fo.Recipe(sparsity=0.5, min_size=1),
+    "both": fo.Recipe(bits=8, sparsity=0.5, min_size=1),
+    "mixed": fo.Recipe(bits=4, exclude=["gemm"], overrides={"conv": {"bits": 2}, "shared": {"bits": 8}}, min_size=500),
+    "nothing": fo.Recipe(bits=4, include=[]),
+}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_model_computes_with_packed_weights(recipe, fast, weights, source, rng, tmp_path):
+    recipe = RECIPES[recipe]
+    target = tmp_path / "small.onnx"
+    report = fo.pack_onnx(source, target, recipe, fast=fast)
+    expected = save_model(tmp_path / "expected.onnx", packed_weights(weights, recipe))
+    for yes in (True, False):
+        feeds = {"x": random(rng, 2, 3, 16, 16), "yes": np.array(yes)}
+        assert distance(run(target, feeds)["y"], run(expected, feeds)["y"]) < 1e-5
+    kinds = {t.name: t.kind for t in report.tensors if t.reason != "not the weight of a MatMul, Gemm or Conv alone"}
+    assert set(kinds) == set(TRANSPOSED)
+    operators = [node.op_type for node in onnx.load(target).graph.node]
+    products = ("shared", "shared", "constant", "gemm", "turned")
+    assert operators.count("MatMulNBits") == (sum(kinds[name] == "quantized" for name in products) if fast else 0)
+    if recipe.bits is not None and recipe.include:
+        assert target.stat().st_size < source.stat().st_size
+
+
+@pytest.mark.parametrize("opset", [11, 13, 21])
+def test_older_models(opset, weights, rng, tmp_path):
+    """Of operator sets without low-bit types, with initializers that are inputs too; packed over themselves."""
+    path = save_model(tmp_path / "model.onnx", weights, opset, listed=True)
+    feeds = {"x": random(rng, 2, 3, 16, 16), "yes": np.array(True)}
+    full = run(path, feeds)["y"]
+    fo.pack_onnx(path, path, fo.Recipe(bits=8, min_size=1), fast=True)
+    assert 0 < distance(run(path, feeds)["y"], full) < 0.03
+    names = [value.name for value in onnx.load(path).graph.input]
+    assert "tied" in names
+    assert "shared" not in names
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_precision(rng, tmp_path):
+    w = random(rng, 64, 32).astype("f2")
+    kinds = [helper.make_tensor_value_info(*item) for item in (("x", 10, ["n", 64]), ("y", 10, ["n", 32]))]
+    constant = numpy_helper.from_array(w, "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", kinds[:1], kinds[1:], [constant])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    fo.pack_onnx(tmp_path / "m.onnx", tmp_path / "p.onnx", fo.Recipe(bits=4, min_size=1), fast=True)
+    x = random(rng, 3, 64).astype("f2")
+    expected = x.astype("f8") @ fo.quantize(w.T.copy(), bits=4).dequantize().T.astype("f8")
+    assert distance(run(tmp_path / "p.onnx", {"x": x})["y"], expected) < 2e-3
+
+
+def test_dry_run_and_targets(source, tmp_path):
+    told = []
+    recipe = fo.Recipe(min_size=500)
+    report = fo.pack_onnx(
+        source, tmp_path / "p.onnx", recipe, target_bits=5, dry_run=True, notify=lambda *now: told.append(now)
+    )
+    assert not (tmp_path / "p.onnx").exists()
+    assert {t.bits for t in report.tensors if t.kind == "quantized"} > {4}
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1]
+    assert told[-1][2] == ""
+
+
+def test_refused(source, weights, tmp_path):
+    recipe = fo.Recipe(bits=4, min_size=1)
+    out = tmp_path / "out.onnx"
+    with pytest.raises(FileNotFoundError):
+        fo.pack_onnx(tmp_path / "none.onnx", out, recipe)
+    (tmp_path / "text.onnx").write_text("not a model")
+    for content in (b"not a model", b"", b"\x08\x07"):
+        (tmp_path / "text.onnx").write_bytes(content)
+        with pytest.raises(ValueError, match=r"text.onnx: not an ONNX file"):
+            fo.pack_onnx(tmp_path / "text.onnx", out, recipe)
+    weights["gemm"][3, 5] = np.nan
+    with pytest.raises(ValueError, match=r"'gemm': w: expected finite .* got nan at \(5, 3\)"):
+        fo.pack_onnx(save_model(tmp_path / "nan.onnx", weights), out, recipe)
+    with pytest.raises(ValueError, match=r"'.*': MatMulNBits has blocks .* got groups of 8"):
+        fo.pack_onnx(source, out, recipe.replace(group_size=8), fast=True)
+    model = onnx.load(source)
+    model.graph.node.append(helper.make_node("Experiment", ["x"], ["z"]))
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(ValueError, match=r"is of operator set 17, .* cannot be brought to 21"):
+        fo.pack_onnx(tmp_path / "old.onnx", out, recipe)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("bits", "fast"), [(8, False), (4, True)])
+def test_magika_tells_the_same_types(bits, fast, tmp_path):
+    """A model that its package carries, and runs."""
+    magika = pytest.importorskip("magika", reason="magika, whose wheel carries a model, is not installed")
+    (folder,) = Path(magika.__file__).parent.glob("models/standard_*")
+    shutil.copytree(folder, tmp_path / "model")
+    model = tmp_path / "model" / "model.onnx"
+    before = model.stat().st_size
+    fo.pack_onnx(model, model, fo.Recipe(bits=bits), fast=fast)
+    assert model.stat().st_size < before / (3.5 if bits == 8 else 5)
+    here, package = Path(__file__).parent.parent, Path(magika.__file__).parent
+    folders = (here.glob("*.*"), here.glob("cpp/**/*"), here.glob("tests/*"), package.rglob("*"))
+    files = {path.suffix: path for folder in folders for path in sorted(folder) if path.is_file()}
+    full, small = magika.Magika(), magika.Magika(model_dir=tmp_path / "model")
+    results = [m.identify_paths(list(files.values())) for m in (full, small)]
+    labels = [[result.output.label for result in found] for found in results]
+    assert len(set(labels[0])) >= 8
+    same = [a == b for a, b in zip(*labels, strict=True)]
+    assert np.mean(same) >= (1 if bits == 8 else 0.9)
+    scores = np.array([[result.score for result in found] for found in results])
+    assert np.median(abs(scores[0] - scores[1])) < (0.001 if bits == 8 else 0.01)
