@@ -1,9 +1,12 @@
 """Exports, read back by the runtimes that they are for."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import same_bits
+from test_cli import run
 
 import fastopt as fo
 
@@ -44,6 +47,51 @@ def test_nothing_is_left_behind(tmp_path):
         fo.export(model, tmp_path / "m.npz", to="npz")
     with pytest.raises(ValueError, match="to: expected one of"):
         fo.export(model, tmp_path / "m.npz", to="tflite")
-    with pytest.raises(TypeError, match="nonsense"):
+    with pytest.raises(TypeError, match="options: npz has no 'nonsense'; it has none"):
         fo.export(model, tmp_path / "m.npz", to="npz", nonsense=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command(rng, tmp_path):
+    """Each format from the command line is that from Python."""
+    pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    pytest.importorskip("gguf", reason="the extra `export` is not installed")
+    weights = {"fc1.weight": (96, 64), "fc1.bias": (96,), "fc2.weight": (10, 96)}
+    weights = {name: rng.standard_normal(shape).astype("f4") for name, shape in weights.items()}
+    model = fo.pack(weights, bits=4, min_size=500)
+    small = tmp_path / "small.safetensors"
+    model.save(small)
+    graph = [fo.Layer("fc1", activation="relu"), fo.Layer("fc2")]
+    layers = ["--layer", "fc1:relu", "--layer", "fc2"]
+    for to, flags, options in (
+        ("npz", [], {}),
+        ("gguf", ["--requantize", "--architecture", "digits"], {"requantize": True, "architecture": "digits"}),
+        ("mlx", ["--param-dtype", "float16"], {"param_dtype": "float16"}),
+        ("onnx", [], {}),
+        ("onnx", [*layers, "--fast", "--accuracy-level", 4], {"graph": graph, "fast": True, "accuracy_level": 4}),
+    ):
+        paths = [tmp_path / folder / "model" for folder in ("python", "command")]
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+        fo.export(model, paths[0], to=to, **options)
+        result = run("export", small, "--to", to, "-o", paths[1], *flags, "--json")
+        assert result.stderr == ""
+        size = paths[0].stat().st_size
+        assert json.loads(result.stdout) == {
+            "source": str(small), "target": str(paths[1]), "to": to, "file_bytes": size
+        }  # fmt: skip
+        if to != "npz":  # which tells the time
+            assert paths[1].read_bytes() == paths[0].read_bytes()
+    assert f"{paths[1]}: " in run("export", small, "--to", "npz", "-o", paths[1]).stdout
+
+
+def test_command_called_wrongly(tmp_path):
+    small, out = tmp_path / "small.safetensors", tmp_path / "out"
+    fo.pack({"w": np.eye(64, dtype="f4")}, bits=8, min_size=1).save(small)
+    assert "expected one of gguf, mlx" in run("export", small, "--to", "tflite", "-o", out, code=2).stderr
+    assert run("export", small, "-o", out, code=2).stdout == ""
+    line = run("export", small, "--to", "npz", "-o", out, "--fast", code=1).stderr
+    assert line == "fastopt: options: npz has no 'fast'; it has none\n"
+    line = run("export", tmp_path / "none", "--to", "npz", "-o", out, code=1).stderr
+    assert line == f"fastopt: {tmp_path / 'none'}: No such file or directory\n"
+    assert not out.exists()

@@ -1,10 +1,12 @@
 """ONNX models, packed and run by ONNX Runtime."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli import run as command
 from test_export_onnx import distance, random, run
 
 import fastopt as fo
@@ -180,6 +182,25 @@ def test_refused(source, weights, tmp_path):
     with pytest.raises(ValueError, match=r"is of operator set 17, .* cannot be brought to 21"):
         fo.pack_onnx(tmp_path / "old.onnx", out, recipe)
     assert not out.exists()
+
+
+def test_command(source, tmp_path):
+    model, out = tmp_path / "command.onnx", tmp_path / "python.onnx"
+    fo.pack_onnx(source, out, fo.Recipe(bits=4, exclude=["conv"], min_size=1), fast=True, accuracy_level=4)
+    options = ("--bits", 4, "--exclude", "conv", "--min-size", 1, "--fast", "--accuracy-level", 4)
+    result = command("pack", source, "-o", model, *options, "--json")
+    assert model.read_bytes() == out.read_bytes()
+    told = json.loads(result.stdout)
+    assert told["file_bytes"] == out.stat().st_size
+    assert {t["name"]: t["bits"] for t in told["tensors"]}["turned"] == 4
+    model.unlink()
+    assert "gemm" in command("pack", source, "-o", model, "--target-bits", 6, "--min-size", 500, "--dry-run").stdout
+    for wrong in (["-o", tmp_path / "m.safetensors"], ["-o", model, "--html", tmp_path / "page.html"]):
+        assert "an ONNX model is packed to an ONNX model" in command("pack", source, *wrong, "--bits", 4, code=2).stderr
+    fo.pack({"w": np.eye(64, dtype="f4")}).save(tmp_path / "w.safetensors")
+    paths = (tmp_path / "w.safetensors", "-o", tmp_path / "p.safetensors")
+    assert "for an ONNX model only" in command("pack", *paths, "--bits", 4, "--fast", code=2).stderr
+    assert not model.exists()
 
 
 @pytest.mark.parametrize(("bits", "fast"), [(8, False), (4, True)])

@@ -1,4 +1,4 @@
-"""The commands on models: inspect, pack, unpack, diff, prune."""
+"""The commands on models: inspect, pack, prune, unpack, export, diff."""
 
 import contextlib
 import re
@@ -14,10 +14,14 @@ from fastopt import page, report
 from fastopt.console import Json, app, byte_progress
 from fastopt.examine import diff as difference_of
 from fastopt.examine import inspect as facts_of
+from fastopt.export import TARGETS
+from fastopt.export import export as export_to
+from fastopt.export.onnx_pack import pack_onnx
 from fastopt.files import Weights, read_index
 from fastopt.linear import Weight
-from fastopt.model import PackedModel, load
+from fastopt.model import PackedModel, Report, load
 from fastopt.recipe import Options, Recipe
+from fastopt.shrink import Layer
 from fastopt.stream import pack_file, unpack_file
 from fastopt.weights import open_weights
 
@@ -59,6 +63,13 @@ Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most 
 Pattern = Annotated[
     str | None, typer.Option(metavar="N:M|1x16", help="Keep N of each M weights, as 2:4, or whole blocks of 16.")
 ]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast", help="onnx: multiply by MatMulNBits, which is ONNX Runtime's own."),
+]
+AccuracyLevel = Annotated[
+    int | None, typer.Option(help="onnx, with --fast: 0 multiplies in float32, 4 rounds activations to int8.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes, and write nothing.")]
 Html = Annotated[
     Path | None,
@@ -93,7 +104,8 @@ def inspect(model: Source, as_json: Json = False) -> None:
     "fastopt pack model.safetensors -o small.safetensors --bits 4 --group-size row --fit lsq --outliers 1e-4\n\n"
     "fastopt pack model.safetensors -o small.safetensors --target-size 12MB --html report.html\n\n"
     "fastopt pack model.safetensors -o small.safetensors --sparsity 0.5 --bits 8 --dry-run\n\n"
-    "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml"
+    "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml\n\n"
+    "fastopt pack model.onnx -o small.onnx --bits 4 --fast"
 )
 def pack(
     model: Source,
@@ -135,6 +147,8 @@ def pack(
     target_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The same, for a file of so many bytes, as 12MB or 11.5MiB.")
     ] = None,
+    fast: Fast = False,
+    accuracy_level: AccuracyLevel = None,
     dry_run: DryRun = False,
     html: Html = None,
     as_json: Json = False,
@@ -143,6 +157,9 @@ def pack(
 
     One tensor is in memory at a time. What is kept as it is, and why, is in the report. The recipe is stored in the
     file.
+
+    Of an ONNX model (.onnx, to another; needs the extra export) the weights of MatMul, Gemm and Conv nodes are packed,
+    and the new one runs as the old one did.
 
     JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
@@ -173,7 +190,26 @@ def pack(
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
     if not asked:
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
-    _pack(model, output, wanted, dry_run, html, as_json, target_bits=target_bits, target_size=target_size)
+    onnx = _given(fast=fast or None, accuracy_level=accuracy_level)
+    if ".onnx" not in (model.suffix, output.suffix):
+        if onnx:
+            raise typer.BadParameter("--fast and --accuracy-level: expected for an ONNX model only")
+        _pack(model, output, wanted, dry_run, html, as_json, target_bits=target_bits, target_size=target_size)
+        return
+    if model.suffix != output.suffix or html is not None:
+        raise typer.BadParameter("an ONNX model is packed to an ONNX model, without --html")
+    with byte_progress("plan" if dry_run else "pack") as notify:
+        packed = pack_onnx(
+            model,
+            output,
+            wanted,
+            target_bits=target_bits,
+            target_size=target_size,
+            dry_run=dry_run,
+            notify=notify,
+            **onnx,
+        )
+    _tell(model, output, wanted, packed, dry_run, as_json)
 
 
 @app.command(
@@ -222,6 +258,61 @@ def unpack(model: Source, output: Target, as_json: Json = False) -> None:
     size = _file_bytes(output)
     if as_json:
         typer.echo(report.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
+    else:
+        typer.echo(f"{output}: {report.size_text(size)}")
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt export small.safetensors --to gguf -o small.gguf\n\n"
+    "fastopt export small.safetensors --to onnx -o small.onnx --layer fc1:relu --layer fc2 --fast\n\n"
+    "fastopt export small.safetensors --to mlx -o mlx.safetensors --param-dtype float16"
+)
+def export(
+    model: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="|".join(TARGETS), help="The format to write.", show_default=False)],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="gguf: decode what it cannot hold, and store it as Q8_0 or F32.")
+    ] = False,
+    architecture: Annotated[str | None, typer.Option(help="gguf: general.architecture.", show_default=False)] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:ACTIVATION]",
+            help="onnx: a dense layer, NAME.weight and NAME.bias, that reads the one before; may be repeated. Without "
+            "layers the model has no input, and every tensor, decoded, as an output.",
+        ),
+    ] = None,
+    fast: Fast = False,
+    accuracy_level: AccuracyLevel = None,
+    param_dtype: Annotated[
+        str | None, typer.Option(metavar="float32|float16", help="mlx: of scales and biases; MLX decodes in it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a packed model in the format of another runtime.
+
+    Codes, scales and minima are taken over as they are. A tensor that the format cannot hold is an error that says what
+    to change.
+
+    Activations: relu, relu6, leaky_relu, gelu, silu, tanh, sigmoid. JSON: source, target, to, file_bytes.
+    """
+    if to not in TARGETS:
+        raise typer.BadParameter(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    options = _given(
+        requantize=requantize or None,
+        architecture=architecture,
+        graph=None if not layer else [_layer(text) for text in layer],
+        fast=fast or None,
+        accuracy_level=accuracy_level,
+        param_dtype=param_dtype,
+    )
+    with byte_progress("export") as notify:
+        export_to(_open(model), output, to=to, notify=notify, **options)
+    size = _file_bytes(output)
+    if as_json:
+        about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
+        typer.echo(report.to_json(about))
     else:
         typer.echo(f"{output}: {report.size_text(size)}")
 
@@ -288,11 +379,16 @@ def _pack(
         with byte_progress("page") as notify:
             watched = _Watched(weights, notify)
             page.write(html, page.of_packing(source, target, packed, recipe, watched, model))
+    used = recipe if model is None or model.recipe is None else model.recipe
+    _tell(source, target, used, packed, dry_run, as_json)
+
+
+def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: bool, as_json: bool) -> None:
+    """Report what was packed."""
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
-        used = recipe if model is None or model.recipe is None else model.recipe
-        typer.echo(report.to_json({**about, "recipe": used.to_dict(), **packed.to_dict()}))
+        typer.echo(report.to_json({**about, "recipe": recipe.to_dict(), **packed.to_dict()}))
     else:
         report.print_report(packed)
         typer.echo(f"{target}: {'not written' if size is None else report.size_text(size)}")
@@ -359,6 +455,12 @@ def _group_size(text: str) -> Any:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"group_size: expected a number, row or tensor, got {text!r}") from None
+
+
+def _layer(text: str) -> Layer:
+    """Return the layer of ``NAME`` or ``NAME:ACTIVATION``."""
+    name, _, activation = text.partition(":")
+    return Layer(name, activation=activation or None)
 
 
 def _override(text: str) -> tuple[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Packed models in other people's runtimes: a module for each, and one function in front of them."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastopt.files import Weights
 from fastopt.linear import Weight
 from fastopt.model import Array
 from fastopt.quant import QuantizedTensor, as_matrix
@@ -75,8 +77,13 @@ def export(
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    write = import_module(f"fastopt.export.{to}").write
+    known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     progress = Progress(model, notify)
-    import_module(f"fastopt.export.{to}").write(model, Path(path), progress, **options)
+    write(model, Path(path), progress, **options)
     progress.next("")
 
 
@@ -85,12 +92,15 @@ class Progress:
 
     def __init__(self, model: Mapping[str, Weight], notify: Notify | None) -> None:
         self._model, self._notify = model, notify
-        self._done, self._total, self._name = 0, sum(tensor.nbytes for tensor in model.values()), ""
+        self._done, self._total, self._name = 0, sum(map(self._nbytes, model)), ""
+
+    def _nbytes(self, name: str) -> int:
+        return self._model.nbytes_of(name) if isinstance(self._model, Weights) else self._model[name].nbytes
 
     def next(self, name: str) -> None:
         """Tell that the tensor that was named before is done, and this one is next."""
         if self._name:
-            self._done += self._model[self._name].nbytes
+            self._done += self._nbytes(self._name)
         self._name = name
         if self._notify is not None:
             self._notify(self._done, self._total, name)
