@@ -1,5 +1,7 @@
 """Bits and group size of each tensor, so that a model fits into so many bytes with the least error."""
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ _SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
 
 _SAMPLE = 1 << 20  # weights of a tensor that are measured at most
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_HEADER = 160  # bytes that describe a stored array at most, beside its name
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,13 @@ def choose_bits(
         return recipe
     if target_bits is not None and target_size is not None:
         raise ValueError("target_bits, target_size: expected one of them, got both")
+    if target_bits is not None and not 0 <= target_bits < math.inf:
+        raise ValueError(f"target_bits: expected a number, 0 or more, got {target_bits!r}")
     if recipe.bits is not None:
         raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
     probe = recipe.replace(bits=8)
-    fixed = weight_count = header = 0
+    fixed = weight_count = 0
+    header = 1000 + 2 * len(str(recipe.to_dict()))
     open_: dict[str, list[_Choice]] = {}
     for name in weights:
         if notify is not None:
@@ -98,8 +102,8 @@ def choose_bits(
         shape, dtype = spec_of(weights, name)
         size = int(np.prod(shape, dtype=object))
         weight_count += size
-        header += 7 * (_HEADER + ALIGNMENT + len(name)) if dtype.kind in "fV" else _HEADER + ALIGNMENT + len(name)
         options, _ = probe.of(name, shape, dtype)
+        header += _header_bytes(name, options)
         changes = probe.override_of(name)[1]
         if options is None:
             fixed += size * dtype.itemsize
@@ -120,7 +124,15 @@ def choose_bits(
     mine = {}
     for (name, hull), at in zip(open_.items(), chosen, strict=True):
         mine[escape(name)] = {**probe.override_of(name)[1], **hull[at].changes}
-    return recipe.replace(overrides={**mine, **recipe.overrides})
+    others = {pattern: changes for pattern, changes in recipe.overrides.items() if pattern not in mine}
+    return recipe.replace(overrides={**mine, **others})
+
+
+def _header_bytes(name: str, options: Options | None) -> int:
+    """Return how many bytes of a file describe a tensor, and fill what it leaves to the next, at most."""
+    parts = 1 if options is None else 3 + 2 * (options.outliers is not None or options.prunes)
+    letters = len(json.dumps(name))
+    return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters
 
 
 def _choices(array: Array, options: Options) -> Iterator[_Choice]:

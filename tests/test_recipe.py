@@ -1,0 +1,304 @@
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastopt as fo
+from fastopt.choose import parse_size
+from fastopt.quant import quantized_nbytes
+
+
+def test_the_first_match_wins_and_the_reason_is_told():
+    recipe = fo.Recipe(
+        bits=4,
+        exclude=["*norm*", "head.*"],
+        include=["*.weight"],
+        overrides={"embed.*": {"bits": 8}, "*.weight": {"group_size": -1}, "embed.weight": {"bits": 2}},
+        min_size=100,
+    )
+    for name, shape, dtype, bits, group_size, reason in [
+        ("embed.weight", (10, 10), "float32", 8, "auto", "override 'embed.*'"),
+        ("fc.weight", (10, 10), "float16", 4, -1, "override '*.weight'"),
+        ("fc.weight", (10, 10), ml_dtypes.bfloat16, 4, -1, "override '*.weight'"),
+        ("fc.weight", (9, 11), "float32", None, None, "99 weights, fewer than min_size 100"),
+        ("fc.weight", (1 << 40, 1 << 40), "float32", 4, -1, "override '*.weight'"),
+        ("norm.weight", (10, 10), "float32", None, None, "excluded by '*norm*'"),
+        ("head.weight", (10, 10), "float32", None, None, "excluded by 'head.*'"),
+        ("fc.bias", (100,), "float32", None, None, "not included"),
+        ("ids.weight", (100,), "int64", None, None, "int64 is not quantized or pruned"),
+    ]:
+        options, why = recipe.of(name, shape, dtype)
+        assert why == reason
+        assert (options and (options.bits, options.group_size)) == (bits and (bits, group_size))
+    assert fo.Recipe().of("w", (100, 100), "float32") == (None, "nothing is asked for")
+    assert fo.Recipe(bits=4, exclude="*norm*").of("w", (100, 100), "float32")[0].bits == 4  # a text is one pattern
+
+
+def test_an_override_of_how_to_prune_replaces_all_of_it():
+    recipe = fo.Recipe(
+        bits=4, sparsity=0.5, overrides={"a": {"pattern": "2:4"}, "b": {"sparsity": None}, "c": {"bits": 8}}
+    )
+    options = {name: recipe.of(name, (100, 100), "float32")[0] for name in "abcd"}
+    assert [(o.bits, o.sparsity, o.pattern) for o in options.values()] == [
+        (4, None, "2:4"),
+        (4, None, None),
+        (8, 0.5, None),
+        (4, 0.5, None),
+    ]
+    keep = fo.Recipe(bits=4, overrides={"head*": {"bits": None}})
+    assert keep.of("head", (100, 100), "float32") == (None, "override 'head*'")
+
+
+def test_every_option_reaches_its_function(rng):
+    w = rng.standard_normal((64, 96)).astype("f4")
+    w[rng.random(w.shape) < 0.1] = 0
+    for options, expected in [
+        ({"bits": 8}, fo.quantize(w, 8)),
+        ({"bits": 4, "group_size": 24}, fo.quantize(w, 4, group_size=24)),
+        ({"bits": 4, "group_size": None}, fo.quantize(w, 4, group_size=None)),
+        ({"bits": 2, "param_dtype": "float32"}, fo.quantize(w, 2, param_dtype="float32")),
+        ({"bits": 2, "fit": "lsq", "outliers": 0.01}, fo.quantize(w, 2, fit="lsq", outliers=0.01)),
+        ({"sparsity": 0.7}, fo.prune(w, sparsity=0.7)),
+        ({"threshold": 0.3}, fo.prune(w, threshold=0.3)),
+        ({"pattern": "2:4"}, fo.prune(w, pattern="2:4")),
+        ({"pattern": "1x16", "sparsity": 0.5}, fo.prune(w, pattern="1x16", sparsity=0.5)),
+        ({"pattern": "2:4", "bits": 4}, fo.prune(w, pattern="2:4").quantize(4)),
+        (
+            {"sparsity": 0.9, "bits": 2, "fit": "lsq", "group_size": 8, "param_dtype": "float32"},
+            fo.prune(w, sparsity=0.9).quantize(2, group_size=8, fit="lsq", param_dtype="float32"),
+        ),
+    ]:
+        packed = fo.pack({"w": w}, **options)["w"]
+        by_override = fo.pack({"w": w, "x": w}, overrides={"w": options})
+        assert packed == expected
+        assert by_override["w"] == expected
+        assert by_override["x"] is w
+        assert getattr(packed, "layout", None) == getattr(expected, "layout", None)
+
+
+def test_what_is_wrong_is_named():
+    for options, error, message in [
+        ({"bits": 3}, ValueError, "bits: expected 8, 4 or 2, got 3"),
+        ({"bits": 4.0}, TypeError, r"bits: expected 8, 4 or 2, got 4\.0"),
+        ({"group_size": 0}, ValueError, "group_size: expected a positive number"),
+        ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got int8"),
+        ({"fit": "best"}, ValueError, "fit: expected 'minmax' or 'lsq', got 'best'"),
+        ({"outliers": 2}, ValueError, "outliers: expected a share between 0 and 1, got 2"),
+        ({"sparsity": 1.5}, ValueError, "sparsity: expected a share from 0 to 1"),
+        ({"pattern": "4:2"}, ValueError, "pattern: expected 'N:M'"),
+        ({"pattern": "1x16"}, ValueError, "threshold, sparsity: expected exactly one"),
+        ({"pattern": "2:4", "sparsity": 0.5}, ValueError, "expected neither"),
+        ({"bits": 4, "sparsity": 0.5, "outliers": 0.1}, ValueError, "outliers: expected None"),
+        ({"include": [1]}, TypeError, "include: expected glob patterns"),
+        ({"exclude": {"*"}}, TypeError, "exclude: expected glob patterns"),
+        ({"overrides": ["*"]}, TypeError, "overrides: expected a mapping, got list"),
+        ({"overrides": {"*": 8}}, TypeError, r"overrides: expected options for a pattern, got 8 for '\*'"),
+        ({"overrides": {"*": {"bit": 8}}}, ValueError, r"overrides: '\*' has unknown options \['bit'\]; there are"),
+        ({"overrides": {"*": {"min_size": 8}}}, ValueError, r"overrides: '\*' has unknown options \['min_size'\]"),
+        ({"overrides": {"*": {"bits": 5}}}, ValueError, r"overrides: '\*': bits: expected 8, 4 or 2, got 5"),
+        ({"min_size": -1}, ValueError, "min_size: expected a number, 0 or more, got -1"),
+        ({"min_size": 1.5}, ValueError, "min_size: expected a number"),
+    ]:
+        with pytest.raises(error, match=message):
+            fo.Recipe(**options)
+    with pytest.raises(ValueError, match=r"recipe: unknown options \['bit'\]; there are \['bits', "):
+        fo.Recipe.from_dict({"bit": 4})
+    with pytest.raises(TypeError, match="recipe: expected a mapping, got list"):
+        fo.Recipe.from_dict([])
+    with pytest.raises(ValueError, match="recipe: cannot be given together with other options"):
+        fo.pack({}, bits=4, recipe=fo.Recipe())
+    with pytest.raises(TypeError, match="recipe: expected a Recipe, got dict"):
+        fo.pack({}, recipe={})
+
+
+def test_toml_and_dict(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("""
+bits = 4
+fit = "lsq"
+exclude = ["*norm*", "*bias"]
+min_size = 100
+[overrides]
+"*embed*" = {bits = 8, group_size = "none"}
+"*head*" = {bits = "none"}
+"*fc*" = {pattern = "2:4", param_dtype = "float32"}
+""")
+    recipe = fo.Recipe.from_toml(path)
+    assert recipe == fo.Recipe(
+        bits=4,
+        fit="lsq",
+        exclude=["*norm*", "*bias"],
+        min_size=100,
+        overrides={
+            "*embed*": {"bits": 8, "group_size": None},
+            "*head*": {"bits": None},
+            "*fc*": {"pattern": "2:4", "param_dtype": np.float32},
+        },
+    )
+    assert list(recipe.overrides) == ["*embed*", "*head*", "*fc*"]
+    assert fo.Recipe.from_dict(recipe.to_dict()) == recipe
+    for text, message in [("bits = 3", "bits: expected"), ("bits = [", "recipe.toml"), ("bit = 3", "unknown options")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path}.*{message}|{message}.*{path}|{path}"):
+            fo.Recipe.from_toml(path)
+    with pytest.raises(FileNotFoundError):
+        fo.Recipe.from_toml(tmp_path / "none.toml")
+
+
+@pytest.fixture
+def weights(rng):
+    """Tensors that are hard to quantize, easy, small, and already sparse."""
+    heavy = rng.standard_t(2, (64, 256)).astype("f4")
+    easy = rng.uniform(-1, 1, (128, 256)).astype("f4")
+    return {
+        "heavy": heavy,
+        "easy": easy,
+        "bias": rng.standard_normal(64).astype("f4"),
+        "half": rng.standard_normal((40, 130)).astype("f2"),
+        "odd[0]": rng.standard_normal((80, 67)),
+        "pruned": np.where(rng.random((64, 128)) < 0.9, 0, rng.standard_normal((64, 128))).astype("f4"),
+    }
+
+
+def test_the_plan_is_what_happens(weights):
+    for options in [
+        {"bits": 4},
+        {"bits": 2, "group_size": None, "param_dtype": "float32", "overrides": {"easy": {"bits": 8}}},
+        {"bits": 8, "outliers": 0.01, "overrides": {"pruned": {"outliers": None, "sparsity": 0.9}}},
+        {"pattern": "1x16", "sparsity": 0.5, "exclude": ["h*"]},
+        {"threshold": 0.5, "bits": 4},
+    ]:
+        recipe = fo.Recipe(**options)
+        planned, made = fo.plan(weights, recipe), fo.pack(weights, recipe=recipe).report()
+        assert planned == made
+        assert planned.nbytes == sum(t.nbytes for t in planned.tensors)
+        assert planned.nbytes_before == sum(w.nbytes for w in weights.values())
+
+
+def test_bytes_follow_from_the_shape(rng):
+    for shape in [(7, 33), (1000,), (3, 4, 5), (0, 4), (4, 0), ()]:
+        w = rng.standard_normal(shape).astype("f4")
+        for bits in (8, 4, 2):
+            for group_size in ("auto", -1, None, 5):
+                for params, share in (("float16", None), ("float32", 0.1)):
+                    q = fo.quantize(w, bits, group_size=group_size, param_dtype=params, outliers=share)
+                    assert quantized_nbytes(shape, bits, group_size, params, share) == q.nbytes
+
+
+def test_bits_are_chosen_within_the_target(weights, tmp_path):
+    total = sum(w.size for w in weights.values())
+    fixed = fo.Recipe(fit="lsq", overrides={"half": {"bits": 8, "group_size": -1}, "pruned": {"sparsity": 0.9}})
+    errors = []
+    for target in (3.25, 4, 5, 8):
+        recipe = fo.choose_bits(weights, fixed, target_bits=target)
+        model = fo.pack(weights, recipe=recipe)
+        report = model.report(weights)
+        assert report.nbytes * 8 <= target * total
+        assert fo.pack(weights, recipe=fixed, target_bits=target).recipe == recipe
+        assert model["half"] == fo.quantize(weights["half"], 8, fit="lsq")
+        assert model["bias"] is weights["bias"]
+        assert recipe.overrides["odd[[]0]"]["bits"] == model["odd[0]"].bits
+        assert model["pruned"].nnz <= round(0.1 * weights["pruned"].size) + 1
+        errors.append(sum(t.error.relative**2 for t in report.tensors))
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 4
+    assert fo.choose_bits(weights, fixed) is fixed
+
+    for target in (60_000, "70kB", "0.08 MiB"):
+        model = fo.pack(weights, recipe=fixed, target_size=target)
+        model.save(tmp_path / "m.safetensors")
+        size = (tmp_path / "m.safetensors").stat().st_size
+        assert size <= parse_size(target)
+        assert size > parse_size(target) * 0.7
+
+
+def test_no_other_choice_is_better(rng):
+    """Of few tensors all choices can be tried: none of as many bytes has less error than greedy steps on the hull."""
+    weights = {f"{i}": (rng.standard_t(3, (64, 64)) * 10.0**i).astype("f4") for i in range(3)}
+    candidates = [
+        (bits, group)
+        for bits, groups in ((2, (16, 32, 64)), (4, (16, 32, 64, 128)), (8, (128, -1)))
+        for group in groups
+    ]
+    tried = [
+        [(q.nbytes, q.error(w).relative ** 2) for q in (fo.quantize(w, b, group_size=g) for b, g in candidates)]
+        for w in weights.values()
+    ]
+    for target in (2.75, 3.5, 4.25, 6):
+        report = fo.pack(weights, target_bits=target, min_size=0).report(weights)
+        mine = sum(t.error.relative**2 for t in report.tensors)
+        for a in tried[0]:
+            for b in tried[1]:
+                for c in tried[2]:
+                    if a[0] + b[0] + c[0] <= report.nbytes:
+                        assert a[1] + b[1] + c[1] >= mine * (1 - 1e-9)
+
+
+def test_a_large_tensor_is_measured_on_some_of_its_rows(rng):
+    w = rng.standard_normal((2049, 1024)).astype("f4")
+    seen = []
+    recipe = fo.choose_bits({"w": w}, fo.Recipe(), target_bits=4.5, notify=seen.append)
+    assert recipe.overrides == {"w": {"bits": 4, "group_size": 64}}
+    assert seen == ["w"]
+
+
+def test_targets_out_of_reach(weights):
+    for options, message in [
+        ({"target_bits": 1}, r"target_bits: expected at least \d+\.\d{3}, got 1"),
+        ({"target_size": 100}, r"target_size: expected at least \d+ bytes, got 100"),
+        ({"target_size": "12 parsec"}, "target_size: expected bytes, as 12000000 or '12MB', got '12 parsec'"),
+        ({"target_size": True}, "target_size: expected bytes"),
+        ({"target_bits": 4, "target_size": 100}, "expected one of them, got both"),
+        ({"target_bits": 4, "bits": 4}, "bits: expected None together with a target, got 4"),
+        ({"target_bits": math.nan}, "target_bits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fo.pack(weights, **options)
+    least = fo.pack(weights, bits=2, group_size=64, min_size=4096).report()
+    fo.pack(weights, target_bits=least.bits_per_weight + 0.001)
+
+
+def test_sizes_in_words():
+    assert [parse_size(s) for s in (12, "12", "12B", "1.5kB", "2 MB", "1GiB", "3k", "1 kib")] == [
+        12, 12, 12, 1500, 2_000_000, 1 << 30, 3000, 1024,
+    ]  # fmt: skip
+
+
+def test_reports(weights):
+    recipe = fo.Recipe(bits=4, overrides={"easy": {"sparsity": 0.5}, "heavy": {"bits": None, "pattern": "2:4"}})
+    model = fo.pack(weights, recipe=recipe)
+    report = model.report(weights)
+    kinds = {t.name: (t.kind, t.bits, t.group_size) for t in report.tensors}
+    assert kinds == {
+        "heavy": ("sparse", None, None),
+        "easy": ("sparse+quantized", 4, 32),
+        "bias": ("dense", None, None),
+        "half": ("quantized", 4, 32),
+        "odd[0]": ("quantized", 4, 32),
+        "pruned": ("quantized", 4, 32),
+    }
+    for t in report.tensors:
+        w, back = weights[t.name].astype("f8"), model.unpack()[t.name].astype("f8")
+        assert (t.shape, t.dtype, t.nbytes_before) == (w.shape, weights[t.name].dtype.name, weights[t.name].nbytes)
+        assert t.nbytes == model[t.name].nbytes
+        assert t.bits_per_weight == 8 * t.nbytes / w.size
+        if t.dtype != "float16":  # decoded in float32, which the dtype of the weight may round
+            assert t.error.max == np.abs(back - w).max()
+        assert math.isclose(t.error.rmse, math.sqrt(np.square(back - w).mean()), rel_tol=1e-3, abs_tol=1e-12)
+        cosine = np.vdot(back, w) / np.linalg.norm(back) / np.linalg.norm(w)
+        assert math.isclose(t.error.cosine, cosine, rel_tol=1e-6)
+    ours, theirs = (np.concatenate([np.ravel(m[n]).astype("f8") for n in weights]) for m in (model.unpack(), weights))
+    assert math.isclose(report.error.relative, np.linalg.norm(ours - theirs) / np.linalg.norm(theirs), rel_tol=1e-6)
+    assert report.error.max == np.abs(ours - theirs).max()
+    plain = report.to_dict()
+    assert plain["tensors"][2]["error"] == {"rmse": 0, "relative": 0, "max": 0, "snr": None, "cosine": 1}
+    assert plain["tensors"][0]["shape"] == [64, 256]
+    assert plain["nbytes"] == report.nbytes
+    assert model.report().error is None
+    assert model.report().to_dict()["error"] is None
+    with pytest.raises(ValueError, match=r"'half': weights: expected shape \(40, 130\), got \(5200,\)"):
+        model.report({"half": weights["half"].reshape(-1)})
+    with pytest.raises(ValueError, match=r"'bias': weights: expected shape \(64,\), got \(1, 64\)"):
+        model.report({"bias": weights["bias"][None]})
+    assert fo.PackedModel({"w": weights["easy"]}).report().tensors[0].reason == ""
