@@ -220,6 +220,9 @@ def require_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 def write(path: PathLike, parts: Iterable[Part], metadata: Mapping[str, str]) -> None:
     """Write arrays to one safetensors file, which takes the place of `path` when it is whole and on the disk.
 
+    Without metadata nothing tells a reader what only fills, so that nothing does: arrays are sorted by the sizes of
+    their elements, and so aligned to these.
+
     Raises
     ------
     OSError
@@ -227,6 +230,8 @@ def write(path: PathLike, parts: Iterable[Part], metadata: Mapping[str, str]) ->
     ValueError
         If two parts have one name, or a name is one of those that only fill.
     """
+    if not metadata:
+        parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     laid, header = _layout(list(parts), metadata)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -238,13 +243,14 @@ def write(path: PathLike, parts: Iterable[Part], metadata: Mapping[str, str]) ->
 
 def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[Part, int]], bytes]:
     """Return the parts, each with how many bytes of zeros follow it, and the header that describes them."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    alignment = ALIGNMENT if metadata else 1
     laid, at = [], 0
     for i, part in enumerate(parts):
-        if part.name in entries or part.name.startswith(PAD):
+        if part.name in entries or part.name == "__metadata__" or part.name.startswith(PAD):
             raise ValueError(f"tensors: two would be stored as {part.name!r}")
         size = math.prod(part.shape) * part.dtype.itemsize
-        fill = -size % ALIGNMENT if i + 1 < len(parts) else 0
+        fill = -size % alignment if i + 1 < len(parts) else 0
         entries[part.name] = {
             "dtype": _NAMES[part.dtype.newbyteorder("=")],
             "shape": list(part.shape),
@@ -288,18 +294,19 @@ def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[
     placed: dict[str, str] = {}
     total, made = 0, []
     try:
-        for i in range(count):
-            number = f"{stem}-{i + 1:05}-of-{count:05}"
-            temporary = index.with_name(f".{number}.part")
-            made.append(temporary)
-            parts = write_one(temporary, i)
-            name = f"{number}-{_digest(temporary)}.safetensors"
-            if name not in old:
-                made.append(index.with_name(name))
-            temporary.replace(index.with_name(name))
-            placed |= {part.name: name for part in parts}
-            total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n")
+        with naming(index):
+            for i in range(count):
+                number = f"{stem}-{i + 1:05}-of-{count:05}"
+                temporary = index.with_name(f".{number}.part")
+                made.append(temporary)
+                parts = write_one(temporary, i)
+                name = f"{number}-{_digest(temporary)}.safetensors"
+                if name not in old:
+                    made.append(index.with_name(name))
+                temporary.replace(index.with_name(name))
+                placed |= {part.name: name for part in parts}
+                total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+            write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n")
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)

@@ -1,7 +1,10 @@
 """Arrays of files of any kind, one at a time."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -123,7 +126,7 @@ def _npy_spec(file: IO[bytes], what: str) -> tuple[tuple[int, ...], np.dtype[Any
             raise ValueError(f"version {version} of the format")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except ValueError as error:
+    except Exception as error:  # NumPy reads its header as Python text
         raise ValueError(f"{what}: not an array of NumPy: {error}") from error
     if dtype.hasobject:
         raise ValueError(f"{what}: holds Python objects, expected numbers")
@@ -142,20 +145,41 @@ def _of_npy(path: Path) -> Source:
 
 def _of_npz(path: Path) -> dict[str, Source]:
     try:
-        archive = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a .npz file: {error}") from error
-    sources = {}
-    for name in archive.files:
-        info = archive.zip.getinfo(name if name in archive.zip.NameToInfo else f"{name}.npy")
-        with archive.zip.open(info) as file:
-            shape, dtype, start = _npy_spec(file, f"{path}: {name!r}")
-        expected = start + math.prod(shape) * dtype.itemsize
-        # Deflate makes at most 1032 bytes of one, so no size is believed that the file cannot hold.
-        if expected != info.file_size or info.file_size > 1032 * info.compress_size + 1032:
-            raise ValueError(f"{path}: {name!r} has {info.file_size} bytes, expected {expected}")
-        sources[name] = Source(shape, dtype, lambda name=name: archive[name])  # type: ignore[misc]
-    return sources
+    return dict(_of_member(path, archive, info) for info in _once(path, archive.infolist()))
+
+
+def _once(path: Path, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    if len({info.filename for info in infos}) < len(infos):
+        raise ValueError(f"{path}: has two arrays of one name")
+    return infos
+
+
+def _of_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, Source]:
+    name = info.filename.removesuffix(".npy")
+    with _opened(path, archive, info) as file:
+        shape, dtype, start = _npy_spec(file, f"{path}: {name!r}")
+    expected = start + math.prod(shape) * dtype.itemsize
+    # Deflate makes at most 1032 bytes of one, so no size is believed that the file cannot hold.
+    if expected != info.file_size or info.file_size > 1032 * info.compress_size + 1032:
+        raise ValueError(f"{path}: {name!r} has {info.file_size} bytes, expected {expected}")
+
+    def read() -> Array:
+        with _opened(path, archive, info) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+    return name, Source(shape, dtype, read)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    try:
+        with archive.open(info) as file:
+            yield file
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: {info.filename!r} cannot be read: {error}") from error
 
 
 def _of_torch(path: Path) -> dict[str, Source]:
