@@ -80,7 +80,7 @@ def test_command(rng, tmp_path):
         assert json.loads(result.stdout) == {
             "source": str(small), "target": str(paths[1]), "to": to, "file_bytes": size
         }  # fmt: skip
-        if to != "npz":  # which tells the time
+        if to in ("gguf", "onnx"):  # npz tells the time, and safetensors has metadata in any order
             assert paths[1].read_bytes() == paths[0].read_bytes()
     assert f"{paths[1]}: " in run("export", small, "--to", "npz", "-o", paths[1]).stdout
 

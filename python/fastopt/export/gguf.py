@@ -15,10 +15,12 @@ from fastopt.export import Progress, cast_exactly, regroup, require_package
 from fastopt.files import replacing
 from fastopt.linear import Weight
 from fastopt.model import Array, unpacked
-from fastopt.quant import QuantizedTensor, unpack_bits
+from fastopt.quant import QuantizedTensor, pack_bits, unpack_bits
 from fastopt.sparse import SparseTensor
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
+_PANEL = 1 << 13  # blocks that are worked on at a time, in cache
+_BELOW, _FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 _PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
 _NAME_BYTES = 63
 _AXES = 4
@@ -146,17 +148,22 @@ def _contiguous(array: Array) -> Array:
 
 def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
     """Return blocks of scale, minimum and 16 bytes, of which byte j has code j below and code j + 16 above."""
-    out = np.empty((scale.size, 20), np.uint8)
-    out[:, 0:2] = scale.reshape(-1, 1).view(np.uint8)
-    out[:, 2:4] = minimum.reshape(-1, 1).view(np.uint8)
-    codes = out[:, 4:]
-    if q.bits == 4:  # byte j has codes 2 j and 2 j + 1
-        first, second = np.split(q.codes.reshape(-1, 16), 2, axis=1)
-        codes[:, 0::2] = (first & 15) | (second << 4)
-        codes[:, 1::2] = (first >> 4) | (second & 0xF0)
-    else:
-        one_a_byte = unpack_bits(q.codes, q.bits, out.shape[0] * _BLOCK).reshape(-1, _BLOCK)
-        codes[:] = one_a_byte[:, :16] | (one_a_byte[:, 16:] << 4)
+    out = np.empty(scale.size, [("scale", "<f2"), ("minimum", "<f2"), ("codes", "<u2", 8)])
+    out["scale"], out["minimum"] = scale.reshape(-1), minimum.reshape(-1)
+    flat = q.codes.reshape(-1)
+    for begin in range(0, out.size, _PANEL):
+        codes = out["codes"][begin : begin + _PANEL]
+        step = 4 * q.bits  # bytes of a block
+        panel = flat[begin * step : (begin + len(codes)) * step]
+        if q.bits == 2:  # to 4 bits a code
+            panel = pack_bits(unpack_bits(panel, 2, len(codes) * _BLOCK), 4)
+        # Eight bytes at a time: codes 0 to 15 of each block, and 16 to 31. Even codes stand below, odd ones above.
+        first, second = panel.view("<u8").reshape(-1, 2).T
+        even = (first & _BELOW) | ((second & _BELOW) << _FOUR)
+        odd = ((first >> _FOUR) & _BELOW) | (second & ~_BELOW)
+        pairs = odd.view(np.uint8).astype(np.uint16) << 8
+        pairs |= even.view(np.uint8)
+        codes[:] = pairs.reshape(-1, 8)
     return out
 
 

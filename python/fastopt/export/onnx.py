@@ -5,7 +5,8 @@ only ONNX Runtime has to run the model, its MatMulNBits multiplies with the code
 the product is the sum of x over each block times the minimum of the block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fastopt.shrink import Concat, Layer, Node
 from fastopt.sparse import SparseTensor
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 _OPSET = 21  # the first with uint4
 _OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
@@ -103,6 +104,15 @@ def opset_of(tensor: Weight) -> int:
     return _OPSET_OF_BITS[stored.bits] if isinstance(stored, QuantizedTensor) else _OPSET
 
 
+class _Constant(NamedTuple):
+    """A constant of a graph, and a function that makes its bytes."""
+
+    name: str
+    kind: int
+    shape: Sequence[int]
+    content: Callable[[], bytes]
+
+
 class _Described(NamedTuple):
     """An input or output of a model."""
 
@@ -120,7 +130,7 @@ class Builder:
         self.fast = fast
         self.accuracy_level = accuracy_level
         self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
+        self.constants: list[_Constant] = []
         self.opset = _OPSET
         self._names = taken
         self._shared: dict[Any, str] = {}
@@ -144,11 +154,19 @@ class Builder:
 
     def constant(self, name: str, array: Array) -> str:
         """Add a constant and return its name."""
-        from onnx import numpy_helper
+        from onnx import helper
 
         name = self.fresh(name)
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype.newbyteorder("="))
+        little = array if array.dtype.name == "bfloat16" else array.astype(array.dtype.newbyteorder("<"), copy=False)
+        self.constants.append(_Constant(name, kind, array.shape, little.tobytes))
         return name
+
+    def add_constants(self, graph: "GraphProto") -> None:
+        """Add to a graph the constants of its nodes; in place, as they are most of it."""
+        for constant in self.constants:
+            tensor = graph.initializer.add(name=constant.name, data_type=constant.kind, dims=constant.shape)
+            tensor.raw_data = constant.content()
 
     def numbers(self, *values: int) -> str:
         """Return the name of a constant of int64 numbers, the same for the same ones."""
@@ -189,7 +207,7 @@ class Builder:
         rows, cols = as_matrix(q.shape)
         codes = self.fresh(f"{name}.codes")
         kind = TensorProto.DataType.Value(_CODES[q.bits])
-        self.constants.append(TensorProto(name=codes, data_type=kind, dims=[rows, cols], raw_data=_codes(q)))
+        self.constants.append(_Constant(codes, kind, (rows, cols), partial(_codes, q)))
         if q.scale.shape[1] == 1:  # a pair for all, or for each row
             scale = q.scale.reshape(() if q.group_size is None else rows)
             scaled = self.node("DequantizeLinear", codes, self._float32(f"{name}.scale", scale), axis=0)
@@ -312,18 +330,14 @@ class Builder:
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(what.dtype).newbyteorder("="))
             return helper.make_tensor_value_info(what.name, kind, what.shape)
 
-        graph = helper.make_graph(
-            self.nodes,
-            "fastopt",
-            [described(what) for what in inputs],
-            [described(what) for what in outputs],
-            self.constants,
-        )
         opsets = [helper.make_opsetid("", self.opset)]
         version = helper.find_min_ir_version_for(opsets)
         if any(node.domain == "com.microsoft" for node in self.nodes):
             opsets.append(helper.make_opsetid("com.microsoft", 1))
-        return helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
+        graph = helper.make_graph(self.nodes, "fastopt", [*map(described, inputs)], [*map(described, outputs)])
+        model = helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
+        self.add_constants(model.graph)
+        return model
 
 
 def _codes(q: QuantizedTensor) -> bytes:

@@ -265,9 +265,10 @@ def _replace(model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast
                 _decode(builder, name, own[name], transposed[name])
         del graph.node[:]
         graph.node.extend([*builder.nodes, *nodes])
-        kept = [tensor for tensor in graph.initializer if tensor.name not in own]
-        del graph.initializer[:]
-        graph.initializer.extend([*kept, *builder.constants])
+        for place in reversed(range(len(graph.initializer))):
+            if graph.initializer[place].name in own:
+                del graph.initializer[place]
+        builder.add_constants(graph)
         inputs = [value for value in graph.input if value.name not in own]  # old models list initializers there too
         del graph.input[:]
         graph.input.extend(inputs)
