@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -409,3 +411,140 @@ def test_headers_are_checked(sanitized):
     sanitized.ask(TRY, struct.pack("<Q", 2**64 - 1) + b"{}")
     codes = [code for code, _ in sanitized.answers()]
     assert codes == [*(code for code, _, _ in HEADERS), "FO_NOT_FOUND", "FO_TRUNCATED"]
+
+
+# ---- exported to C -------------------------------------------------------------------------------------------------
+
+EXAMPLE = EDGE / "example"
+TARGETS = {
+    "host": ["cc"],
+    "aarch64": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+    "aarch64-dotprod": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+    "armhf": ["arm-linux-gnueabihf-gcc", "qemu-arm"],
+    "riscv64": ["riscv64-linux-gnu-gcc", "qemu-riscv64"],
+    "cortex-m3": ["arm-none-eabi-gcc", "qemu-system-arm"],
+    "cortex-m4": ["arm-none-eabi-gcc", "qemu-system-arm"],
+    "cortex-m7": ["arm-none-eabi-gcc", "qemu-system-arm"],
+}
+
+
+def make(goal, target, **variables):
+    need("make", *TARGETS[target])
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return run("make", "-s", "-C", EXAMPLE, goal, f"TARGET={target}", f"PYTHON={sys.executable}", *settings).decode()
+
+
+@pytest.fixture(scope="session")
+def checked(tmp_path_factory):
+    """Tensors, exported beside a vector to multiply them with."""
+    rng, folder = np.random.default_rng(20261122), tmp_path_factory.mktemp("exported")
+    weights = {name: w for name, w in tensors(rng).items() if matrix(w).size}
+    weights = {
+        f"w{i}": w for i, w in enumerate(weights.values()) if i % 3 == 0 or not isinstance(w, fo.QuantizedTensor)
+    }
+    fo.export(weights, folder / "model.c", to="c")
+    x = rng.standard_normal(1200).astype("f4")
+    words = ",".join(map(str, x.view("u4")))
+    (folder / "digits.h").write_text(
+        f"static const uint32_t x_bits[] = {{{words}}};\n"
+        f"static const fo_tensor *const tensors[] = {{{','.join(f'&model_{name}' for name in weights)}}};\n"
+    )
+    return folder, weights, x
+
+
+def fnv1a(content):
+    value = 2166136261
+    for byte in content:
+        value = (value ^ byte) * 16777619 % 2**32
+    return value
+
+
+@pytest.mark.parametrize("target", ["host", "aarch64", "cortex-m3", "cortex-m4", "cortex-m7"])
+def test_exported_tensors(checked, target, tmp_path):
+    folder, weights, x = checked
+    lines = make("run", target, BUILD=tmp_path, MODEL=folder, MAIN=ROOT / "tests" / "edge_check.c").splitlines()
+    for (name, tensor), line in zip(weights.items(), lines[: len(weights)], strict=True):
+        w = matrix(tensor)
+        rows, cols = w.shape
+        words = np.array([int(word, 16) for word in line.split()[: 1 + 2 * rows]], np.uint32)
+        assert line.endswith(" done"), name
+        assert words[0] == fnv1a(w.tobytes()), name
+        for y, number in (
+            (words[1 : 1 + rows], x[None, :cols].astype("f8")),
+            (words[1 + rows :], rounded(x[None, :cols])),
+        ):
+            size = np.linalg.norm(number) * np.linalg.norm(w.astype("f8"), axis=1)
+            assert (abs(y.view("f4") - w.astype("f8") @ number[0]) <= 1e-6 * size).all(), name
+
+
+def test_export_compiles_as_c_and_c_plus_plus(checked, tmp_path):
+    folder, _, _ = checked
+    for compiler, standard in (("cc", "-std=c99"), ("c++", "-std=c++11")):
+        need(compiler)
+        language = ["-x", "c++"] if compiler == "c++" else []
+        run(compiler, standard, *STRICT, *language, "-c", folder / "model.c", "-o", tmp_path / "model.o")
+
+
+def test_export_refuses_by_name(tmp_path):
+    w = np.eye(4, dtype="f4")
+    with pytest.raises(ValueError, match="'w': float64 is not known"):
+        fo.export({"w": w.astype("f8")}, tmp_path / "m.c", to="c")
+    with pytest.raises(ValueError, match=r"'a_b' and 'a\.b': both would be m_a_b"):
+        fo.export({"a.b": w, "a_b": w}, tmp_path / "m.c", to="c")
+    with pytest.raises(ValueError, match="path: expected a name without suffix or with"):
+        fo.export({"w": w}, tmp_path / "m.h", to="c")
+    with pytest.raises(ValueError, match="starts with a letter"):
+        fo.export({"w": w}, tmp_path / "4bit.c", to="c")
+    assert list(tmp_path.iterdir()) == []
+    fo.export({"*/ \n": w}, tmp_path / "m", to="c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastopt.h", "m.c", "m.h"]
+    assert (tmp_path / "fastopt.h").read_bytes() == (EDGE / "fastopt.h").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits")
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # its matrices are small
+    run(sys.executable, EXAMPLE / "model.py", folder, "--epochs", "2", env=environment)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_host(digits, tmp_path_factory):
+    return make("run", "host", BUILD=tmp_path_factory.mktemp("host"), MODEL=digits).splitlines()
+
+
+RUNS = [(target, "arrays") for target in TARGETS]
+RUNS += [(target, "file") for target in ("host", "aarch64-dotprod", "armhf", "cortex-m3", "cortex-m4")]
+
+
+@pytest.mark.parametrize(("target", "source"), RUNS)
+def test_same_predictions_everywhere(digits, on_host, target, source, tmp_path):
+    lines = make("run", target, FROM=source, BUILD=tmp_path, MODEL=digits).splitlines()
+    assert lines[:2] == on_host
+    assert lines[0].endswith("60 as in Python of 60")
+    assert int(lines[1].split()[2]) >= 50  # right, in int8
+    if target.startswith("cortex"):
+        assert re.fullmatch(r"stack \d+ bytes at most", lines[2])
+        assert re.fullmatch(r"flash \d+ bytes: code \d+, model \d+, images \d+; RAM \d+ bytes and the stack", lines[3])
+
+
+def test_product_takes_less_than_a_kilobyte_of_code(tmp_path):
+    """The product of 4-bit weights with floats, and all that it calls, on a Cortex-M4."""
+    need("arm-none-eabi-gcc", "arm-none-eabi-nm")
+    source, program = tmp_path / "product.c", tmp_path / "product"
+    call = "fo__multiply_codes(w, &fo__kind_f32, x, 1, y)"
+    source.write_text(
+        '#define FASTOPT_IMPLEMENTATION\n#include "fastopt.h"\n'
+        f"void start(const fo_tensor *w, const uint8_t *x, float *y) {{ {call}; }}\n"
+    )
+    cpu = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
+    options = ["-std=c99", "-Os", "-ffreestanding", "-nostdlib", "-ffunction-sections", "-fdata-sections"]
+    run("arm-none-eabi-gcc", *cpu, *options, "-Wl,--gc-sections,-e,start", f"-I{EDGE}", source, "-o", program, "-lgcc")
+    symbols = [line.split() for line in run("arm-none-eabi-nm", "-S", "-t", "d", program).decode().splitlines()]
+    sizes = {symbol[3]: int(symbol[1]) for symbol in symbols if len(symbol) == 4 and symbol[2] in "tT"}
+    for not_called in ("start", "fo__dot_at_f32", "fo__dot_floats_f32"):  # the test itself; for sparse weights
+        sizes.pop(not_called)
+    assert {"fo__multiply_codes", "fo__dot_f32", "fo__sum_f32", "fo__float"} <= sizes.keys()
+    assert sum(sizes.values()) < 1024, sizes

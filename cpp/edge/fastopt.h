@@ -223,6 +223,9 @@ static unsigned fo__code(const uint8_t* codes, unsigned bits, size_t index) {
   return (unsigned)codes[index >> 2] >> (index & 3) * 2 & 3u;
 }
 
+/* Bytes of so many codes of 8, 4 or 2 bits, where they fill them. */
+static size_t fo__code_bytes(unsigned bits, size_t codes) { return codes >> 4 / bits; }
+
 /* minimum + scale * code, rounded twice: compilers may not make one FMA of it, as they do where they may. */
 static float fo__affine(float scale, unsigned code, float minimum) {
   float product = scale * (float)(int)code;
@@ -240,7 +243,8 @@ static float fo__affine(float scale, unsigned code, float minimum) {
 }
 
 static size_t fo__row_bytes(const fo_tensor* t) {
-  return t->bits == 8 ? t->cols : t->bits == 4 ? t->cols / 2 + t->cols % 2 : t->cols / 4 + (t->cols % 4 != 0);
+  const size_t whole = fo__code_bytes(t->bits, t->cols);
+  return whole + ((whole << 4 / t->bits) != t->cols);
 }
 
 /* Values [begin, begin + count) of a row of dense values, or of the one row that sparse values are. */
@@ -556,13 +560,14 @@ static float fo__dot_f32(unsigned bits, const uint8_t* codes, const void* x, siz
 #if defined(FO__SIMD)
   fo__floats sums;
   FO__CLEAR(&sums, sizeof sums);
-  for (; i + 16 <= n; i += 16) sums = fo__add_floats(sums, fo__codes16(bits, codes + i / (8 / bits)), from + i);
+  for (; i + 16 <= n; i += 16)
+    sums = fo__add_floats(sums, fo__codes16(bits, codes + fo__code_bytes(bits, i)), from + i);
   sum = fo__total_floats(sums);
 #else
   const size_t per_word = 32 / bits;
   while (i + per_word <= n) {
     uint32_t word;
-    FO__COPY(&word, codes + i / (8 / bits), 4);
+    FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
     for (const size_t end = i + per_word; i < end; ++i, word >>= bits) {
       sum += from[i] * (float)((int)(word & ((1u << bits) - 1)) - middle);
     }
@@ -612,7 +617,7 @@ static float fo__dot_s8(unsigned bits, const uint8_t* codes, const void* x, size
   const int middle = 1 << (bits - 1);
   fo__ints sums;
   FO__CLEAR(&sums, sizeof sums);
-  for (; i + 16 <= n; i += 16) sums = fo__add_ints(sums, fo__codes16(bits, codes + i / (8 / bits)), from + i);
+  for (; i + 16 <= n; i += 16) sums = fo__add_ints(sums, fo__codes16(bits, codes + fo__code_bytes(bits, i)), from + i);
   sum = fo__total_ints(sums);
   for (; i < n; ++i) sum += from[i] * ((int)fo__code(codes, bits, i) - middle);
   (void)sum_of_x;
@@ -638,7 +643,7 @@ static float fo__dot_s8(unsigned bits, const uint8_t* codes, const void* x, size
   const size_t per_word = 32 / bits;
   while (i + per_word <= n) {
     uint32_t word;
-    FO__COPY(&word, codes + i / (8 / bits), 4);
+    FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
     for (const size_t end = i + per_word; i < end; ++i, word >>= bits)
       sum += from[i] * (int)(word & ((1u << bits) - 1));
   }
@@ -700,7 +705,7 @@ static void fo__multiply_codes(const fo_tensor* w, const fo__kind* kind, const u
             const uint8_t* from = x + b * x_bytes + at * kind->width;
             const float sum = sums[b][run];
             y[b * w->rows + row] +=
-                scale * kind->dot(w->bits, codes + at / (8u / w->bits), from, n, sum) + middle * sum;
+                scale * kind->dot(w->bits, codes + fo__code_bytes(w->bits, at), from, n, sum) + middle * sum;
           }
         }
       }
@@ -714,7 +719,7 @@ static void fo__multiply_entries(const fo_tensor* w, const fo__kind* kind, const
   float values[FO__CHUNK];
   for (size_t row = 0; row < w->rows; ++row) {
     const size_t values_row = w->layout == FO_DENSE ? row : 0;
-    const uint8_t* codes = (const uint8_t*)w->values + (values_row ? values_row * fo__row_bytes(w) : 0);
+    const uint8_t* codes = (const uint8_t*)w->values + (w->type == FO_CODES ? values_row * fo__row_bytes(w) : 0);
     fo__entries e = fo__entries_of(w, row);
     size_t first, n;
     while ((n = fo__columns(&e, columns, &first)) != 0) {

@@ -20,7 +20,7 @@ from fastopt.quant import QuantizedTensor, as_matrix
 Notify: TypeAlias = Callable[[int, int, str], None]
 
 # Each is a module here with a function `write(model, path, progress, **options)`.
-TARGETS = ("gguf", "mlx", "npz", "onnx")
+TARGETS = ("c", "gguf", "mlx", "npz", "onnx")
 
 
 def export(
@@ -42,10 +42,11 @@ def export(
     path : path-like
         Replaced when the file is complete.
     to : str
-        "gguf": ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for
-        MLX's quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and
-        what they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output;
-        any bits, groups, outliers and sparse weights.
+        "c": constant arrays in BASE.c, with BASE.h and fastopt.h, which multiplies with them on any machine. "gguf":
+        ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for MLX's
+        quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and what
+        they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output; any
+        bits, groups, outliers and sparse weights.
     notify : callable, optional
         Called with the bytes of the model that are done, those of all, and the name of the tensor that is next, "" at
         the end.

@@ -1,0 +1,160 @@
+"""C: constant arrays and a table of them, for cpp/edge/fastopt.h without a file and without a parser."""
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from fastopt.export import Progress
+from fastopt.files import replacing
+from fastopt.linear import Weight
+from fastopt.model import Array
+from fastopt.quant import QuantizedTensor, as_matrix
+from fastopt.sparse import SparseTensor
+
+_TYPES = {"float32": "FO_F32", "float16": "FO_F16", "bfloat16": "FO_BF16"}
+_LAYOUTS = {"1x16": "FO_BLOCK", "index16": "FO_INDEX16", "index8": "FO_INDEX8"}
+_WORDS_A_LINE = 10
+
+
+def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
+    """Write BASE.c, BASE.h and, beside them, fastopt.h; a tensor NAME becomes ``const fo_tensor BASE_NAME``.
+
+    Parameters
+    ----------
+    model : mapping from name to array, QuantizedTensor or SparseTensor
+    path : Path
+        BASE or BASE.c. What a name in C cannot hold becomes an underscore.
+    progress : Progress
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
+    ValueError
+        If a tensor has float64 values, or two would get one name.
+    """
+    if path.suffix not in ("", ".c"):
+        raise ValueError(f"path: expected a name without suffix or with .c, got {path.name!r}")
+    base = _identifier(path.stem)
+    if not base[:1].isalpha():
+        raise ValueError(f"path: expected a name that starts with a letter, as names in C do, got {path.name!r}")
+    identifiers: dict[str, str] = {}
+    for name in model:
+        other = identifiers.setdefault(f"{base}_{_identifier(name)}", name)
+        if other != name:
+            raise ValueError(f"{name!r} and {other!r}: both would be {base}_{_identifier(name)} in C; rename one")
+    with (
+        replacing(path.with_suffix(".c")) as source_path,
+        replacing(path.with_suffix(".h")) as header_path,
+        source_path.open("w", encoding="utf-8") as source,
+        header_path.open("w", encoding="utf-8") as header,
+    ):
+        guard = f"{base}_H".upper()
+        source.write(f'/* Written by fastopt. */\n#include "{path.stem}.h"\n')
+        header.write(f'/* Written by fastopt. */\n#ifndef {guard}\n#define {guard}\n\n#include "fastopt.h"\n')
+        header.write('\n#ifdef __cplusplus\nextern "C" {\n#endif\n')
+        for identifier, name in identifiers.items():
+            progress.next(name)
+            tensor = model[name]
+            try:
+                _write_tensor(source, identifier, tensor)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from error
+            header.write(
+                f"\n/* {_comment(name)}: {_comment(_summary(tensor))} */\nextern const fo_tensor {identifier};\n"
+            )
+        header.write("\n#ifdef __cplusplus\n}\n#endif\n\n#endif\n")
+    with replacing(path.with_name("fastopt.h")) as copy:
+        copy.write_bytes(files("fastopt").joinpath("fastopt.h").read_bytes())
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
+
+
+def _comment(text: str) -> str:
+    return text.encode("unicode_escape").decode().replace("*/", "* /").replace("/*", "/ *")
+
+
+def _summary(tensor: Weight) -> str:
+    if isinstance(tensor, np.ndarray):
+        return f"{tensor.dtype}, shape {tensor.shape}"
+    return repr(tensor)
+
+
+def _write_tensor(source: TextIO, identifier: str, tensor: Weight) -> None:
+    """Write the arrays of a tensor, and the structure that points to them."""
+    rows, cols = as_matrix(tensor.shape)
+    values = tensor.values if isinstance(tensor, SparseTensor) else tensor
+    parts: dict[str, Array] = {}
+    group = groups = bits = offset_bytes = index_bytes = 0
+    layout, type_, param_type = "FO_DENSE", "FO_CODES", "FO_F16"
+    if isinstance(values, QuantizedTensor):
+        parts = {"values": values.codes, "scale": values.scale, "minimum": values.minimum}
+        bits, param_type = values.bits, _TYPES[values.scale.dtype.name]
+        if values.group_size is not None:
+            length = as_matrix(values.shape)[1]
+            group = max(length if values.group_size == -1 else min(values.group_size, length), 1)
+            groups = values.scale.shape[1]
+        if values.outliers is not None:
+            if values is not tensor:
+                raise ValueError("outliers of sparse values are not known to fastopt.h")
+            index, index_bytes = _short(values.outliers.indices)
+            parts |= {"outlier_index": index, "outlier_value": values.outliers.values}
+    elif values.dtype == np.float64:
+        raise ValueError("float64 is not known to fastopt.h; convert it to float32")
+    else:
+        parts, type_ = {"values": values}, _TYPES.get(values.dtype.name, "FO_OTHER")
+    if isinstance(tensor, SparseTensor):
+        layout = _LAYOUTS.get(tensor.layout, "FO_MASK")
+        offsets, offset_bytes = _short(tensor.row_offsets)
+        parts |= {"positions": tensor.positions, "row_offsets": offsets}
+    for part, array in parts.items():
+        _write_array(source, f"{identifier}_{part}", array)
+
+    def pointer(part: str) -> str:
+        return f"{identifier}_{part}" if part in parts and parts[part].size else "NULL"
+
+    outliers = parts["outlier_value"].size if "outlier_value" in parts else 0
+    source.write(
+        f"""
+const fo_tensor {identifier} = {{
+    /* rows, cols, count, group, groups */
+    {rows}, {cols}, {values.size}, {group}, {groups},
+    /* values, scale, minimum, positions, row_offsets */
+    {pointer("values")}, {pointer("scale")}, {pointer("minimum")},
+    {pointer("positions")}, {pointer("row_offsets")},
+    /* outliers */
+    {pointer("outlier_index")}, {pointer("outlier_value")}, {outliers},
+    /* layout, type, bits, param_type, offset_bytes, index_bytes */
+    {layout}, {type_}, {bits}, {param_type}, {offset_bytes}, {index_bytes}}};
+"""
+    )
+
+
+def _short(index: Array) -> tuple[Array, int]:
+    """Return indices in 32 bits if they fit, and the bytes of each."""
+    if index.size and int(index[-1]) >= 1 << 32:
+        return index, 8
+    return index.astype(np.uint32), 4
+
+
+def _write_array(source: TextIO, name: str, array: Array) -> None:
+    """Write an array as little-endian words of 32 bits, which give it its alignment."""
+    if array.size == 0:
+        return
+    little: Any = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    content = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+    source.write(f"\nstatic const uint32_t {name}[] = {{\n")
+    step = 4 * _WORDS_A_LINE << 14
+    for begin in range(0, content.size, step):
+        part = content[begin : begin + step]
+        words = np.concatenate([part, np.zeros(-part.size % 4, np.uint8)]).view("<u4").astype(">u4")
+        text = "0x" + words.tobytes().hex(",", 4).replace(",", ",0x") + ","
+        width = len("0x00000000,") * _WORDS_A_LINE
+        source.writelines(text[i : i + width] + "\n" for i in range(0, len(text), width))
+    source.write("};\n")
