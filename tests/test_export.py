@@ -88,7 +88,7 @@ def test_command(rng, tmp_path):
 def test_command_called_wrongly(tmp_path):
     small, out = tmp_path / "small.safetensors", tmp_path / "out"
     fo.pack({"w": np.eye(64, dtype="f4")}, bits=8, min_size=1).save(small)
-    assert "expected one of gguf, mlx" in run("export", small, "--to", "tflite", "-o", out, code=2).stderr
+    assert "expected one of c, gguf" in run("export", small, "--to", "tflite", "-o", out, code=2).stderr
     assert run("export", small, "-o", out, code=2).stdout == ""
     line = run("export", small, "--to", "npz", "-o", out, "--fast", code=1).stderr
     assert line == "fastopt: options: npz has no 'fast'; it has none\n"

@@ -42,7 +42,7 @@ def export(
     path : path-like
         Replaced when the file is complete.
     to : str
-        "c": constant arrays in BASE.c, with BASE.h and fastopt.h, which multiplies with them on any machine. "gguf":
+        "c": constant arrays in BASE.c, beside BASE.h and fastopt.h, which multiplies with them on any machine. "gguf":
         ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for MLX's
         quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and what
         they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output; any

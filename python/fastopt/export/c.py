@@ -27,7 +27,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-        BASE or BASE.c. What a name in C cannot hold becomes an underscore.
+        BASE.c. What a name in C cannot hold becomes an underscore.
     progress : Progress
 
     Raises
@@ -37,8 +37,8 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     ValueError
         If a tensor has float64 values, or two would get one name.
     """
-    if path.suffix not in ("", ".c"):
-        raise ValueError(f"path: expected a name without suffix or with .c, got {path.name!r}")
+    if path.suffix != ".c":
+        raise ValueError(f"path: expected a name that ends in .c, got {path.name!r}")
     base = _identifier(path.stem)
     if not base[:1].isalpha():
         raise ValueError(f"path: expected a name that starts with a letter, as names in C do, got {path.name!r}")
@@ -48,7 +48,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
         if other != name:
             raise ValueError(f"{name!r} and {other!r}: both would be {base}_{_identifier(name)} in C; rename one")
     with (
-        replacing(path.with_suffix(".c")) as source_path,
+        replacing(path) as source_path,
         replacing(path.with_suffix(".h")) as header_path,
         source_path.open("w", encoding="utf-8") as source,
         header_path.open("w", encoding="utf-8") as header,
