@@ -78,7 +78,7 @@ def asan(session):
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     # The profile of Hypothesis for CI has no deadline.
-    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, env=environment)
+    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, "tests/test_hostile.py", env=environment)
 
 
 @nox.session
@@ -104,6 +104,19 @@ def lower_bounds(session):
     oldest = [dependency.replace(">=", "==") + ".*" for dependency in dependencies]
     session.install(*oldest, ".[test]")
     session.run("pytest", *ONE_TABLE, "--ignore=tests/test_isa.py", "--ignore=tests/test_edge.py")
+
+
+@nox.session
+def fuzz(session):
+    """Fuzz the reading of files for a minute, or for as many seconds as are given."""
+    session.install("atheris>=3", ".")
+    seconds = session.posargs[0] if session.posargs else "60"
+    found = session.create_tmp()  # what it finds; the corpus stays as it is
+    session.run(
+        *["python", "tests/fuzz/fuzz_load.py", found, "tests/fuzz/corpus"],
+        *[f"-max_total_time={seconds}", "-max_len=8192", f"-artifact_prefix={found}/"],
+        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
 
 
 @nox.session

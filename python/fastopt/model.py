@@ -589,7 +589,7 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> PackedModel:
         raise ValueError(f"{both[0]!r} is stored both packed and plain")
     tensors = {**rest, **packed}
     order = description.get("order", list)
-    if sorted(map(str, order)) != sorted(tensors):
+    if not all(isinstance(name, str) for name in order) or sorted(order) != sorted(tensors):
         raise ValueError("metadata: order does not name the tensors of the file")
     return PackedModel({name: tensors[name] for name in order}, recipe)
 

@@ -45,7 +45,7 @@ def require_group_size(group_size: GroupSize, bits: int) -> int | None:
     if group_size is None:
         return None
     size = operator.index(group_size)
-    if size < 1 and size != -1:
+    if (size < 1 and size != -1) or size >= 1 << 62:
         raise ValueError(f"group_size: expected a positive number, -1 (a row) or None (the whole tensor), got {size}")
     return size
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -49,10 +50,17 @@ class Options:
         if self.bits is not None:
             require_bits(self.bits)
         require_group_size(self.group_size, self.bits or 8)
-        params = np.dtype(self.param_dtype)
+        try:
+            params = np.dtype(self.param_dtype)
+        except TypeError:
+            params = None
         if params not in (np.float16, np.float32):
-            raise ValueError(f"param_dtype: expected float16 or float32, got {params}")
-        object.__setattr__(self, "param_dtype", params.name)
+            raise ValueError(f"param_dtype: expected float16 or float32, got {self.param_dtype!r}")
+        object.__setattr__(self, "param_dtype", np.dtype(self.param_dtype).name)
+        for name in ("outliers", "threshold", "sparsity"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if self.fit not in ("minmax", "lsq"):
             raise ValueError(f"fit: expected 'minmax' or 'lsq', got {self.fit!r}")
         if self.outliers is not None and not 0 <= self.outliers <= 1:

@@ -122,6 +122,8 @@ class SparseTensor:
             as_float_array(self.values, "values")
         elif self.values.outliers is not None:
             raise ValueError("values: expected none with outliers, which products with sparse weights do not add")
+        if self.layout.startswith("index") and self.positions.ndim != 1:
+            raise ValueError(f"positions: expected one dimension, got shape {self.positions.shape}")
         rows, cols = as_matrix(self.shape)
         if self.row_offsets.shape != (rows + 1,):
             raise ValueError(f"row_offsets: expected {rows + 1} elements, got {self.row_offsets.shape}")
