@@ -272,6 +272,13 @@ def test_every_truncation_is_refused(sanitized, rng, tmp_path):
     assert sanitized.answer(TRY, file + b"\0")[0] == "FO_BAD_HEADER"
 
 
+def test_corpus_of_the_fuzzer(sanitized):
+    files = [path.read_bytes() for path in sorted((ROOT / "tests" / "fuzz" / "corpus_edge").iterdir())]
+    for file in files:
+        sanitized.ask(TRY, file)
+    assert [code for code, _ in sanitized.answers()] == ["FO_OK"] * len(files)
+
+
 def test_flipped_bits_are_harmless(sanitized, rng, tmp_path):
     """The sanitizers see that nothing outside is read, whatever is said of the tensors."""
     file = saved(small_model(rng), tmp_path)
@@ -548,3 +555,27 @@ def test_product_takes_less_than_a_kilobyte_of_code(tmp_path):
         sizes.pop(not_called)
     assert {"fo__multiply_codes", "fo__dot_f32", "fo__sum_f32", "fo__float"} <= sizes.keys()
     assert sum(sizes.values()) < 1024, sizes
+
+
+def test_readme(rng, tmp_path):
+    need("cc")
+    readme = (ROOT / "README.md").read_text()
+    source = re.search(r"```c\n(.*?)```", readme, re.DOTALL)[1]
+    main = """
+#include <stdio.h>
+int main(void) {
+  static unsigned char file[1 << 20];
+  static float x[512], y[256];
+  size_t n = fread(x, 4, 512, stdin), size = fread(file, 1, sizeof file, stdin);
+  int code = product(file, size, x, y);
+  if (code) puts(fo_message(code));
+  return code || n != 512 || fwrite(y, 4, 256, stdout) != 256;
+}
+"""
+    (tmp_path / "readme.c").write_text(source + main)
+    run("cc", "-std=c99", *STRICT, f"-I{EDGE}", tmp_path / "readme.c", "-o", tmp_path / "readme")
+    w, b = rng.standard_normal((256, 512)).astype("f4"), rng.standard_normal(256).astype("f4")
+    x, model = rng.standard_normal(512).astype("f4"), fo.pack({"w": w, "b": b}, bits=4)
+    y = np.frombuffer(run(tmp_path / "readme", input=x.tobytes() + saved(model, tmp_path)), "f4")
+    python = fo.linear(x, model["w"], b)
+    assert np.linalg.norm(y - python) < 1e-6 * np.linalg.norm(python)
