@@ -36,7 +36,7 @@ def test_tables_fit_the_terminal(columns, table, monkeypatch, capsys):
     assert len(rows) == 9
     assert max(map(len, shown[:-4])) <= columns
     assert all("…" not in row.split("weight")[1] for row in rows)  # numbers are never cut
-    assert "q_proj.weight" in rows[0]
+    assert "k_proj.weight" in rows[0]
     assert sum("model.decoder.layers." in line for line in shown) == 3  # said once for each layer
 
 
@@ -51,6 +51,13 @@ def test_report_tells_totals_and_reasons():
     told = PACKED.report(model())
     assert f"{told.bits_per_weight:.2f} bits per weight" in lines[1]
     assert f"SNR {told.error.snr:.1f} dB" in lines[2]
+
+
+def test_layers_are_in_order(capsys):
+    facts = fo.inspect({f"layers.{i}.{part}": np.zeros(3) for i in (10, 9, 1) for part in ("weight", "bias")})
+    report.print_facts(Path("m.safetensors"), facts)
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown[2:11] == [part for i in (1, 9, 10) for part in (f"layers.{i}", "bias", "weight")]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Column
 from typer.core import TyperGroup
 
 from fastopt import __version__
@@ -29,6 +28,12 @@ from fastopt import __version__
 
 class _Commands(TyperGroup):
     """A group whose commands end with one line, not a traceback, where the user can do something about it."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:  # a docstring's lines are not those of the terminal
+            command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -104,12 +109,13 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
     """Give a function that shows bytes done, bytes in all, and a name, with rate and remaining time: as `progress`."""
-    name = TextColumn("[dim]{task.fields[name]}", markup=True, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    name = TextColumn("[dim]{task.fields[name]}")
     with _bars(TextColumn("{task.description}"), TransferSpeedColumn(), TimeRemainingColumn(), name) as bars:
-        task = bars.add_task(what, total=None, name="")
+        task, room = bars.add_task(what, total=None, name=""), max(0, bars.console.width - 70)
 
         def notify(done: int, total: int, name: str) -> None:
-            bars.update(task, completed=done, total=total, name=escape(name))
+            end = name if len(name) <= room else f"…{name[len(name) - room + 1 :]}" if room > 10 else ""
+            bars.update(task, completed=done, total=total, name=escape(end))
 
         yield notify
 

@@ -133,7 +133,7 @@ def _error_tiles(error: Error | None) -> list[tuple[str, str]]:
 
 _BINS = 120
 _SHOWN = 8  # standard deviations from the mean
-_SAMPLE = 1 << 20  # values that a histogram counts
+_SAMPLE = 1 << 17  # values that a histogram counts, about
 
 
 def histogram(before: Array, after: "Weight | None") -> dict[str, Any] | None:

@@ -102,6 +102,11 @@ def layer_of(name: str) -> str:
     return match[1][1:] if match else ""
 
 
+def _by_name(row: Any) -> list[tuple[int, int, str]]:
+    """Return what sorts layer 10 behind layer 9."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", row.name)]
+
+
 def _tail(name: str, room: int) -> str:
     """Return a name, of a long one the end, which tells more than its beginning."""
     return name if len(name) <= room else f"…{name[1 - room :]}"
@@ -115,9 +120,9 @@ def _console() -> Console:
 
 
 def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) -> None:
-    """Print a row for each of `rows` under its layer, with the columns that fit."""
+    """Print a row for each of `rows` under its layer, by name, with the columns that fit."""
     lines: list[tuple[str, Any]] = []
-    for layer, group in groupby(rows, lambda row: layer_of(row.name)):
+    for layer, group in groupby(sorted(rows, key=_by_name), lambda row: layer_of(row.name)):
         members = list(group)
         under = layer if len(members) > 1 else ""
         lines += [(under, None)] if under else []
