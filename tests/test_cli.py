@@ -306,6 +306,13 @@ def test_prune(model, tmp_path):
     assert np.abs(fo.load(path)["embed.weight"].values).min() > 1
 
 
+def test_patterns_that_match_nothing_are_told(model, tmp_path):
+    result = run(
+        "pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--exclude", "nrm*", "--override", "x:bits=2"
+    )
+    assert result.stderr == "fastopt: no tensor matches 'nrm*'\nfastopt: no tensor matches 'x'\n"
+
+
 # ---- diff --------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +421,7 @@ def test_names_from_files_stay_texts(tmp_path):
         (["--pattern", "4:2"], "pattern"),
         (["--target-size", "12MB", "--target-bits", "4"], "one of them"),
         (["--target-bits", "4", "--bits", "4"], "--bits"),
+        (["--bits", "4", "-o", "small.npz"], "see also fastopt export"),
         ([], "nothing to do"),
         (["--exclude", "*"], "nothing to do"),
         (["--bits", "4", "extra"], "extra"),
@@ -453,6 +461,7 @@ def test_failures(model, tmp_path):
         (("pack", model, "-o", out, "--target-size", "1kB"), "target_size: expected at least"),
         (("pack", model, "-o", out, "--target-size", "big"), "target_size: expected bytes"),
         (("pack", model, "-o", tmp_path / "no" / "out.safetensors", "--bits", 4), "No such file or directory"),
+        (("pack", model, "-o", out, "--bits", 4, "--html", tmp_path / "no" / "r.html"), "No such file or directory"),
         (("pack", model, "-o", tmp_path, "--bits", 4), f"{tmp_path}: Is a directory"),
         (("unpack", model, "-o", tmp_path), f"{tmp_path}: Is a directory"),
     ):

@@ -1,10 +1,9 @@
 """The commands on models: inspect, pack, prune, unpack, export, diff."""
 
-import contextlib
-import re
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
-from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,61 +19,29 @@ from fastopt.export.onnx_pack import pack_onnx
 from fastopt.files import Weights, read_index
 from fastopt.linear import Weight
 from fastopt.model import PackedModel, Report, load
-from fastopt.recipe import Options, Recipe
-from fastopt.shrink import Layer
+from fastopt.options import (
+    AccuracyLevel,
+    DryRun,
+    Exclude,
+    Fast,
+    Fit,
+    Html,
+    Include,
+    MinSize,
+    Pattern,
+    Source,
+    Sparsity,
+    Target,
+    Threshold,
+    given,
+    group_size_of,
+    layer_of,
+    override_of,
+    usage,
+)
+from fastopt.recipe import Recipe
 from fastopt.stream import pack_file, unpack_file
 from fastopt.weights import open_weights
-
-
-class Fit(str, Enum):
-    """How scale and minimum are found."""
-
-    minmax = "minmax"
-    lsq = "lsq"
-
-
-Source = Annotated[
-    Path,
-    typer.Argument(
-        help="A .safetensors file, the .index.json of one in shards, a folder with either, .npz, .npy or a folder of "
-        ".npy files, or a state dict of torch (.pt, .pth, .bin; needs torch).",
-        show_default=False,
-    ),
-]
-Target = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        help="The safetensors file to write; it appears when it is complete. It may be the input itself. "
-        "With a name that ends in .index.json, a file for each shard of the input.",
-        show_default=False,
-    ),
-]
-Include = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors whose names match; may be repeated.")
-]
-MinSize = Annotated[int | None, typer.Option(help="Keep tensors of fewer weights; 4096 if not given.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of weights to prune, of each tensor.")]
-Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most this magnitude.")]
-Pattern = Annotated[
-    str | None, typer.Option(metavar="N:M|1x16", help="Keep N of each M weights, as 2:4, or whole blocks of 16.")
-]
-Fast = Annotated[
-    bool,
-    typer.Option("--fast", help="onnx: multiply by MatMulNBits, which is ONNX Runtime's own."),
-]
-AccuracyLevel = Annotated[
-    int | None, typer.Option(help="onnx, with --fast: 0 multiplies in float32, 4 rounds activations to int8.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes, and write nothing.")]
-Html = Annotated[
-    Path | None,
-    typer.Option(help="Write a page for the browser: sizes, errors, histograms with their grids.", show_default=False),
-]
 
 
 @app.command(
@@ -165,7 +132,7 @@ def pack(
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
     nbytes, error, reason).
     """
-    given = _given(
+    options = given(
         bits=bits,
         fit=fit and fit.value,
         outliers=outliers,
@@ -178,11 +145,11 @@ def pack(
         min_size=min_size,
     )
     if group_size is not None:
-        given["group_size"] = _group_size(group_size)
+        options["group_size"] = group_size_of(group_size)
     base = Recipe() if recipe is None else Recipe.from_toml(recipe)
-    overrides = dict(_override(text) for text in override or ())
-    with _usage():
-        wanted = base.replace(**given, overrides={**overrides, **base.overrides})
+    overrides = dict(override_of(text) for text in override or ())
+    with usage():
+        wanted = base.replace(**options, overrides={**overrides, **base.overrides})
     if target_bits is not None and target_size is not None:
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
@@ -190,7 +157,7 @@ def pack(
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
     if not asked:
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
-    onnx = _given(fast=fast or None, accuracy_level=accuracy_level)
+    onnx = given(fast=fast or None, accuracy_level=accuracy_level)
     if ".onnx" not in (model.suffix, output.suffix):
         if onnx:
             raise typer.BadParameter("--fast and --accuracy-level: expected for an ONNX model only")
@@ -234,11 +201,11 @@ def prune(
     To quantize what is left, give the same options and --bits to fastopt pack. fastopt unpack makes dense tensors with
     zeros of the result. JSON: as that of fastopt pack.
     """
-    given = _given(
+    options = given(
         sparsity=sparsity, threshold=threshold, pattern=pattern, include=include, exclude=exclude, min_size=min_size
     )
-    with _usage():
-        recipe = Recipe(**given)
+    with usage():
+        recipe = Recipe(**options)
     if not recipe.prunes:
         raise typer.BadParameter("expected --sparsity, --threshold or --pattern")
     _pack(model, output, recipe, dry_run, html, as_json)
@@ -253,6 +220,7 @@ def unpack(model: Source, output: Target, as_json: Json = False) -> None:
 
     Tensors get the shapes and dtypes back that they had. JSON: source, target, file_bytes.
     """
+    _check_outputs(output)
     with byte_progress("unpack") as notify:
         unpack_file(model, output, notify=notify)
     size = _file_bytes(output)
@@ -299,10 +267,10 @@ def export(
     """
     if to not in TARGETS:
         raise typer.BadParameter(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
-    options = _given(
+    options = given(
         requantize=requantize or None,
         architecture=architecture,
-        graph=None if not layer else [_layer(text) for text in layer],
+        graph=None if not layer else [layer_of(text) for text in layer],
         fast=fast or None,
         accuracy_level=accuracy_level,
         param_dtype=param_dtype,
@@ -343,6 +311,7 @@ def diff(
     JSON: first, second, tensors (name, shape, size, nbytes of both, rmse, relative, max, snr, cosine), missing, extra,
     reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is null.
     """
+    _check_outputs(None, html)
     one, other = _open(first), _open(second)
     with byte_progress("compare") as notify:
         found = difference_of(_Watched(one, notify), other)
@@ -369,6 +338,7 @@ def _pack(
     source: Path, target: Path, recipe: Recipe, dry_run: bool, html: Path | None, as_json: bool, **targets: Any
 ) -> None:
     """Pack from file to file, and report."""
+    _check_outputs(target, html)
     weights = (
         None if html is None else open_weights(source)
     )  # before the target, which may be the same file, is written
@@ -384,7 +354,10 @@ def _pack(
 
 
 def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: bool, as_json: bool) -> None:
-    """Report what was packed."""
+    """Report what was packed, and which patterns were of no use."""
+    for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
+        if not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
+            typer.echo(f"fastopt: no tensor matches {pattern!r}", err=True)
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
@@ -398,6 +371,15 @@ def _file_bytes(path: Path) -> int:
     """Return the size of a file, of an index with all its shards."""
     names = read_index(path) if path.name.endswith(".index.json") else []
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+
+
+def _check_outputs(target: Path | None, html: Path | None = None) -> None:
+    """Refuse before the work what could not be written after it, or would bear a name of another format."""
+    if target is not None and target.suffix in (*_NOT_PACKED, ".gguf", ".onnx"):
+        raise typer.BadParameter(f"--output: expected a .safetensors file, got {target}; see also fastopt export")
+    for path in (target, html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
 
 
 _NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
@@ -428,58 +410,3 @@ class _Watched(Mapping[str, Weight]):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Return the options that the command line gives."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """Let an option out of range end as wrong usage does."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-_GROUPS = {"row": -1, "tensor": None, "auto": "auto"}
-_OVERRIDE = re.compile(rf"(.+?):((?:{'|'.join(f.name for f in fields(Options))})=.*)")
-
-
-def _group_size(text: str) -> Any:
-    if text in _GROUPS:
-        return _GROUPS[text]
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"group_size: expected a number, row or tensor, got {text!r}") from None
-
-
-def _layer(text: str) -> Layer:
-    """Return the layer of ``NAME`` or ``NAME:ACTIVATION``."""
-    name, _, activation = text.partition(":")
-    return Layer(name, activation=activation or None)
-
-
-def _override(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the pattern and the options of ``GLOB:OPTION=VALUE,...``."""
-    match = _OVERRIDE.fullmatch(text)
-    if match is None:
-        raise typer.BadParameter(f"--override: expected GLOB:OPTION=VALUE,... as '*embed*:bits=8', got {text!r}")
-    options: dict[str, Any] = {}
-    for part in match[2].split(","):
-        name, _, value = part.partition("=")
-        options[name] = _group_size(value) if name == "group_size" else _value(value)
-    return match[1], options
-
-
-def _value(text: str) -> Any:
-    """Return what a value means: none, a number, or a text."""
-    if text == "none":
-        return None
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
