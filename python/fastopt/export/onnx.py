@@ -1,8 +1,8 @@
 """ONNX: a model that runs, of a chain of layers or of decoded tensors.
 
 Codes become a tensor of uint8, uint4 or uint2, whose bytes are ours, and DequantizeLinear and Add decode them. Where
-only ONNX Runtime has to run the model, its MatMulNBits multiplies with the codes as they are; what the minima add to
-the product is the sum of x over each block times the minimum of the block.
+only ONNX Runtime has to run the model, its MatMulNBits multiplies with the codes as they are; what is left of
+each weight, the same for a block, is multiplied by the sum of x over the block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +134,7 @@ class Builder:
         self.opset = _OPSET
         self._names = taken
         self._shared: dict[Any, str] = {}
-        self._blocks: dict[str, tuple[int, str, str, str, str]] = {}
+        self._blocks: dict[str, tuple[int, str, str, str]] = {}
 
     def fresh(self, name: str) -> str:
         """Return a name that is not taken, and take it."""
@@ -266,33 +266,32 @@ class Builder:
 
     def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None) -> str:
         rows, cols = as_matrix(q.shape)
-        size, *constants, minimum = self._block_constants(name, q)
+        size, codes, scale, offset = self._block_constants(name, q)
         options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": size}
         options["accuracy_level"] = self.accuracy_level
-        y = self.node("MatMulNBits", x, *constants, domain="com.microsoft", **options)
-        added = self.node("MatMul", self._block_sums(x, cols, size), minimum)
+        y = self.node("MatMulNBits", x, codes, scale, domain="com.microsoft", **options)
+        added = self.node("MatMul", self._block_sums(x, cols, size), offset)
         if q.outliers is None:
             return self.node("Add", y, added, output=output)
         return self._add_outliers(x, self.node("Add", y, added), name, q, output)
 
-    def _block_constants(self, name: str, q: QuantizedTensor) -> tuple[int, str, str, str, str]:
-        """Add codes, scale, zero point and, transposed, minimum of each block, unless they are there."""
-        from onnx import TensorProto, helper
-
+    def _block_constants(self, name: str, q: QuantizedTensor) -> tuple[int, str, str, str]:
+        """Add codes, scale and, transposed, what is not scale * code of each block, unless they are there."""
         if name not in self._blocks:
             size, scale, minimum = _blocks(name, q)
             rows, groups = scale.shape
             codes = np.zeros((rows, groups * size * q.bits // 8), np.uint8)
             codes[:, : q.codes.shape[1]] = q.codes
-            # Codes count from 0, which takes a zero point that says so.
-            zero = helper.make_tensor("zero", TensorProto.UINT8, [1], [0])
-            shape = self.numbers(rows * -(-groups * q.bits // 8))
+            scale_name = self._float32(f"{name}.scale", scale)
+            # Without a zero point codes count from the middle, which leaves less to cancel.
+            middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32))
+            offset = self.node("Mul", scale_name, middle)
+            offset = self.node("Add", self._float32(f"{name}.minimum", minimum), offset)
             self._blocks[name] = (
                 size,
                 self.constant(f"{name}.codes", codes.reshape(rows, groups, -1)),
-                self._float32(f"{name}.scale", scale.reshape(-1)),
-                self.node("ConstantOfShape", shape, output=self.fresh(f"{name}.zero_points"), value=zero),
-                self.node("Transpose", self._float32(f"{name}.minimum", minimum), perm=[1, 0]),
+                self.node("Reshape", scale_name, self.numbers(-1)),
+                self.node("Transpose", offset, perm=[1, 0]),
             )
         return self._blocks[name]
 
