@@ -85,7 +85,7 @@ def test_every_tensor_is_aligned_and_the_library_agrees(weights, tmp_path):
         assert not part.flags.writeable
 
 
-def test_any_array_is_written(tmp_path):
+def test_any_array_is_written(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     arrays = {
         "swapped": np.arange(5, dtype=">f4"),
@@ -103,6 +103,9 @@ def test_any_array_is_written(tmp_path):
         assert np.array_equal(back[name], array)
     with safe_open(path, "numpy") as file:
         assert file.metadata() == {"a": "ä"}
+    monkeypatch.setattr("fastopt.files._LONGEST_HEADER", 1000)
+    with pytest.raises(ValueError, match=r"tensors: names make a header of 1\d\d\d bytes, expected at most 1000"):
+        write(path, [part_of("x" * 1000, np.zeros(3))], {})
     with pytest.raises(ValueError, match=r"tensors: two would be stored as 'fastopt\.pad\.0'"):
         write(path, [part_of(f"{PAD}0", np.zeros(3))], {})
 

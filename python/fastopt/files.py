@@ -46,6 +46,7 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # that a reader accepts
 _LARGEST = 1 << 62  # elements; NumPy counts bytes in 63 bits
 
 
@@ -262,6 +263,8 @@ def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[
         at += size + fill
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(f"tensors: names make a header of {len(text)} bytes, expected at most {_LONGEST_HEADER}")
     return laid, len(text).to_bytes(8, "little") + text
 
 
