@@ -255,6 +255,10 @@ def test_targets_out_of_reach(weights):
     ]:
         with pytest.raises(ValueError, match=message):
             fo.pack(weights, **options)
+    for override in ({}, {"w": {"bits": 8}}):
+        with pytest.raises(ValueError, match="'w': w: expected finite float32 values, got nan"):
+            fo.pack({"w": np.full((64, 64), np.nan)}, target_bits=4, overrides=override)
+    assert fo.pack({"w": np.zeros((0, 4))}, target_bits=4, min_size=0)["w"].shape == (0, 4)
     least = fo.pack(weights, bits=2, group_size=64, min_size=4096).report()
     fo.pack(weights, target_bits=least.bits_per_weight + 0.001)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastopt.files import ALIGNMENT, Weights, spec_of
 from fastopt.prune import prune
 from fastopt.quant import ErrorSums, QuantizedTensor, quantized_nbytes
-from fastopt.recipe import Options, Recipe
+from fastopt.recipe import Options, Recipe, naming_tensor, pack_tensor
 from fastopt.sparse import SparseTensor
 
 Array: TypeAlias = NDArray[Any]
@@ -95,7 +95,7 @@ def choose_bits(
     probe = recipe.replace(bits=8)
     fixed = weight_count = 0
     header = 1000 + 2 * len(str(recipe.to_dict()))
-    open_: dict[str, list[_Choice]] = {}
+    hulls: dict[str, list[_Choice]] = {}
     for name in weights:
         if notify is not None:
             notify(name)
@@ -104,25 +104,25 @@ def choose_bits(
         weight_count += size
         options, _ = probe.of(name, shape, dtype)
         header += _header_bytes(name, options)
-        changes = probe.override_of(name)[1]
         if options is None:
             fixed += size * dtype.itemsize
-        elif "bits" in changes:
-            fixed += options.apply(weights[name]).nbytes
+        elif "bits" in probe.override_of(name)[1]:
+            fixed += pack_tensor(name, weights[name], probe)[0].nbytes
         else:
-            open_[name] = _hull(_choices(weights[name], options))
+            with naming_tensor(name):
+                hulls[name] = _hull(_choices(weights[name], options))
         if isinstance(weights, Weights):
             weights.release(name)
     budget = parse_size(target_size) - header if target_size is not None else int((target_bits or 0) * weight_count / 8)
-    least = fixed + sum(hull[0].nbytes for hull in open_.values())
+    least = fixed + sum(hull[0].nbytes for hull in hulls.values())
     if least > budget:
         if target_bits is not None:
             fewest = 8 * least / max(weight_count, 1)
             raise ValueError(f"target_bits: expected at least {fewest:.3f}, got {target_bits}")
         raise ValueError(f"target_size: expected at least {least + header} bytes, got {target_size}")
-    chosen = _spend(list(open_.values()), budget - least)
+    chosen = _spend(list(hulls.values()), budget - least)
     mine = {}
-    for (name, hull), at in zip(open_.items(), chosen, strict=True):
+    for (name, hull), at in zip(hulls.items(), chosen, strict=True):
         mine[escape(name)] = {**probe.override_of(name)[1], **hull[at].changes}
     others = {pattern: changes for pattern, changes in recipe.overrides.items() if pattern not in mine}
     return recipe.replace(overrides={**mine, **others})
@@ -142,7 +142,7 @@ def _choices(array: Array, options: Options) -> Iterator[_Choice]:
         kept = prune(array, threshold=options.threshold, sparsity=options.sparsity, pattern=options.pattern)
         sample = kept.to_dense()
     else:
-        step = -(-array.size // _SAMPLE)
+        step = max(1, -(-array.size // _SAMPLE))
         sample = array[::step] if array.ndim > 1 else array
     for bits in (2, 4, 8):
         groups: tuple[Any, ...] = (options.group_size,)

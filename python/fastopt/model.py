@@ -40,7 +40,7 @@ from fastopt.quant import (
     require_bits,
     require_group_size,
 )
-from fastopt.recipe import Recipe
+from fastopt.recipe import Recipe, naming_tensor, pack_tensor
 from fastopt.sparse import BLOCK, SparseTensor, require_layout
 
 Array: TypeAlias = NDArray[Any]
@@ -306,10 +306,8 @@ class PackedModel(Mapping[str, Weight]):
         for name, tensor in self._tensors.items():
             reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
             original = None if weights is None or name not in weights else weights[name]
-            try:
+            with naming_tensor(name):
                 reporter.add(name, tensor, original, reason)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name!r}: {error}") from error
         return reporter.report()
 
     def save(self, path: PathLike) -> None:
@@ -463,19 +461,6 @@ def pack(
         given = recipe
     given = choose_bits(weights, given, target_bits=target_bits, target_size=target_size)
     return PackedModel({name: pack_tensor(name, array, given)[0] for name, array in weights.items()}, given)
-
-
-def pack_tensor(name: str, array: Array, recipe: Recipe) -> tuple[Weight, str]:
-    """Return a tensor packed as the recipe says, and why so."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
-    options, reason = recipe.of(name, array.shape, array.dtype)
-    if options is None:
-        return array, reason
-    try:
-        return options.apply(array), reason
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name!r}: {error}") from error
 
 
 def load(path: PathLike) -> PackedModel:

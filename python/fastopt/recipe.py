@@ -1,7 +1,8 @@
 """What is done to which tensor of a model."""
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastopt.files import PathLike
+from fastopt.linear import Weight
 from fastopt.prune import check_selection, prune
 from fastopt.quant import FLOATS, GroupSize, QuantizedTensor, quantize, require_bits, require_group_size
 from fastopt.sparse import SparseTensor
@@ -286,6 +288,26 @@ class Recipe(Options):
         Recipe
         """
         return replace(self, **changes)
+
+
+def pack_tensor(name: str, array: Array, recipe: Recipe) -> tuple[Weight, str]:
+    """Return a tensor packed as the recipe says, and why so."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
+    options, reason = recipe.of(name, array.shape, array.dtype)
+    if options is None:
+        return array, reason
+    with naming_tensor(name):
+        return options.apply(array), reason
+
+
+@contextlib.contextmanager
+def naming_tensor(name: str) -> Iterator[None]:
+    """Let an error name the tensor that it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name!r}: {error}") from error
 
 
 def _patterns(given: Any, name: str) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from fastopt.choose import choose_bits
 from fastopt.files import Array, Part, PathLike, Scratch, Weights, naming, require_dtype, spec_of, write, write_shards
-from fastopt.model import Report, Reporter, describe, disassemble, pack_tensor
+from fastopt.model import Report, Reporter, describe, disassemble
 from fastopt.quant import quantized_nbytes, require_group_size
-from fastopt.recipe import Recipe
+from fastopt.recipe import Recipe, pack_tensor
 from fastopt.weights import open_weights
 
 # Called with the bytes that are done, those of all, and the name of the tensor that comes next.

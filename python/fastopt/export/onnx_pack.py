@@ -13,9 +13,9 @@ from fastopt.export import Notify, Progress, require_package
 from fastopt.export.onnx import Builder, opset_of, save
 from fastopt.files import PathLike
 from fastopt.linear import Weight
-from fastopt.model import Array, Report, Reporter, pack_tensor
+from fastopt.model import Array, Report, Reporter
 from fastopt.quant import QuantizedTensor
-from fastopt.recipe import Recipe
+from fastopt.recipe import Recipe, pack_tensor
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
