@@ -294,13 +294,13 @@ def written(header, data=b""):
     return struct.pack("<Q", len(text)) + text + data
 
 
-def packed(description, arrays):
-    """A file whose metadata describes one packed tensor, "w"."""
-    header, data = {"__metadata__": {"fastopt": json.dumps({"version": 1, "tensors": {"w": description}})}}, b""
-    for name, array in arrays.items():
+def packed(description, arrays, name="w"):
+    """A file whose metadata describes one packed tensor; what is not ASCII is escaped, in the metadata twice."""
+    header, data = {"__metadata__": {"fastopt": json.dumps({"version": 1, "tensors": {name: description}})}}, b""
+    for part, array in arrays.items():
         kind = {"f": "F", "u": "U", "i": "I"}[array.dtype.kind] + str(8 * array.itemsize)
         offsets = [len(data), len(data) + array.nbytes]
-        header[f"w.{name}"] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
+        header[f"{name}.{part}"] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
         data += array.tobytes()
     return written(header, data)
 
@@ -379,6 +379,21 @@ def test_parts_must_fit(sanitized):
         sanitized.ask(DEQUANTIZE, packed(description, arrays), "w", size=10)
     codes = [code for code, _ in sanitized.answers()]
     assert codes == ["FO_OK"] * len(FITS) + [code for code, _, _ in MISFITS]
+
+
+def test_escapes_in_names(sanitized):
+    names = [
+        "\u00e9",
+        "\u20ac and \U0001f600",
+        'tab\t, line\n, quotes " and \\ and /',
+        "\x01\x7f\u0080\uffff\U0010ffff",
+    ]
+    for name in names:
+        file = packed(QUANTIZED, CODES_OF_W, name)
+        sanitized.ask(DEQUANTIZE, file, name, size=10)
+        sanitized.ask(DEQUANTIZE, file, name + "x", size=10)
+        sanitized.ask(DEQUANTIZE, file, name[:-1], size=10)
+    assert [code for code, _ in sanitized.answers()] == ["FO_OK", "FO_NOT_FOUND", "FO_NOT_FOUND"] * len(names)
 
 
 PLAIN = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

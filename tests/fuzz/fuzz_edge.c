@@ -25,7 +25,7 @@ static void try_tensor(const fo_tensor* w) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
-  static const char* const names[] = {"w", "fc1.weight", "\xc3\xa9\"\\", "__metadata__", ""};
+  static const char* const names[] = {"w", "fc1.weight", "\xc3\xa9\"\\", "\xf0\x9f\x98\x80", "__metadata__", ""};
   fo_model model;
   fo_tensor tensor;
   if (fo_open(&model, bytes, size)) return 0;
