@@ -108,15 +108,23 @@ def lower_bounds(session):
 
 @nox.session
 def fuzz(session):
-    """Fuzz the reading of files for a minute, or for as many seconds as are given."""
+    """Fuzz the reading of files, in Python for a minute and in C for half of one, or for as many seconds as are given."""
     session.install("atheris>=3", ".")
-    seconds = session.posargs[0] if session.posargs else "60"
-    found = session.create_tmp()  # what it finds; the corpus stays as it is
-    session.run(
-        *["python", "tests/fuzz/fuzz_load.py", found, "tests/fuzz/corpus"],
-        *[f"-max_total_time={seconds}", "-max_len=8192", f"-artifact_prefix={found}/"],
-        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )
+    seconds = session.posargs * 2 if session.posargs else ["60", "30"]
+    found = Path(session.create_tmp())  # what they find; the corpora stay as they are
+    folders = [found / "python", found / "c"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    sanitizers = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    fuzz_edge = str(found / "fuzz_edge")
+    session.run("clang", "-std=c99", "-g", "-O1", *sanitizers, "tests/fuzz/fuzz_edge.c", "-o", fuzz_edge, external=True)
+    for command, folder, corpus, limit in (
+        (["python", "tests/fuzz/fuzz_load.py"], folders[0], "tests/fuzz/corpus", seconds[0]),
+        ([fuzz_edge], folders[1], "tests/fuzz/corpus_edge", seconds[1]),
+    ):
+        options = [f"-max_total_time={limit}", "-max_len=8192", f"-artifact_prefix={found}/"]
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        session.run(*command, str(folder), corpus, *options, env=environment, external=True)
 
 
 @nox.session
