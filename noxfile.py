@@ -108,7 +108,7 @@ def lower_bounds(session):
 
 @nox.session
 def fuzz(session):
-    """Fuzz the reading of files, in Python for a minute and in C for half of one, or for as many seconds as are given."""
+    """Fuzz the reading of files, in Python a minute and in C half of one, or for as many seconds as are given."""
     session.install("atheris>=3", ".")
     seconds = session.posargs * 2 if session.posargs else ["60", "30"]
     found = Path(session.create_tmp())  # what they find; the corpora stay as they are
