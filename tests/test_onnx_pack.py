@@ -223,4 +223,4 @@ def test_magika_tells_the_same_types(bits, fast, tmp_path):
     same = [a == b for a, b in zip(*labels, strict=True)]
     assert np.mean(same) >= (1 if bits == 8 else 0.9)
     scores = np.array([[result.score for result in found] for found in results])
-    assert np.median(abs(scores[0] - scores[1])) < (0.001 if bits == 8 else 0.01)
+    assert np.median(abs(scores[0] - scores[1])) < (0.01 if bits == 8 else 0.05)
