@@ -95,6 +95,9 @@ def fastopt(
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, str], None]]:
     """Give a function that shows a bar for each phase, on stderr if that is a terminal."""
+    if not Console(stderr=True).is_terminal:
+        yield lambda phase, done, total, note: None
+        return
     tasks: dict[str, TaskID] = {}
     with _bars(TextColumn("{task.description:<9}"), TimeElapsedColumn(), TextColumn("{task.fields[note]}")) as bars:
 
@@ -109,6 +112,9 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
     """Give a function that shows bytes done, bytes in all, and a name, with rate and remaining time: as `progress`."""
+    if not Console(stderr=True).is_terminal:
+        yield lambda done, total, name: None
+        return
     name = TextColumn("[dim]{task.fields[name]}")
     with _bars(TextColumn("{task.description}"), TransferSpeedColumn(), TimeRemainingColumn(), name) as bars:
         task, room = bars.add_task(what, total=None, name=""), max(0, bars.console.width - 70)
@@ -121,13 +127,5 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _bars(first: ProgressColumn, *columns: ProgressColumn) -> Progress:
-    stderr = Console(stderr=True)
-    return Progress(
-        first,
-        BarColumn(),
-        TaskProgressColumn(),
-        *columns,
-        console=stderr,
-        disable=not stderr.is_terminal,
-        transient=True,
-    )
+    console = Console(stderr=True)
+    return Progress(first, BarColumn(), TaskProgressColumn(), *columns, console=console, transient=True)
