@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from fastopt.export import Progress, regroup, require_package
 from fastopt.files import replacing
@@ -22,7 +22,7 @@ from fastopt.shrink import Concat, Layer, Node
 from fastopt.sparse import SparseTensor
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 _OPSET = 21  # the first with uint4
 _OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
@@ -85,32 +85,67 @@ def write(
             outputs.append(_Described(name, tensor.dtype, tensor.shape))
     else:
         inputs, outputs = _chain(builder, model, graph, progress)
-    save(builder.model(inputs, outputs), path)
+    save(builder.model(inputs, outputs), builder.constants, path)
 
 
-def save(model: "ModelProto", path: Path) -> None:
-    """Write a model to a file; raise ValueError where it is too large for one."""
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if size > _LIMIT:
-        raise ValueError(f"an ONNX file has up to 2 GiB, this model would have {size:,} bytes; pack it to fewer bits")
-    content = model.SerializeToString()
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+class Constant(NamedTuple):
+    """A constant of a graph, and a function that makes its bytes."""
+
+    name: str
+    kind: int
+    shape: Sequence[int]
+    nbytes: int
+    content: Callable[[], NDArray[np.uint8]]
+
+    def head(self) -> "TensorProto":
+        """Return the tensor without its bytes."""
+        from onnx import TensorProto
+
+        return TensorProto(name=self.name, data_type=self.kind, dims=self.shape)
+
+
+def save(model: "ModelProto", constants: Sequence[Constant], path: Path) -> None:
+    """Write a model, and with it constants of its graph, which are not copied; raise ValueError if it is too large."""
+    from onnx import GraphProto, ModelProto, TensorProto
+
+    graph = model.graph.SerializeToString()
+    heads = []
+    for constant in constants:
+        head = constant.head().SerializeToString() + _field(TensorProto, "raw_data", constant.nbytes)
+        heads.append(_field(GraphProto, "initializer", len(head) + constant.nbytes) + head)
+    length = len(graph) + sum(len(head) + c.nbytes for head, c in zip(heads, constants, strict=True))
+    if length > _LIMIT:
+        raise ValueError(f"an ONNX file has up to 2 GiB, this model would have {length:,} bytes; pack it to fewer bits")
+    rest = ModelProto()
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            continue
+        if isinstance(value, (int, str)):
+            setattr(rest, field.name, value)
+        else:
+            getattr(rest, field.name).MergeFrom(value)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(rest.SerializeToString())
+        file.write(_field(ModelProto, "graph", length))
+        file.write(graph)
+        for head, constant in zip(heads, constants, strict=True):
+            file.write(head)
+            file.write(constant.content().data)
+
+
+def _field(message: Any, name: str, length: int) -> bytes:
+    """Return how protobuf begins a field of bytes or of a message: with its number and its length."""
+    varint = bytearray([message.DESCRIPTOR.fields_by_name[name].number << 3 | 2])
+    while length > 0x7F:
+        varint.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*varint, length])
 
 
 def opset_of(tensor: Weight) -> int:
     """Return the operator set that is needed to decode a tensor."""
     stored = tensor.values if isinstance(tensor, SparseTensor) else tensor
     return _OPSET_OF_BITS[stored.bits] if isinstance(stored, QuantizedTensor) else _OPSET
-
-
-class _Constant(NamedTuple):
-    """A constant of a graph, and a function that makes its bytes."""
-
-    name: str
-    kind: int
-    shape: Sequence[int]
-    content: Callable[[], bytes]
 
 
 class _Described(NamedTuple):
@@ -130,7 +165,7 @@ class Builder:
         self.fast = fast
         self.accuracy_level = accuracy_level
         self.nodes: list[NodeProto] = []
-        self.constants: list[_Constant] = []
+        self.constants: list[Constant] = []
         self.opset = _OPSET
         self._names = taken
         self._shared: dict[Any, str] = {}
@@ -159,14 +194,8 @@ class Builder:
         name = self.fresh(name)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype.newbyteorder("="))
         little = array if array.dtype.name == "bfloat16" else array.astype(array.dtype.newbyteorder("<"), copy=False)
-        self.constants.append(_Constant(name, kind, array.shape, little.tobytes))
+        self.constants.append(Constant(name, kind, array.shape, array.nbytes, partial(_bytes, little)))
         return name
-
-    def add_constants(self, graph: "GraphProto") -> None:
-        """Add to a graph the constants of its nodes; in place, as they are most of it."""
-        for constant in self.constants:
-            tensor = graph.initializer.add(name=constant.name, data_type=constant.kind, dims=constant.shape)
-            tensor.raw_data = constant.content()
 
     def numbers(self, *values: int) -> str:
         """Return the name of a constant of int64 numbers, the same for the same ones."""
@@ -207,7 +236,7 @@ class Builder:
         rows, cols = as_matrix(q.shape)
         codes = self.fresh(f"{name}.codes")
         kind = TensorProto.DataType.Value(_CODES[q.bits])
-        self.constants.append(_Constant(codes, kind, (rows, cols), partial(_codes, q)))
+        self.constants.append(Constant(codes, kind, (rows, cols), -(-rows * cols * q.bits // 8), partial(_codes, q)))
         if q.scale.shape[1] == 1:  # a pair for all, or for each row
             scale = q.scale.reshape(() if q.group_size is None else rows)
             scaled = self.node("DequantizeLinear", codes, self._float32(f"{name}.scale", scale), axis=0)
@@ -322,7 +351,7 @@ class Builder:
         return self.node("Reshape", self.node("Transpose", sums, perm=[1, 0]), shape, output=output)
 
     def model(self, inputs: Sequence["_Described"], outputs: Sequence["_Described"]) -> "ModelProto":
-        """Return the model."""
+        """Return the model, without its constants."""
         from onnx import helper
 
         def described(what: _Described) -> Any:
@@ -334,19 +363,21 @@ class Builder:
         if any(node.domain == "com.microsoft" for node in self.nodes):
             opsets.append(helper.make_opsetid("com.microsoft", 1))
         graph = helper.make_graph(self.nodes, "fastopt", [*map(described, inputs)], [*map(described, outputs)])
-        model = helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
-        self.add_constants(model.graph)
-        return model
+        return helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
 
 
-def _codes(q: QuantizedTensor) -> bytes:
+def _bytes(array: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _codes(q: QuantizedTensor) -> NDArray[np.uint8]:
     """Return the codes without what fills the last byte of each row."""
     rows, cols = as_matrix(q.shape)
     if cols * q.bits % 8 == 0:
-        return q.codes.tobytes()
+        return _bytes(q.codes)
     row_codes = q.codes.shape[1] * 8 // q.bits
     codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)
-    return pack_bits(codes[:, :cols], q.bits).tobytes()
+    return pack_bits(codes[:, :cols], q.bits)
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastopt.choose import choose_bits
 from fastopt.export import Notify, Progress, require_package
-from fastopt.export.onnx import Builder, opset_of, save
+from fastopt.export.onnx import Builder, Constant, opset_of, save
 from fastopt.files import PathLike
 from fastopt.linear import Weight
 from fastopt.model import Array, Report, Reporter
@@ -101,8 +101,8 @@ def pack_onnx(
     if not dry_run:
         opset = max(map(opset_of, packed.values()), default=0)
         model = _at_opset(model, opset)
-        _replace(model, packed, opset, fast, accuracy_level)
-        save(model, Path(target))
+        constants = _replace(model, packed, opset, fast, accuracy_level)
+        save(model, constants, Path(target))
     return reporter.report()
 
 
@@ -230,8 +230,13 @@ def _others(model: "ModelProto", weights: Mapping[str, Array], min_size: int) ->
 # ---- what becomes of it ------------------------------------------------------------------------------------------
 
 
-def _replace(model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast: bool, accuracy_level: int) -> None:
-    """Put nodes that decode, or that multiply by codes, in the place of constants."""
+def _replace(
+    model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast: bool, accuracy_level: int
+) -> list[Constant]:
+    """Put nodes that decode, or that multiply by codes, in the place of constants.
+
+    The constants that these read are returned; they are to be written with the model.
+    """
     from onnx import helper
 
     transposed = {name: found.transposed for name, found in _weights(model).items()}
@@ -240,7 +245,8 @@ def _replace(model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast
     taken = {name for graph in _graphs(model.graph) for node in graph.node for name in (*node.input, *node.output)}
     taken |= {value.name for graph in _graphs(model.graph) for value in (*graph.initializer, *graph.input)}
     products = 0
-    for graph in reversed(list(_graphs(model.graph))):  # those inside others first
+    graphs = list(_graphs(model.graph))
+    for graph in reversed(graphs):  # those inside others first
         own = {name: packed[name] for name in _constants(graph) if name in packed}
         builder = Builder(fast, accuracy_level, taken)
         nodes: list[NodeProto] = []
@@ -268,12 +274,17 @@ def _replace(model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast
         for place in reversed(range(len(graph.initializer))):
             if graph.initializer[place].name in own:
                 del graph.initializer[place]
-        builder.add_constants(graph)
+        if graph is not graphs[0]:  # the constants of the outermost are written from where they are
+            for constant in builder.constants:
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(constant.head())
+                tensor.raw_data = constant.content().tobytes()
         inputs = [value for value in graph.input if value.name not in own]  # old models list initializers there too
         del graph.input[:]
         graph.input.extend(inputs)
     if products and all(entry.domain != "com.microsoft" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return builder.constants
 
 
 def _multiplies(node: "NodeProto", tensor: Weight) -> bool:
