@@ -20,7 +20,7 @@ from fastopt.sparse import SparseTensor
 Array: TypeAlias = NDArray[Any]
 
 # What is tried where the recipe leaves the group size open, by bits.
-_GROUP_SIZES = {2: (16, 32, 64), 4: (16, 32, 64, 128), 8: (128, -1)}
+_GROUP_SIZES = {2: (16, 32, 64, 128, -1), 4: (16, 32, 64, 128, -1), 8: (128, -1)}
 _SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
 
 _SAMPLE = 1 << 20  # weights of a tensor that are measured at most
