@@ -3,6 +3,7 @@
 #include "board.h"
 
 #define FASTOPT_IMPLEMENTATION
+#include "fastopt.h"
 #include "model.h"
 
 enum { WIDEST = 1200 };
@@ -26,14 +27,18 @@ static void print_words(const void* words, size_t count) {
 int main(void) {
   for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
     const fo_tensor* w = tensors[i];
-    uint32_t hash = 2166136261u; /* FNV-1a over the decoded rows */
+    uint32_t low = 1, high = 0; /* Adler-32 of the decoded rows */
     float scale;
     int code = FO_OK;
     for (size_t row = 0; row < w->rows && !code; ++row) {
       code = fo_dequantize_row(w, row, y, w->cols);
-      for (size_t at = 0; at < 4 * w->cols; ++at) hash = (hash ^ ((const uint8_t*)y)[at]) * 16777619u;
+      for (size_t at = 0; at < 4 * w->cols; ++at) {
+        low = (low + ((const uint8_t*)y)[at]) % 65521;
+        high = (high + low) % 65521;
+      }
     }
-    print_words(&hash, 1);
+    low |= high << 16;
+    print_words(&low, 1);
     memcpy(x, x_bits, 4 * w->cols);
     if (!code) code = fo_linear(w, NULL, x, w->cols, y, w->rows);
     print_words(y, w->rows);

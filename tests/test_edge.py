@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import ml_dtypes
@@ -474,14 +475,7 @@ def checked(tmp_path_factory):
     return folder, weights, x
 
 
-def fnv1a(content):
-    value = 2166136261
-    for byte in content:
-        value = (value ^ byte) * 16777619 % 2**32
-    return value
-
-
-@pytest.mark.parametrize("target", ["host", "aarch64", "cortex-m3", "cortex-m4", "cortex-m7"])
+@pytest.mark.parametrize("target", ["host", "cortex-m3", "cortex-m4", "cortex-m7"])
 def test_exported_tensors(checked, target, tmp_path):
     folder, weights, x = checked
     lines = make("run", target, BUILD=tmp_path, MODEL=folder, MAIN=ROOT / "tests" / "edge_check.c").splitlines()
@@ -490,7 +484,7 @@ def test_exported_tensors(checked, target, tmp_path):
         rows, cols = w.shape
         words = np.array([int(word, 16) for word in line.split()[: 1 + 2 * rows]], np.uint32)
         assert line.endswith(" done"), name
-        assert words[0] == fnv1a(w.tobytes()), name
+        assert words[0] == zlib.adler32(w.tobytes()), name
         for y, number in (
             (words[1 : 1 + rows], x[None, :cols].astype("f8")),
             (words[1 + rows :], rounded(x[None, :cols])),

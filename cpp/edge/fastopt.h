@@ -9,7 +9,8 @@
    come from a file in memory (fo_open, fo_find: everything is checked there, the bytes may come from anywhere and need
    no alignment) or from a .c file that `fastopt export --to c` wrote, which needs no parser.
 
-   Floats are multiplied as floats; FO_NO_SIMD leaves out what is special to a CPU. */
+   What suits the CPU is chosen by the compiler's macros: SSE2, AVX2, NEON, NEON with dot product, the DSP instructions
+   of Cortex-M. FO_NO_SIMD leaves that out. */
 #ifndef FASTOPT_H
 #define FASTOPT_H
 
@@ -79,7 +80,8 @@ typedef struct fo_model {
 /* Checks a safetensors file of `size` bytes in memory, which must stay there. */
 int fo_open(fo_model* model, const void* bytes, size_t size);
 
-/* Finds a tensor, and checks that its parts fit together. */
+/* Finds a tensor, and checks that its parts fit together: of a sparse one that reads all of it but the values, so find
+   it once. `tensor` points into the file. */
 int fo_find(const fo_model* model, const char* name, fo_tensor* tensor);
 
 /* Decodes a row to `cols` floats; of codes to the same bits as Python's `dequantize`. */
@@ -104,7 +106,7 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale);
 #endif
 #endif /* FASTOPT_H */
 
-/* ================================================================================================================== */
+/* ============================================================================================== */
 #if defined(FASTOPT_IMPLEMENTATION) && !defined(FASTOPT_IMPLEMENTED)
 #define FASTOPT_IMPLEMENTED
 
@@ -172,8 +174,7 @@ const char* fo_message(int code) {
 
 static size_t fo__min(size_t a, size_t b) { return a < b ? a : b; }
 
-/* ---- numbers at any address ---------------------------------------------------------------------------------------
- */
+/* ---- numbers at any address --------------------------------------------------------------------- */
 
 static float fo__from_bits(uint32_t bits) {
   float value;
@@ -202,15 +203,14 @@ static float fo__float(const void* values, unsigned type, size_t index) {
 }
 
 static uint64_t fo__whole(const void* values, unsigned bytes, size_t index) {
-  uint64_t value = 0; /* little-endian: the bytes that are not there are the high ones */
+  uint64_t value;
+  uint32_t word;
   if (bytes == 8) {
     FO__COPY(&value, (const uint8_t*)values + 8 * index, 8);
-  } else {
-    uint32_t word;
-    FO__COPY(&word, (const uint8_t*)values + 4 * index, 4);
-    value = word;
+    return value;
   }
-  return value;
+  FO__COPY(&word, (const uint8_t*)values + 4 * index, 4);
+  return word;
 }
 
 static uint32_t fo__index16(const uint8_t* positions, size_t index) {
@@ -250,6 +250,10 @@ static size_t fo__row_bytes(const fo_tensor* t) {
 /* Values [begin, begin + count) of a row of dense values, or of the one row that sparse values are. */
 static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t count, float* out) {
   size_t i = 0;
+  if (t->type == FO_F32) {
+    FO__COPY(out, (const uint8_t*)t->values + 4 * (row * t->cols + begin), 4 * count);
+    return;
+  }
   if (t->type != FO_CODES) {
     for (; i < count; ++i) out[i] = fo__float(t->values, t->type, row * t->cols + begin + i);
     return;
@@ -264,8 +268,7 @@ static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t coun
   }
 }
 
-/* ---- where the values of a row are --------------------------------------------------------------------------------
- */
+/* ---- where the values of a row are -------------------------------------------------------------- */
 
 typedef struct {
   const fo_tensor* t;
@@ -365,8 +368,7 @@ int fo_embedding(const fo_tensor* w, const uint32_t* ids, size_t count, float* o
   return FO_OK;
 }
 
-/* ---- what differs by CPU: sixteen codes times sixteen numbers ------------------------------------------------------
- */
+/* ---- what differs by CPU: sixteen codes times sixteen numbers ----------------------------------- */
 
 /* Codes count from the middle of their range, so that they fit a signed byte and little cancels in floats. */
 #if !defined(FO_NO_SIMD) && defined(__SSE2__)
@@ -530,8 +532,7 @@ static int32_t fo__total_ints(fo__ints sum) {
 #include <arm_acle.h>
 #endif
 
-/* ---- products -----------------------------------------------------------------------------------------------------
- */
+/* ---- products ----------------------------------------------------------------------------------- */
 
 /* What is multiplied with: floats, or whole numbers of 8 bits. Sums of codes times x count codes from the middle. */
 typedef struct {
@@ -539,7 +540,8 @@ typedef struct {
   size_t run;   /* columns whose products are added up before they are scaled */
   float (*sum)(const void* x, size_t n);
   float (*dot)(unsigned bits, const uint8_t* codes, const void* x, size_t n, float sum_of_x);
-  /* The same with the columns that are given, and codes from number `at` on; and with weights in floats. */
+  /* The same with the columns that are given, and codes from number `at` on; and with weights in floats, in all columns
+     from the first on where none are given. */
   float (*dot_at)(unsigned bits, const uint8_t* codes, size_t at, const void* x, const uint32_t* columns, size_t n,
                   float* sum_of_x);
   float (*dot_floats)(const float* w, const void* x, const uint32_t* columns, size_t n);
@@ -594,9 +596,14 @@ static float fo__dot_at_f32(unsigned bits, const uint8_t* codes, size_t at, cons
 
 static float fo__dot_floats_f32(const float* w, const void* x, const uint32_t* columns, size_t n) {
   const float* from = (const float*)x;
-  float sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += w[i] * from[columns[i]];
-  return sum;
+  float a = 0, b = 0, c = 0, d = 0;
+  size_t i = 0;
+  for (; !columns && i + 4 <= n; i += 4) {
+    a += w[i] * from[i], b += w[i + 1] * from[i + 1];
+    c += w[i + 2] * from[i + 2], d += w[i + 3] * from[i + 3];
+  }
+  for (; i < n; ++i) a += w[i] * from[columns ? columns[i] : i];
+  return (a + b) + (c + d);
 }
 
 static const fo__kind fo__kind_f32 = {4, 64, fo__sum_f32, fo__dot_f32, fo__dot_at_f32, fo__dot_floats_f32};
@@ -670,16 +677,30 @@ static float fo__dot_at_s8(unsigned bits, const uint8_t* codes, size_t at, const
 static float fo__dot_floats_s8(const float* w, const void* x, const uint32_t* columns, size_t n) {
   const int8_t* from = (const int8_t*)x;
   float sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += w[i] * (float)from[columns[i]];
+  for (size_t i = 0; i < n; ++i) sum += w[i] * (float)from[columns ? columns[i] : i];
   return sum;
 }
 
 static const fo__kind fo__kind_s8 = {1, 16384, fo__sum_s8, fo__dot_s8, fo__dot_at_s8, fo__dot_floats_s8};
 
-/* Columns from `column` on that share scale and minimum, not more than a run. */
-static size_t fo__run(const fo_tensor* w, const fo__kind* kind, size_t column) {
-  const size_t n = fo__min(kind->run, w->cols - column);
-  return w->group ? fo__min(n, w->group - column % w->group) : n;
+/* Where a walk along the columns is: in which group, and how many of its columns are still to come. */
+typedef struct {
+  size_t group, left;
+} fo__walk;
+
+static fo__walk fo__walk_from(const fo_tensor* w, size_t column) {
+  fo__walk walk;
+  walk.group = w->group ? column / w->group : 0;
+  walk.left = w->group ? w->group - column % w->group : w->cols;
+  return walk;
+}
+
+/* Goes on by some columns of the group, `most` at most; returns how many. */
+static size_t fo__step(const fo_tensor* w, fo__walk* walk, size_t most) {
+  const size_t n = fo__min(walk->left, most);
+  walk->left -= n;
+  if (walk->left == 0) walk->left = w->group, ++walk->group;
+  return n;
 }
 
 /* Dense codes whose groups start on bytes: y [batch, rows] += x @ w.T. */
@@ -690,15 +711,18 @@ static void fo__multiply_codes(const fo_tensor* w, const fo__kind* kind, const u
   for (size_t tile; batch; batch -= tile, x += tile * x_bytes, y += tile * w->rows) {
     tile = fo__min(batch, FO__TILE);
     for (size_t begin = 0, end = 0; begin < w->cols; begin = end) {
+      const fo__walk start = fo__walk_from(w, begin);
+      fo__walk walk = start;
       for (size_t run = 0, n; run < RUNS && end < w->cols; ++run, end += n) {
-        n = fo__run(w, kind, end);
+        n = fo__step(w, &walk, fo__min(kind->run, w->cols - end));
         for (size_t b = 0; b < tile; ++b) sums[b][run] = kind->sum(x + b * x_bytes + end * kind->width, n);
       }
       for (size_t row = 0; row < w->rows; ++row) {
         const uint8_t* codes = (const uint8_t*)w->values + row * row_bytes;
+        walk = start;
         for (size_t run = 0, at = begin, n; at < end; ++run, at += n) {
-          n = fo__run(w, kind, at);
-          const size_t param = row * w->groups + (w->group ? at / w->group : 0);
+          const size_t param = row * w->groups + walk.group;
+          n = fo__step(w, &walk, fo__min(kind->run, end - at));
           const float scale = fo__float(w->scale, w->param_type, param);
           const float middle = fo__float(w->minimum, w->param_type, param) + scale * (float)(1 << (w->bits - 1));
           for (size_t b = 0; b < tile; ++b) {
@@ -724,9 +748,11 @@ static void fo__multiply_entries(const fo_tensor* w, const fo__kind* kind, const
     size_t first, n;
     while ((n = fo__columns(&e, columns, &first)) != 0) {
       if (w->type != FO_CODES) {
+        const uint32_t* given = w->layout == FO_DENSE ? NULL : columns;
+        const uint8_t* from = x + (given ? 0 : first * kind->width);
         fo__decode(w, values_row, first, n, values);
-        for (size_t b = 0; b < batch; ++b) {
-          y[b * w->rows + row] += kind->dot_floats(values, x + b * w->cols * kind->width, columns, n);
+        for (size_t b = 0; b < batch; ++b, from += w->cols * kind->width) {
+          y[b * w->rows + row] += kind->dot_floats(values, from, given, n);
         }
         continue;
       }
@@ -805,8 +831,7 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale) {
   return FO_OK;
 }
 
-/* ---- JSON, where it lies ------------------------------------------------------------------------------------------
- */
+/* ---- JSON, where it lies ------------------------------------------------------------------------ */
 
 /* A text whose next character is `next`, or -1. The text in a JSON string is read through its escapes. */
 typedef struct {
@@ -992,8 +1017,7 @@ static int fo__has_number(fo__text object, const char* key, uint64_t* value) {
   return fo__seek(&object, key, "") == 1 && fo__number(&object, value);
 }
 
-/* ---- the file -----------------------------------------------------------------------------------------------------
- */
+/* ---- the file ----------------------------------------------------------------------------------- */
 
 typedef struct {
   uint64_t axes[FO__MAX_AXES];
@@ -1127,8 +1151,7 @@ int fo_open(fo_model* model, const void* bytes, size_t size) {
   return FO_OK;
 }
 
-/* ---- tensors ------------------------------------------------------------------------------------------------------
- */
+/* ---- tensors ------------------------------------------------------------------------------------ */
 
 /* Finds a part that must be of this dtype; sets a pointer to it and its number of elements. */
 static int fo__part(const fo_model* model, const char* name, const char* suffix, fo__dtype dtype, const void** bytes,

@@ -5,8 +5,9 @@
 #include "digits.h" /* images, their labels, and what Python takes them for */
 
 #define FASTOPT_IMPLEMENTATION
-#if defined(FROM_FILE)
 #include "fastopt.h"
+
+#if defined(FROM_FILE)
 #include "file.h" /* the bytes of fastopt-demo.safetensors */
 #else
 #include "model.h" /* what `fastopt export --to c` wrote */
