@@ -68,7 +68,8 @@ def content(folder):
 
 def test_inspect(model):
     told = answer("inspect", model)
-    assert told["file"] == str(model)
+    assert set(told) == {"file", "recipe", "tensors"}
+    assert (told["file"], told["recipe"]) == (str(model), None)
     facts = {t["name"]: t for t in told["tensors"]}
     assert facts.keys() == weights().keys()
     assert facts["layers.0.weight"] == {
@@ -96,8 +97,12 @@ def test_inspect(model):
 
 
 def test_inspect_of_a_packed_file(small):
-    facts = {t["name"]: t for t in answer("inspect", small)["tensors"]}
+    told = answer("inspect", small)
+    facts = {t["name"]: t for t in told["tensors"]}
     packed = fo.load(small)
+    assert told["recipe"] == json.loads(json.dumps(packed.recipe.to_dict()))
+    line = 'recipe: {"bits": 4, "exclude": ["norm*"], "overrides": {"embed*": {"sparsity": 0.5}}}'
+    assert line in run("inspect", small).stdout
     for name, kind, bits, group_size in (
         ("embed.weight", "sparse+quantized", 4, 32),
         ("layers.0.weight", "quantized", 4, 32),

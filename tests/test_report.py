@@ -53,11 +53,18 @@ def test_report_tells_totals_and_reasons():
     assert f"SNR {told.error.snr:.1f} dB" in lines[2]
 
 
-def test_layers_are_in_order(capsys):
+def test_layers_are_in_order(capsys, monkeypatch):
     facts = fo.inspect({f"layers.{i}.{part}": np.zeros(3) for i in (10, 9, 1) for part in ("weight", "bias")})
-    report.print_facts(Path("m.safetensors"), facts)
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert shown[2:11] == [part for i in (1, 9, 10) for part in (f"layers.{i}", "bias", "weight")]
+    for columns, expected in (
+        ("80", [part for i in (1, 9, 10) for part in (f"layers.{i}", "bias", "weight")]),
+        (None, [f"layers.{i}.{part}" for i in (1, 9, 10) for part in ("bias", "weight")]),  # to a pipe
+    ):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        report.print_facts(Path("m.safetensors"), facts)
+        shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert shown[2 : 2 + len(expected)] == expected
 
 
 @pytest.mark.parametrize(

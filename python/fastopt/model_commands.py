@@ -52,17 +52,21 @@ def inspect(model: Source, as_json: Json = False) -> None:
     """Show what the tensors of a model are like: size, range, zeros, outliers, and how many bits would do.
 
     Outliers are further than 6 standard deviations from the mean. Suggested are the fewest bits whose error is below
-    12 % of the tensor (root mean square) at the default group size. Of a packed model, how each tensor is stored.
+    12 % of the tensor (root mean square) at the default group size. Of a packed model, how each tensor is stored, and
+    the recipe.
 
-    JSON: file, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum, maximum,
-    mean, std, zeros, outliers, non_finite, suggested_bits).
+    JSON: file, recipe, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum,
+    maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
     """
     with byte_progress("inspect") as notify:
-        facts = facts_of(_Watched(_open(model), notify))
+        opened = _open(model)
+        facts = facts_of(_Watched(opened, notify))
+    recipe = opened.recipe if isinstance(opened, PackedModel) else None
     if as_json:
-        typer.echo(report.to_json({"file": str(model), "tensors": facts}))
+        told = {"file": str(model), "recipe": recipe and recipe.to_dict(), "tensors": facts}
+        typer.echo(report.to_json(told))
     else:
-        report.print_facts(model, facts)
+        report.print_facts(model, facts, recipe)
 
 
 @app.command(

@@ -20,6 +20,7 @@ from rich.text import Text
 from fastopt.examine import Difference, TensorFacts
 from fastopt.model import Report
 from fastopt.quant import Error
+from fastopt.recipe import Recipe
 
 # ---- numbers as texts --------------------------------------------------------------------------------------------
 
@@ -87,6 +88,7 @@ def plain(value: Any) -> Any:
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
+_UNBOUNDED = 10_000  # columns of a file or a pipe: nothing is cut, and each line has a whole name
 _NAME = 32  # columns that the names of tensors get at least, if they need them
 
 
@@ -115,7 +117,7 @@ def _tail(name: str, room: int) -> str:
 def _console() -> Console:
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160  # of a file or a pipe
+        console.width = _UNBOUNDED
     return console
 
 
@@ -124,7 +126,7 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
     lines: list[tuple[str, Any]] = []
     for layer, group in groupby(sorted(rows, key=_by_name), lambda row: layer_of(row.name)):
         members = list(group)
-        under = layer if len(members) > 1 else ""
+        under = layer if len(members) > 1 and console.width < _UNBOUNDED else ""
         lines += [(under, None)] if under else []
         lines += [(f"  {row.name[len(under) + 1 :]}" if under else row.name, row) for row in members]
     widths = {column: 2 + max(len(column.head), *(len(column.text(row)) for row in rows)) for column in columns}
@@ -146,13 +148,15 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
     console.print(table)
 
 
-def print_facts(file: Path, facts: Sequence[TensorFacts]) -> None:
+def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None = None) -> None:
     """Print what the tensors of a file are like.
 
     Parameters
     ----------
     file : Path
     facts : sequence of TensorFacts
+    recipe : Recipe, optional
+        What they were packed by.
     """
     console = _console()
     columns = (
@@ -169,8 +173,12 @@ def print_facts(file: Path, facts: Sequence[TensorFacts]) -> None:
         _Column("bits", lambda t: str(t.suggested_bits or "")),
     )
     _print(console, columns, facts)
-    for line in facts_lines(file, facts):
-        console.print(Text(line))
+    lines = facts_lines(file, facts)
+    if recipe is not None:
+        changed = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
+        lines.append(f"recipe: {json.dumps(changed, ensure_ascii=False)}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
 
 
 def facts_lines(file: Path, facts: Sequence[TensorFacts]) -> list[str]:
@@ -215,7 +223,7 @@ def print_report(report: Report) -> None:
     if packed:
         _print(console, columns, packed)
     for line in report_lines(report):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
 
 
 def report_lines(report: Report) -> list[str]:
@@ -255,7 +263,7 @@ def print_difference(difference: Difference) -> None:
     if different:
         _print(console, columns, different)
     for line in difference_lines(difference):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
 
 
 def difference_lines(difference: Difference) -> list[str]:
