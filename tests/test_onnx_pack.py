@@ -12,6 +12,7 @@ from test_export_onnx import distance, random, run
 import fastopt as fo
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 # Whether the model below holds a weight as [in, out].
@@ -47,7 +48,8 @@ def save_model(path, weights, opset=17, listed=False):
         node("Reshape", ["d", "to_rows"], ["r"]),
         node("MatMul", ["r", "shared"], ["a"]),
         node("Relu", ["a"], ["b"]),
-        node("MatMul", ["b", "shared"], ["e"]),
+        node("Identity", ["shared"], ["again"]),
+        node("MatMul", ["b", "again"], ["e"]),
         node("MatMul", ["e", "constant"], ["f"]),
         node("Reshape", ["f", "to_matrix"], ["g"]),
         node("Gemm", ["g", "gemm", "bias"], ["h"]),
@@ -134,6 +136,19 @@ def test_older_models(opset, weights, rng, tmp_path):
     assert "tied" in names
     assert "shared" not in names
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_decoded_once(source, tmp_path):
+    """ONNX Runtime decodes weights when it loads them, if it is told to."""
+    fo.pack_onnx(source, tmp_path / "p.onnx", fo.Recipe(bits=4, min_size=1))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    ort.InferenceSession(tmp_path / "p.onnx", options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert "DequantizeLinear" not in operators
+    assert "DequantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "p.onnx").graph.node}
 
 
 def test_half_precision(rng, tmp_path):

@@ -116,7 +116,26 @@ def _load(path: Path) -> "ModelProto":
         raise ValueError(f"{path}: not an ONNX file: {error}") from error
     if not model.graph.node:
         raise ValueError(f"{path}: not an ONNX file, or one without nodes")
+    _drop_aliases(model)
     return model
+
+
+def _drop_aliases(model: "ModelProto") -> None:
+    """Let nodes read constants by their own names: exporters put an Identity behind one that several layers share."""
+    constants: dict[str, str] = {}  # and their aliases, by name: the name of the constant
+    for graph in _graphs(model.graph):
+        constants |= {name: name for name in _constants(graph)}
+        results = {value.name for value in graph.output}
+        for node in graph.node:
+            if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in results:
+                constants[node.output[0]] = constants[node.input[0]]
+    for graph in reversed(list(_graphs(model.graph))):
+        kept = [node for node in graph.node if not (node.op_type == "Identity" and node.output[0] in constants)]
+        for node in kept:
+            for place, name in enumerate(node.input):
+                node.input[place] = constants.get(name, name)
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def _at_opset(model: "ModelProto", opset: int) -> "ModelProto":
