@@ -89,3 +89,22 @@ def test_refused(make, message, rng, tmp_path):
     with pytest.raises(ValueError, match=r"'w.scales': two arrays"):
         fo.export({"w": fo.quantize(np.eye(32, dtype="f4")), "w.scales": np.ones(1)}, tmp_path / "m", to="mlx")
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_of_mlx_load_it(rng, tmp_path):
+    from mlx import nn
+
+    shapes = {"layers.0.weight": (96, 64), "layers.0.bias": (96,), "layers.2.weight": (10, 96), "layers.2.bias": (10,)}
+    model = fo.pack(
+        {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}, bits=4, min_size=99
+    )
+    fo.export(model, tmp_path / "m.safetensors", to="mlx")
+    x = rng.standard_normal((5, 64)).astype("f4")
+    with mx.stream(mx.cpu):
+        network = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10))
+        nn.quantize(network, group_size=32, bits=4)
+        network.load_weights(str(tmp_path / "m.safetensors"))
+        got = np.array(network(mx.array(x)))
+    hidden = np.maximum(fo.linear(x, model["layers.0.weight"], model["layers.0.bias"]), 0)
+    expected = fo.linear(hidden, model["layers.2.weight"], model["layers.2.bias"])
+    assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected)

@@ -192,6 +192,11 @@ def test_refused(source, weights, tmp_path):
     with pytest.raises(ValueError, match=r"'.*': MatMulNBits has blocks .* got groups of 8"):
         fo.pack_onnx(source, out, recipe.replace(group_size=8), fast=True)
     model = onnx.load(source)
+    model.graph.initializer[0].raw_data = b"short"
+    onnx.save(model, tmp_path / "short.onnx")
+    with pytest.raises(ValueError, match=r"^'.*': not a sound tensor: .*"):
+        fo.pack_onnx(tmp_path / "short.onnx", out, recipe)
+    model = onnx.load(source)
     model.graph.node.append(helper.make_node("Experiment", ["x"], ["z"]))
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(ValueError, match=r"is of operator set 17, .* cannot be brought to 21"):

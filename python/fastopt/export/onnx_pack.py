@@ -170,7 +170,10 @@ class _Found:
         """Return it as [out, in, ...]."""
         from onnx import numpy_helper
 
-        array: Array = numpy_helper.to_array(self.tensor)
+        try:
+            array: Array = numpy_helper.to_array(self.tensor)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.tensor.name!r}: not a sound tensor: {error}") from error
         return np.ascontiguousarray(array.T) if self.transposed else array
 
 
