@@ -144,7 +144,15 @@ def distance(got, expected):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bits": 8}, {"bits": 4}, {"bits": 2}, {"bits": 8, "group_size": None}, {"sparsity": 0.5}],
+    [
+        {},
+        {"bits": 8},
+        {"bits": 4},
+        {"bits": 2},
+        {"bits": 8, "group_size": None},
+        {"sparsity": 0.5},
+        {"bits": 4, "sparsity": 0.8},
+    ],
     ids=str,
 )
 def test_chain_runs(options, fast, rng, tmp_path):
@@ -158,8 +166,9 @@ def test_chain_runs(options, fast, rng, tmp_path):
     for name, y in got.items():
         assert distance(y, expected[name]) < 1e-5
     kinds = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
-    assert ("MatMulNBits" in kinds) == (fast and "bits" in options)
-    assert "DequantizeLinear" not in kinds or not fast
+    by_codes = fast and "bits" in options and "sparsity" not in options
+    assert ("MatMulNBits" in kinds) == by_codes
+    assert ("DequantizeLinear" in kinds) == ("bits" in options and not by_codes)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
