@@ -234,29 +234,27 @@ class Builder:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
         self.opset = max(self.opset, opset_of(q))
         rows, cols = as_matrix(q.shape)
+        groups = q.scale.shape[1]
+        size = q.group_size if groups > 1 and q.group_size is not None else cols
+        wide = groups * size  # the last group of a row is filled with codes of 0
         codes = self.fresh(f"{name}.codes")
-        kind = TensorProto.DataType.Value(_CODES[q.bits])
-        self.constants.append(Constant(codes, kind, (rows, cols), -(-rows * cols * q.bits // 8), partial(_codes, q)))
-        if q.scale.shape[1] == 1:  # a pair for all, or for each row
-            scale = q.scale.reshape(() if q.group_size is None else rows)
-            scaled = self.node("DequantizeLinear", codes, self._float32(f"{name}.scale", scale), axis=0)
+        kind, nbytes = TensorProto.DataType.Value(_CODES[q.bits]), -(-rows * wide * q.bits // 8)
+        self.constants.append(Constant(codes, kind, (rows, wide), nbytes, partial(_codes, q, wide)))
+        if groups == 1:
+            scale = self._float32(f"{name}.scale", q.scale.reshape(() if q.group_size is None else rows))
+            scaled = self.node("DequantizeLinear", codes, scale, axis=0)
             value = self.node("Add", scaled, self._float32(f"{name}.minimum", q.minimum))
         else:
-            size, groups = q.group_size, q.scale.shape[1]
-            assert size is not None
-            scale_name = self._float32(f"{name}.scale", q.scale)
-            scaled = self.node("DequantizeLinear", codes, scale_name, axis=1, block_size=size)
-            if cols % size:
-                minimum_name = self._float32(f"{name}.minimum", q.minimum)
-                group_of_column = self.constant(f"{name}.group", np.arange(cols) // size)
-                value = self.node("Add", scaled, self.node("Gather", minimum_name, group_of_column, axis=1))
-            else:
-                minimum_name = self._float32(f"{name}.minimum", q.minimum[..., None])
-                parted = self.node("Reshape", scaled, self.numbers(rows, groups, size))
-                value = self.node("Add", parted, minimum_name)
+            scale = self._float32(f"{name}.scale", q.scale)
+            scaled = self.node("DequantizeLinear", codes, scale, axis=1, block_size=size)
+            parted = self.node("Reshape", scaled, self.numbers(rows, groups, size))
+            value = self.node("Add", parted, self._float32(f"{name}.minimum", q.minimum[..., None]))
+        if wide != cols:
+            value = self.node("Reshape", value, self.numbers(rows, wide))
+            value = self.node("Slice", value, self.numbers(0), self.numbers(cols), self.numbers(1))
         if q.outliers is not None:
             flat = self.node("Reshape", value, self.numbers(-1))
-            index = self.constant(f"{name}.outlier_index", q.outliers.indices.astype(np.int64))
+            index = self.constant(f"{name}.outlier_index", q.outliers.indices.astype(_index_type(q.size)))
             added = self.constant(f"{name}.outlier_value", q.outliers.values)
             value = self.node("ScatterElements", flat, index, added, axis=0, reduction="add")
         return self.node("Reshape", value, self.numbers(*q.shape))
@@ -265,7 +263,7 @@ class Builder:
         """Add the stored values, scattered over zeros; or these too, where the places would take more bytes."""
         from onnx import helper
 
-        index_type = np.dtype(np.int32 if tensor.size < 1 << 31 else np.int64)
+        index_type = _index_type(tensor.size)
         if tensor.values.nbytes + tensor.nnz * index_type.itemsize >= tensor.size * tensor.dtype.itemsize:
             return self.constant(f"{name}.value", tensor.to_dense())
         # Where each value stands, of any layout: the numbers of the values in their places.
@@ -366,18 +364,25 @@ class Builder:
         return helper.make_model(graph, producer_name="fastopt", opset_imports=opsets, ir_version=version)
 
 
+def _index_type(size: int) -> np.dtype[Any]:
+    return np.dtype(np.int32 if size < 1 << 31 else np.int64)
+
+
 def _bytes(array: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _codes(q: QuantizedTensor) -> NDArray[np.uint8]:
-    """Return the codes without what fills the last byte of each row."""
+def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
+    """Return the codes in rows of so many, one behind the other; codes of 0 fill the rows."""
     rows, cols = as_matrix(q.shape)
-    if cols * q.bits % 8 == 0:
+    row_bytes = q.codes.shape[1]
+    if cols == wide and cols * q.bits % 8 == 0:
         return _bytes(q.codes)
-    row_codes = q.codes.shape[1] * 8 // q.bits
-    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)
-    return pack_bits(codes[:, :cols], q.bits)
+    if wide * q.bits % 8 == 0:
+        return _bytes(np.pad(q.codes, ((0, 0), (0, wide * q.bits // 8 - row_bytes))))
+    row_codes = row_bytes * 8 // q.bits
+    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)[:, :cols]
+    return pack_bits(np.pad(codes, ((0, 0), (0, wide - cols))), q.bits)
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
