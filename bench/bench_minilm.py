@@ -136,6 +136,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "8 bits by row": {"bits": 8},
     "4 bits in groups of 32": {"bits": 4},
     "4 bits by row, ranges": {"bits": 4, "group_size": -1},
+    "4 bits by row, ranges, .01 % outliers": {"bits": 4, "group_size": -1, "outliers": 1e-4},
     "4 bits by row, least squares, .01 % outliers": FOUR_BY_ROW,
     "4 and 2 bits, chosen for 3 by error": {"fit": "lsq", "target_bits": 3},
     "4 bits by row, words 2": {**FOUR_BY_ROW, "overrides": {WORDS: {"bits": 2, "outliers": None}}},

@@ -309,7 +309,8 @@ def test_quantized_tensor_is_a_value(rng):
 @pytest.mark.parametrize("group_size", [None, -1, 50])
 def test_outliers_keep_what_is_off_furthest(dtype, group_size, rng):
     w = rng.standard_normal((20, 300)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    plain = fo.quantize(w, 2, group_size=group_size, fit="lsq")
+    limit = np.sort(np.abs(w), axis=None)[-61]
+    plain = fo.quantize(np.clip(w, -limit, limit), 2, group_size=group_size, fit="lsq")  # fitted to all others
     missing = w.astype("f4") - plain.dequantize(dtype="f4")
     q = fo.quantize(w, 2, group_size=group_size, fit="lsq", outliers=0.01)
     worst = np.sort(np.argsort(-np.abs(missing), axis=None, kind="stable")[:60])
@@ -327,6 +328,17 @@ def test_outliers_keep_what_is_off_furthest(dtype, group_size, rng):
     assert len(both.outliers.indices) >= 3000
     assert fo.quantize(w, 2, outliers=0.0) == fo.quantize(w, 2, max_error=np.inf) == fo.quantize(w, 2)
     assert fo.quantize(np.ones((2, 3), "f4"), 4, outliers=1.0).outliers is None
+
+
+@pytest.mark.parametrize("fit", ["minmax", "lsq"])
+def test_a_few_large_weights_cost_the_others_nothing(fit, rng):
+    w = rng.standard_normal((20, 300)).astype("f4")
+    without = fo.quantize(w, 4, group_size=-1, fit=fit).error(w).rmse
+    w.reshape(-1)[[7, 4000, 5999]] = 60, -80, 100
+    assert fo.quantize(w, 4, group_size=-1, fit=fit, outliers=3 / w.size).error(w).rmse < 1.05 * without
+    assert fo.quantize(w, 4, group_size=-1, fit=fit).error(w).rmse > 1.2 * without
+    with pytest.raises(ValueError, match=r"w: expected finite float32 values, got inf at \(0, 7\)"):
+        fo.quantize(np.where(w == 60, np.inf, w), 4, outliers=0.1)
 
 
 def test_outliers_in_rows_copies_and_pickles(rng):

@@ -504,7 +504,9 @@ def quantize(
         format: with 4 bits the error falls by a fifteenth, with 2 bits by a fifth to a half. Values at the ends of
         their group may then be off by more than half a step: see `outliers`.
     outliers : float, optional
-        Share of the weights, those that are off furthest, that keep what they are off by (8 bytes each).
+        Share of the weights that keep what they are off by (8 bytes each): those that are off furthest, once scale
+        and minimum have been fitted without as many of the largest magnitudes. A handful of large weights then no
+        longer costs all others their accuracy.
     max_error : float, optional
         The same for all weights that are off by more than this.
     out : QuantizedTensor, optional
@@ -571,14 +573,15 @@ def quantize(
         params = out.scale.dtype
     rows, cols = as_matrix(array.shape)
     codes = np.empty((rows, -(-cols * bits // 8)), np.uint8) if out is None else out.codes
+    fitted = _without_largest(array, outliers) if outliers else array
 
     def fill(dtype: np.dtype[Any]) -> tuple[int, Array, Array]:
         shape = _param_shape(group, rows, cols)
         scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
         flags, kernel_group = 0, _kernel_group_size(group, cols)
-        for begin, end in _panels(array, group):
+        for begin, end in _panels(fitted, group):
             part = slice(begin, end)
-            x = _float_rows(array, begin, end)
+            x = _float_rows(fitted, begin, end)
             s, m = (scale, minimum) if group is None else (scale[part], minimum[part])
             flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq")
         return flags, scale, minimum
@@ -627,6 +630,16 @@ def _float_rows(array: Array, begin: int, end: int) -> Array:
     part = array[begin:end] if array.ndim > 1 else array
     with np.errstate(over="ignore"):
         return np.require(part, np.float32, ["C", "A"]).reshape(end - begin, cols)
+
+
+def _without_largest(w: Array, share: float) -> Array:
+    """Return a weight whose largest magnitudes, this share of it, are cut to the next smaller one."""
+    magnitude = np.abs(w).reshape(-1)
+    rest = magnitude.size - round(share * magnitude.size)
+    if not 0 < rest < magnitude.size or not np.isfinite(magnitude).all():  # what is not finite is refused later
+        return w
+    limit = np.partition(magnitude, rest - 1)[rest - 1]
+    return np.clip(w, -limit, limit)
 
 
 def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error: float | None) -> Outliers | None:
