@@ -232,7 +232,17 @@ def test_refused(graph, options, message, rng, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large(rng, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True])
+def test_more_than_a_file_holds(fast, rng, tmp_path, monkeypatch):
+    graph, weights = chain(rng, 96)
+    model, x = fo.pack(weights, bits=4, min_size=1000), random(rng, 5, 96)
+    fo.export(model, tmp_path / "one.onnx", to="onnx", graph=graph, fast=fast)
+    monkeypatch.setattr(exporter, "_LIMIT", 40_000)
+    fo.export(model, tmp_path / "two.onnx", to="onnx", graph=graph, fast=fast)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
+    assert (tmp_path / "two.onnx").stat().st_size < 40_000
+    assert same_bits(run(tmp_path / "two.onnx", {"x": x})["head"], run(tmp_path / "one.onnx", {"x": x})["head"])
     monkeypatch.setattr(exporter, "_LIMIT", 1000)
-    with pytest.raises(ValueError, match=r"an ONNX file has up to 2 GiB, this model would have 16,466 bytes"):
-        fo.export({"w": random(rng, 64, 64)}, tmp_path / "m.onnx", to="onnx")
+    with pytest.raises(ValueError, match=r"an ONNX file has up to 2 GiB, three.onnx would have [0-9,]+ bytes"):
+        fo.export(model, tmp_path / "three.onnx", to="onnx", graph=graph, fast=fast)
+    assert len(list(tmp_path.iterdir())) == 3

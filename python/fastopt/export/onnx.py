@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastopt.export import Progress, regroup, require_package
-from fastopt.files import replacing
+from fastopt.files import ALIGNMENT, replacing
 from fastopt.linear import Weight
 from fastopt.model import Array, unpacked
 from fastopt.quant import QuantizedTensor, as_matrix, pack_bits, unpack_bits
@@ -29,6 +29,7 @@ _OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
 _CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
 _LIMIT = (1 << 31) - (1 << 20)  # bytes of a protobuf message, and some for what is not tensors
+_SMALL = 1024  # bytes of a constant that stays in the file when others do not
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
     "leaky_relu": ("LeakyRelu", {"alpha": 0.01}),
@@ -105,32 +106,50 @@ class Constant(NamedTuple):
 
 
 def save(model: "ModelProto", constants: Sequence[Constant], path: Path) -> None:
-    """Write a model, and with it constants of its graph, which are not copied; raise ValueError if it is too large."""
+    """Write a model, and with it constants of its graph, which are not copied.
+
+    Of what is more than a file can hold, all but small constants go to another beside it, PATH.data, as ONNX has it.
+    """
     from onnx import GraphProto, ModelProto, TensorProto
 
     graph = model.graph.SerializeToString()
+    split = len(graph) + sum(constant.nbytes for constant in constants) > _LIMIT
+    within = [constant for constant in constants if not split or constant.nbytes <= _SMALL]
+    beside = [constant for constant in constants if split and constant.nbytes > _SMALL]
+    data, offset = path.with_name(f"{path.name}.data"), 0
+    for constant in beside:
+        tensor = constant.head()
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", data.name), ("offset", offset), ("length", constant.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        head = tensor.SerializeToString()
+        graph += _field(GraphProto, "initializer", len(head)) + head
+        offset += constant.nbytes + -constant.nbytes % ALIGNMENT
     heads = []
-    for constant in constants:
+    for constant in within:
         head = constant.head().SerializeToString() + _field(TensorProto, "raw_data", constant.nbytes)
         heads.append(_field(GraphProto, "initializer", len(head) + constant.nbytes) + head)
-    length = len(graph) + sum(len(head) + c.nbytes for head, c in zip(heads, constants, strict=True))
+    length = len(graph) + sum(map(len, heads)) + sum(constant.nbytes for constant in within)
     if length > _LIMIT:
-        raise ValueError(f"an ONNX file has up to 2 GiB, this model would have {length:,} bytes; pack it to fewer bits")
+        raise ValueError(f"an ONNX file has up to 2 GiB, {path.name} would have {length:,} bytes; pack more of it")
     rest = ModelProto()
     for field, value in model.ListFields():
-        if field.name == "graph":
-            continue
         if isinstance(value, (int, str)):
             setattr(rest, field.name, value)
-        else:
+        elif field.name != "graph":
             getattr(rest, field.name).MergeFrom(value)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(rest.SerializeToString())
         file.write(_field(ModelProto, "graph", length))
         file.write(graph)
-        for head, constant in zip(heads, constants, strict=True):
+        for head, constant in zip(heads, within, strict=True):
             file.write(head)
             file.write(constant.content().data)
+        if beside:
+            with replacing(data) as other, other.open("wb") as file_beside:
+                for constant in beside:
+                    file_beside.write(constant.content().data)
+                    file_beside.write(bytes(-constant.nbytes % ALIGNMENT))
 
 
 def _field(message: Any, name: str, length: int) -> bytes:
