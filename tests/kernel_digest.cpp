@@ -387,7 +387,7 @@ void digest_rows(const Kernels& k, std::size_t n, std::size_t offset) {
 // Two rows in every layout, their numbers in every type, by vectors and by tiles.
 void digest_linear_sparse(const Kernels& k, std::size_t cols) {
   if (cols > kIndexColumns) return;
-  constexpr std::size_t rows = 2, batch = 19;
+  constexpr std::size_t rows = 6, batch = 19;
   const std::size_t stride = (cols + kBlockLength - 1) / kBlockLength * kBlockLength;
   for (Layout layout : {Layout::mask, Layout::block, Layout::index16, Layout::index8}) {
     Case c("linear_sparse cols=" + text(cols) + " layout=" + text(static_cast<std::size_t>(layout)));

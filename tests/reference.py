@@ -551,15 +551,15 @@ def tree(sums):
 def linear_sparse(x, w, stored, by_column, bias=None):
     """x @ w.T in float32 over what is stored.
 
-    Fewer than 4 rows of x: entry k of a stretch of 1024 goes to partial sum k % 16, where k counts columns under a
+    Fewer than 5 rows of x: entry k of a stretch of 1024 goes to partial sum k % 16, where k counts columns under a
     mask and entries elsewhere. More: tiles of 64, 32 or 16 rows, filled up; entry k of a stretch of 8192 / width
-    columns goes to partial sum k % 4.
+    columns goes to partial sum k % (64 / width).
     """
     batch, cols = x.shape
     y = np.zeros((batch, len(w)), np.float32)
     for r, row in enumerate(stored[:, :cols]):
         columns = np.flatnonzero(row)
-        if batch < 4:
+        if batch < 5:
             places = columns if by_column else np.arange(len(columns))
             total = np.zeros((batch, 16), np.float32)
             for begin in range(0, cols, 1024):
@@ -576,9 +576,9 @@ def linear_sparse(x, w, stored, by_column, bias=None):
             width = 64 if left > 32 else 32 if left > 16 else 16
             xs = x[first : first + width]
             for begin in range(0, cols, 8192 // width):
-                partial = np.zeros((len(xs), 4), np.float32)
+                partial = np.zeros((len(xs), 64 // width), np.float32)
                 for k, c in enumerate(columns[(columns >= begin) & (columns < begin + 8192 // width)]):
-                    partial[:, k % 4] += xs[:, c] * w[r, c]
+                    partial[:, k % (64 // width)] += xs[:, c] * w[r, c]
                 y[first : first + width, r] += tree(partial)
             first += width
     return y if bias is None else y + bias

@@ -148,9 +148,11 @@ class Selection {
     // Six standard deviations of an independent sample.
     const double size = static_cast<double>(n), at = static_cast<double>(k) / static_cast<double>(total_) * size;
     const double margin = 3 * std::sqrt(size);
+    auto from = sample.begin();
     const auto pick = [&](double place) {
       const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(place);
-      std::nth_element(sample.begin(), nth, sample.end());
+      std::nth_element(from, nth, sample.end());
+      from = nth;  // what is smaller lies before it
       return *nth;
     };
     if (at - margin > 0) low_ = pick(at - margin);

@@ -307,7 +307,7 @@ void expand(const std::string& layout, const py::array& positions, const py::arr
 
 // ---- products ------------------------------------------------------------------------------------------------
 
-constexpr std::size_t kFewVectors = 4;  // below, each x is multiplied for itself
+constexpr std::size_t kFewVectors = 5;  // below, each x is multiplied for itself
 
 // Cuts the rows between `parts` threads so that each has as much work, where some rows have many more entries than
 // others. A row costs its entries, and looking at its mask.

@@ -57,7 +57,7 @@ def linear(
     Notes
     -----
     The order of sums is fixed: the result is bit for bit the same on every instruction set, for any number of
-    threads, and for a row of `x` by itself or among others; but a sparse weight adds up in another order for four rows
+    threads, and for a row of `x` by itself or among others; but a sparse weight adds up in another order for five rows
     or more. From 128 rows on, an exact product with a quantized weight is left to NumPy's BLAS, a decoded panel at a
     time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
     weight, see `SparseTensor`.

@@ -28,8 +28,8 @@ _VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
 BLOCK = 16  # columns of a block of layout "1x16"
 _INDEX_COLUMNS = 1 << 16  # as many as 16 bits tell apart
-# Up to this density an index is faster than a mask, and takes about as many bytes: measured, see bench/bench_sparse.py.
-_INDEX_DENSITY = 0.25
+# Up to this density an index is faster than a mask, of which all bits are looked at: see bench/bench_sparse.py.
+_INDEX_DENSITY = 0.18
 
 
 def parse_pattern(pattern: str, name: str = "pattern") -> tuple[int, int] | None:
@@ -152,7 +152,8 @@ class SparseTensor:
         ----------
         w : array_like of float32, float64, float16 or bfloat16, any shape
         layout : str
-            One of those of the class. "auto": a mask, or where less than a quarter is left, an index.
+            One of those of the class. "auto": what is multiplied fastest, which is a mask or, where less than 18 % is
+            left, "index16". "index8" is the smallest where less than an eighth is left, and somewhat slower.
 
         Returns
         -------
@@ -207,7 +208,7 @@ class SparseTensor:
         cols = as_matrix(shape)[1]
         if layout == "auto":
             index = values.size <= _INDEX_DENSITY * math.prod(shape) and cols <= _INDEX_COLUMNS
-            layout = "index" if index else "mask"
+            layout = "index16" if index else "mask"
         if not layout.startswith("index"):
             return cls(layout, mask, row_offsets, values, shape)
         if cols > _INDEX_COLUMNS:
@@ -220,8 +221,6 @@ class SparseTensor:
         _core.count_gaps(columns, row_offsets, cols, gap_offsets[1:])
         np.cumsum(gap_offsets, out=gap_offsets)
         entries = int(gap_offsets[-1])
-        if layout == "index" and entries * (1 + values.itemsize) > values.size * (2 + values.itemsize):
-            return cls("index16", columns, row_offsets, values, shape)
         gaps = np.empty(entries, np.uint8)
         gap_values = np.zeros(entries, values.dtype)
         _core.column_gaps(columns, row_offsets, cols, values, gap_offsets, gaps, gap_values)
@@ -261,7 +260,7 @@ class SparseTensor:
         >>> import numpy as np
         >>> import fastopt as fo
         >>> fo.SparseTensor.from_dense(np.eye(64, dtype=np.float32)).quantize(bits=4)
-        SparseTensor(shape=(64, 64), layout=index8, density=0.016, 4-bit values, 1.22 bits per weight)
+        SparseTensor(shape=(64, 64), layout=index16, density=0.016, 4-bit values, 1.34 bits per weight)
         """
         bits = require_bits(bits)
         if group_size == "auto":
