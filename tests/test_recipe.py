@@ -67,7 +67,7 @@ def test_every_option_reaches_its_function(rng):
         ({"pattern": "2:4", "bits": 4}, fo.prune(w, pattern="2:4").quantize(4)),
         (
             {"sparsity": 0.9, "bits": 2, "fit": "lsq", "group_size": 8, "param_dtype": "float32"},
-            fo.prune(w, sparsity=0.9).quantize(2, group_size=8, fit="lsq", param_dtype="float32"),
+            fo.prune(w, sparsity=0.9, layout="index8").quantize(2, group_size=8, fit="lsq", param_dtype="float32"),
         ),
     ]:
         packed = fo.pack({"w": w}, **options)["w"]

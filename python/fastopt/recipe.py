@@ -99,6 +99,8 @@ class Options:
     def quantize_values(self, kept: SparseTensor) -> SparseTensor:
         """Return a pruned tensor with its values in `bits` bits."""
         assert self.bits is not None
+        if kept.layout == "index16":  # index8 takes a third less, and a tenth more time
+            kept = kept.to_layout("index8")
         return kept.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
 
 
