@@ -202,6 +202,7 @@ def element(name, place, value):
         (about(recipe={"speed": 3}), "recipe: unknown options"),
         (about(recipe={"overrides": {"*": {"bits": {}}}}), "overrides"),
         (about(recipe={"param_dtype": "nonsense"}), "param_dtype: expected float16 or float32, got 'nonsense'"),
+        (about(recipe={"param_dtype": [1]}), r"param_dtype: expected float16 or float32, got \[1\]"),
         (about(recipe={"sparsity": "most"}), "sparsity: expected a number, got 'most'"),
         # quantized tensors
         (entry("q", kind="zip"), "'q': kind: expected one of"),

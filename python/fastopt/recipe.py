@@ -54,7 +54,7 @@ class Options:
         require_group_size(self.group_size, self.bits or 8)
         try:
             params = np.dtype(self.param_dtype)
-        except TypeError:
+        except (TypeError, ValueError):
             params = None
         if params not in (np.float16, np.float32):
             raise ValueError(f"param_dtype: expected float16 or float32, got {self.param_dtype!r}")
