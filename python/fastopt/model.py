@@ -314,7 +314,8 @@ class PackedModel(Mapping[str, Weight]):
         """Write the model to one safetensors file.
 
         The file is written beside its place and moved there when it is complete and on the disk: whatever
-        happens, there is either the old file or the new one. The same model makes the same bytes.
+        happens, there is either the old file or the new one; a process that is killed may leave ``.NAME.*.part``.
+        The same model makes the same bytes.
 
         Parameters
         ----------
@@ -467,7 +468,8 @@ def load(path: PathLike) -> PackedModel:
     """Map a model that `PackedModel.save` or `pack_file` wrote, or any safetensors file, into memory.
 
     Nothing is copied: tensors are read-only views of the file, and the kernels read it where it lies. Everything that
-    the file says is checked before it is trusted.
+    the file says is checked before it is trusted. While it is mapped it may be replaced, as `save` does, but must not
+    be changed in place.
 
     Parameters
     ----------
