@@ -47,6 +47,7 @@ BUILDS = {
     "sanitized": ("cc", ["-std=c99", *SANITIZE], []),
     "scalar": ("cc", ["-std=c99", "-O2", "-DFO_NO_SIMD"], []),
     "gnu": ("cc", ["-std=gnu17", "-O3", "-march=native", "-ffp-contract=fast"], []),
+    "clang": ("clang", ["-std=gnu17", "-O2", "-march=native", "-ffp-contract=fast"], []),
     "c++": ("c++", ["-std=c++11", "-O1", "-x", "c++"], []),
     "aarch64": ("aarch64-linux-gnu-gcc", ["-std=gnu17", "-O2", "-static"], ["qemu-aarch64", "-cpu", "cortex-a72"]),
     "aarch64-dotprod": (

@@ -94,7 +94,8 @@ int fo_embedding(const fo_tensor* w, const uint32_t* ids, size_t count, float* o
    or is null. */
 int fo_linear(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t x_count, float* y, size_t y_count);
 
-/* The same with x ~ x_scale * whole numbers, a scale for each row of x: integers alone in the inner loops. */
+/* The same with x ~ x_scale * whole numbers, a scale for each row of x: integers alone in the inner loops. Each group
+   of codes costs some operations on floats, so that few and large ones suit a CPU that has to emulate those. */
 int fo_linear_int8(const fo_tensor* w, const fo_tensor* bias, const int8_t* x, const float* x_scale, size_t x_count,
                    float* y, size_t y_count);
 
