@@ -1,8 +1,27 @@
 """The specification: every kernel in plain NumPy, one formula each. The kernels equal it bit for bit."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 # ---- optimizers -------------------------------------------------------------------------------------------
+
+
+class Hyper(NamedTuple):
+    """The numbers of one step; cpp/kernels/contract.hpp explains them."""
+
+    step_size: float
+    weight_decay: float = 0.0
+    decay: float = 1.0
+    decay1: float = 0.0
+    blend1: float = 1.0
+    decay2: float = 0.0
+    blend2: float = 1.0
+    root_scale: float = 1.0
+    eps: float = 0.0
+    grad_scale: float = 1.0
+    shrink: float = 0.0
+    keep_zeros: bool = False
 
 
 def flush(x):
@@ -62,7 +81,7 @@ POSITIVE = {
 
 
 def step(rule, h, w, g, states):
-    """One step of `rule` with the numbers `h` (fastopt.optim.Hyper): the new w and states."""
+    """One step of `rule` with the numbers `h`: the new w and states."""
     before, zero, one = flush(w), w.dtype.type(0), w.dtype.type(1)
     w, g, s = Flushed(w), Flushed(g), [Flushed(x) for x in states]
     g = g * h.grad_scale

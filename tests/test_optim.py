@@ -5,10 +5,10 @@ import reference
 from conftest import SIZES, Guarded, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import Hyper
 
 import fastopt as fo
 from fastopt import _core
-from fastopt.optim import Hyper
 
 RULES = {name: len(positive) for name, positive in reference.POSITIVE.items()}
 PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, root_scale=1.7, eps=1e-8)

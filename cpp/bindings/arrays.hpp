@@ -73,8 +73,12 @@ inline const py::dtype& bfloat16() {
       .get_stored();
 }
 
+// NumPy is asked last: it takes longer than a small kernel.
 inline bool has_dtype(const py::detail::PyArray_Proxy* array, py::handle dtype) {
-  return array->descr == dtype.ptr() || py::detail::npy_api::get().PyArray_EquivTypes_(array->descr, dtype.ptr());
+  if (array->descr == dtype.ptr()) return true;
+  const auto got = py::reinterpret_borrow<py::dtype>(array->descr), wanted = py::reinterpret_borrow<py::dtype>(dtype);
+  return got.kind() == wanted.kind() && got.itemsize() == wanted.itemsize() &&
+         py::detail::npy_api::get().PyArray_EquivTypes_(got.ptr(), wanted.ptr());
 }
 
 inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
@@ -137,6 +141,7 @@ inline void require_same_shape(py::handle object, py::handle model, const Label&
 // Collects the memory that a call reads and writes, and refuses it if any that is written is used twice.
 class Disjoint {
  public:
+  void reserve(std::size_t spans) { spans_.reserve(spans); }
   void reads(const void* data, std::size_t bytes, const Label& label) { add(data, bytes, false, label); }
   void writes(const void* data, std::size_t bytes, const Label& label) { add(data, bytes, true, label); }
 

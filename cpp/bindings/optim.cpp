@@ -173,29 +173,34 @@ void step(const py::list& jobs) {
   std::vector<Hyper> hypers;
   hypers.reserve(jobs.size());
   Disjoint memory;
-  const auto item = [](const py::handle& list, std::size_t i) {
+  const auto field = [](py::handle job, py::ssize_t i) { return py::handle(PyTuple_GET_ITEM(job.ptr(), i)); };
+  const auto item = [](py::handle list, std::size_t i) {
     return py::handle(PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)));
   };
-  const auto for_indices = [&](const py::tuple& job, const auto& body) {
-    const py::handle params = job[5], indices = job[9];
-    const std::size_t count = indices.is_none() ? py::len(params) : py::len(indices);
+  const auto length = [](py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); };
+  const auto for_indices = [&](py::handle job, const auto& body) {
+    const py::handle indices = field(job, 9);
+    const std::size_t count = length(indices.is_none() ? field(job, 5) : indices);
     for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
   };
-  for (const py::handle handle : jobs) {
-    const auto job = py::reinterpret_borrow<py::tuple>(handle);
-    if (!PyTuple_Check(handle.ptr()) || job.size() != 10) throw py::value_error("jobs: expected tuples of 10");
-    for (std::size_t i = 4; i < 9; ++i) {
-      if (!PyList_Check(job[i].ptr()) || py::len(job[i]) != py::len(job[4])) {
+  for (const py::handle job : jobs) {
+    if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != 10) {
+      throw py::value_error("jobs: expected tuples of 10");
+    }
+    for (py::ssize_t i = 4; i < 9; ++i) {
+      if (!PyList_Check(field(job, i).ptr()) || length(field(job, i)) != length(field(job, 4))) {
         throw py::value_error("jobs: expected lists of one length");
       }
     }
-    const Rule& rule = find_rule(PyUnicode_AsUTF8(job[0].ptr()));
-    hypers.push_back(hyper_of(job[1]));
-    const bool stochastic = job[2].cast<bool>();
-    const std::uint32_t noise = job[3].cast<std::uint32_t>();
-    tensors.reserve(tensors.size() + py::len(job[5]));
+    const Rule& rule = find_rule(PyUnicode_AsUTF8(field(job, 0).ptr()));
+    hypers.push_back(hyper_of(py::reinterpret_borrow<py::tuple>(field(job, 1))));
+    const bool stochastic = field(job, 2).cast<bool>();
+    const std::uint32_t noise = field(job, 3).cast<std::uint32_t>();
+    const py::handle names = field(job, 4), params = field(job, 5), grads = field(job, 6), states = field(job, 7);
+    tensors.reserve(tensors.size() + length(params));
+    memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
-      Tensor t = tensor_of(rule, item(job[4], i), item(job[5], i), item(job[6], i), item(job[7], i), memory);
+      Tensor t = tensor_of(rule, item(names, i), item(params, i), item(grads, i), item(states, i), memory);
       t.hyper = &hypers.back();
       t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
       t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
@@ -218,10 +223,12 @@ void step(const py::list& jobs) {
                  [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });
     });
   }
-  for (const py::handle handle : jobs) {
-    const auto job = py::reinterpret_borrow<py::tuple>(handle);
-    const py::list counts = job[8];
-    for_indices(job, [&](std::size_t i) { counts[i] = py::int_(counts[i].cast<std::size_t>() + 1); });
+  for (const py::handle job : jobs) {
+    const py::handle counts = field(job, 8);
+    for_indices(job, [&](std::size_t i) {
+      const py::int_ raised(item(counts, i).cast<std::size_t>() + 1);
+      PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
+    });
   }
 }
 

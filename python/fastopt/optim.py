@@ -6,7 +6,7 @@ import abc
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -20,28 +20,12 @@ if TYPE_CHECKING:
 Array: TypeAlias = NDArray[Any]
 Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array] | Iterable[dict[str, Any]]
 LearningRate: TypeAlias = float | Callable[[int], float]
+Hyper: TypeAlias = tuple[float, ...]  # the numbers of one step: struct Hyper of cpp/kernels/contract.hpp
 
 # Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
 STATE_BLOCK = 256
 
 _STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
-
-
-class Hyper(NamedTuple):
-    """The numbers of one step, in the order of ``Hyper`` in cpp/kernels/contract.hpp, which explains them."""
-
-    step_size: float
-    weight_decay: float = 0.0
-    decay: float = 1.0
-    decay1: float = 0.0
-    blend1: float = 1.0
-    decay2: float = 0.0
-    blend2: float = 1.0
-    root_scale: float = 1.0
-    eps: float = 0.0
-    grad_scale: float = 1.0
-    shrink: float = 0.0
-    keep_zeros: bool = False
 
 
 class Common(TypedDict, total=False):
@@ -107,7 +91,12 @@ def _leaves(tree: Any) -> dict[str, Any]:
 class _Group:
     """The tensors of one parameter group: what a step needs, in parallel lists."""
 
-    def __init__(self, names: list[str], params: list[Array], keys: tuple[str, ...], common: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tree: Any, names: list[str], params: list[Array], keys: tuple[str, ...], common: Mapping[str, Any]
+    ) -> None:
+        # What gradients come in: what the parameters came in.
+        self.leaves = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
+        self.single = not isinstance(tree, Mapping | list)
         self.names = names
         self.params = params
         self.counts = [0] * len(params)  # steps that each has taken
@@ -127,7 +116,24 @@ class _Group:
                 state.append(param.astype(np.float32))
             self.states.append(tuple(state))
 
-    def jobs(self, grads: list[Any]) -> list[tuple[int, list[int] | None]]:
+    def gradients(self, tree: Any) -> list[Any]:
+        """Return the gradients in the order of the parameters."""
+        if self.single:
+            return [tree if type(tree) is np.ndarray else as_array(tree)]
+        if self.leaves is not None:
+            if type(tree) is not dict and not isinstance(tree, Mapping):
+                raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
+            if tree.keys() != self.leaves.keys():
+                missing, extra = sorted(self.leaves.keys() - tree.keys()), sorted(tree.keys() - self.leaves.keys())
+                raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
+            tree = [tree[name] for name in self.leaves]
+        else:
+            if not isinstance(tree, list | tuple):
+                raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
+            _require(len(tree) == len(self.params), "grads", f"{len(self.params)} gradients", len(tree))
+        return [grad if type(grad) is np.ndarray else as_array(grad) for grad in tree]
+
+    def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
         counts = self.counts
         for grad in grads:
@@ -135,12 +141,12 @@ class _Group:
                 break
         else:
             if counts and counts.count(counts[0]) == len(counts):
-                return [(counts[0], None)]
+                return ((counts[0], None),)
         by_count: dict[int, list[int]] = {}
         for i, (count, grad) in enumerate(zip(counts, grads, strict=True)):
             if grad is not None:
                 by_count.setdefault(count, []).append(i)
-        return list(by_count.items())
+        return by_count.items()
 
 
 class Optimizer(abc.ABC):
@@ -286,7 +292,7 @@ class Optimizer(abc.ABC):
                 ("stochastic_rounding", narrow or not self._common["stochastic_rounding"], "False"),
             ):
                 _require(fits, option, f"{needed} for {name!r} of {param.dtype}", self._common[option])
-        self._groups.append(_Group(names, params, self._states(options), self._common))
+        self._groups.append(_Group(options["params"], names, params, self._states(options), self._common))
         self.param_groups.append(options)
 
     # ---- the step --------------------------------------------------------------------------------------------
@@ -322,27 +328,25 @@ class Optimizer(abc.ABC):
             If names or shapes do not match, an array is not contiguous or shares memory with another one, or
             a number is not finite.
         """
-        several = self._grouped or len(self._groups) > 1
-        trees = grads if several else (grads,)
-        if several and (not isinstance(grads, list | tuple) or len(grads) != len(self._groups)):
-            raise ValueError(f"grads: expected a list of {len(self._groups)} entries, one a group")
-        aligned = [self._align(options["params"], tree) for options, tree in zip(self.param_groups, trees, strict=True)]
-        scale = 1.0 if grad_scale is None else grad_scale
-        norm = None
+        groups = self._groups
+        if self._grouped or len(groups) > 1:
+            if not isinstance(grads, list | tuple) or len(grads) != len(groups):
+                raise ValueError(f"grads: expected a list of {len(groups)} entries, one a group")
+            gradients = [group.gradients(tree) for group, tree in zip(groups, grads, strict=True)]
+        else:
+            gradients = [groups[0].gradients(grads)]
+        scale, norm = 1.0, None
         if grad_scale is not None or self._common["max_norm"] is not None:
-            _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
-            names = [name for group in self._groups for name in group.names]
-            norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for group in aligned for grad in group]))
+            scale, norm = self._scale(gradients, grad_scale)
             if not math.isfinite(norm):
                 self.skipped += 1
                 return norm
-            if self._common["max_norm"] is not None:
-                scale *= min(1.0, self._common["max_norm"] / (norm + 1e-6))
 
         jobs: list[tuple[Any, ...]] = []
         stochastic = self._common["stochastic_rounding"]
         chance = stochastic or self._common["state_dtype"] != "float32"
-        for group, options, grads_of_group in zip(self._groups, self.param_groups, aligned, strict=True):
+        for i, group in enumerate(groups):
+            options, grads_of_group = self.param_groups[i], gradients[i]
             lr = options["lr"]
             if callable(lr):
                 lr = lr(self._steps)
@@ -350,14 +354,12 @@ class Optimizer(abc.ABC):
                 raise ValueError(f"lr: expected a finite number, 0 or more, got {lr!r}")
             common = (-scale if options["maximize"] else scale, lr * options["l1"], options["keep_zeros"])
             for count, indices in group.jobs(grads_of_group):
-                hyper = self._hyper(options, lr, count + 1, common)
-                noise = _mixed(self._common["seed"], self._steps, len(jobs)) if chance else 0
                 jobs.append(
                     (
                         self._rule(options),
-                        hyper,
+                        self._hyper(options, lr, count + 1, common),
                         stochastic,
-                        noise,
+                        _mixed(self._common["seed"], self._steps, len(jobs)) if chance else 0,
                         group.names,
                         group.params,
                         grads_of_group,
@@ -370,23 +372,16 @@ class Optimizer(abc.ABC):
         self._steps += 1
         return norm
 
-    @staticmethod
-    def _align(params: Any, tree: Any) -> list[Any]:
-        """Return the gradients in the order of the parameters."""
-        if isinstance(params, Mapping):
-            if not isinstance(tree, Mapping):
-                raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
-            if tree.keys() != params.keys():
-                missing, extra = sorted(params.keys() - tree.keys()), sorted(tree.keys() - params.keys())
-                raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
-            tree = [tree[name] for name in params]
-        elif isinstance(params, list):
-            if not isinstance(tree, list | tuple):
-                raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
-            _require(len(tree) == len(params), "grads", f"{len(params)} gradients", len(tree))
-        else:
-            tree = (tree,)
-        return [grad if type(grad) is np.ndarray else as_array(grad) for grad in tree]
+    def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
+        """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
+        scale = 1.0 if grad_scale is None else grad_scale
+        _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
+        names = [name for group in self._groups for name in group.names]
+        norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for those in gradients for grad in those]))
+        max_norm = self._common["max_norm"]
+        if max_norm is not None:
+            scale *= min(1.0, max_norm / (norm + 1e-6))
+        return scale, norm
 
     # ---- saving ----------------------------------------------------------------------------------------------
 
@@ -600,7 +595,7 @@ class SGD(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         blend = 1.0 if step == 1 else 1.0 - options["dampening"]
-        return Hyper(lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 1.0, 0.0, *common)
+        return (lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 1.0, 0.0, *common)
 
 
 class Adagrad(Optimizer):
@@ -687,7 +682,7 @@ class Adagrad(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         size = lr / (1 + (step - 1) * options["lr_decay"])
-        return Hyper(size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, options["eps"], *common)
+        return (size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, options["eps"], *common)
 
 
 class RMSprop(Optimizer):
@@ -777,10 +772,8 @@ class RMSprop(Optimizer):
         return ("square_avg", *momentum, *(("grad_avg",) if options["centered"] else ()))
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
-        alpha = options["alpha"]
-        return Hyper(
-            lr, options["weight_decay"], 1.0, options["momentum"], 1.0, alpha, 1 - alpha, 1.0, options["eps"], *common
-        )
+        alpha, momentum, eps = options["alpha"], options["momentum"], options["eps"]
+        return (lr, options["weight_decay"], 1.0, momentum, 1.0, alpha, 1 - alpha, 1.0, eps, *common)
 
 
 class Adam(Optimizer):
@@ -866,8 +859,8 @@ class Adam(Optimizer):
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         beta1, beta2 = options["betas"]
         size, root_scale = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-        decoupled, decay = self._decay(options["weight_decay"], lr)
-        return Hyper(size, decoupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, root_scale, options["eps"], *common)
+        coupled, decay = self._decay(options["weight_decay"], lr)
+        return (size, coupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, root_scale, options["eps"], *common)
 
     @staticmethod
     def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
@@ -988,4 +981,4 @@ class Lion(Optimizer):
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         beta1, beta2 = options["betas"]
         decay = 1 - lr * options["weight_decay"]
-        return Hyper(lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, 0.0, *common)
+        return (lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, 0.0, *common)
