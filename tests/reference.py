@@ -136,39 +136,46 @@ def step(rule, h, w, g, states):
 
 
 def random_bits(n, noise):
-    """32 random-looking bits for each element, by the last step of MurmurHash3 (Appleby, 2011)."""
-    h = np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B1) ^ np.uint32(noise)
+    """32 bits of chance for each element: multiples of the golden ratio, from a start that is mixed of the noise.
+
+    The start is the last step of MurmurHash3 (Appleby, 2011). Multiples of the golden ratio lie more evenly than
+    random numbers do (Weyl, 1916).
+    """
+    h = np.array([noise], np.uint32)
     h = (h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     h = (h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    return h ^ h >> np.uint32(16)
+    return (h ^ h >> np.uint32(16)) + np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B9)
 
 
-def turned(random, slot):
-    """The same bits turned by `slot` bytes: slot 0 rounds the parameter, slot 1 the first state, and so on."""
-    return random if slot == 0 else random >> np.uint32(8 * slot) | random << np.uint32(32 - 8 * slot)
+def chance_of(random, state, bits):
+    """So many bits of it, others for each state; parameters are rounded by the lowest."""
+    return random << np.uint32((0, 12, 6)[state]) >> np.uint32(32 - bits)
 
 
-def bf16_bits(x, random=None):
+def raised(x, chance):
+    """Bits of float32, with chance added to what is about to be dropped; NaN stay as they are."""
+    return x.view(np.uint32) + np.where(np.isnan(x), np.uint32(0), chance)
+
+
+def bf16_bits(x, chance=None):
     """Upper 16 bits of float32, rounded half to even, or up or down by chance."""
+    if chance is not None:
+        return (raised(x, chance) >> np.uint32(16)).astype(np.uint16)
     bits = x.view(np.uint32)
-    if random is None:
-        nan = bits & np.uint32(0x7FFFFFFF) > 0x7F800000
-        rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-        return (np.where(nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
-    special = bits & np.uint32(0x7F800000) == 0x7F800000
-    return (np.where(special, bits, bits + (random & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return (np.where(np.isnan(x), bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
 
 
-def f16_bits(x, random=None):
+def f16_bits(x, chance=None):
     """float16 bits of float32, rounded half to even, or up or down by chance."""
-    if random is None:
+    if chance is None:
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint16)
     bits = x.view(np.uint32)
     sign, rest, chance = (
         bits >> np.uint32(16) & np.uint32(0x8000),
         bits & np.uint32(0x7FFFFFFF),
-        random & np.uint32(0x1FFF),
+        chance & np.uint32(0x1FFF),
     )
     half = (rest - np.uint32(112 << 23) + chance) >> np.uint32(13)
     with np.errstate(all="ignore"):
@@ -187,27 +194,28 @@ def widen_bits(bits, dtype):
 
 
 def widen_u8(codes, exponents, positive):
-    """8-bit state: sign, 4 or 5 bits of exponent counted from that of the block of 256, 3 bits of mantissa."""
+    """8-bit state: 3 bits of mantissa and 4 of exponent, counted from that of the block of 256, behind a sign.
+
+    States that are never negative have 5 bits of exponent, and a code 0 that is not zero unless the whole block is.
+    """
     code = codes.astype(np.uint32)
-    rest = code & np.uint32(255 if positive else 127)
     base = np.repeat(exponents.astype(np.uint32), 256)[: codes.size] << np.uint32(3)
+    if positive:
+        return ((code + base) << np.uint32(20)).view(np.float32)
+    rest = code & np.uint32(127)
     bits = np.where(rest == 0, np.uint32(0), (rest + base) << np.uint32(20))
-    return (bits if positive else bits | code << np.uint32(24) & np.uint32(0x80000000)).view(np.float32)
+    return (bits | code << np.uint32(24) & np.uint32(0x80000000)).view(np.float32)
 
 
-def narrow_u8(x, positive, random):
-    """Codes and exponents of a state, rounded by chance; what is positive does not become zero."""
-    bits = x.view(np.uint32)
-    rest = bits & np.uint32(0x7FFFFFFF)
-    blocks = -(-x.size // 256)
-    largest = np.array([rest[i * 256 : (i + 1) * 256].max() for i in range(blocks)], np.uint32)
-    exponents = np.minimum((largest + np.uint32(1 << 20)) >> np.uint32(23), 255).astype(np.int64)
-    exponents = np.maximum(exponents - (31 if positive else 15), 0)
-    code = (rest + (random & np.uint32(0xFFFFF)) >> np.uint32(20)).astype(np.int64)
-    code -= np.repeat(exponents << 3, 256)[: x.size]
-    code = np.clip(code, (rest != 0) if positive else 0, 255 if positive else 127).astype(np.uint32)
+def narrow_u8(x, positive, chance):
+    """Codes and exponents of a state, rounded by 20 bits of chance."""
+    bits = raised(x, chance) >> np.uint32(20)
+    magnitude = (bits & np.uint32(0x7FF)).astype(np.int64)
+    largest = np.array([magnitude[at : at + 256].max() for at in range(0, x.size, 256)], np.int64)
+    exponents = np.maximum((largest >> 3) - (31 if positive else 15), 0)
+    code = np.maximum(magnitude - np.repeat(exponents << 3, 256)[: x.size], 0).astype(np.uint32)
     if not positive:
-        code |= bits >> np.uint32(24) & np.uint32(0x80)
+        code |= bits >> np.uint32(4) & np.uint32(0x80)
     return code.astype(np.uint8), exponents.astype(np.uint8)
 
 
@@ -228,10 +236,12 @@ def step_narrow(rule, h, w, dtype, g, g_dtype, states, state_dtype, noise, stoch
         wide_s = [widen_u8(*s, p) for s, p in zip(states, positive, strict=True)]
     new, new_s = step(rule, h, wide_w if master is None else master, wide_g, wide_s)
     if state_dtype == "bfloat16":
-        new_s = [bf16_bits(s, turned(random, i + 1)) for i, s in enumerate(new_s)]
+        new_s = [bf16_bits(s, chance_of(random, i, 16)) for i, s in enumerate(new_s)]
     elif state_dtype == "uint8":
-        new_s = [narrow_u8(s, p, turned(random, i + 1)) for i, (s, p) in enumerate(zip(new_s, positive, strict=True))]
-    chance = random if stochastic and master is None else None
+        new_s = [
+            narrow_u8(s, p, chance_of(random, i, 20)) for i, (s, p) in enumerate(zip(new_s, positive, strict=True))
+        ]
+    chance = random & np.uint32(0xFFFF) if stochastic and master is None else None
     if dtype == "float32":
         return new, new_s, None
     bits = f16_bits(new, chance) if dtype == "float16" else bf16_bits(new, chance)

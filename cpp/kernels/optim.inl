@@ -15,10 +15,12 @@ struct Scalars {
         eps(static_cast<T>(h.eps)),
         grad_scale(static_cast<T>(h.grad_scale)),
         shrink(static_cast<T>(h.shrink)),
+        regular(h.weight_decay != 0),
+        sparse(h.shrink != 0),
         keep_zeros(h.keep_zeros) {}
 
   T step_size, weight_decay, decay, decay1, blend1, decay2, blend2, root_scale, eps, grad_scale, shrink;
-  bool keep_zeros;
+  bool regular, sparse, keep_zeros;
 };
 
 // ---- rules ---------------------------------------------------------------------------------------------------
@@ -116,9 +118,9 @@ template <class R, class T, class V>
 inline V regularized(const Scalars<T>& k, V w, V g, V* s) {
   const V before = w;
   g = g * k.grad_scale;
-  if (k.weight_decay != 0) g = g + k.weight_decay * w;
+  if (k.regular) g = g + k.weight_decay * w;
   w = R::template update<T, V>(k, w * k.decay, g, s);
-  if (k.shrink != 0) {
+  if (k.sparse) {
     const V above = w - k.shrink, below = w + k.shrink;
     w = above > 0 ? above : (below < 0 ? below : V{});
   }
@@ -169,29 +171,39 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
 using Bits = Vec<std::uint32_t>;
 constexpr std::size_t kBlockVectors = kStateBlock / kLanes<float>;
 
-// MurmurHash3's last mixing step (Appleby, 2011): 32 random-looking bits from an element's index.
-inline Bits random_bits(Bits index, std::uint32_t noise) {
-  Bits h = index * 0x9e3779b1u ^ noise;
+// MurmurHash3's last mixing step (Appleby, 2011).
+inline std::uint32_t mixed(std::uint32_t h) {
   h = (h ^ h >> 16) * 0x85ebca6bu;
   h = (h ^ h >> 13) * 0xc2b2ae35u;
   return h ^ h >> 16;
 }
 
-// A turn of the same bits for each thing that is rounded: parameter, then states.
-inline Bits turned(Bits random, std::size_t slot) {
-  const std::uint32_t by = static_cast<std::uint32_t>(8 * slot);
-  return slot == 0 ? random : random >> by | random << (32 - by);
+// 32 bits of chance for each element: multiples of the golden ratio, from a start that differs for every step. They are
+// spread more evenly than random ones, so what rounding adds to a sum is smaller.
+constexpr std::uint32_t kGolden = 0x9e3779b9u;
+
+inline Bits first_chance(std::uint32_t noise, std::size_t first) {
+  Bits index = {};
+  for (std::size_t j = 0; j < kLanes<float>; ++j) index[j] = static_cast<std::uint32_t>(first + j);
+  return index * kGolden + mixed(noise);
 }
 
-// Up or down by chance: the nearer, the likelier, so that the mean is the value.
-inline Bits bf16_stochastic(Bits bits, Bits random) {
-  const Bits rounded = bits + (random & 0xffffu);
-  return ((bits & 0x7f800000u) == 0x7f800000u ? bits : rounded) >> 16;
+// Other bits of it, `Count` of them, for each state; parameters are rounded by the lowest.
+template <int Count>
+inline Bits chance_of(Bits random, std::size_t state) {
+  constexpr int skipped[kMaxStates] = {0, 12, 6};
+  return random << skipped[state] >> (32 - Count);
+}
+
+// Up or down by chance: the nearer, the likelier, so that the mean is the value. Only NaN could overflow.
+inline Bits raised(Vec<float> v, Bits chance) {
+  const Bits bits = bit_cast<Bits>(v);
+  return v == v ? bits + chance : bits;
 }
 
 inline Bits bf16_nearest(Bits bits) {
   const Bits rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  return ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
 }
 
 inline Bits half_stochastic(Bits bits, Bits random) {
@@ -217,113 +229,179 @@ inline Vec<float> widen(Float type, const void* base, std::size_t i) {
   }
 }
 
-inline void narrow(Float type, void* base, std::size_t i, Vec<float> v, bool stochastic, Bits random) {
+// Two vectors, next to each other.
+__attribute__((always_inline)) inline void narrow(Float type, void* base, std::size_t i, const Vec<float> (&v)[2],
+                                                  bool stochastic, const Bits (&random)[2]) {
   std::uint16_t* const to = static_cast<std::uint16_t*>(base) + i;
-  const Bits bits = bit_cast<Bits>(v);
-  if (type == Float::f32) {
-    store(static_cast<float*>(base) + i, v);
-  } else if (type == Float::bf16) {
-    store_low_words(to, stochastic ? bf16_stochastic(bits, random) : bf16_nearest(bits));
-  } else if (stochastic) {
-    store_low_words(to, half_stochastic(bits, random));
-  } else {
-    store_halves(to, v);
+  if (type == Float::bf16) {
+    Bits bits[2];
+    for (std::size_t h = 0; h < 2; ++h) {
+      bits[h] = stochastic ? raised(v[h], random[h] & 0xffffu) : bf16_nearest(bit_cast<Bits>(v[h]));
+    }
+    store_high_words(to, bits[0], bits[1]);
+    return;
+  }
+  for (std::size_t h = 0; h < 2; ++h) {
+    const std::size_t at = h * kLanes<float>;
+    if (type == Float::f32) {
+      store(static_cast<float*>(base) + i + at, v[h]);
+    } else if (stochastic) {
+      store_low_words(to + at, half_stochastic(bit_cast<Bits>(v[h]), random[h]));
+    } else {
+      store_halves(to + at, v[h]);
+    }
   }
 }
 
-// 8-bit states: the 11 highest bits of a float (sign, exponent, 3 of mantissa), the exponent counted from `exponent`.
-constexpr std::uint32_t kDropped = 20, kMantissa = 3;
-constexpr std::uint32_t top_code(bool positive) { return positive ? 255 : 127; }
-constexpr std::uint32_t exponents(bool positive) { return positive ? 31 : 15; }
+// 8-bit states: the 11 highest bits of a float's magnitude (exponent, and 3 of mantissa), counted from the exponent of
+// the block. With a sign there are 4 bits of exponent, and code 0 is zero; without one there are 5, and code 0 is not
+// zero unless the whole block is: Adam divides by it.
+constexpr int kDropped = 20, kMantissa = 3;
+constexpr std::int16_t kMagnitude = 0x7ff;
 
 inline Vec<float> widen_u8(const std::uint8_t* codes, std::uint32_t exponent, bool positive) {
   const Bits code = load_bytes(codes);
-  const Bits rest = code & top_code(positive);
-  const Bits sign = positive ? Bits{} : code << 24 & 0x80000000u;
-  return bit_cast<Vec<float>>(sign | (rest == 0 ? Bits{} : (rest + (exponent << kMantissa)) << kDropped));
+  const std::uint32_t least = exponent << kMantissa;
+  if (positive) return bit_cast<Vec<float>>((code + least) << kDropped);
+  const Bits rest = code & 0x7fu;
+  return bit_cast<Vec<float>>((rest == 0 ? Bits{} : (rest + least) << kDropped) | (code << 24 & 0x80000000u));
 }
 
-// The exponent that codes of a block count from, given the largest of its magnitudes. That is rounded up first, so
-// that no code reaches past the top.
-inline std::uint32_t exponent_of(Bits largest, bool positive) {
-  std::uint32_t most = largest[0];
-  for (std::size_t j = 1; j < kLanes<float>; ++j) most = largest[j] > most ? largest[j] : most;
-  std::uint32_t exponent = (most + (1u << kDropped)) >> 23;
-  exponent = exponent > 255 ? 255 : exponent;
-  return exponent > exponents(positive) ? exponent - exponents(positive) : 0;
-}
+// A block of one state on its way to 8 bits: sign and magnitude of each element, rounded by chance. Its codes can be
+// written when the largest magnitude is known.
+struct Rounded {
+  Words words[kBlockVectors / 2];
+  std::uint8_t* codes;
+  std::int16_t least;
 
-// Rounds by chance. What is never negative does not become zero either: it is what Adam divides by.
-inline void narrow_u8(std::uint8_t* codes, Bits bits, std::uint32_t exponent, bool positive, Bits random) {
-  using Signed = Vec<std::int32_t>;
-  const Bits rest = bits & 0x7fffffffu;
-  const Bits chance = random & ((1u << kDropped) - 1);
-  const std::int32_t top = static_cast<std::int32_t>(top_code(positive));
-  Signed code = bit_cast<Signed>((rest + chance) >> kDropped) - static_cast<std::int32_t>(exponent << kMantissa);
-  const Signed least = positive ? (rest != 0 ? Signed{} + 1 : Signed{}) : Signed{};
-  code = code < least ? least : code;
-  code = code > top ? Signed{} + top : code;
-  const Bits sign = positive ? Bits{} : bits >> 24 & 0x80u;
-  store_low_bytes(codes, bit_cast<Bits>(code) | sign);
-}
+  // Two vectors; returns their magnitudes.
+  __attribute__((always_inline)) Words set(std::size_t at, const Vec<float> (&v)[2], const Bits (&random)[2],
+                                           std::size_t state) {
+    Vec<std::int32_t> bits[2];
+    for (std::size_t h = 0; h < 2; ++h) {
+      bits[h] = bit_cast<Vec<std::int32_t>>(raised(v[h], chance_of<kDropped>(random[h], state))) >> kDropped;
+    }
+    const Words both = pack_words(bits[0], bits[1]);
+    words[at / 2] = both;
+    return both & kMagnitude;
+  }
+
+  // Returns the exponent that codes count from: the smallest from which all can be reached.
+  std::uint8_t close(void* to, Words largest, bool positive) {
+    const Bits pairs = bit_cast<Bits>(largest), low = pairs & 0xffffu, high = pairs >> 16;
+    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
+    const std::uint32_t top = fold(greater(low, high), greater) >> kMantissa;
+    const std::uint32_t exponents = positive ? 31 : 15, exponent = top > exponents ? top - exponents : 0;
+    least = static_cast<std::int16_t>(exponent << kMantissa);
+    codes = static_cast<std::uint8_t*>(to);
+    return static_cast<std::uint8_t>(exponent);
+  }
+
+  // Codes of the four vectors from `at` on.
+  __attribute__((always_inline)) void write(std::size_t at, bool positive) const {
+    const Words a = words[at / 2], b = words[at / 2 + 1];
+    Vec<std::uint8_t> code = pack_unsigned((a & kMagnitude) - least, (b & kMagnitude) - least);
+    if (!positive) code = (code & std::uint8_t{0x7f}) | (pack_signed(a, b) & std::uint8_t{0x80});
+    store(codes + at * kLanes<float>, unpacked_order(code));
+  }
+};
 
 constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
 constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
 
-// One whole block, the first element of which has the number `first` in its tensor.
+// Blocks of kStateBlock elements, one after the other. Codes of 8-bit states are written while the next block is
+// stepped, so that nothing waits for what they depend on.
 template <class R, unsigned Positive, StateType State>
-void step_block(const Scalars<float>& scalars, const StepArgs& args, std::size_t first) {
+struct Blocks {
   using V = Vec<float>;
-  // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
-  const Scalars<float> k = scalars;
-  const StepArgs a = args;
-  const bool chance = a.stochastic || State != StateType::wide;
-  const auto prefetch_block = [](const void* base, std::size_t width) {
-    for (std::size_t at = 0; at < kStateBlock * width; at += 64) prefetch(static_cast<const char*>(base) + at);
-  };
-  prefetch_block(a.param, width_of(a.param_type));
-  prefetch_block(a.grad, width_of(a.grad_type));
-  for (std::size_t j = 0; j < R::states; ++j) prefetch_block(a.state[j], width_of(State));
-  Bits index = {};
-  for (std::size_t j = 0; j < kLanes<float>; ++j) index[j] = static_cast<std::uint32_t>(first + j);
-  Bits random[kBlockVectors], stepped[R::states + 1][kBlockVectors], largest[R::states + 1] = {};
-  V s[R::states + 1];
-  for (std::size_t v = 0, i = 0; v < kBlockVectors; ++v, i += kLanes<float>) {
-    random[v] = chance ? random_bits(index + static_cast<std::uint32_t>(i), a.noise) : Bits{};
-    const V w = a.master ? load<V>(a.master + i) : widen(a.param_type, a.param, i);
-    const V g = widen(a.grad_type, a.grad, i);
-    for (std::size_t j = 0; j < R::states; ++j) {
-      if constexpr (State == StateType::wide) s[j] = widen(Float::f32, a.state[j], i);
-      if constexpr (State == StateType::bf16) s[j] = widen(Float::bf16, a.state[j], i);
-      if constexpr (State == StateType::u8) {
-        s[j] = widen_u8(static_cast<const std::uint8_t*>(a.state[j]) + i, *a.exponent[j], Positive >> j & 1);
+  static constexpr std::size_t lanes = kLanes<float>;
+
+  const Scalars<float> scalars;
+  Rounded rounded[2][R::states + 1];
+  std::size_t count = 0;  // of blocks stepped
+
+  // A block whose first element has the number `first` in its tensor; only `n` elements of it count.
+  void step(const StepArgs& args, std::size_t first, std::size_t n) {
+    // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
+    const Scalars<float> k = scalars;
+    const StepArgs a = args;
+    Rounded* const now = rounded[count % 2];
+    const Rounded* const before = count > 0 ? rounded[(count + 1) % 2] : nullptr;
+    std::uint32_t exponent[R::states + 1];
+    for (std::size_t j = 0; j < R::states; ++j) exponent[j] = State == StateType::u8 ? *a.exponent[j] : 0u;
+    Bits chance = first_chance(a.noise, first);
+
+    Words largest[R::states + 1] = {};
+    for (std::size_t v = 0; v < kBlockVectors; v += 2) {
+      const std::size_t begin = v * lanes;
+      Bits random[2];
+      V next[2], s[R::states + 1][2];
+      prefetch_pair(a.param, begin, width_of(a.param_type));
+      prefetch_pair(a.grad, begin, width_of(a.grad_type));
+      for (std::size_t j = 0; j < R::states; ++j) prefetch_pair(a.state[j], begin, width_of(State));
+      for (std::size_t h = 0; h < 2; ++h) {
+        const std::size_t i = begin + h * lanes;
+        random[h] = chance;
+        chance += static_cast<std::uint32_t>(lanes) * kGolden;
+        const V w = a.master ? load<V>(a.master + i) : widen(a.param_type, a.param, i);
+        const V g = widen(a.grad_type, a.grad, i);
+        V state[R::states + 1];
+        for (std::size_t j = 0; j < R::states; ++j) {
+          if constexpr (State == StateType::wide) state[j] = widen(Float::f32, a.state[j], i);
+          if constexpr (State == StateType::bf16) state[j] = widen(Float::bf16, a.state[j], i);
+          if constexpr (State == StateType::u8) {
+            const auto* const codes = static_cast<const std::uint8_t*>(a.state[j]) + i;
+            state[j] = widen_u8(codes, exponent[j], Positive >> j & 1);
+          }
+        }
+        next[h] = regularized<R>(k, w, g, state);
+        if (a.master) store(a.master + i, next[h]);
+        for (std::size_t j = 0; j < R::states; ++j) {
+          if (State == StateType::u8 && i + lanes > n) {  // what is behind the end has no part in the exponent
+            state[j] = bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(i) < static_cast<std::uint32_t>(n)
+                           ? state[j]
+                           : V{};
+          }
+          s[j][h] = state[j];
+        }
+      }
+      narrow(a.param_type, a.param, begin, next, a.stochastic, random);
+      for (std::size_t j = 0; j < R::states; ++j) {
+        if constexpr (State == StateType::wide) narrow(Float::f32, a.state[j], begin, s[j], false, random);
+        if constexpr (State == StateType::bf16) {
+          store_high_words(static_cast<std::uint16_t*>(a.state[j]) + begin,
+                           raised(s[j][0], chance_of<16>(random[0], j)), raised(s[j][1], chance_of<16>(random[1], j)));
+        }
+        if constexpr (State == StateType::u8) {
+          const Words magnitude = now[j].set(v, s[j], random, j);
+          largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+          if (v % 4 == 2 && before) before[j].write(v - 2, Positive >> j & 1);
+        }
       }
     }
-    const V next = regularized<R>(k, w, g, s);
-    if (a.master) store(a.master + i, next);
-    narrow(a.param_type, a.param, i, next, a.stochastic, random[v]);
-    for (std::size_t j = 0; j < R::states; ++j) {
-      if constexpr (State == StateType::wide) narrow(Float::f32, a.state[j], i, s[j], false, Bits{});
-      if constexpr (State == StateType::bf16) narrow(Float::bf16, a.state[j], i, s[j], true, turned(random[v], j + 1));
-      if constexpr (State == StateType::u8) {
-        stepped[j][v] = bit_cast<Bits>(s[j]);
-        const Bits rest = stepped[j][v] & 0x7fffffffu;
-        largest[j] = rest > largest[j] ? rest : largest[j];
+    if constexpr (State == StateType::u8) {
+      for (std::size_t j = 0; j < R::states; ++j) {
+        *a.exponent[j] = now[j].close(a.state[j], largest[j], Positive >> j & 1);
       }
+      ++count;
     }
   }
-  if constexpr (State == StateType::u8) {
-    for (std::size_t j = 0; j < R::states; ++j) {
-      const bool positive = Positive >> j & 1;
-      const std::uint32_t exponent = exponent_of(largest[j], positive);
-      *a.exponent[j] = static_cast<std::uint8_t>(exponent);
-      for (std::size_t v = 0; v < kBlockVectors; ++v) {
-        std::uint8_t* const codes = static_cast<std::uint8_t*>(a.state[j]) + v * kLanes<float>;
-        narrow_u8(codes, stepped[j][v], exponent, positive, turned(random[v], j + 1));
-      }
+
+  // Writes the codes of the last block.
+  void finish() {
+    if (count == 0) return;
+    for (std::size_t v = 0; v < kBlockVectors; v += 4) {
+      for (std::size_t j = 0; j < R::states; ++j) rounded[(count + 1) % 2][j].write(v, Positive >> j & 1);
     }
+    count = 0;
   }
-}
+
+  static void prefetch_pair(const void* base, std::size_t i, std::size_t width) {
+    const char* const at = static_cast<const char*>(base) + i * width;
+    prefetch(at);
+    if (2 * lanes * width > 64) prefetch(at + 64);
+  }
+};
 
 // The same arrays, from element `at` on.
 inline StepArgs from(const StepArgs& a, std::size_t at) {
@@ -340,10 +418,12 @@ inline StepArgs from(const StepArgs& a, std::size_t at) {
 
 template <class R, unsigned Positive, StateType State>
 void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, std::size_t end) {
+  Blocks<R, Positive, State> blocks{k, {}};
   std::size_t at = begin;
-  for (; at + kStateBlock <= end; at += kStateBlock) step_block<R, Positive, State>(k, from(a, at), at);
+  for (; at + kStateBlock <= end; at += kStateBlock) blocks.step(from(a, at), at, kStateBlock);
+  blocks.finish();
   if (at == end) return;
-  // The last block passes through memory of its own, filled up with zeros, which stay zeros in every state.
+  // The last block passes through memory of its own, filled up with zeros.
   const std::size_t n = end - at;
   const StepArgs real = from(a, at);
   StepArgs copy = real;
@@ -354,7 +434,8 @@ void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, 
     std::memcpy(copy.state[j] = state[j], real.state[j], n * width_of(State));
   }
   if (a.master) std::memcpy(copy.master = master, real.master, n * sizeof(float));
-  step_block<R, Positive, State>(k, copy, at);
+  blocks.step(copy, at, n);
+  blocks.finish();
   std::memcpy(real.param, param, n * width_of(a.param_type));
   for (std::size_t j = 0; j < R::states; ++j) std::memcpy(real.state[j], state[j], n * width_of(State));
   if (a.master) std::memcpy(real.master, master, n * sizeof(float));

@@ -177,14 +177,6 @@ inline Vec<std::uint32_t> load_words(const std::uint16_t* from) {
 #endif
 }
 
-inline void store_low_bytes(std::uint8_t* to, Vec<std::uint32_t> v) {
-#if defined(__AVX512BW__)
-  store(to, _mm512_cvtepi32_epi8(bit_cast<__m512i>(v)));
-#else
-  store(to, convert<std::uint8_t, kLanes<float>>(v));
-#endif
-}
-
 inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
 #if defined(__AVX512BW__)
   store(to, _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
@@ -194,6 +186,97 @@ inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
   store(to, _mm256_castsi256_si128(packed));
 #else
   store(to, convert<std::uint16_t, kLanes<float>>(v));
+#endif
+}
+
+// The upper halves of two vectors of 32 bits.
+inline void store_high_words(std::uint16_t* to, Vec<std::uint32_t> a, Vec<std::uint32_t> b) {
+#if defined(__AVX512BW__)
+  const __m512i packed = _mm512_packus_epi32(bit_cast<__m512i>(a >> 16), bit_cast<__m512i>(b >> 16));
+  store(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(a >> 16), bit_cast<__m256i>(b >> 16));
+  store(to, _mm256_permute4x64_epi64(packed, 0xd8));
+#elif defined(__SSE2__)
+  store(to, _mm_packs_epi32(_mm_srai_epi32(bit_cast<__m128i>(a), 16), _mm_srai_epi32(bit_cast<__m128i>(b), 16)));
+#elif defined(__aarch64__)
+  vst1q_u16(to, vuzp2q_u16(bit_cast<uint16x8_t>(a), bit_cast<uint16x8_t>(b)));
+#else
+  store(to, convert<std::uint16_t, kLanes<float>>(a >> 16));
+  store(to + kLanes<float>, convert<std::uint16_t, kLanes<float>>(b >> 16));
+#endif
+}
+
+#if !defined(__SSE2__) && !defined(__aarch64__)
+template <class To, class V>
+inline Vec<To> pack_lanes(V a, V b) {
+  constexpr std::size_t half = kLanes<To> / 2;
+  constexpr int top = 1 << (8 * sizeof(To) - 1), low = std::is_signed_v<To> ? -top : 0;
+  constexpr int high = std::is_signed_v<To> ? top - 1 : 2 * top - 1;
+  Vec<To> packed;
+  for (std::size_t i = 0; i < 2 * half; ++i) {
+    const int n = i < half ? a[i] : b[i - half];
+    packed[i] = static_cast<To>(n < low ? low : n > high ? high : n);
+  }
+  return packed;
+}
+#endif
+
+// Two vectors of integers packed into one of half their width, saturating. Wide vectors are packed in parts of 16
+// bytes; unpacked_order() puts bytes that were packed twice back into the order of their numbers.
+using Words = Vec<std::int16_t>;
+
+inline Words pack_words(Vec<std::int32_t> a, Vec<std::int32_t> b) {
+#if defined(__AVX512BW__)
+  return bit_cast<Words>(_mm512_packs_epi32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Words>(_mm256_packs_epi32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Words>(_mm_packs_epi32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return bit_cast<Words>(vqmovn_high_s32(vqmovn_s32(bit_cast<int32x4_t>(a)), bit_cast<int32x4_t>(b)));
+#else
+  return pack_lanes<std::int16_t>(a, b);
+#endif
+}
+
+inline Vec<std::uint8_t> pack_unsigned(Words a, Words b) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::uint8_t>>(_mm512_packus_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::uint8_t>>(_mm256_packus_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<std::uint8_t>>(_mm_packus_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec<std::uint8_t>>(vqmovun_high_s16(vqmovun_s16(bit_cast<int16x8_t>(a)), bit_cast<int16x8_t>(b)));
+#else
+  return pack_lanes<std::uint8_t>(a, b);
+#endif
+}
+
+inline Vec<std::uint8_t> pack_signed(Words a, Words b) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::uint8_t>>(_mm512_packs_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::uint8_t>>(_mm256_packs_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<std::uint8_t>>(_mm_packs_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec<std::uint8_t>>(vqmovn_high_s16(vqmovn_s16(bit_cast<int16x8_t>(a)), bit_cast<int16x8_t>(b)));
+#else
+  return bit_cast<Vec<std::uint8_t>>(pack_lanes<std::int8_t>(a, b));
+#endif
+}
+
+inline Vec<std::uint8_t> unpacked_order(Vec<std::uint8_t> v) {
+#if defined(__AVX512BW__)
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return bit_cast<Vec<std::uint8_t>>(_mm512_maskz_permutexvar_epi32(0xffff, order, bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return bit_cast<Vec<std::uint8_t>>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(v), order));
+#else
+  return v;
 #endif
 }
 
