@@ -1,6 +1,7 @@
 """Optimizer steps: one tensor from cache to memory, many small tensors, and states that have become subnormal."""
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -31,6 +32,67 @@ def torch_steps(torch: Any) -> dict[str, Step]:
         "AdamW": partial(torch.optim.AdamW, weight_decay=0.01),
     }
     return {name: partial(step, make) for name, make in makers.items()}
+
+
+def numba_adam(numba: Any) -> Step:
+    """Adam as a loop that numba compiles."""
+
+    @numba.njit(parallel=True, fastmath=True)
+    def update(w: Array, g: Array, m: Array, v: Array, step_size: Any, root_scale: Any) -> None:
+        b1, b2, one, eps = w.dtype.type(0.9), w.dtype.type(0.999), w.dtype.type(1), w.dtype.type(1e-8)
+        for i in numba.prange(w.size):
+            m[i] += (one - b1) * (g[i] - m[i])
+            v[i] = b2 * v[i] + (one - b2) * g[i] * g[i]
+            w[i] -= step_size * m[i] / (np.sqrt(v[i]) * root_scale + eps)
+
+    def step(w: Array, g: Array) -> Call:
+        m, v, count, real = np.zeros_like(w), np.zeros_like(w), 0, w.dtype.type
+
+        def call() -> None:
+            nonlocal count
+            count += 1
+            update(w, g, m, v, real(1e-3 / (1 - 0.9**count)), real(1 / np.sqrt(1 - 0.999**count)))
+
+        return call
+
+    return step
+
+
+def optax_adam(optax: Any) -> Step:
+    """Adam of optax, compiled, on buffers of its own that it may overwrite."""
+    with common.all_cores():
+        jax = importlib.import_module("jax")
+        jax.devices()  # starts its threads
+    optimizer = optax.adam(1e-3)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(w: Any, state: Any, g: Any) -> Any:
+        updates, state = optimizer.update(g, state, w)
+        return optax.apply_updates(w, updates), state
+
+    def step(w: Array, g: Array) -> Call:
+        current = [jax.numpy.array(w), optimizer.init(jax.numpy.array(w))]
+        gradient = jax.numpy.array(g)
+
+        def call() -> None:
+            current[:] = update(*current, gradient)
+            current[0].block_until_ready()
+
+        return call
+
+    return step
+
+
+def bitsandbytes_adam(bitsandbytes: Any) -> Step:
+    """Adam of bitsandbytes, with states of 8 bits."""
+    torch = importlib.import_module("torch")
+
+    def step(w: Array, g: Array) -> Call:
+        parameter = torch.nn.Parameter(torch.from_numpy(w))
+        parameter.grad = torch.from_numpy(g)
+        return bitsandbytes.optim.Adam8bit([parameter], lr=1e-3).step
+
+    return step
 
 
 def variants() -> dict[str, Step]:
@@ -80,23 +142,31 @@ def subnormal(size: int, peers: dict[str, Step]) -> Case:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     torch = common.peer("torch")
-    peers = torch_steps(torch) if torch else {}
+    fused = torch_steps(torch) if torch else {}
+    makers = {"numba": numba_adam, "optax": optax_adam, "bitsandbytes": bitsandbytes_adam}
+    peers = {name: make(module) for name, make in makers.items() if (module := common.peer(name))}
+    eight_bits = {"bitsandbytes uint8": peers.pop("bitsandbytes")} if "bitsandbytes" in peers else {}
     sizes = [10_000, 1_000_000] if options.quick else [10_000, 1_000_000, 20_000_000]
     if options.full:
         sizes.append(100_000_000)
     for name in OPTIMIZERS:
         for size in sizes:
-            others = {TORCH: peers[name]} if name in peers else {}
-            if name == "Adam" and size > 10_000:
-                others["numpy blocked"] = partial(numpy_adam, block=16_384)
-            yield optimizer_case(name, size, others)
+            others = {TORCH: fused[name]} if name in fused else {}
+            if name == "Adam":
+                others |= peers
+                if size > 10_000:
+                    others["numpy blocked"] = partial(numpy_adam, block=16_384)
+            case = optimizer_case(name, size, others)
+            case.errors.pop("optax", None)  # it has weights of its own
+            yield case
     for size in sizes[1:]:
-        case = optimizer_case("Adam", size, variants())
+        # bitsandbytes takes most of a second for the large ones
+        case = optimizer_case("Adam", size, {**variants(), **(eight_bits if size <= 1_000_000 else {})})
         case.name += ", variants"
         case.errors = {}  # narrow states are judged by training: bench_parity.py
         yield case
     yield many_small(torch)
-    yield subnormal(1_000_000, {TORCH: peers["Adam"]} if torch else {})
+    yield subnormal(1_000_000, {TORCH: fused["Adam"]} if torch else {})
 
 
 if __name__ == "__main__":

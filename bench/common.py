@@ -5,13 +5,14 @@ and BLAS read when they are loaded is thus set before that, and no contender's i
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,28 @@ COLORS = {FASTOPT: "#c2410c", NUMPY: "#4d77cf", "numpy blocked": "#94b5ee"}
 OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e"]
 
 
+CORES = os.environ.get("BENCH_CORES", "")  # of a child, all that it may use
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let threads that start meanwhile run on all cores, not on the one that OpenMP has bound this thread to."""
+    if not CORES:
+        yield
+        return
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [int(core) for core in CORES.split(",")])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
+
+
 def peer(name: str) -> ModuleType | None:
     """Return a module to compare with, or say that it is missing."""
     try:
-        return importlib.import_module(name)
+        with all_cores():
+            return importlib.import_module(name)
     except ImportError:
         print(f"{name} is not installed: left out", file=sys.stderr)
         return None
@@ -75,12 +94,13 @@ def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
 def measure_in_child(threads: int) -> dict[str, Any]:
     """Run this script again with so many threads, each bound to a core of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    env["MKL_NUM_THREADS"] = str(threads)
+    env["MKL_NUM_THREADS"] = env["NUMBA_NUM_THREADS"] = str(threads)
     cores: list[int] = []
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))[-threads:]
         env["OMP_PROC_BIND"] = "true"
         env["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
+        env["BENCH_CORES"] = ",".join(map(str, cores))
 
     def pin() -> None:
         if cores:

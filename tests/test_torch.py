@@ -8,19 +8,26 @@ import fastopt as fo
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+# Every option that torch.optim has, alone or with others.
 CASES = [
     ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9}),
     ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ("Adagrad", {"lr": 0.05}),
     ("Adagrad", {"lr": 0.05, "lr_decay": 0.01, "weight_decay": 0.1, "initial_accumulator_value": 0.5}),
+    ("Adagrad", {"lr": 0.05, "eps": 0.1, "maximize": True}),
     ("RMSprop", {"lr": 0.01, "weight_decay": 0.1}),
-    ("RMSprop", {"lr": 0.01, "momentum": 0.9}),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.9, "maximize": True}),
     ("RMSprop", {"lr": 0.01, "centered": True, "alpha": 0.9}),
-    ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-3}),
     ("Adam", {}),
     ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1, "maximize": True}),
     ("Adam", {"lr": 0.01, "amsgrad": True}),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "eps": 1e-3}),
     ("AdamW", {"lr": 0.01}),
+    ("AdamW", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-3, "maximize": True}),
     ("AdamW", {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
 ]
 
