@@ -106,8 +106,10 @@ def test_any_array_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("fastopt.files._LONGEST_HEADER", 1000)
     with pytest.raises(ValueError, match=r"tensors: names make a header of 1\d\d\d bytes, expected at most 1000"):
         write(path, [part_of("x" * 1000, np.zeros(3))], {})
-    with pytest.raises(ValueError, match=r"tensors: two would be stored as 'fastopt\.pad\.0'"):
+    with pytest.raises(ValueError, match=r"tensors: 'fastopt\.pad\.0' is a name that the format keeps for itself"):
         write(path, [part_of(f"{PAD}0", np.zeros(3))], {})
+    with pytest.raises(ValueError, match="tensors: two would be stored as 'w'"):
+        write(path, [part_of("w", np.zeros(3)), part_of("w", np.zeros(3))], {})
 
 
 def test_version_1_still_loads(rng, tmp_path):
@@ -371,13 +373,20 @@ def test_an_index_appears_when_all_shards_are_there(weights, sharded, tmp_path, 
         left.pop()
         real(handle)
 
-    for good in range(5):
+    for good in range(6):
         left[:] = [None] * good
         monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="Input/output error"):
             fo.pack_file(sharded, index, fo.Recipe(bits=8, min_size=64))
         monkeypatch.undo()
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert fo.load(index).recipe == RECIPE
+    left[:] = [None] * 6  # the index has been replaced, but whether that is on the disk is not known
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        fo.pack_file(sharded, index, fo.Recipe(bits=8, min_size=64))
+    monkeypatch.undo()
+    assert fo.load(index).recipe == fo.Recipe(bits=8, min_size=64)
     assert len(fo.load(index)) == len(weights)
 
 
@@ -545,20 +554,20 @@ def test_bad_files_of_other_formats(tmp_path):
 # ---- whole or not at all -----------------------------------------------------------------------------------------
 
 
-def test_killed_while_it_writes(weights, tmp_path):
-    """Whenever the process is killed, there is the old file, or the new one."""
-    fo.pack(weights, recipe=RECIPE).save(tmp_path / "old.safetensors")
-    fo.pack(weights, bits=8, min_size=1).save(tmp_path / "new.safetensors")
-    (tmp_path / "m.safetensors").write_bytes((tmp_path / "old.safetensors").read_bytes())
+@pytest.mark.parametrize("target", ["m.safetensors", "m.index.json"])
+def test_killed_while_it_writes(target, weights, tmp_path):
+    """Whenever the process is killed, there is the old model, or the new one."""
     fo.PackedModel(weights).save(tmp_path / "source.safetensors")
     done = run(
         """
-        import itertools, os, signal
+        import itertools, os, signal, sys
         from pathlib import Path
         import fastopt as fo
         from fastopt import files
 
-        weights = fo.open_weights("source.safetensors")
+        source, target = "source.safetensors", sys.argv[1]
+        recipes = [fo.Recipe(bits=bits, min_size=1) for bits in (4, 8)]
+        whole = [fo.pack(fo.open_weights(source), recipe=recipe) for recipe in recipes]
 
         def killed_at(step):
             left = [step]
@@ -571,22 +580,26 @@ def test_killed_while_it_writes(weights, tmp_path):
                     return function(*args, **kwargs)
                 return call
 
-            os.fsync, files.write_array, Path.replace = map(counted, (os.fsync, files.write_array, Path.replace))
-            fo.pack(weights, bits=8, min_size=1).save("m.safetensors")
+            os.fsync, files.write_array = map(counted, (os.fsync, files.write_array))
+            Path.replace, Path.unlink = map(counted, (Path.replace, Path.unlink))
+            fo.pack_file(source, target, recipes[1])
             os._exit(0)
 
-        old, new = (Path(f"{name}.safetensors").read_bytes() for name in ("old", "new"))
+        fo.pack_file(source, target, recipes[0])
         for step in itertools.count():
             child = os.fork()
             if child == 0:
                 killed_at(step)
             status = os.waitpid(child, 0)[1]
-            content = Path("m.safetensors").read_bytes()
-            print("old" if content == old else "new" if content == new else "neither")
+            model = fo.load(target)
+            same = [m.recipe == model.recipe and all(t.tobytes() == m.unpack()[n].tobytes()
+                    for n, t in model.unpack().items()) for m in whole]
+            print("old" if same[0] else "new" if same[1] else "neither")
             if status == 0:
                 break
             assert os.WTERMSIG(status) == signal.SIGKILL
         """,
+        target,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )

@@ -229,7 +229,7 @@ def write(path: PathLike, parts: Iterable[Part], metadata: Mapping[str, str]) ->
     OSError
         If the file cannot be written; what was there before is there still.
     ValueError
-        If two parts have one name, or a name is one of those that only fill.
+        If two parts have one name, or a name is one that the format keeps for itself.
     """
     if not metadata:
         parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
@@ -248,7 +248,9 @@ def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[
     alignment = ALIGNMENT if metadata else 1
     laid, at = [], 0
     for i, part in enumerate(parts):
-        if part.name in entries or part.name == "__metadata__" or part.name.startswith(PAD):
+        if part.name == "__metadata__" or part.name.startswith(PAD):
+            raise ValueError(f"tensors: {part.name!r} is a name that the format keeps for itself")
+        if part.name in entries:
             raise ValueError(f"tensors: two would be stored as {part.name!r}")
         size = math.prod(part.shape) * part.dtype.itemsize
         fill = -size % alignment if i + 1 < len(parts) else 0
@@ -289,13 +291,14 @@ def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[
     write_one : callable
         Writes file number i, from 0 on, to a path; returns what is in it.
     """
+    index = index.resolve()
     stem = index.name.removesuffix(".index.json").removesuffix(".safetensors")
     try:
         old = set(read_index(index))
     except (OSError, ValueError):
         old = set()
     placed: dict[str, str] = {}
-    total, made = 0, []
+    total, made, text = 0, [], ""
     try:
         with naming(index):
             for i in range(count):
@@ -309,10 +312,13 @@ def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[
                 temporary.replace(index.with_name(name))
                 placed |= {part.name: name for part in parts}
                 total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-            write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n")
+            _sync(index.parent)  # no index before what it names
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
+            write_text(index, text)
     except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
+        if not index.exists() or index.read_text(encoding="utf-8") != text:  # nothing names them
+            for path in made:
+                path.unlink(missing_ok=True)
         raise
     ours = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
     for name in old - set(placed.values()):
