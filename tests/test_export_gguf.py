@@ -163,6 +163,15 @@ def test_refused_or_requantized(name, rng, ggml, tmp_path):
     assert same_bits(ggml_tensors(ggml, path, model)[name], arrays[name])
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_scales_that_q8_0_cannot_hold(size, rng, tmp_path):
+    w = (size * rng.standard_normal((8, 64))).astype("f4")
+    w[:2] = 0
+    with pytest.raises(ValueError, match=r"^'w': Q8_0 has float16 scales, which cannot hold those of it"):
+        fo.export({"w": fo.quantize(w, bits=8)}, tmp_path / "m.gguf", to="gguf", requantize=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [

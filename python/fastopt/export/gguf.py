@@ -137,7 +137,7 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
         fallback = "Q8_0" if blocks else "F32"
         raise ValueError(f"{name!r}: {trouble}; or let it be decoded and stored as {fallback}, with requantize")
     if blocks:
-        return _Stored(shape, "Q8_0", lambda: _q8_0(unpacked(tensor)))
+        return _Stored(shape, "Q8_0", lambda: _q8_0(name, unpacked(tensor)))
     return _Stored(shape, "F32", lambda: unpacked(tensor).astype(np.float32))
 
 
@@ -167,7 +167,15 @@ def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
     return out
 
 
-def _q8_0(w: Array) -> NDArray[np.uint8]:
+def _q8_0(name: str, w: Array) -> NDArray[np.uint8]:
+    """Return blocks of a float16 scale and 32 signed bytes, or raise where float16 cannot hold a scale."""
     from gguf import GGMLQuantizationType, quantize
 
-    return quantize(np.ascontiguousarray(w, np.float32), GGMLQuantizationType.Q8_0)
+    rows = np.ascontiguousarray(w, np.float32)
+    with np.errstate(over="ignore"):
+        blocks = quantize(rows, GGMLQuantizationType.Q8_0)
+    scale = blocks.reshape(-1, 34)[:, :2].copy().view(np.float16)[:, 0]
+    zeros = ~rows.reshape(-1, _BLOCK).any(axis=1)
+    if not np.all(np.isfinite(scale) & ((scale != 0) | zeros)):
+        raise ValueError(f"{name!r}: Q8_0 has float16 scales, which cannot hold those of it; leave it unpacked")
+    return blocks
