@@ -147,7 +147,7 @@ def _choices(array: Array, options: Options) -> Iterator[_Choice]:
     else:
         step = max(1, -(-array.size // _SAMPLE))
         sample = array[::step] if array.ndim > 1 else array
-    for bits in (2, 4, 8):
+    for bits in _GROUP_SIZES:
         groups: tuple[Any, ...] = (options.group_size,)
         if options.group_size == "auto":
             groups = (_GROUP_SIZES if kept is None else _SPARSE_GROUP_SIZES)[bits]
