@@ -107,6 +107,14 @@ def lower_bounds(session):
 
 
 @nox.session
+def peers(session):
+    """Test beside PyTorch and SciPy, which take part in no other session."""
+    session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, ".")
+    files = [f"tests/test_{topic}.py" for topic in ("torch", "sparse", "files")]
+    session.run("pytest", "-q", "-k", "torch or scipy or pickle", *files)
+
+
+@nox.session
 def fuzz(session):
     """Fuzz the reading of files, in Python a minute and in C half of one, or for as many seconds as are given."""
     session.install("atheris>=3", ".")
