@@ -531,6 +531,22 @@ static int32_t fo__total_ints(fo__ints sum) {
 #elif !defined(FO_NO_SIMD) && defined(__ARM_FEATURE_SIMD32)
 #define FO__DSP /* two products an instruction, of halves of a register */
 #include <arm_acle.h>
+
+/* Of as many fours as there are; made for each width. */
+static inline __attribute__((always_inline)) int32_t fo__dot_dsp(unsigned bits, const uint8_t* codes, const int8_t* x,
+                                                                 size_t n) {
+  const uint32_t mask = bits == 8 ? 0xff00ffu : bits == 4 ? 0xf000fu : 0x30003u;
+  int32_t sum = 0;
+  for (; n >= 4; n -= 4, x += 4, codes += bits / 2) {
+    uint32_t c = 0, four;
+    FO__COPY(&four, x, 4);
+    FO__COPY(&c, codes, bits / 2);
+    if (bits < 8) c |= c << (16 - 2 * bits); /* codes 0 and 2 in the halves of a register; 1 and 3 stand above them */
+    sum = __smlad((int16x2_t)(c & mask), __sxtb16((int8x4_t)four), sum);
+    sum = __smlad((int16x2_t)(c >> bits & mask), __sxtb16((int8x4_t)(four >> 8 | four << 24)), sum);
+  }
+  return sum;
+}
 #endif
 
 /* ---- products ----------------------------------------------------------------------------------- */
@@ -568,11 +584,17 @@ static float fo__dot_f32(unsigned bits, const uint8_t* codes, const void* x, siz
   sum = fo__total_floats(sums);
 #else
   const size_t per_word = 32 / bits;
-  while (i + per_word <= n) {
+  const uint32_t middles = bits == 8 ? 0x80808080u : bits == 4 ? 0x88888888u : 0xaaaaaaaau;
+  for (; i + per_word <= n; i += per_word) {
     uint32_t word;
     FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
-    for (const size_t end = i + per_word; i < end; ++i, word >>= bits) {
-      sum += from[i] * (float)((int)(word & ((1u << bits) - 1)) - middle);
+    word ^= middles; /* codes less their middle, in two's complement; the topmost first, shifted down with its sign */
+    for (const float* at = from + i + per_word; at > from + i; word <<= bits) {
+      float four = *--at * (float)((int32_t)word >> (32 - bits));
+      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
+      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
+      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
+      sum += four;
     }
   }
 #endif
@@ -632,28 +654,22 @@ static float fo__dot_s8(unsigned bits, const uint8_t* codes, const void* x, size
   return (float)sum;
 #else
 #if defined(FO__DSP)
-  const uint32_t mask = bits == 8 ? 0xff00ffu : bits == 4 ? 0xf000fu : 0x30003u;
-  for (; i + 4 <= n; i += 4) { /* codes 0 and 2 in the halves of a register, then 1 and 3 */
-    uint32_t c, four;
-    FO__COPY(&four, from + i, 4);
-    if (bits == 8) {
-      FO__COPY(&c, codes + i, 4);
-    } else if (bits == 4) {
-      c = codes[i / 2] | (uint32_t)codes[i / 2 + 1] << 8;
-      c |= c << 8;
-    } else {
-      c = codes[i / 4] * 0x1001u;
-    }
-    sum = __smlad((int16x2_t)(c & mask), __sxtb16((int8x4_t)four), sum);
-    sum = __smlad((int16x2_t)(c >> bits & mask), __sxtb16((int8x4_t)(four >> 8 | four << 24)), sum);
-  }
+  sum = bits == 8   ? fo__dot_dsp(8, codes, from, n)
+        : bits == 4 ? fo__dot_dsp(4, codes, from, n)
+                    : fo__dot_dsp(2, codes, from, n);
+  i = n & ~(size_t)3;
 #else
   const size_t per_word = 32 / bits;
   while (i + per_word <= n) {
+    const uint32_t mask = (1u << bits) - 1;
     uint32_t word;
     FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
-    for (const size_t end = i + per_word; i < end; ++i, word >>= bits)
-      sum += from[i] * (int)(word & ((1u << bits) - 1));
+    for (const size_t end = i + per_word; i < end; i += 4, word >>= bits) {
+      sum += from[i] * (int)(word & mask);
+      sum += from[i + 1] * (int)((word >>= bits) & mask);
+      sum += from[i + 2] * (int)((word >>= bits) & mask);
+      sum += from[i + 3] * (int)((word >>= bits) & mask);
+    }
   }
 #endif
   for (; i < n; ++i) sum += from[i] * (int)fo__code(codes, bits, i);
