@@ -1,3 +1,6 @@
+import signal
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -37,9 +40,10 @@ def run(rule, hyper, params, grads, states, *, stochastic=False, noise=0):
     """One step of all tensors by the kernels."""
     names = [str(i) for i in range(len(params))]
     states = [tuple(s) for s in states]
-    counts = [0] * len(params)
-    _core.step([(rule, tuple(hyper), stochastic, noise, names, params, grads, states, counts, None)])
+    counts, steps = [0] * len(params), [0]
+    _core.step([(rule, tuple(hyper), stochastic, noise, names, params, grads, states, counts, None)], steps)
     assert counts == [1] * len(params)
+    assert steps == [1]
 
 
 CASES = [(name, "float32") for name in HYPERS] + [("plain", "float64"), ("all", "float64")]
@@ -314,6 +318,11 @@ def test_a_skipped_tensor_keeps_its_own_step_count():
         (lambda: fo.Adam([np.zeros(2)], lr=-1), ValueError, "lr: expected a finite number, 0 or more, got -1"),
         (lambda: fo.Adam([np.zeros(2)], lr="1"), TypeError, "lr: expected a number, got str"),
         (lambda: fo.Adam([np.zeros(2)], betas=(0.9, 1.0)), ValueError, r"betas: expected two numbers in \[0, 1\)"),
+        (lambda: fo.Adam([np.zeros(2)], betas=0.9), TypeError, "betas: expected two numbers, got 0.9"),
+        (lambda: fo.Adam([np.zeros(2)], betas=("a", 0.9)), TypeError, "betas: expected two numbers"),
+        (lambda: fo.Adam([np.zeros(2)], seed="x"), TypeError, "seed: expected an integer, got str"),
+        (lambda: fo.SGD([np.zeros(2)], keep_zeros="no"), TypeError, "keep_zeros: expected a bool, got str"),
+        (lambda: fo.SGD(5), TypeError, "params: expected an array, a list, a dict or groups, got int"),
         (lambda: fo.Adam([np.zeros(2)], eps=np.nan), ValueError, "eps: expected a finite number"),
         (lambda: fo.SGD([np.zeros(2)], nesterov=True), ValueError, "momentum: expected more than 0 with nesterov"),
         (lambda: fo.SGD([np.zeros(2)], weight_decay=np.inf), ValueError, "weight_decay: expected a finite number"),
@@ -381,6 +390,58 @@ def test_non_finite_numbers_of_a_step_are_refused():
     with pytest.raises(ValueError, match="lr: expected a finite number, 0 or more, got nan"):
         fo.SGD(w, lr=lambda step: np.nan).step(w.copy())
     assert w[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "error", "message"),
+    [
+        (fo.SGD, {"lr": np.nan}, ValueError, "lr: expected a finite number, 0 or more, got nan"),
+        (fo.SGD, {"lr": "a"}, TypeError, "lr: expected a number, got str"),
+        (fo.SGD, {"lr": lambda step: "a"}, TypeError, "lr: expected a number, got str"),
+        (fo.SGD, {"weight_decay": np.nan}, ValueError, "weight_decay: expected a finite number"),
+        (fo.SGD, {"momentum": 0.9}, ValueError, r"group: expected options that need \(\), got \('momentum_buffer',\)"),
+        (fo.SGD, {"speed": 1}, ValueError, "group: expected options among"),
+        (fo.Adam, {"betas": (1.0, 1.0)}, ValueError, r"betas: expected two numbers in \[0, 1\)"),
+        (fo.Adam, {"maximize": "no"}, TypeError, "maximize: expected a bool"),
+    ],
+)
+def test_options_that_are_changed_are_checked(cls, change, error, message):
+    w = np.ones(2, "f4")
+    opt = cls(w)
+    opt.param_groups[0].update(change)
+    with pytest.raises(error, match=message):
+        opt.step(np.ones(2, "f4"))
+    assert w.tolist() == [1, 1]
+    assert opt.state_dict()["steps"] == 0
+
+
+def test_8_bit_states_are_refused_by_group_too():
+    with pytest.raises(ValueError, match="with amsgrad, got 'uint8'"):
+        fo.Adam([{"params": np.zeros(2, "f4"), "amsgrad": True}], state_dtype="uint8")
+
+
+def test_an_interrupt_comes_before_a_step_or_after_it():
+    """Weights, states, their counts and the number of steps go together, wherever the signal is raised."""
+    w, g = np.zeros(3_000_000, "f4"), np.ones(3_000_000, "f4")
+    opt = fo.SGD(w, lr=lambda step: 1.0)
+    interrupts = 0
+    for delay in np.linspace(1e-3, 2e-2, 20):
+        timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        try:
+            while timer.is_alive():
+                opt.step(g)
+        except KeyboardInterrupt:
+            interrupts += 1
+        try:
+            timer.join()  # a signal that came at the end of the loop is raised here
+        except KeyboardInterrupt:
+            interrupts += 1
+            timer.join()
+        state = opt.state_dict()
+        assert w.min() == w.max() == -state["steps"]
+        assert state["state"]["0"]["step"] == state["steps"]
+    assert interrupts == 20
 
 
 def test_a_state_of_another_optimizer_is_refused(rng):

@@ -166,9 +166,10 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
 // A job is (rule, hyper, stochastic, noise, names, params, grads, states, counts, indices): lists over the tensors of
 // a parameter group, of which `indices`, or all where it is None, are stepped, and their `counts` raised by one.
 //
-// Everything is checked before anything is written: a call that raises has changed nothing. Counts are raised in the
-// same call as the weights are, so that no interrupt comes between.
-void step(const py::list& jobs) {
+// Everything is checked before anything is written: a call that raises has changed nothing. Counts, and the one number
+// in `steps`, are raised in the same call as the weights are, so that no interrupt comes between.
+void step(const py::list& jobs, const py::list& steps) {
+  if (steps.size() != 1) throw py::value_error("steps: expected a list of one number");
   std::vector<Tensor> tensors;
   std::vector<Hyper> hypers;
   hypers.reserve(jobs.size());
@@ -223,13 +224,14 @@ void step(const py::list& jobs) {
                  [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });
     });
   }
+  const auto raise = [&](py::handle counts, std::size_t i) {
+    const py::int_ raised(item(counts, i).cast<std::size_t>() + 1);
+    PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
+  };
   for (const py::handle job : jobs) {
-    const py::handle counts = field(job, 8);
-    for_indices(job, [&](std::size_t i) {
-      const py::int_ raised(item(counts, i).cast<std::size_t>() + 1);
-      PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
-    });
+    for_indices(job, [&](std::size_t i) { raise(field(job, 8), i); });
   }
+  raise(steps, 0);
 }
 
 // Sum of squares of all gradients but None, in double, chunk by chunk in order: the same for any number of threads.
@@ -271,7 +273,7 @@ double sum_squares(const py::list& names, const py::list& grads) {
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  m.def("step", &step, py::arg("jobs"));
+  m.def("step", &step, py::arg("jobs"), py::arg("steps"));
   m.def("sum_squares", &sum_squares, py::arg("names"), py::arg("grads"));
 }
 

@@ -25,6 +25,15 @@ Hyper: TypeAlias = tuple[float, ...]  # the numbers of one step: struct Hyper of
 # Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
 STATE_BLOCK = 256
 
+_FLAGS = {
+    "amsgrad",
+    "centered",
+    "keep_zeros",
+    "master_weights",
+    "maximize",
+    "nesterov",
+    "stochastic_rounding",
+}
 _STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
 
 
@@ -46,17 +55,30 @@ def _require(condition: bool, name: str, needed: str, got: object) -> None:
         raise ValueError(f"{name}: expected {needed}, got {got!r}")
 
 
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
+
+
 def _number(options: Mapping[str, Any], name: str) -> float:
     """Return an option that must be a finite number, 0 or more."""
     value = options[name]
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+    if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     _require(bool(math.isfinite(value) and value >= 0), name, "a finite number, 0 or more", value)
     return float(value)
 
 
+def _flags(options: Mapping[str, Any]) -> None:
+    """Refuse what is not a bool where only a bool makes sense."""
+    for name in _FLAGS & options.keys():
+        if not isinstance(options[name], bool | np.bool_):
+            raise TypeError(f"{name}: expected a bool, got {type(options[name]).__name__}")
+
+
 def _betas(options: Mapping[str, Any]) -> None:
     betas = options["betas"]
+    if not isinstance(betas, tuple | list) or not all(_is_number(b) for b in betas):
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
 
 
@@ -92,8 +114,16 @@ class _Group:
     """The tensors of one parameter group: what a step needs, in parallel lists."""
 
     def __init__(
-        self, tree: Any, names: list[str], params: list[Array], keys: tuple[str, ...], common: Mapping[str, Any]
+        self,
+        options: Mapping[str, Any],
+        names: list[str],
+        params: list[Array],
+        keys: tuple[str, ...],
+        common: Mapping[str, Any],
     ) -> None:
+        self.checked = dict(options)  # as they were when they were found to be right
+        self.rule_states = keys
+        tree = options["params"]
         # What gradients come in: what the parameters came in.
         self.leaves = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
         self.single = not isinstance(tree, Mapping | list)
@@ -210,6 +240,9 @@ class Optimizer(abc.ABC):
             f"one of {sorted(_STATE_DTYPES)}",
             self._common["state_dtype"],
         )
+        _flags(self._common)
+        if not isinstance(self._common["seed"], int | np.integer):
+            raise TypeError(f"seed: expected an integer, got {type(self._common['seed']).__name__}")
         self._defaults = {
             **defaults,
             "l1": common.get("l1", 0.0),
@@ -217,10 +250,12 @@ class Optimizer(abc.ABC):
             "maximize": common.get("maximize", False),
         }
         self._groups: list[_Group] = []
-        self._steps = 0
+        self._steps = [0]  # calls of `step`; in a list, so that the call that steps the tensors raises it too
         self.skipped = 0
         self.param_groups = []
         single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
+        if not single and not isinstance(params, Iterable):
+            raise TypeError(f"params: expected an array, a list, a dict or groups, got {type(params).__name__}")
         tree: Any = params if single else list(params)
         self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
         for group in tree if self._grouped else [{"params": tree}]:
@@ -264,14 +299,8 @@ class Optimizer(abc.ABC):
         """
         if "params" not in group:
             raise ValueError(f"params: missing from the group with {sorted(group)}")
-        unknown = sorted(set(group) - {"params"} - set(self._defaults))
-        _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
         options = {**self._defaults, **group}
-        self._check(options)
-        if not callable(options["lr"]):
-            _number(options, "lr")
-        for name in ("weight_decay", "l1"):
-            _number(options, name)
+        self._check_options(options)
 
         tree = options["params"]
         if not (isinstance(tree, Mapping) or hasattr(tree, "__array__") or hasattr(tree, "__dlpack__")):
@@ -292,8 +321,20 @@ class Optimizer(abc.ABC):
                 ("stochastic_rounding", narrow or not self._common["stochastic_rounding"], "False"),
             ):
                 _require(fits, option, f"{needed} for {name!r} of {param.dtype}", self._common[option])
-        self._groups.append(_Group(options["params"], names, params, self._states(options), self._common))
+        self._groups.append(_Group(options, names, params, self._states(options), self._common))
         self.param_groups.append(options)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        unknown = sorted(options.keys() - self._defaults.keys() - {"params"})
+        _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
+        self._check(options)
+        _flags(options)
+        for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
+            _number(options, name)
+
+    def _refuse_uint8(self, when: str) -> None:
+        dtype = self._common["state_dtype"]
+        _require(dtype != "uint8", "state_dtype", f"'float32' or 'bfloat16' {when}", dtype)
 
     # ---- the step --------------------------------------------------------------------------------------------
 
@@ -347,11 +388,14 @@ class Optimizer(abc.ABC):
         chance = stochastic or self._common["state_dtype"] != "float32"
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
+            if options != group.checked:
+                self._check_options(options)
+                states = self._states(options)
+                _require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
+                group.checked = dict(options)
             lr = options["lr"]
             if callable(lr):
-                lr = lr(self._steps)
-            if not (math.isfinite(lr) and lr >= 0):
-                raise ValueError(f"lr: expected a finite number, 0 or more, got {lr!r}")
+                lr = _number({"lr": lr(self._steps[0])}, "lr")
             common = (-scale if options["maximize"] else scale, lr * options["l1"], options["keep_zeros"])
             for count, indices in group.jobs(grads_of_group):
                 jobs.append(
@@ -359,7 +403,7 @@ class Optimizer(abc.ABC):
                         self._rule(options),
                         self._hyper(options, lr, count + 1, common),
                         stochastic,
-                        _mixed(self._common["seed"], self._steps, len(jobs)) if chance else 0,
+                        _mixed(self._common["seed"], self._steps[0], len(jobs)) if chance else 0,
                         group.names,
                         group.params,
                         grads_of_group,
@@ -368,13 +412,14 @@ class Optimizer(abc.ABC):
                         indices,
                     )
                 )
-        _core.step(jobs)
-        self._steps += 1
+        _core.step(jobs, self._steps)
         return norm
 
     def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
         """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
         scale = 1.0 if grad_scale is None else grad_scale
+        if not _is_number(scale):
+            raise TypeError(f"grad_scale: expected a number, got {type(scale).__name__}")
         _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
         names = [name for group in self._groups for name in group.names]
         norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for those in gradients for grad in those]))
@@ -404,7 +449,7 @@ class Optimizer(abc.ABC):
             groups.append({**plain, "params": list(group.names)})
         return {
             "optimizer": type(self).__name__,
-            "steps": self._steps,
+            "steps": self._steps[0],
             "skipped": self.skipped,
             **self._common,
             "state": state,
@@ -453,7 +498,7 @@ class Optimizer(abc.ABC):
         for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
             group.counts[:] = [int(saved_states[param]["step"]) for param in group.names]
             options.update({key: value for key, value in saved.items() if key != "params"})
-        self._steps = int(state_dict["steps"])
+        self._steps[0] = int(state_dict["steps"])
         self.skipped = int(state_dict.get("skipped", 0))
         self._common.update({key: state_dict[key] for key in self._common})
 
@@ -661,8 +706,6 @@ class Adagrad(Optimizer):
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        dtype = common.get("state_dtype", "float32")
-        _require(dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' for Adagrad", dtype)
         super().__init__(params, defaults, common)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:  # noqa: D102 - as in Optimizer
@@ -673,6 +716,7 @@ class Adagrad(Optimizer):
     def _check(self, options: dict[str, Any]) -> None:
         for name in ("lr_decay", "initial_accumulator_value", "eps"):
             _number(options, name)
+        self._refuse_uint8("for Adagrad")
 
     def _rule(self, options: dict[str, Any]) -> str:
         return "adagrad"
@@ -754,14 +798,14 @@ class RMSprop(Optimizer):
             "momentum": momentum,
             "centered": centered,
         }
-        dtype = common.get("state_dtype", "float32")
-        _require(not centered or dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' if centered", dtype)
         super().__init__(params, defaults, common)
 
     def _check(self, options: dict[str, Any]) -> None:
-        for name in ("eps", "momentum"):
+        for name in ("eps", "momentum", "alpha"):
             _number(options, name)
-        _require(0 <= options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
+        _require(options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
+        if options["centered"]:
+            self._refuse_uint8("if centered")
 
     def _rule(self, options: dict[str, Any]) -> str:
         centered = "_centered" if options["centered"] else ""
@@ -842,13 +886,13 @@ class Adam(Optimizer):
         **common: Unpack[Common],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        dtype = common.get("state_dtype", "float32")
-        _require(not amsgrad or dtype != "uint8", "state_dtype", "'float32' or 'bfloat16' with amsgrad", dtype)
         super().__init__(params, defaults, common)
 
     def _check(self, options: dict[str, Any]) -> None:
         _number(options, "eps")
         _betas(options)
+        if options["amsgrad"]:
+            self._refuse_uint8("with amsgrad")
 
     def _rule(self, options: dict[str, Any]) -> str:
         return "amsgrad" if options["amsgrad"] else "adam"
