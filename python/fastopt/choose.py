@@ -50,7 +50,7 @@ def choose_bits(
     most. Of all combinations that fit, the one of least error is taken. The error of a model is the sum of the squared
     relative errors of its tensors, each weighted by the square root of its size: half-way between tensors that all
     count the same, which starves large ones, and weights that do, which starves small ones. (On all-MiniLM-L6-v2, from
-    2.7 to 5 bits, each of these two is the worst somewhere, and this is nowhere.)
+    2.7 to 5 bits, each of these two was the worst somewhere, and this nowhere.)
 
     Parameters
     ----------
