@@ -155,8 +155,10 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
       prefetch(state[j] + i);
       s[j] = load<V>(state[j] + i);
     }
-    prefetch(w + i);
-    prefetch(g + i);
+    if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
+      prefetch(w + i);
+      prefetch(g + i);
+    }
     store(w + i, regularized<R>(k, load<V>(w + i), load<V>(g + i), s));
     for (std::size_t j = 0; j < R::states; ++j) store(state[j] + i, s[j]);
   }
