@@ -13,21 +13,6 @@ namespace {
 
 constexpr std::size_t kChunk = 1 << 16;  // elements
 
-// Memory for a call, not initialized, aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(std::size_t bytes)
-      : data_(bytes ? static_cast<std::uint8_t*>(::operator new(bytes, kAlignment)) : nullptr) {}
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  std::uint8_t* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  std::uint8_t* data_;
-};
-
 double matrix_bytes(std::size_t rows, std::size_t cols) {
   return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
 }

@@ -340,19 +340,13 @@ class Shares {
   std::size_t parts_, per_row_;
 };
 
-std::unique_ptr<float[]> floats(std::size_t n) { return std::unique_ptr<float[]>(new float[n]); }
-
 void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
   const std::size_t stride = ceil_div(w.cols, kBlockLength) * kBlockLength;
-  std::unique_ptr<float[]> padded;
-  const float* x = io.x;
-  if (stride != w.cols) {
-    padded = floats(io.batch * stride);
-    for (std::size_t b = 0; b < io.batch; ++b) {
-      float* row = std::copy_n(io.x + b * w.cols, w.cols, padded.get() + b * stride);
-      std::fill_n(row, stride - w.cols, 0.0f);
-    }
-    x = padded.get();
+  const Scratch padded(io.batch * stride * sizeof(float));
+  float* const x = reinterpret_cast<float*>(padded.data());
+  for (std::size_t b = 0; b < io.batch; ++b) {
+    float* row = std::copy_n(io.x + b * w.cols, w.cols, x + b * stride);
+    std::fill_n(row, stride - w.cols, 0.0f);
   }
   const Shares shares(w, static_cast<std::size_t>(num_threads()));
   const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
@@ -364,19 +358,19 @@ void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
 
 void multiply_many(const Sparse& w, const LinearOperands& io, const Kernels& k) {
   constexpr std::size_t widest = 64;
-  const auto tile = floats(w.cols * widest);
+  const Scratch memory(w.cols * widest * sizeof(float));
+  float* const tile = reinterpret_cast<float*>(memory.data());
   const std::size_t parts = static_cast<std::size_t>(num_threads());
   const Shares shares(w, parts);
   for (std::size_t first = 0; first < io.batch;) {
     const std::size_t left = io.batch - first, width = left > 32 ? 64 : left > 16 ? 32 : 16;
-    parallel_for(
-        ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width), [&](std::size_t begin, std::size_t end) {
-          k.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile.get());
-        });
+    parallel_for(ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width),
+                 [&](std::size_t begin, std::size_t end) {
+                   k.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile);
+                 });
     const double bytes = static_cast<double>(w.count + w.rows * 16) * static_cast<double>(width);
     parallel_for(parts, bytes, [&](std::size_t begin, std::size_t end) {
-      k.linear_sparse_tile(w, tile.get(), width, io.batch, first, io.bias, io.y, shares.begin(begin),
-                           shares.begin(end));
+      k.linear_sparse_tile(w, tile, width, io.batch, first, io.bias, io.y, shares.begin(begin), shares.begin(end));
     });
     first += width;
   }

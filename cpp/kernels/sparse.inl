@@ -100,6 +100,18 @@ template <class U>
 std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
   const U* x = static_cast<const U*>(from);
   std::size_t count = 0, i = 0;
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(U) == 4) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    for (; i + 64 <= n; i += 64) {
+      std::uint64_t bits = 0;
+      for (std::size_t j = 0; j < 4; ++j)
+        bits |= std::uint64_t{_mm512_test_epi32_mask(load<__m512i>(x + i + 16 * j), magnitude)} << (16 * j);
+      store(mask + i / 8, bits);
+      count += static_cast<std::size_t>(__builtin_popcountll(bits));
+    }
+  }
+#endif
   for (; i + 8 <= n; i += 8) {
     const unsigned bits = nonzero_bits(x + i);
     mask[i / 8] = static_cast<std::uint8_t>(bits);
