@@ -325,6 +325,7 @@ class Optimizer(abc.ABC):
         self.param_groups.append(options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise if the options of a group are not among those of the optimizer, or out of range."""
         unknown = sorted(options.keys() - self._defaults.keys() - {"params"})
         _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
         self._check(options)
@@ -366,8 +367,8 @@ class Optimizer(abc.ABC):
         TypeError
             If a gradient is not an array of a dtype that its parameter allows.
         ValueError
-            If names or shapes do not match, an array is not contiguous or shares memory with another one, or
-            a number is not finite.
+            If names or shapes do not match, an array is not contiguous or shares memory with another one, a
+            number is not finite, or an option that was changed is out of range.
         """
         groups = self._groups
         if self._grouped or len(groups) > 1:
