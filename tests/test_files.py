@@ -289,7 +289,7 @@ def test_a_model_larger_than_its_memory(tmp_path):
         """
     done = run(code.replace("SIZE", "170"), source, packed, back, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 300  # MB, pages of mapped files included
+    assert int(done.stdout) < 400  # MB, pages of mapped files included: fewer than the model has
     model = fo.load(packed)
     for name in ("00", "31"):
         w = MappedFile(source).array(name)

@@ -427,8 +427,8 @@ def test_an_interrupt_comes_before_a_step_or_after_it():
     interrupts = 0
     for delay in np.linspace(1e-3, 2e-2, 20):
         timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
-        timer.start()
         try:
+            timer.start()
             while timer.is_alive():
                 opt.step(g)
         except KeyboardInterrupt:
