@@ -412,10 +412,10 @@ def linear_floats(x, w, bias=None):
         return y if bias is None else y + bias
 
 
-def whole_numbers(x, precision):
-    """Whole numbers n and scales of blocks of 16 columns with x ~ scale * n; NaN where a block is not finite."""
+def whole_numbers(x, block, precision):
+    """Whole numbers n and scales of blocks of columns with x ~ scale * n; NaN where a block is not finite."""
     f = np.float32
-    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(x.shape[0], -1, 16)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % block))).reshape(x.shape[0], -1, block)
     largest = abs(blocks).max(axis=2)
     if precision == "int8":  # |n| <= 127
         scale = np.maximum(largest / f(127), np.finfo(f).tiny)
@@ -441,17 +441,18 @@ def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exa
         # Codes count from the middle, those of two bits in half steps.
         steps, middle = (2, 3) if bits == 2 else (1, 2 ** (bits - 1))
         scale, minimum = (np.broadcast_to(p.astype(f), (rows, groups)) for p in (scale, minimum))
-        n, block_scale = whole_numbers(x, precision)
+        block = 32 if groups == 1 or size % 32 == 0 else 16  # columns of x that share a scale
+        n, block_scale = whole_numbers(x, block, precision)
 
         # Columns are filled up to runs of 16 words of 32 bits of codes.
         per_word = 32 // bits
         runs = -(-cols // (16 * per_word))
         width = runs * 16 * per_word
         words = (runs, 16, per_word)
-        n_words = np.pad(n.reshape(len(x), -1), ((0, 0), (0, width - 16 * n.shape[1]))).reshape(len(x), *words)
+        n_words = np.pad(n.reshape(len(x), -1), ((0, 0), (0, width)))[:, :width].reshape(len(x), *words)
         c_words = np.pad(codes, ((0, 0), (0, width - cols))).reshape(rows, *words).astype(np.int64) * steps - middle
         first = np.arange(runs * 16).reshape(runs, 16) * per_word  # column of each word
-        x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // 16] / f(steps)
+        x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // block] / f(steps)
         w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
 
         total = np.zeros((len(x), rows, 16), f)
@@ -464,7 +465,8 @@ def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exa
             total += sums
 
         rest = np.zeros_like(total)
-        block_sums = n.sum(axis=2) * block_scale.astype(np.float64)
+        grains = n.reshape(len(x), -1, 16).sum(axis=2)
+        block_sums = grains * np.repeat(block_scale, block // 16, axis=1).astype(np.float64)
         per_group = -(-size // 16)
         for g in range(groups):
             group_sum = np.zeros((len(x), 1))

@@ -1,13 +1,14 @@
 // y = x @ W.T straight from packed weights.
 //
-// x is rounded to whole numbers first, x ~ scale * n, with a scale for every block of 16 columns; n has 24 bits, which
-// is as exact as float32, or 8. Sums of code * n are then exact and do not depend on their order. What is left of the
-// arithmetic is float32 in an order that no instruction set changes: a row of codes is read in runs of 64 bytes, that
-// is 16 words of 32 bits, and word l of every run goes to partial sum l. So W's codes are used where and as they lie:
-// instead, the few numbers of x are put into the order in which the codes come out of their bytes, once a call.
+// x is rounded to whole numbers first, x ~ scale * n, with a scale for every block of 32 columns (of 16 where a group
+// is no multiple of 32); n has 24 bits, which is as exact as float32, or 8. Sums of code * n are then exact and do not
+// depend on their order. What is left of the arithmetic is float32 in an order that no instruction set changes: a row
+// of codes is read in runs of 64 bytes, that is 16 words of 32 bits, and word l of every run goes to partial sum l. So
+// W's codes are used where and as they lie: instead, the few numbers of x are put into the order in which the codes
+// come out of their bytes, once a call.
 
 constexpr std::size_t kRun = 64, kWords = 16;  // bytes of codes in a run, and its 32-bit words
-constexpr std::size_t kBlockColumns = 16;
+constexpr std::size_t kGrain = 16;  // groups are multiples of it, or of twice as many columns, which then share a scale
 constexpr std::size_t kStretchRuns = 32;  // partial sums are added up after as many: long sums stay accurate
 constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 
@@ -103,34 +104,41 @@ struct Prepared {
 
 // ---- the sums of a word --------------------------------------------------------------------------------------
 
-// For words [at, at + lanes) of a run, the sum of (code - middle) * n over the columns of each, exact but for one
-// rounding to float32.
-template <int Bits, int Limbs>
-inline Vec<float> word_sums(const Vec<std::uint8_t> (&codes)[8 / Bits], const Run<Bits, Limbs>& x, std::size_t at) {
+// For words [at, at + lanes) of a run of each row, the sum of (code - middle) * n over the columns of each, exact but
+// for one rounding to float32. Rows side by side: none waits for its own last step.
+template <int Bits, int Limbs, std::size_t Rows>
+inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Run<Bits, Limbs>& x, std::size_t at,
+                      Vec<float> (&out)[Rows]) {
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
+  constexpr bool two_sums = kSums<Bits, Limbs> == 2, at_once = Limbs == 1 && Bits != 2;
   const Ints offset = load<Ints>(x.offset[0] + at);
-  if constexpr (Limbs == 1 && Bits != 2) {
-    return convert<float, lanes>(dot_words<Bits>(offset, codes, x.limbs[0][0] + 4 * at));
-  } else {
-    Ints sum = dot_words<Bits>(Ints{}, codes, x.limbs[0][0] + 4 * at);
-    if constexpr (Limbs == 3) sum = dot_words<Bits>(sum << 8, codes, x.limbs[1][0] + 4 * at);
-    if constexpr (kSums<Bits, Limbs> == 2) {
-      const Ints low = dot_words<Bits>(load<Ints>(x.offset[1] + at), codes, x.limbs[2][0] + 4 * at);
-      return convert<float, lanes>(sum + offset) * 256.0f + convert<float, lanes>(low);
+  Ints sum[Rows];
+  for (std::size_t r = 0; r < Rows; ++r) {
+    sum[r] = dot_words<Bits>(at_once ? offset : Ints{}, codes[r], x.limbs[0][0] + 4 * at);
+  }
+  for (int l = 1; l < Limbs - (two_sums ? 1 : 0); ++l) {
+    for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r] << 8, codes[r], x.limbs[l][0] + 4 * at);
+  }
+  for (std::size_t r = 0; r < Rows; ++r) {
+    if constexpr (Bits == 2) sum[r] += sum[r];
+    if constexpr (!at_once) sum[r] += offset;
+    out[r] = convert<float, lanes>(sum[r]);
+  }
+  if constexpr (two_sums) {
+    for (std::size_t r = 0; r < Rows; ++r) {
+      const Ints low = dot_words<Bits>(load<Ints>(x.offset[1] + at), codes[r], x.limbs[2][0] + 4 * at);
+      out[r] = out[r] * 256.0f + convert<float, lanes>(low);
     }
-    if constexpr (Limbs == 3 && kSums<Bits, Limbs> == 1) {
-      sum = dot_words<Bits>(sum << 8, codes, x.limbs[2][0] + 4 * at);
-    }
-    if constexpr (Bits == 2) sum += sum;
-    return convert<float, lanes>(sum + offset);
   }
 }
 
 template <int Bits>
 inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]) {
   constexpr std::uint8_t mask = static_cast<std::uint8_t>((1 << Bits) - 1);
-  for (int p = 0; p < 8 / Bits; ++p) codes[p] = packed >> static_cast<std::uint8_t>(p * Bits) & mask;
+  codes[0] = Bits == 8 ? packed : packed & mask;
+  const Vec<std::uint16_t> pairs = bit_cast<Vec<std::uint16_t>>(packed);  // no set shifts bytes
+  for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> p * Bits) & mask;
 }
 
 // ---- preparing x ---------------------------------------------------------------------------------------------
@@ -151,34 +159,59 @@ inline float block_scale(float largest) {
   }
 }
 
-// Rounds 16 columns of x, of which `left` exist; writes the bytes of n, each limb to its own row of `bytes`.
+// How many columns of x share a scale.
+inline std::size_t block_columns(const Quantized& w) {
+  return w.groups == 1 || w.group % (2 * kGrain) == 0 ? 2 * kGrain : kGrain;
+}
+
+using Grain = Vec<float>[kWordVectors];
+
+inline void load_grain(const float* x, std::size_t left, Grain& to) {
+  if (left >= kGrain) {
+    std::memcpy(to, x, sizeof to);
+  } else {
+    std::memset(to, 0, sizeof to);
+    std::memcpy(to, x, left * sizeof(float));
+  }
+}
+
+// The scale of `n` columns of x, of which `left` exist.
+template <int Limbs>
+inline float scale_of_columns(const float* x, std::size_t n, std::size_t left) {
+  using Ints = Vec<std::int32_t>;
+  Ints largest = {};
+  for (std::size_t at = 0; at < n; at += kGrain) {
+    Grain v;
+    load_grain(x + at, at < left ? left - at : 0, v);
+    for (Vec<float> part : v) {
+      const Ints bits = bit_cast<Ints>(part) & 0x7fffffff;  // ordered like the magnitudes, NaN last
+      largest = bits > largest ? bits : largest;
+    }
+  }
+  return block_scale<Limbs>(bit_cast<float>(fold(largest, [](auto a, auto b) { return a > b ? a : b; })));
+}
+
+// Rounds 16 columns of x, of which `left` exist; writes the bytes of n, each limb to its own row of `bytes`, and
+// returns the sum of n.
 template <int Limbs, std::size_t Columns>
-inline void round_block(const float* x, std::size_t left, std::uint8_t (&bytes)[Limbs][Columns], std::size_t at,
-                        float* scale, std::int32_t* sum) {
+inline std::int32_t round_grain(const float* x, std::size_t left, float scale, std::uint8_t (&bytes)[Limbs][Columns],
+                                std::size_t at) {
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
-  Vec<float> v[kWordVectors] = {};
-  if (left >= kBlockColumns) {
-    std::memcpy(v, x, sizeof v);
-  } else {
-    std::memcpy(v, x, left * sizeof(float));
-  }
-  Ints largest = {};
-  for (Vec<float> part : v) {
-    const Ints bits = bit_cast<Ints>(part) & 0x7fffffff;  // ordered like the magnitudes, NaN last
-    largest = bits > largest ? bits : largest;
-  }
-  *scale = block_scale<Limbs>(bit_cast<float>(fold(largest, [](auto a, auto b) { return a > b ? a : b; })));
-  const bool finite = *scale == *scale;  // otherwise the row goes another way, and these numbers are not looked at
+  Grain v;
+  load_grain(x, left, v);
+  const bool finite = scale == scale;  // otherwise the row goes another way, and these numbers are not looked at
   Ints total = {};
   for (std::size_t i = 0; i < kWordVectors; ++i) {
-    const Ints n = finite ? round_to_int(v[i] / *scale) : Ints{};
+    const Ints n = finite ? round_to_int(v[i] / scale) : Ints{};
     total += n;
     // Each limb is signed, so what is above it is rounded.
     const Ints limbs[3] = {Limbs == 1 ? n : (n + 0x8080) >> 16, (n + 0x80) >> 8, n};
-    for (int l = 0; l < Limbs; ++l) store(bytes[l] + at + i * lanes, convert<std::uint8_t, lanes>(limbs[l]));
+    for (int l = 0; l < Limbs; ++l) {
+      store_low_bytes(bytes[l] + at + i * lanes, bit_cast<Vec<std::uint32_t>>(limbs[l]));
+    }
   }
-  *sum = fold(total, [](auto a, auto b) { return a + b; });
+  return fold(total, [](auto a, auto b) { return a + b; });
 }
 
 // Minus what codes in the middle would give.
@@ -204,23 +237,24 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
   Run<Bits, Limbs>* run = to.runs;
   float* group_sum = to.group_sum;
   for (std::size_t g = w.groups; g % kWords != 0; ++g) group_sum[g] = 0.0f;
+  const std::size_t block = block_columns(w);
   std::size_t group_end = w.group;
   double sum_so_far = 0;
+  float scale = 0.0f;
 
   for (std::size_t first = 0; first < w.cols; first += kRunColumns<Bits>, ++run) {
     std::uint8_t bytes[Limbs][kRunColumns<Bits>];
-    for (std::size_t b = 0; b < kRunColumns<Bits>; b += kBlockColumns) {
+    for (std::size_t b = 0; b < kRunColumns<Bits>; b += kGrain) {
       const std::size_t at = first + b, left = at < w.cols ? w.cols - at : 0;
-      float scale;
-      std::int32_t sum;
-      round_block<Limbs>(x + at, left, bytes, b, &scale, &sum);
-      constexpr std::size_t words = kBlockColumns * Bits / 32;
+      if (at % block == 0) scale = scale_of_columns<Limbs>(x + at, block, left);
+      const std::int32_t sum = round_grain<Limbs>(x + at, left, scale, bytes, b);
+      constexpr std::size_t words = kGrain * Bits / 32;
       for (std::size_t i = 0; i < words; ++i) run->scale[b * Bits / 32 + i] = scale * kStep<Bits>;
       if (left == 0) continue;
       sum_so_far += static_cast<double>(sum) * static_cast<double>(scale);
       if (w.groups == 1) {
         std::memcpy(group_sum, &sum_so_far, sizeof sum_so_far);
-      } else if (at + kBlockColumns >= group_end || left <= kBlockColumns) {
+      } else if (at + kGrain >= group_end || left <= kGrain) {
         *group_sum++ = static_cast<float>(sum_so_far);
         group_end += w.group;
         sum_so_far = 0;
@@ -243,86 +277,124 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
 
 // ---- rows of W -----------------------------------------------------------------------------------------------
 
-// Parameters [at, at + n) as float32, filled up with zeros to 16.
-inline void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n,
-                        Vec<float> (&out)[kWordVectors]) {
+// Parameters [at, at + 16) as float32.
+template <bool Half>
+inline void load_params(const void* params, std::size_t at, Vec<float> (&out)[kWordVectors]) {
   constexpr std::size_t lanes = kLanes<float>;
-  if (at + kWords > (q.param_stride ? q.rows * q.groups : q.groups)) {  // the last ones in memory
+  for (std::size_t i = 0; i < kWordVectors; ++i) {
+    out[i] = Half ? float_of_halves(static_cast<const std::uint16_t*>(params) + at + i * lanes)
+                  : load<Vec<float>>(static_cast<const float*>(params) + at + i * lanes);
+  }
+}
+
+// Fewer of them, filled up with zeros; what lies behind the last ones in memory does not exist.
+template <bool Half>
+inline void load_last_params(const Quantized& q, const void* params, std::size_t at, std::size_t n,
+                             Vec<float> (&out)[kWordVectors]) {
+  if (at + kWords <= (q.param_stride ? q.rows * q.groups : q.groups)) {
+    load_params<Half>(params, at, out);
+    for (std::size_t i = 0; i < kWordVectors; ++i) {
+      const auto lane = lane_numbers() + static_cast<std::int32_t>(i * kLanes<float>);
+      out[i] = lane < static_cast<std::int32_t>(n) ? out[i] : Vec<float>{};
+    }
+  } else {
     float part[kWords] = {};
     for (std::size_t i = 0; i < n; ++i) part[i] = param_at(q, params, at + i);
     std::memcpy(out, part, sizeof part);
-    return;
-  }
-  for (std::size_t i = 0; i < kWordVectors; ++i) {
-    out[i] = q.half ? float_of_halves(static_cast<const std::uint16_t*>(params) + at + i * lanes)
-                    : load<Vec<float>>(static_cast<const float*>(params) + at + i * lanes);
-  }
-  if (n < kWords) {
-    for (std::size_t i = 0; i < kWordVectors; ++i) {
-      out[i] =
-          lane_numbers() + static_cast<std::int32_t>(i * lanes) < static_cast<std::int32_t>(n) ? out[i] : Vec<float>{};
-    }
   }
 }
 
-// The scales of a stretch of a row: of word i it is at[i >> shift]. Sixteen may be read from any of them.
+// The scales of a stretch of a row: of word i it is at[i >> shift].
 constexpr std::size_t kStretchWords = kStretchRuns * kWords;
 struct Scales {
-  float at[kStretchWords + 2 * kWords];
+  alignas(64) float at[kStretchWords + kWords];
 };
 
-// As many words as a group has, if that is a power of two, share a scale; else each has its own.
-inline int scale_shift(std::size_t group_words) {
-  return (group_words & (group_words - 1)) == 0 ? __builtin_ctzll(group_words) : 0;
-}
+// How the words of a row share scales: of word i it is that of group i >> shift if as many words as a group has are a
+// power of two; else each word gets its own.
+struct Sharing {
+  std::size_t group_words;
+  bool shared;
+  int shift;
 
-inline void load_scales(const Quantized& q, std::size_t row, std::size_t group_words, std::size_t first,
+  explicit Sharing(std::size_t words) : group_words(words), shared((words & (words - 1)) == 0), shift(0) {
+    if (shared && words > 0) shift = __builtin_ctzll(words);
+  }
+  std::size_t group(std::size_t word) const { return shared ? word >> shift : word / group_words; }
+};
+
+template <bool Half>
+inline void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
                         std::size_t words, Scales* out) {
-  const std::size_t end = (first + words - 1) / group_words + 1;
+  const std::size_t end = sharing.group(first + words - 1) + 1, begin = row * q.param_stride;
   Scales groups;
-  const bool shared = (group_words & (group_words - 1)) == 0;
-  float* to = shared ? out->at : groups.at;
-  for (std::size_t g = first / group_words; g < end; g += kWords, to += kWords) {
-    const std::size_t left = g < q.groups ? q.groups - g : 0;
-    Vec<float> v[kWordVectors];
-    load_params(q, q.scale, row * q.param_stride + g, left < kWords ? left : kWords, v);
+  float* to = sharing.shared ? out->at : groups.at;
+  std::size_t g = sharing.group(first);
+  Vec<float> v[kWordVectors];
+  for (; g < end && g + kWords <= q.groups; g += kWords, to += kWords) {
+    load_params<Half>(q.scale, begin + g, v);
     std::memcpy(to, v, sizeof v);
   }
-  if (shared) return;
+  if (g < end) {
+    load_last_params<Half>(q, q.scale, begin + g, g < q.groups ? q.groups - g : 0, v);
+    std::memcpy(to, v, sizeof v);
+  }
+  if (sharing.shared) return;
   to = out->at;
-  std::size_t count = group_words - first % group_words;
-  for (const float* scale = groups.at; words > 0; ++scale, count = group_words) {
+  std::size_t count = sharing.group_words - first % sharing.group_words;
+  for (const float* scale = groups.at; words > 0; ++scale, count = sharing.group_words) {
     if (count > words) count = words;
     for (std::size_t i = 0; i < count; ++i) *to++ = *scale;
     words -= count;
   }
 }
 
+// What is wanted soon, in the order in which it lies in memory: an even trickle of requests for the outer cache, far
+// ahead. (Rows that are read side by side are too many short streams for a core to foresee, a burst is dropped.)
+struct Ahead {
+  const char* codes;
+  const char* scale;
+  const char* minimum;
+  std::size_t param_step;  // bytes of either for each run
+
+  template <std::size_t Rows>
+  void fetch(std::size_t run) const {
+    for (std::size_t r = 0; r < Rows; ++r) __builtin_prefetch(codes + (run * Rows + r) * kRun, 0, 2);
+    __builtin_prefetch(scale + run * param_step, 0, 2);
+    __builtin_prefetch(minimum + run * param_step, 0, 2);
+  }
+};
+
 // Adds `runs` runs of `Rows` rows by `Batch` rows of x to the partial sums. Kept apart so that its loop has all
 // registers.
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
-[[gnu::noinline]] void add_runs(const std::uint8_t* codes, std::size_t row_bytes, const Scales* scales, int shift,
-                                const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs,
-                                Vec<float> (&total)[Rows][Batch][kWordVectors]) {
+template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGroup>
+[[gnu::noinline]] void add_runs(const std::uint8_t* const (&codes)[Rows], const Scales* scales, int shift,
+                                const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs, const Ahead& ahead,
+                                Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
+  using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
-  const Vec<std::int32_t> index = lane_numbers() >> (shift < 4 ? shift : 4);
+  const Ints index = lane_numbers() >> (shift < 4 ? shift : 4);
   V sums[Rows][Batch][kWordVectors] = {};
   for (std::size_t run = 0; run < runs; ++run) {
-    for (std::size_t r = 0; r < Rows; ++r) __builtin_prefetch(codes + (Rows + r) * row_bytes);
+    ahead.fetch<Rows>(run);
     for (std::size_t i = 0; i < kWordVectors; ++i) {
-      const std::size_t group = (run * kWords + i * lanes) >> shift;
+      const std::size_t group = (run * kWords + i * lanes) >> shift, vector = group / lanes * lanes;
+      const Ints lane = index + static_cast<std::int32_t>(group - vector);
+      Vec<std::uint8_t> parts[Rows][8 / Bits];
       for (std::size_t r = 0; r < Rows; ++r) {
-        Vec<std::uint8_t> parts[8 / Bits];
-        split<Bits>(load<Vec<std::uint8_t>>(codes + r * row_bytes + i * kVectorBytes), parts);
-        const V scale = lookup(scales[r].at + group, index);
-        for (std::size_t b = 0; b < Batch; ++b) {
-          const Run<Bits, Limbs>& from = x[b][run];
-          sums[r][b][i] += word_sums(parts, from, i * lanes) * load<V>(from.scale + i * lanes) * scale;
+        split<Bits>(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes), parts[r]);
+      }
+      for (std::size_t b = 0; b < Batch; ++b) {
+        const Run<Bits, Limbs>& from = x[b][run];
+        V product[Rows];
+        word_sums(parts, from, i * lanes, product);
+        for (std::size_t r = 0; r < Rows; ++r) {
+          product[r] *= load<V>(from.scale + i * lanes);
+          sums[r][b][i] += OneGroup ? product[r] : product[r] * lookup(scales[r].at + vector, lane);
         }
       }
     }
-    codes += kRun;
   }
   for (std::size_t r = 0; r < Rows; ++r) {
     for (std::size_t b = 0; b < Batch; ++b) {
@@ -331,61 +403,38 @@ template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
   }
 }
 
-// Rows [row, row + Rows) by `Batch` rows of x: the 16 partial sums of each.
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
-inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], std::size_t row,
-                         Vec<float> (&total)[Rows][Batch][kWordVectors]) {
+// Adds what groups add beside their codes: the value in the middle times the sum of x.
+template <bool Half, int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+inline void add_middles(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
+                        Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
-  const std::uint8_t* codes = w.codes + row * w.row_bytes;
-  const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
-  std::memset(total, 0, sizeof total);
-  const bool one_group = w.groups == 1;  // its scale multiplies the sum
-  const std::size_t group_words = w.group * Bits / 32;
-  const int shift = one_group ? 63 : scale_shift(group_words);
-
-  for (std::size_t begin = 0; begin < runs; begin += kStretchRuns, codes += kStretchRuns * kRun) {
-    const std::size_t count = runs - begin < kStretchRuns ? runs - begin : kStretchRuns;
-    Scales scales[Rows];
-    for (std::size_t r = 0; r < Rows; ++r) {
-      if (one_group) {
-        for (std::size_t i = 0; i < kWords; ++i) scales[r].at[i] = 1.0f;
-      } else {
-        load_scales(w, row + r, group_words, begin * kWords, count * kWords, &scales[r]);
-      }
-    }
-    const Run<Bits, Limbs>* from[Batch];
-    for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
-    const std::size_t wanted = (Rows - 1) * w.row_bytes + count * kRun;
-    if (static_cast<std::size_t>(codes_end - codes) >= wanted) {
-      add_runs<Bits, Limbs, Rows, Batch>(codes, w.row_bytes, scales, shift, from, count, total);
-    } else {  // the last run is short: what lies behind it meets zeros of x, but must exist
-      std::uint8_t copy[Rows][kStretchRuns * kRun];
-      const std::size_t bytes = w.row_bytes - begin * kRun;
-      for (std::size_t r = 0; r < Rows; ++r) {
-        std::memset(copy[r], 0, sizeof copy[r]);
-        std::memcpy(copy[r], codes + r * w.row_bytes, bytes < sizeof copy[r] ? bytes : sizeof copy[r]);
-      }
-      add_runs<Bits, Limbs, Rows, Batch>(copy[0], sizeof copy[0], scales, shift, from, count, total);
-    }
-  }
-  if (one_group) return;
-
-  // What groups add beside their codes: the value in the middle times the sum of x.
   V rest[Rows][Batch][kWordVectors] = {};
-  for (std::size_t g = 0; g < w.groups; g += kWords) {
-    const std::size_t n = w.groups - g < kWords ? w.groups - g : kWords;
+  const auto add = [&](std::size_t r, std::size_t g, const V(&scale)[kWordVectors], const V(&minimum)[kWordVectors]) {
+    for (std::size_t i = 0; i < kWordVectors; ++i) {
+      const V middle = minimum[i] + scale[i] * (kMiddle<Bits> * kStep<Bits>);
+      for (std::size_t b = 0; b < Batch; ++b) rest[r][b][i] += middle * load<V>(x[b].group_sum + g + i * lanes);
+    }
+  };
+  V scale[kWordVectors], minimum[kWordVectors];
+  std::size_t g = 0;
+  for (; g + kWords <= w.groups; g += kWords) {
+#pragma GCC unroll 4
     for (std::size_t r = 0; r < Rows; ++r) {
-      V scale[kWordVectors], minimum[kWordVectors];
-      load_params(w, w.scale, (row + r) * w.param_stride + g, n, scale);
-      load_params(w, w.minimum, (row + r) * w.param_stride + g, n, minimum);
-      for (std::size_t i = 0; i < kWordVectors; ++i) {
-        const V middle = minimum[i] + scale[i] * (kMiddle<Bits> * kStep<Bits>);
-        for (std::size_t b = 0; b < Batch; ++b) rest[r][b][i] += middle * load<V>(x[b].group_sum + g + i * lanes);
-      }
+      load_params<Half>(w.scale, rows[r] * w.param_stride + g, scale);
+      load_params<Half>(w.minimum, rows[r] * w.param_stride + g, minimum);
+      add(r, g, scale, minimum);
     }
   }
+  if (g < w.groups) {
+#pragma GCC unroll 4
+    for (std::size_t r = 0; r < Rows; ++r) {
+      load_last_params<Half>(w, w.scale, rows[r] * w.param_stride + g, w.groups - g, scale);
+      load_last_params<Half>(w, w.minimum, rows[r] * w.param_stride + g, w.groups - g, minimum);
+      add(r, g, scale, minimum);
+    }
+  }
+#pragma GCC unroll 4
   for (std::size_t r = 0; r < Rows; ++r) {
     for (std::size_t b = 0; b < Batch; ++b) {
       for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[r][b][i];
@@ -393,11 +442,66 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   }
 }
 
-// Sixteen partial sums as a tree in double: the first step adds lanes 8 apart, the last neighbours.
-inline double tree_sum(const Vec<float> (&partial)[kWordVectors]) {
-  Vec<float, 8> halves[2];
-  std::memcpy(halves, partial, sizeof halves);
-  return fold(convert<double, 8>(halves[0]) + convert<double, 8>(halves[1]), [](auto a, auto b) { return a + b; });
+// Rows rows[0], rows[1] ... by `Batch` rows of x: the 16 partial sums of each.
+template <bool Half, int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
+                         Vec<float> (*total)[Batch][kWordVectors]) {
+  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
+  const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
+  std::memset(total, 0, Rows * sizeof *total);
+  const bool one_group = w.groups == 1;  // its scale multiplies the sum
+  const Sharing sharing(one_group ? 0 : w.group * Bits / 32);
+
+  const std::size_t param_bytes = w.half ? 2 : 4, next = rows[0] + 2 * Rows;
+  Ahead ahead = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
+                 static_cast<const char*>(w.scale) + next * w.param_stride * param_bytes,
+                 static_cast<const char*>(w.minimum) + next * w.param_stride * param_bytes,
+                 Rows * w.param_stride * param_bytes / (runs > 0 ? runs : 1)};
+  for (std::size_t begin = 0; begin < runs; begin += kStretchRuns) {
+    const std::size_t count = runs - begin < kStretchRuns ? runs - begin : kStretchRuns;
+    Scales scales[Rows];
+    const std::uint8_t* codes[Rows];
+    const Run<Bits, Limbs>* from[Batch];
+    for (std::size_t r = 0; r < Rows; ++r) {
+      codes[r] = w.codes + rows[r] * w.row_bytes + begin * kRun;
+      if (!one_group) load_scales<Half>(w, rows[r], sharing, begin * kWords, count * kWords, &scales[r]);
+    }
+    for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
+    std::uint8_t copy[Rows][kStretchRuns * kRun];
+    if (static_cast<std::size_t>(codes_end - codes[Rows - 1]) < count * kRun) {
+      // The last run is short: what lies behind it meets zeros of x, but must exist.
+      const std::size_t bytes = w.row_bytes - begin * kRun;
+      for (std::size_t r = 0; r < Rows; ++r) {
+        std::memset(copy[r] + (count - 1) * kRun, 0, kRun);
+        std::memcpy(copy[r], codes[r], bytes < count * kRun ? bytes : count * kRun);
+        codes[r] = copy[r];
+      }
+    }
+    one_group ? add_runs<Bits, Limbs, Rows, Batch, true>(codes, scales, sharing.shift, from, count, ahead, total)
+              : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, sharing.shift, from, count, ahead, total);
+    ahead.codes += Rows * count * kRun;
+    ahead.scale += count * ahead.param_step;
+    ahead.minimum += count * ahead.param_step;
+  }
+  if (!one_group) add_middles<Half, Bits>(w, x, rows, total);
+}
+
+// For each of four rows its sixteen partial sums as a tree in double: the first step adds lanes 8 apart, the last
+// neighbours.
+inline Vec<double, 4> tree_sums(const Vec<float> (&a)[kWordVectors], const Vec<float> (&b)[kWordVectors],
+                                const Vec<float> (&c)[kWordVectors], const Vec<float> (&d)[kWordVectors]) {
+  using Four = Vec<double, 4>;
+  const auto quarter = [](const Vec<float>(&partial)[kWordVectors]) {
+    Vec<float, 4> q[4];
+    std::memcpy(q, partial, sizeof q);
+    const auto wide = [](Vec<float, 4> v) { return convert<double, 4>(v); };
+    return (wide(q[0]) + wide(q[2])) + (wide(q[1]) + wide(q[3]));
+  };
+  const auto halves = [](Four v, Four w) {
+    return __builtin_shufflevector(v, w, 0, 1, 4, 5) + __builtin_shufflevector(v, w, 2, 3, 6, 7);
+  };
+  const Four ab = halves(quarter(a), quarter(b)), cd = halves(quarter(c), quarter(d));
+  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 }
 
 // The product with a row that is one group; in double, as nothing averages its roundings out.
@@ -410,51 +514,55 @@ inline double one_group_product(const Quantized& w, std::size_t row, double sum,
   return sum * scale + (minimum + scale * static_cast<double>(kMiddle<Bits> * kStep<Bits>)) * x_sum;
 }
 
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
-inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, std::size_t batch) {
+// Four rows from `row` on, of which `exist`, by `Batch` rows of x.
+template <int Bits, int Limbs, std::size_t Batch>
+inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, std::size_t exist, std::size_t batch) {
+  constexpr std::size_t tile = 4, at_once = kVectorBytes == 64 || Batch == 1 ? 4 : 2;  // registers for so many
   Prepared<Bits, Limbs> x[Batch];
   for (std::size_t b = 0; b < Batch; ++b) {
     x[b] = Prepared<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.prepared) + (batch + b) * io.prepared_bytes);
   }
-  Vec<float> partial[Rows][Batch][kWordVectors];
-  partial_sums(w, x, row, partial);
-  for (std::size_t r = 0; r < Rows; ++r) {
-    for (std::size_t b = 0; b < Batch; ++b) {
-      double exact = tree_sum(partial[r][b]);
-      if (w.groups == 1) exact = one_group_product<Bits>(w, row + r, exact, x[b].group_sum);
+  Vec<float> partial[tile][Batch][kWordVectors];
+  for (std::size_t first = 0; first < tile; first += at_once) {
+    std::size_t rows[at_once];  // the last one again where there are fewer
+    for (std::size_t r = 0; r < at_once; ++r) rows[r] = row + (first + r < exist ? first + r : exist - 1);
+    w.half ? partial_sums<true>(w, x, rows, partial + first) : partial_sums<false>(w, x, rows, partial + first);
+  }
+  for (std::size_t b = 0; b < Batch; ++b) {
+    const Vec<double, 4> sums = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
+    float* y = io.y + (batch + b) * w.rows + row;
+    for (std::size_t r = 0; r < exist; ++r) {
+      const double exact = w.groups == 1 ? one_group_product<Bits>(w, row + r, sums[r], x[b].group_sum) : sums[r];
       const float sum = static_cast<float>(exact);
-      if (sum - sum == 0.0f) {
-        io.y[(batch + b) * w.rows + row + r] = io.bias ? sum + io.bias[row + r] : sum;
-      } else {  // x or the sum is not finite, or beyond what whole numbers reach
-        linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
-      }
+      y[r] = io.bias ? sum + io.bias[row + r] : sum;
+      // x or the sum is not finite, or beyond what whole numbers reach
+      if (!(sum - sum == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
     }
   }
 }
 
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+template <int Bits, int Limbs, std::size_t Batch>
 void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::size_t begin, std::size_t end) {
-  std::size_t row = begin;
-  for (; row + Rows <= end; row += Rows) linear_tile<Bits, Limbs, Rows, Batch>(w, io, row, batch);
-  for (; row < end; ++row) linear_tile<Bits, Limbs, 1, Batch>(w, io, row, batch);
+  for (std::size_t row = begin; row < end; row += 4) {
+    linear_tile<Bits, Limbs, Batch>(w, io, row, end - row < 4 ? end - row : 4, batch);
+  }
 }
 
 template <int Bits, int Limbs>
 void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
-  constexpr std::size_t rows_in_cache = 16;
-  constexpr std::size_t rows = kVectorBytes == 64 ? 4 : 2;  // as many as there are registers for
+  const std::size_t rows_in_cache = io.batch == 1 ? end : 16;
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
     std::size_t b = 0;
-    for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, rows, 4>(w, io, b, row, stop);
-    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, rows, 1>(w, io, b, row, stop);
+    for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
+    for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 1>(w, io, b, row, stop);
   }
 }
 
 // ---- the table's entries -------------------------------------------------------------------------------------
 
 // A word of codes must not lie in two groups.
-inline bool by_integers(const Quantized& w) { return w.groups == 1 || w.group % kBlockColumns == 0; }
+inline bool by_integers(const Quantized& w) { return w.groups == 1 || w.group % kGrain == 0; }
 
 template <class Call>
 inline auto by_bits_and_limbs(int bits, int limbs, Call call) {

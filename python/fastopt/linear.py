@@ -39,7 +39,7 @@ def linear(
     out : float32 array, shape (..., out), optional
         Written and returned; C-contiguous.
     precision : "exact" or "int8"
-        With a quantized `w`, what `x` is rounded to: whole numbers of 24 bits, or of 8, times a scale for every 16
+        With a quantized `w`, what `x` is rounded to: whole numbers of 24 bits, or of 8, times a scale for every 32
         columns. "exact" is within 5e-7 of float64 (relative, L2), which is what float32 gives; "int8" within
         1e-2, mostly 5e-3, and up to twice as fast. Other weights are always multiplied exactly.
 
