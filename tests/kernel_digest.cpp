@@ -241,7 +241,7 @@ void digest_packing(const Kernels& k, int bits, std::size_t n, std::size_t offse
 }
 
 void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
-  constexpr std::size_t batch = 6;  // more than the kernels take together, and the last row is special
+  constexpr std::size_t batch = kPanelWidth + 6;  // a panel, four rows and two; the last row is special
   std::vector<float> x = numbers<float>(c, (batch - 1) * q.cols, plain);
   const std::vector<float> last = numbers<float>(c, q.cols, special), bias = numbers<float>(c, q.rows, plain);
   x.insert(x.end(), last.begin(), last.end());
@@ -252,8 +252,12 @@ void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
     for (std::size_t b = 0; b < batch && bytes > 0; ++b) {
       k.prepare_x(q, x.data() + b * q.cols, limbs, prepared.data() + b * bytes);
     }
+    const std::size_t panel_bytes = bytes > 0 ? k.panel_bytes(q, limbs) : 0;
+    Bytes panel(panel_bytes);
+    if (bytes > 0) k.prepare_panel(q, prepared.data(), bytes, kPanelWidth, limbs, panel.data());
     for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-      k.linear_quantized(q, {x.data(), prepared.data(), bytes, limbs, batch, b, y.data()}, 0, q.rows);
+      const Linear io = {x.data(), prepared.data(), bytes, panel.data(), panel_bytes, limbs, batch, b, y.data()};
+      k.linear_quantized(q, io, 0, q.rows);
       c.add(y);
     }
   }

@@ -444,46 +444,82 @@ def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exa
         block = 32 if groups == 1 or size % 32 == 0 else 16  # columns of x that share a scale
         n, block_scale = whole_numbers(x, block, precision)
 
-        # Columns are filled up to runs of 16 words of 32 bits of codes.
-        per_word = 32 // bits
-        runs = -(-cols // (16 * per_word))
-        width = runs * 16 * per_word
-        words = (runs, 16, per_word)
-        n_words = np.pad(n.reshape(len(x), -1), ((0, 0), (0, width)))[:, :width].reshape(len(x), *words)
-        c_words = np.pad(codes, ((0, 0), (0, width - cols))).reshape(rows, *words).astype(np.int64) * steps - middle
-        first = np.arange(runs * 16).reshape(runs, 16) * per_word  # column of each word
-        x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // block] / f(steps)
-        w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
-
-        total = np.zeros((len(x), rows, 16), f)
-        for begin in range(0, runs, 32):
-            sums = np.zeros_like(total)
-            for run in range(begin, min(begin + 32, runs)):
-                exact = np.einsum("blk,rlk->brl", n_words[:, run], c_words[:, run])
-                product = exact.astype(f) * x_scale[:, None, run]
-                sums += product * w_scale[None, :, run] if groups > 1 else product
-            total += sums
-
-        rest = np.zeros_like(total)
+        # For each group the value of its middle code, and the sum of x, of a row that is one group in double.
+        middles = minimum + scale * f(middle / steps)
         grains = n.reshape(len(x), -1, 16).sum(axis=2)
-        block_sums = grains * np.repeat(block_scale, block // 16, axis=1).astype(np.float64)
-        per_group = -(-size // 16)
-        for g in range(groups):
-            group_sum = np.zeros((len(x), 1))
-            for block in block_sums.T[g * per_group : (g + 1) * per_group]:
-                group_sum += block[:, None]
-            if groups > 1:
-                rest[:, :, g % 16] += (minimum + scale * f(middle / steps))[:, g] * group_sum.astype(f)
+        grains = grains * np.repeat(block_scale, block // 16, axis=1).astype(np.float64)
+        group_sums = np.zeros((len(x), groups))
+        for i, grain in enumerate(grains[:, : -(-cols // 16)].T):
+            group_sums[:, i * 16 // size] += grain
 
-        y = (total + rest).astype(np.float64)
-        for half in (8, 4, 2, 1):
-            y = y[:, :, :half] + y[:, :, half:]
-        y = y[:, :, 0]
+        centered = codes.astype(np.int64) * steps - middle
+        arguments = (n.reshape(len(x), -1), block_scale / f(steps), centered, scale, middles, group_sums.astype(f))
+        count = len(x) if len(x) % 16 >= 12 else len(x) - len(x) % 16
+        y = np.empty((len(x), rows))
+        y[:count] = product_of_panels(*arguments, bits, size, precision)[:count]
+        y[count:] = product_of_rows(*arguments, bits, size)[count:]
         if groups == 1:
-            scale = scale[:, 0].astype(np.float64)
-            y = y * scale + (minimum[:, 0] + scale * (middle / steps)) * group_sum
+            y = y * scale[:, 0].astype(np.float64) + group_sums * (
+                minimum[:, 0].astype(np.float64) + scale[:, 0].astype(np.float64) * (middle / steps)
+            )
         y = y.astype(f)
         return np.where(np.isfinite(y), y if bias is None else y + bias, in_floats)
+
+
+def product_of_rows(n, block_scale, codes, scale, middles, group_sums, bits, size):
+    """Few rows of x: sixteen partial sums, one for each word of 32 bits in a run of 64 bytes of codes."""
+    f = np.float32
+    rows, groups = scale.shape
+    per_word = 32 // bits
+    runs = -(-codes.shape[1] // (16 * per_word))
+    words, width = (runs, 16, per_word), runs * 16 * per_word
+    block = n.shape[1] // block_scale.shape[1]
+    n_words = np.pad(n, ((0, 0), (0, width)))[:, :width].reshape(len(n), *words)
+    c_words = np.pad(codes, ((0, 0), (0, width - codes.shape[1]))).reshape(rows, *words)
+    first = np.arange(runs * 16).reshape(runs, 16) * per_word  # column of each word
+    x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // block]
+    w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
+    total = np.zeros((len(n), rows, 16), f)
+    for begin in range(0, runs, 32):
+        sums = np.zeros_like(total)
+        for run in range(begin, min(begin + 32, runs)):
+            exact = np.einsum("blk,rlk->brl", n_words[:, run], c_words[:, run])
+            product = exact.astype(f) * x_scale[:, None, run]
+            sums += product * w_scale[None, :, run] if groups > 1 else product
+        total += sums
+    rest = np.zeros_like(total)
+    for g in range(groups if groups > 1 else 0):
+        rest[:, :, g % 16] += middles[:, g] * group_sums[:, g, None]
+    return tree((total + rest).astype(np.float64))
+
+
+def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, size, precision):
+    """Many rows of x: block by block in stretches of 512 columns; group by group in stretches of 16."""
+    f = np.float32
+    rows, groups = scale.shape
+    blocks = block_scale.shape[1]
+    block = n.shape[1] // blocks
+    n = n.reshape(len(n), blocks, block)
+    codes = np.pad(codes, ((0, 0), (0, blocks * block - codes.shape[1]))).reshape(rows, blocks, block)
+    total = np.zeros((len(n), rows))
+    for begin in range(0, blocks, 512 // block):
+        sums = np.zeros((len(n), rows), f)
+        for k in range(begin, min(begin + 512 // block, blocks)):
+            if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
+                low = (n[:, k] + 128) % 256 - 128
+                product = (n[:, k] - low >> 8) @ codes[:, k].T
+                product = product.astype(f) * f(256) + (low @ codes[:, k].T).astype(f)
+            else:
+                product = (n[:, k] @ codes[:, k].T).astype(f)
+            product = product * block_scale[:, k, None]
+            sums += product * scale[:, k * block // size] if groups > 1 else product
+        total += sums
+    for begin in range(0, groups if groups > 1 else 0, 16):
+        part = np.zeros((len(n), rows), f)
+        for g in range(begin, min(begin + 16, groups)):
+            part += middles[:, g] * group_sums[:, g, None]
+        total += part
+    return total
 
 
 # ---- pruning ----------------------------------------------------------------------------------------------

@@ -65,6 +65,22 @@ def test_whole_numbers_equal_reference(isa, bits, group_size, precision, rng):
         assert same_bits(fo.linear(x, q, precision=precision), expected(x, q, None, precision)), name
 
 
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("group_size", [16, 48, 32, 128, 1024, -1, None])
+def test_panels_of_x_equal_reference(isa, bits, group_size, precision, rng):
+    """Whole panels of 16 rows and short ones, rows left over, more panels than go together; rows of W by 32."""
+    for batch, rows, cols in [(12, 3, 1100), (27, 33, 200), (16, 1, 31), (83, 5, 70), (16, 70, 1024)]:
+        w = rng.standard_normal((rows, cols)).astype("f4")
+        x = rng.standard_normal((batch, cols)).astype("f4")
+        x[1] *= np.float32(1e-40)
+        x[2] *= np.float32(10.0) ** (np.arange(cols) % 61 - 30)
+        x[5, cols // 2], x[7, 0] = np.nan, np.inf
+        bias = rng.standard_normal(rows).astype("f4") if rows > 1 else None
+        q = fo.quantize(w, bits, group_size=group_size, param_dtype="float16" if rows != 5 else "float32")
+        assert same_bits(fo.linear(x, q, bias, precision=precision), expected(x, q, bias, precision)), (batch, cols)
+
+
 def test_huge_weights_equal_reference(isa, rng):
     w = np.sign(rng.standard_normal((4, 100))).astype("f4") * np.float32(3e38)
     x = rng.standard_normal((2, 100)).astype("f4") * np.float32(0.01)

@@ -257,6 +257,10 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
   io.prepared_bytes = k.prepared_bytes(q, limbs);
   const Scratch prepared(io.prepared_bytes * io.batch);
   io.prepared = prepared.data();
+  const std::size_t in_panels = io.prepared_bytes > 0 ? panel_rows(io.batch) : 0;
+  if (in_panels > 0) io.panel_bytes = k.panel_bytes(q, limbs);
+  const Scratch panels(io.panel_bytes * ceil_div(in_panels, kPanelWidth));
+  io.panels = panels.data();
 
   const py::gil_scoped_release released;
   if (io.prepared_bytes > 0) {
@@ -265,6 +269,14 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
         k.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
       }
     });
+    parallel_for(
+        ceil_div(in_panels, kPanelWidth), matrix_bytes(in_panels, q.cols), [&](std::size_t begin, std::size_t end) {
+          for (std::size_t p = begin; p < end; ++p) {
+            const std::size_t first = p * kPanelWidth;
+            k.prepare_panel(q, io.prepared + first * io.prepared_bytes, io.prepared_bytes,
+                            std::min(kPanelWidth, in_panels - first), limbs, panels.data() + p * io.panel_bytes);
+          }
+        });
   }
   const double bytes = static_cast<double>(q.rows) * static_cast<double>(q.row_bytes);
   parallel_for(q.rows, bytes * static_cast<double>(1 + io.batch), [&](std::size_t begin, std::size_t end) {

@@ -93,12 +93,19 @@ struct Shared {
   Pair pair;
 };
 
+// Rows of x are multiplied sixteen at a time, as panels; what is left over, if fewer than twelve, by four or one.
+inline constexpr std::size_t kPanelWidth = 16;
+constexpr std::size_t panel_rows(std::size_t batch) { return batch % 16 < 12 ? batch - batch % 16 : batch; }
+
 // x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
-// `prepared_bytes`, written by the kernel `prepare_x`; it is not needed where prepared_bytes() is 0.
+// `prepared_bytes`, written by the kernel `prepare_x`, `panels` the first panel_rows(batch) of them again, written by
+// `prepare_panel`; neither is needed where prepared_bytes() is 0.
 struct Linear {
   const float* x;
   const std::uint8_t* prepared;
   std::size_t prepared_bytes;
+  const std::uint8_t* panels;
+  std::size_t panel_bytes;
   int limbs;  // bytes of a number that x is rounded to: 3 is as exact as float32, 1 is fast
   std::size_t batch;
   const float* bias;  // or null
@@ -182,6 +189,10 @@ struct Kernels {
   // prepared_bytes() aligned to 64; 0 means that these groups need no preparation.
   std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
   void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
+  std::size_t (*panel_bytes)(const Quantized& w, int limbs);
+  // kPanelWidth rows, or the last `count`, of those that prepare_x wrote.
+  void (*prepare_panel)(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
+                        int limbs, std::uint8_t* out);
   void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
   // The same for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
   void (*linear_sparse)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias,

@@ -51,6 +51,8 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     unpack_any,
     prepared_bytes,
     prepare_x_any,
+    panel_bytes,
+    prepare_panel_any,
     linear_quantized,
     linear_sparse,
     transpose_tile,

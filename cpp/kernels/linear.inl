@@ -325,10 +325,10 @@ struct Sharing {
 
 template <bool Half>
 inline void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
-                        std::size_t words, Scales* out) {
+                        std::size_t words, float* out) {
   const std::size_t end = sharing.group(first + words - 1) + 1, begin = row * q.param_stride;
   Scales groups;
-  float* to = sharing.shared ? out->at : groups.at;
+  float* to = sharing.shared ? out : groups.at;
   std::size_t g = sharing.group(first);
   Vec<float> v[kWordVectors];
   for (; g < end && g + kWords <= q.groups; g += kWords, to += kWords) {
@@ -340,7 +340,7 @@ inline void load_scales(const Quantized& q, std::size_t row, const Sharing& shar
     std::memcpy(to, v, sizeof v);
   }
   if (sharing.shared) return;
-  to = out->at;
+  to = out;
   std::size_t count = sharing.group_words - first % sharing.group_words;
   for (const float* scale = groups.at; words > 0; ++scale, count = sharing.group_words) {
     if (count > words) count = words;
@@ -464,7 +464,7 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     const Run<Bits, Limbs>* from[Batch];
     for (std::size_t r = 0; r < Rows; ++r) {
       codes[r] = w.codes + rows[r] * w.row_bytes + begin * kRun;
-      if (!one_group) load_scales<Half>(w, rows[r], sharing, begin * kWords, count * kWords, &scales[r]);
+      if (!one_group) load_scales<Half>(w, rows[r], sharing, begin * kWords, count * kWords, scales[r].at);
     }
     for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
     std::uint8_t copy[Rows][kStretchRuns * kRun];
@@ -548,12 +548,274 @@ void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::s
   }
 }
 
+// ---- many rows of x ------------------------------------------------------------------------------------------
+// Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
+// block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
+// panels. The order of sums is another than above: blocks in order within stretches of kStretch columns, stretches
+// in order; then the groups, also in stretches, of sixteen.
+
+constexpr std::size_t kPanelRows = 32, kPanels = 4;  // rows of W unpacked at a time; panels of x that use them
+constexpr std::size_t kMaxBlocks = kStretch / kGrain;
+
+// Sixteen rows of x, in the memory that the caller gave.
+template <int Bits, int Limbs>
+struct Panel {
+  // For each block of columns: the bytes of n of every 4 columns, in the order of unpacked codes, limb by limb.
+  std::int8_t* limbs;
+  float* scale;          // [block][row], times the step in which codes count
+  std::int32_t* offset;  // [block][sum][row], minus the sum of middle * n
+  float* group_sum;      // [group][row]; or, where a row of W is one group, a double for each row
+  std::size_t bytes;
+
+  Panel(const Quantized& w, std::uint8_t* memory) {
+    const std::size_t columns = (w.row_bytes + kRun - 1) / kRun * kRunColumns<Bits>;
+    const std::size_t blocks = columns / block_columns(w);
+    std::size_t at = 0;
+    const auto take = [&](std::size_t size) {
+      std::uint8_t* part = memory + at;
+      at += size;
+      return part;
+    };
+    limbs = reinterpret_cast<std::int8_t*>(take(columns * Limbs * kPanelWidth));
+    scale = reinterpret_cast<float*>(take(blocks * sizeof(float) * kPanelWidth));
+    offset = reinterpret_cast<std::int32_t*>(take(blocks * kSums<Bits, Limbs> * sizeof(std::int32_t) * kPanelWidth));
+    group_sum = reinterpret_cast<float*>(take((w.groups == 1 ? 2 : w.groups) * sizeof(float) * kPanelWidth));
+    bytes = at;
+  }
+};
+
+// From `count` rows that were prepared one by one.
+template <int Bits, int Limbs>
+void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
+                   std::uint8_t* memory) {
+  constexpr std::size_t parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  const Panel<Bits, Limbs> to(w, memory);
+  if (count < kPanelWidth) std::memset(memory, 0, to.bytes);
+  const std::size_t words = block_columns(w) * Bits / 32, runs = (w.row_bytes + kRun - 1) / kRun;
+  for (std::size_t b = 0; b < count; ++b) {
+    const Prepared<Bits, Limbs> from(w, const_cast<std::uint8_t*>(rows) + b * row_bytes);
+    std::int8_t* limbs = to.limbs + 4 * b;
+    std::size_t block = 0;
+    for (std::size_t run = 0; run < runs; ++run) {
+      const Run<Bits, Limbs>& x = from.runs[run];
+      for (std::size_t first = 0; first < kWords; first += words, ++block) {
+        to.scale[block * kPanelWidth + b] = x.scale[first];
+        for (std::size_t s = 0; s < sums; ++s) {
+          std::uint32_t offset = 0;  // modulo 2^32, as what it is added to
+          for (std::size_t i = 0; i < words; ++i) offset += static_cast<std::uint32_t>(x.offset[s][first + i]);
+          to.offset[(block * sums + s) * kPanelWidth + b] = static_cast<std::int32_t>(offset);
+        }
+        for (std::size_t p = 0; p < parts; ++p) {
+          for (std::size_t i = first; i < first + words; ++i) {
+            for (int l = 0; l < Limbs; ++l, limbs += 4 * kPanelWidth) std::memcpy(limbs, &x.limbs[l][p][4 * i], 4);
+          }
+        }
+      }
+    }
+    if (w.groups == 1) {
+      std::memcpy(to.group_sum + 2 * b, from.group_sum, sizeof(double));
+    } else {
+      for (std::size_t g = 0; g < w.groups; ++g) to.group_sum[g * kPanelWidth + b] = from.group_sum[g];
+    }
+  }
+}
+
+// Columns of kPanelRows rows of W, one byte a code, in the order that split() gives, and the scale of each block.
+struct Unpacked {
+  alignas(64) std::uint8_t codes[kPanelRows][kStretch];
+  alignas(64) float scales[kPanelRows][kMaxBlocks + kWords];
+};
+
+template <bool Half, int Bits>
+inline void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin, std::size_t runs,
+                           const Sharing& sharing, Unpacked* out) {
+  const std::size_t block = block_columns(w), wanted = runs * kRun;
+  const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
+  for (std::size_t r = 0; r < kPanelRows; ++r) {
+    const std::size_t from = row + r < end ? row + r : end - 1;  // the last one again where there are fewer
+    const std::uint8_t* codes = w.codes + from * w.row_bytes + begin * Bits / 8;
+    std::uint8_t copy[kStretch] = {};
+    if (static_cast<std::size_t>(codes_end - codes) < wanted) {
+      std::memcpy(copy, codes, static_cast<std::size_t>(codes_end - codes));
+      codes = copy;
+    }
+    std::uint8_t* to = out->codes[r];
+    for (std::size_t run = 0; run < runs; ++run, codes += kRun, to += kRunColumns<Bits>) {
+      for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
+        Vec<std::uint8_t> parts[8 / Bits];
+        split<Bits>(load<Vec<std::uint8_t>>(codes + i), parts);
+        for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
+      }
+    }
+    if (w.groups > 1) {
+      load_scales<Half>(w, from, sharing, begin / block, runs * kRunColumns<Bits> / block, out->scales[r]);
+    }
+  }
+}
+
+// Totals are double: a stretch more or less costs no accuracy.
+inline void add_to(double* total, const float* sums) {
+  constexpr std::size_t lanes = kVectorBytes / sizeof(double);
+  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
+    store(total + i, load<Vec<double>>(total + i) + convert<double, lanes>(load<Vec<float, lanes>>(sums + i)));
+  }
+}
+
+// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
+template <int Bits, int Limbs, std::size_t Words, std::size_t Rows, bool OneGroup>
+[[gnu::noinline]] void add_blocks(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
+                                  std::size_t first_block, std::size_t blocks, int shift, const Ahead& ahead,
+                                  double (*total)[kPanelWidth]) {
+  using V = Vec<float>;
+  using Ints = Vec<std::int32_t>;
+  using Words32 = Vec<std::uint32_t>;
+  constexpr std::size_t lanes = kLanes<float>, parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  constexpr std::size_t block_bytes = Words * parts * Limbs * 4 * kPanelWidth;
+  const auto horner = [](Ints high, Ints low) {  // modulo 2^32
+    return bit_cast<Ints>((bit_cast<Words32>(high) << 8) + bit_cast<Words32>(low));
+  };
+  alignas(64) float stretch[Rows][kPanelWidth];
+  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
+    V sum[Rows] = {};
+    for (std::size_t block = 0; block < blocks; ++block) {
+      const std::uint8_t* codes =
+          w.codes[first_row] + block * Words / kWords * kRunColumns<Bits> + block * Words % kWords * 4;
+      const std::size_t at = (first_block + block) * kPanelWidth + i;
+      const std::int8_t* limbs = x.limbs + (first_block + block) * block_bytes + 4 * i;
+      const Ints offset = load<Ints>(x.offset + (at - i) * sums + i);
+      if (i == 0) ahead.fetch<Bits / 2>(block);
+      Ints part[Limbs][Rows] = {};
+      if constexpr (Bits != 2) {
+        for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
+      }
+      if constexpr (sums == 2) {
+        const Ints low = load<Ints>(x.offset + (at - i) * sums + kPanelWidth + i);
+        for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
+      }
+#pragma GCC unroll 8
+      for (std::size_t p = 0; p < parts; ++p) {
+#pragma GCC unroll 8
+        for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
+#pragma GCC unroll 8
+          for (std::size_t r = 0; r < Rows; ++r) {
+            const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kStretch + p * kRun + 4 * j);
+            for (int l = 0; l < Limbs; ++l) {
+              part[l][r] = dot<Bits>(part[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
+            }
+          }
+        }
+      }
+      for (std::size_t r = 0; r < Rows; ++r) {
+        Ints whole = part[0][r];
+        for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
+        if constexpr (Bits == 2) whole = bit_cast<Ints>(bit_cast<Words32>(whole + whole) + bit_cast<Words32>(offset));
+        V product = convert<float, lanes>(whole);
+        if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
+        product *= load<V>(x.scale + at);
+        sum[r] += OneGroup ? product : product * w.scales[first_row + r][block >> shift];
+      }
+    }
+    for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
+  }
+  for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
+}
+
+// What groups add beside their codes.
+template <bool Half, int Bits, int Limbs>
+inline void add_middles(const Quantized& w, const Panel<Bits, Limbs>& x, std::size_t row,
+                        double (&total)[kPanelWidth]) {
+  using V = Vec<float>;
+  constexpr std::size_t vectors = kPanelWidth / kLanes<float>;
+  for (std::size_t g = 0; g < w.groups; g += kWords) {
+    const std::size_t n = w.groups - g < kWords ? w.groups - g : kWords;
+    V scale[kWordVectors], minimum[kWordVectors], part[vectors] = {};
+    load_last_params<Half>(w, w.scale, row * w.param_stride + g, n, scale);
+    load_last_params<Half>(w, w.minimum, row * w.param_stride + g, n, minimum);
+    for (std::size_t i = 0; i < kWordVectors; ++i) minimum[i] += scale[i] * (kMiddle<Bits> * kStep<Bits>);
+    float middle[kWords];
+    std::memcpy(middle, minimum, sizeof middle);
+    for (std::size_t j = 0; j < n; ++j) {
+      const float* sums = x.group_sum + (g + j) * kPanelWidth;
+      for (std::size_t i = 0; i < vectors; ++i) part[i] += middle[j] * load<V>(sums + i * kLanes<float>);
+    }
+    float sums[kPanelWidth];
+    std::memcpy(sums, part, sizeof sums);
+    add_to(total, sums);
+  }
+}
+
+// Rows [row, end), kPanelRows at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
+template <bool Half, int Bits, int Limbs>
+void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
+                   std::size_t row, std::size_t end) {
+  constexpr std::size_t rows_at_once = kVectorBytes == 64 ? 8 : 2;  // as many as there are registers for
+  const std::size_t block = block_columns(w), runs = (w.row_bytes + kRun - 1) / kRun;
+  const bool one_group = w.groups == 1;
+  const Sharing sharing(one_group ? 0 : w.group / block);
+  double total[kPanels][kPanelRows][kPanelWidth] = {};
+  const auto panel = [&](std::size_t p) {
+    return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
+  };
+  const std::size_t param_bytes = (w.half ? 2 : 4) * w.param_stride, next = row + kPanelRows;
+  Ahead ahead = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
+                 static_cast<const char*>(w.scale) + next * param_bytes,
+                 static_cast<const char*>(w.minimum) + next * param_bytes,
+                 rows_at_once * param_bytes * block / (w.cols > 0 ? w.cols : 1)};
+  for (std::size_t begin = 0; begin < w.cols; begin += kStretch) {
+    constexpr std::size_t stretch_runs = kStretch / kRunColumns<Bits>;
+    const std::size_t first = begin / kRunColumns<Bits>;
+    const std::size_t n = runs - first < stretch_runs ? runs - first : stretch_runs;
+    const std::size_t blocks = n * kRunColumns<Bits> / block;
+    Unpacked unpacked;
+    unpack_stretch<Half, Bits>(w, row, end, begin, n, sharing, &unpacked);
+    for (std::size_t p = 0; p < panels; ++p) {
+      const Panel<Bits, Limbs> x = panel(p);
+      for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
+        const auto add = [&](auto words, auto one) {
+          add_blocks<Bits, Limbs, words.value, rows_at_once, one.value>(
+              unpacked, r, x, begin / block, blocks, sharing.shared ? sharing.shift : 0, ahead, total[p] + r);
+        };
+        const auto add_words = [&](auto words) { one_group ? add(words, Int<1>{}) : add(words, Int<0>{}); };
+        block == 2 * kGrain ? add_words(Int<2 * kGrain * Bits / 32>{}) : add_words(Int<kGrain * Bits / 32>{});
+        if (p > 0) continue;
+        ahead.codes += blocks * (Bits / 2) * kRun;
+        ahead.scale += blocks * ahead.param_step;
+        ahead.minimum += blocks * ahead.param_step;
+      }
+    }
+  }
+  for (std::size_t p = 0; p < panels; ++p) {
+    const Panel<Bits, Limbs> x = panel(p);
+    const std::size_t first = batch + p * kPanelWidth;
+    for (std::size_t r = 0; row + r < end; ++r) {
+      double (&sums)[kPanelWidth] = total[p][r];
+      if (!one_group) add_middles<Half>(w, x, row + r, sums);
+      for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
+        const double exact = one_group ? one_group_product<Bits>(w, row + r, sums[b], x.group_sum + 2 * b) : sums[b];
+        const float sum = static_cast<float>(exact);
+        io.y[(first + b) * w.rows + row + r] = io.bias ? sum + io.bias[row + r] : sum;
+        if (!(sum - sum == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+      }
+    }
+  }
+}
+
 template <int Bits, int Limbs>
 void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
-  const std::size_t rows_in_cache = io.batch == 1 ? end : 16;
+  const std::size_t in_panels = panel_rows(io.batch);
+  for (std::size_t b = 0; b < in_panels; b += kPanels * kPanelWidth) {
+    const std::size_t count = in_panels - b < kPanels * kPanelWidth ? in_panels - b : kPanels * kPanelWidth;
+    const std::size_t panels = (count + kPanelWidth - 1) / kPanelWidth;
+    for (std::size_t row = begin; row < end; row += kPanelRows) {
+      const std::size_t stop = end - row < kPanelRows ? end : row + kPanelRows;
+      w.half ? linear_panels<true, Bits, Limbs>(w, io, b, panels, count, row, stop)
+             : linear_panels<false, Bits, Limbs>(w, io, b, panels, count, row, stop);
+    }
+  }
+  const std::size_t rows_in_cache = io.batch - in_panels <= 1 ? end : 16;
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
-    std::size_t b = 0;
+    std::size_t b = in_panels;
     for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
     for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 1>(w, io, b, row, stop);
   }
@@ -579,6 +841,16 @@ std::size_t prepared_bytes(const Quantized& w, int limbs) {
 
 void prepare_x_any(const Quantized& w, const float* x, int limbs, std::uint8_t* out) {
   by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { prepare_x<b.value, l.value>(w, x, out); });
+}
+
+std::size_t panel_bytes(const Quantized& w, int limbs) {
+  return by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { return Panel<b.value, l.value>(w, nullptr).bytes; });
+}
+
+void prepare_panel_any(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
+                       int limbs, std::uint8_t* out) {
+  by_bits_and_limbs(w.bits, limbs,
+                    [&](auto b, auto l) { prepare_panel<b.value, l.value>(w, rows, row_bytes, count, out); });
 }
 
 void linear_quantized(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {

@@ -15,7 +15,8 @@ Weight: TypeAlias = "Array | QuantizedTensor | SparseTensor"
 
 
 _LIMBS = {"exact": 3, "int8": 1}
-# From as many rows of x on, decoding panels of the weight for BLAS pays; a panel stays in the outer cache.
+# From as many rows of x on, decoding panels of the weight for BLAS pays where whole numbers are slow; a panel stays in
+# the outer cache.
 _PANEL_BATCH = 128
 _PANEL_SIZE = 1 << 19
 
@@ -56,9 +57,10 @@ def linear(
 
     Notes
     -----
-    The order of sums is fixed: the result is bit for bit the same on every instruction set, for any number of
-    threads, and for a row of `x` by itself or among others; but a sparse weight adds up in another order for five rows
-    or more. From 128 rows on, an exact product with a quantized weight is left to NumPy's BLAS, a decoded panel at a
+    The order of sums is fixed: the result is bit for bit the same on every instruction set and for any number of
+    threads. Rows of `x` are taken sixteen at a time (twelve at least), others by themselves: the two add up in another
+    order, as does a sparse weight for five rows or more. On CPUs without dot products of bytes (AVX-512 VNNI, NEON dot
+    product) an exact product of 128 rows or more with a quantized weight is left to NumPy's BLAS, a decoded panel at a
     time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
     weight, see `SparseTensor`.
     Groups of more than one a row whose size is no multiple of 16 are multiplied in float32, which is slower. With a
@@ -115,7 +117,8 @@ def linear(
 
 
 def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:
-    return isinstance(x, np.ndarray) and math.prod(x.shape[:-1]) >= _PANEL_BATCH and len(w.shape) > 1
+    slow = _core.isa() not in ("vnni", "dotprod")
+    return slow and isinstance(x, np.ndarray) and math.prod(x.shape[:-1]) >= _PANEL_BATCH and len(w.shape) > 1
 
 
 def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array) -> None:
