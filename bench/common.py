@@ -26,7 +26,7 @@ from fastopt import bench
 from fastopt.bench import FASTOPT, LIMIT, NUMPY, Case, Result
 
 COLORS = {FASTOPT: "#c2410c", NUMPY: "#4d77cf", "numpy blocked": "#94b5ee"}
-OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e"]
+OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f"]
 
 
 CORES = os.environ.get("BENCH_CORES", "")  # of a child, all that it may use

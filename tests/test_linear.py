@@ -206,5 +206,5 @@ def test_many_rows_of_x(shape, rng):
     assert fo.linear(x, q, bias, out=out) is out
     assert same_bits(out, got)
     if shape[0] > 5 and cols == 1000:
-        with pytest.raises(ValueError, match="out: shares memory with x"):
+        with pytest.raises(ValueError, match="shares memory with"):
             fo.linear(x, q[:1000], out=x.reshape(-1)[: 140 * 600].reshape(2, 70, 600))

@@ -264,7 +264,7 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
 
   const py::gil_scoped_release released;
   if (io.prepared_bytes > 0) {
-    parallel_for(io.batch, matrix_bytes(io.batch, q.cols), [&](std::size_t begin, std::size_t end) {
+    parallel_for(io.batch, 3 * matrix_bytes(io.batch, q.cols), [&](std::size_t begin, std::size_t end) {
       for (std::size_t b = begin; b < end; ++b) {
         k.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
       }
@@ -278,8 +278,9 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
           }
         });
   }
-  const double bytes = static_cast<double>(q.rows) * static_cast<double>(q.row_bytes);
-  parallel_for(q.rows, bytes * static_cast<double>(1 + io.batch), [&](std::size_t begin, std::size_t end) {
+  // In cache and with many rows of x it is arithmetic that takes time: as much a product as a byte or half of one.
+  const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
+  parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
     k.linear_quantized(q, io, begin, end);
     if (narrow.count > 0) add_outliers(narrow, io, q.rows, q.cols, begin, end);
     if (wide.count > 0) add_outliers(wide, io, q.rows, q.cols, begin, end);

@@ -492,10 +492,10 @@ inline Vec<double, 4> tree_sums(const Vec<float> (&a)[kWordVectors], const Vec<f
                                 const Vec<float> (&c)[kWordVectors], const Vec<float> (&d)[kWordVectors]) {
   using Four = Vec<double, 4>;
   const auto quarter = [](const Vec<float>(&partial)[kWordVectors]) {
-    Vec<float, 4> q[4];
-    std::memcpy(q, partial, sizeof q);
-    const auto wide = [](Vec<float, 4> v) { return convert<double, 4>(v); };
-    return (wide(q[0]) + wide(q[2])) + (wide(q[1]) + wide(q[3]));
+    Vec<float, 8> h[2];
+    std::memcpy(h, partial, sizeof h);
+    const Vec<double, 8> v = convert<double, 8>(h[0]) + convert<double, 8>(h[1]);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   };
   const auto halves = [](Four v, Four w) {
     return __builtin_shufflevector(v, w, 0, 1, 4, 5) + __builtin_shufflevector(v, w, 2, 3, 6, 7);
@@ -529,14 +529,21 @@ inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, s
     w.half ? partial_sums<true>(w, x, rows, partial + first) : partial_sums<false>(w, x, rows, partial + first);
   }
   for (std::size_t b = 0; b < Batch; ++b) {
-    const Vec<double, 4> sums = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
+    Vec<double, 4> exact = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
+    for (std::size_t r = 0; w.groups == 1 && r < exist; ++r) {
+      exact[r] = one_group_product<Bits>(w, row + r, exact[r], x[b].group_sum);
+    }
+    const Vec<float, 4> sums = convert<float, 4>(exact);
     float* y = io.y + (batch + b) * w.rows + row;
+    const bool finite = fold_lanes<int, 4>(sums - sums == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
+    if (finite && exist == tile) {
+      store(y, io.bias ? sums + load<Vec<float, 4>>(io.bias + row) : sums);
+      continue;
+    }
     for (std::size_t r = 0; r < exist; ++r) {
-      const double exact = w.groups == 1 ? one_group_product<Bits>(w, row + r, sums[r], x[b].group_sum) : sums[r];
-      const float sum = static_cast<float>(exact);
-      y[r] = io.bias ? sum + io.bias[row + r] : sum;
+      y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
       // x or the sum is not finite, or beyond what whole numbers reach
-      if (!(sum - sum == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
+      if (!(sums[r] - sums[r] == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
     }
   }
 }
@@ -649,6 +656,8 @@ inline void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end,
     }
     if (w.groups > 1) {
       load_scales<Half>(w, from, sharing, begin / block, runs * kRunColumns<Bits> / block, out->scales[r]);
+    } else {
+      out->scales[r][0] = 1.0f;  // the only one multiplies the sum
     }
   }
 }
@@ -662,7 +671,7 @@ inline void add_to(double* total, const float* sums) {
 }
 
 // Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
-template <int Bits, int Limbs, std::size_t Words, std::size_t Rows, bool OneGroup>
+template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
 [[gnu::noinline]] void add_blocks(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
                                   std::size_t first_block, std::size_t blocks, int shift, const Ahead& ahead,
                                   double (*total)[kPanelWidth]) {
@@ -712,7 +721,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows, bool OneGrou
         V product = convert<float, lanes>(whole);
         if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
         product *= load<V>(x.scale + at);
-        sum[r] += OneGroup ? product : product * w.scales[first_row + r][block >> shift];
+        sum[r] += product * w.scales[first_row + r][block >> shift];
       }
     }
     for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
@@ -752,6 +761,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
   const std::size_t block = block_columns(w), runs = (w.row_bytes + kRun - 1) / kRun;
   const bool one_group = w.groups == 1;
   const Sharing sharing(one_group ? 0 : w.group / block);
+  const int shift = one_group ? 31 : sharing.shift;
   double total[kPanels][kPanelRows][kPanelWidth] = {};
   const auto panel = [&](std::size_t p) {
     return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
@@ -771,12 +781,11 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
     for (std::size_t p = 0; p < panels; ++p) {
       const Panel<Bits, Limbs> x = panel(p);
       for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
-        const auto add = [&](auto words, auto one) {
-          add_blocks<Bits, Limbs, words.value, rows_at_once, one.value>(
-              unpacked, r, x, begin / block, blocks, sharing.shared ? sharing.shift : 0, ahead, total[p] + r);
+        const auto add = [&](auto words) {
+          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, ahead,
+                                                             total[p] + r);
         };
-        const auto add_words = [&](auto words) { one_group ? add(words, Int<1>{}) : add(words, Int<0>{}); };
-        block == 2 * kGrain ? add_words(Int<2 * kGrain * Bits / 32>{}) : add_words(Int<kGrain * Bits / 32>{});
+        block == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
         if (p > 0) continue;
         ahead.codes += blocks * (Bits / 2) * kRun;
         ahead.scale += blocks * ahead.param_step;

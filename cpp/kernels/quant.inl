@@ -247,13 +247,13 @@ struct Sums {
   float d, dd, r, rd;
 };
 
-inline Sums fit_sums(const float* x, std::size_t n, float top, Pair pair) {
+inline Sums fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>, chunk = 16, vectors = chunk / lanes;
-  const float middle = top * 0.5f, inverse = 1.0f / pair.scale;
+  const float middle = top * 0.5f;
   V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
   const auto take = [&](std::size_t j, V v, std::size_t left) {
-    const V u = (v - pair.minimum) * inverse;
+    const V u = (v - minimum) * inverse;
     V code = round_even(u);
     code = code > top ? V{} + top : code;
     code = code > 0 ? code : V{};
@@ -285,30 +285,42 @@ inline Sums fit_sums(const float* x, std::size_t n, float top, Pair pair) {
   return {total(sum_d), total(sum_dd), total(sum_r), total(sum_rd)};
 }
 
-// The pair that fits the codes of `pair` best; the same pair where there is none. It is changed by the line, which is
-// small: nothing cancels.
-inline Pair fitted(const Sums& sums, std::size_t n, float top, Pair pair) {
-  const double count = static_cast<double>(n), sd = static_cast<double>(sums.d), sr = static_cast<double>(sums.r);
-  const double spread = count * static_cast<double>(sums.dd) - sd * sd;
-  if (!(spread > 0)) return pair;  // all codes are equal
-  const double b = (count * static_cast<double>(sums.rd) - sd * sr) / spread, a = (sr - b * sd) / count;
-  const double scale = static_cast<double>(pair.scale), minimum = static_cast<double>(pair.minimum);
-  const Pair better = {static_cast<float>(scale * (1 + b)),
-                       static_cast<float>(minimum + scale * (a - b * static_cast<double>(top * 0.5f)))};
-  return better.scale >= kSmallestNormal && better.scale <= 0x1p100f ? better : pair;
-}
-
-// Eight times: codes of the pair, then the pair that fits these codes best. `n` values in groups of `group`, side by
-// side so that one does not wait for the other; a pair of scale 0 is left alone.
+// Eight times: codes of the pair, then the pair that fits these codes best, which the line changes a little: nothing
+// cancels. `n` values in groups of `group`, side by side so that one does not wait for the other, and without branches,
+// which the compiler makes vectors of; a pair of scale 0 is left alone, and one whose codes are all equal.
 inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, Pair (&pairs)[kGroupsAtOnce]) {
+  const double middle = static_cast<double>(top * 0.5f);
+  double count[kGroupsAtOnce], d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
+  float scale[kGroupsAtOnce], minimum[kGroupsAtOnce], inverse[kGroupsAtOnce];
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+    scale[g] = pairs[g].scale > 0 ? pairs[g].scale : 1.0f;
+    minimum[g] = pairs[g].minimum;
+    const std::size_t left = g * group < n ? n - g * group : 0;
+    count[g] = static_cast<double>(left < group ? left : group);
+    d[g] = dd[g] = r[g] = rd[g] = 0;
+  }
   for (int step = 0; step < 8; ++step) {
-    Sums sums[kGroupsAtOnce];
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / scale[g];
     for (std::size_t g = 0, at = 0; at < n; ++g, at += group) {
-      if (pairs[g].scale > 0) sums[g] = fit_sums(x + at, n - at < group ? n - at : group, top, pairs[g]);
+      if (!(pairs[g].scale > 0)) continue;
+      const Sums sums = fit_sums(x + at, n - at < group ? n - at : group, top, minimum[g], inverse[g]);
+      d[g] = static_cast<double>(sums.d);
+      dd[g] = static_cast<double>(sums.dd);
+      r[g] = static_cast<double>(sums.r);
+      rd[g] = static_cast<double>(sums.rd);
     }
-    for (std::size_t g = 0, at = 0; at < n; ++g, at += group) {
-      if (pairs[g].scale > 0) pairs[g] = fitted(sums[g], n - at < group ? n - at : group, top, pairs[g]);
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+      const double spread = count[g] * dd[g] - d[g] * d[g], s = static_cast<double>(scale[g]);
+      const double b = (count[g] * rd[g] - d[g] * r[g]) / spread, a = (r[g] - b * d[g]) / count[g];
+      const float better = static_cast<float>(s * (1 + b));
+      const float moved = static_cast<float>(static_cast<double>(minimum[g]) + s * (a - b * middle));
+      const bool good = (spread > 0) & (better >= kSmallestNormal) & (better <= 0x1p100f);
+      scale[g] = good ? better : scale[g];
+      minimum[g] = good ? moved : minimum[g];
     }
+  }
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+    if (pairs[g].scale > 0) pairs[g] = {scale[g], minimum[g]};
   }
 }
 
@@ -447,10 +459,13 @@ inline float param_at(const Quantized& q, const void* params, std::size_t at) {
 // no bit of the result.
 inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float minimum, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
-  const float twice = scale > 0x1p119f ? 2.0f : 1.0f;
-  scale /= twice;
-  minimum /= twice;
+  const float twice = scale > 0x1p119f ? 2.0f : 1.0f, half = scale > 0x1p119f ? 0.5f : 1.0f;
+  scale *= half;
+  minimum *= half;
   std::size_t i = 0;
+  if (twice == 1.0f) {
+    for (; i + lanes <= n; i += lanes) store(out + i, minimum + scale * float_of_bytes(codes + i));
+  }
   for (; i + lanes <= n; i += lanes) store(out + i, (minimum + scale * float_of_bytes(codes + i)) * twice);
   for (; i < n; ++i) out[i] = (minimum + scale * static_cast<float>(codes[i])) * twice;
 }
