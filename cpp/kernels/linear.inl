@@ -277,31 +277,21 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
 
 // ---- rows of W -----------------------------------------------------------------------------------------------
 
-// Parameters [at, at + 16) as float32.
-template <bool Half>
-inline void load_params(const void* params, std::size_t at, Vec<float> (&out)[kWordVectors]) {
+// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
+// memory does not exist.
+[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
-  for (std::size_t i = 0; i < kWordVectors; ++i) {
-    out[i] = Half ? float_of_halves(static_cast<const std::uint16_t*>(params) + at + i * lanes)
-                  : load<Vec<float>>(static_cast<const float*>(params) + at + i * lanes);
+  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
+  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
+  const float* floats = static_cast<const float*>(params) + at;
+  std::size_t i = 0;
+  for (; i < n && at + i + lanes <= all; i += lanes) {
+    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
+    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
+    store(out + i, v);
   }
-}
-
-// Fewer of them, filled up with zeros; what lies behind the last ones in memory does not exist.
-template <bool Half>
-inline void load_last_params(const Quantized& q, const void* params, std::size_t at, std::size_t n,
-                             Vec<float> (&out)[kWordVectors]) {
-  if (at + kWords <= (q.param_stride ? q.rows * q.groups : q.groups)) {
-    load_params<Half>(params, at, out);
-    for (std::size_t i = 0; i < kWordVectors; ++i) {
-      const auto lane = lane_numbers() + static_cast<std::int32_t>(i * kLanes<float>);
-      out[i] = lane < static_cast<std::int32_t>(n) ? out[i] : Vec<float>{};
-    }
-  } else {
-    float part[kWords] = {};
-    for (std::size_t i = 0; i < n; ++i) part[i] = param_at(q, params, at + i);
-    std::memcpy(out, part, sizeof part);
-  }
+  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
+  for (; i % kWords != 0; ++i) out[i] = 0.0f;
 }
 
 // The scales of a stretch of a row: of word i it is at[i >> shift].
@@ -323,22 +313,14 @@ struct Sharing {
   std::size_t group(std::size_t word) const { return shared ? word >> shift : word / group_words; }
 };
 
-template <bool Half>
-inline void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
-                        std::size_t words, float* out) {
-  const std::size_t end = sharing.group(first + words - 1) + 1, begin = row * q.param_stride;
+[[gnu::noinline]] void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
+                                   std::size_t words, float* out) {
+  const std::size_t begin = sharing.group(first), end = sharing.group(first + words - 1) + 1;
+  const std::size_t last = end < q.groups ? end : q.groups;
   Scales groups;
   float* to = sharing.shared ? out : groups.at;
-  std::size_t g = sharing.group(first);
-  Vec<float> v[kWordVectors];
-  for (; g < end && g + kWords <= q.groups; g += kWords, to += kWords) {
-    load_params<Half>(q.scale, begin + g, v);
-    std::memcpy(to, v, sizeof v);
-  }
-  if (g < end) {
-    load_last_params<Half>(q, q.scale, begin + g, g < q.groups ? q.groups - g : 0, v);
-    std::memcpy(to, v, sizeof v);
-  }
+  load_params(q, q.scale, row * q.param_stride + begin, last - begin, to);
+  for (std::size_t g = last; g < end; ++g) to[g - begin] = 0.0f;
   if (sharing.shared) return;
   to = out;
   std::size_t count = sharing.group_words - first % sharing.group_words;
@@ -404,46 +386,34 @@ template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGrou
 }
 
 // Adds what groups add beside their codes: the value in the middle times the sum of x.
-template <bool Half, int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
 inline void add_middles(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
                         Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
-  constexpr std::size_t lanes = kLanes<float>;
-  V rest[Rows][Batch][kWordVectors] = {};
-  const auto add = [&](std::size_t r, std::size_t g, const V(&scale)[kWordVectors], const V(&minimum)[kWordVectors]) {
-    for (std::size_t i = 0; i < kWordVectors; ++i) {
-      const V middle = minimum[i] + scale[i] * (kMiddle<Bits> * kStep<Bits>);
-      for (std::size_t b = 0; b < Batch; ++b) rest[r][b][i] += middle * load<V>(x[b].group_sum + g + i * lanes);
-    }
-  };
-  V scale[kWordVectors], minimum[kWordVectors];
-  std::size_t g = 0;
-  for (; g + kWords <= w.groups; g += kWords) {
-#pragma GCC unroll 4
-    for (std::size_t r = 0; r < Rows; ++r) {
-      load_params<Half>(w.scale, rows[r] * w.param_stride + g, scale);
-      load_params<Half>(w.minimum, rows[r] * w.param_stride + g, minimum);
-      add(r, g, scale, minimum);
-    }
-  }
-  if (g < w.groups) {
-#pragma GCC unroll 4
-    for (std::size_t r = 0; r < Rows; ++r) {
-      load_last_params<Half>(w, w.scale, rows[r] * w.param_stride + g, w.groups - g, scale);
-      load_last_params<Half>(w, w.minimum, rows[r] * w.param_stride + g, w.groups - g, minimum);
-      add(r, g, scale, minimum);
-    }
-  }
-#pragma GCC unroll 4
+  constexpr std::size_t lanes = kLanes<float>, chunk = 256;
+  alignas(64) float scale[chunk], minimum[chunk];
   for (std::size_t r = 0; r < Rows; ++r) {
+    V rest[Batch][kWordVectors] = {};
+    for (std::size_t first = 0; first < w.groups; first += chunk) {
+      const std::size_t n = w.groups - first < chunk ? w.groups - first : chunk;
+      load_params(w, w.scale, rows[r] * w.param_stride + first, n, scale);
+      load_params(w, w.minimum, rows[r] * w.param_stride + first, n, minimum);
+      for (std::size_t g = 0; g < n; g += kWords) {
+        for (std::size_t i = 0; i < kWordVectors; ++i) {
+          const std::size_t at = g + i * lanes;
+          const V middle = load<V>(minimum + at) + load<V>(scale + at) * (kMiddle<Bits> * kStep<Bits>);
+          for (std::size_t b = 0; b < Batch; ++b) rest[b][i] += middle * load<V>(x[b].group_sum + first + at);
+        }
+      }
+    }
     for (std::size_t b = 0; b < Batch; ++b) {
-      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[r][b][i];
+      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[b][i];
     }
   }
 }
 
 // Rows rows[0], rows[1] ... by `Batch` rows of x: the 16 partial sums of each.
-template <bool Half, int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
 inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
                          Vec<float> (*total)[Batch][kWordVectors]) {
   const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
@@ -451,6 +421,7 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   std::memset(total, 0, Rows * sizeof *total);
   const bool one_group = w.groups == 1;  // its scale multiplies the sum
   const Sharing sharing(one_group ? 0 : w.group * Bits / 32);
+  const int shift = one_group ? 31 : sharing.shift;
 
   const std::size_t param_bytes = w.half ? 2 : 4, next = rows[0] + 2 * Rows;
   Ahead ahead = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
@@ -464,7 +435,11 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     const Run<Bits, Limbs>* from[Batch];
     for (std::size_t r = 0; r < Rows; ++r) {
       codes[r] = w.codes + rows[r] * w.row_bytes + begin * kRun;
-      if (!one_group) load_scales<Half>(w, rows[r], sharing, begin * kWords, count * kWords, scales[r].at);
+      if (!one_group) {
+        load_scales(w, rows[r], sharing, begin * kWords, count * kWords, scales[r].at);
+      } else {
+        for (std::size_t l = 0; l < kWords; ++l) scales[r].at[l] = 1.0f;
+      }
     }
     for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
     std::uint8_t copy[Rows][kStretchRuns * kRun];
@@ -477,13 +452,14 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
         codes[r] = copy[r];
       }
     }
-    one_group ? add_runs<Bits, Limbs, Rows, Batch, true>(codes, scales, sharing.shift, from, count, ahead, total)
-              : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, sharing.shift, from, count, ahead, total);
+    one_group&& Batch == 1
+        ? add_runs<Bits, Limbs, Rows, Batch, Batch == 1>(codes, scales, shift, from, count, ahead, total)
+        : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, shift, from, count, ahead, total);
     ahead.codes += Rows * count * kRun;
     ahead.scale += count * ahead.param_step;
     ahead.minimum += count * ahead.param_step;
   }
-  if (!one_group) add_middles<Half, Bits>(w, x, rows, total);
+  if (!one_group) add_middles(w, x, rows, total);
 }
 
 // For each of four rows its sixteen partial sums as a tree in double: the first step adds lanes 8 apart, the last
@@ -526,7 +502,7 @@ inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, s
   for (std::size_t first = 0; first < tile; first += at_once) {
     std::size_t rows[at_once];  // the last one again where there are fewer
     for (std::size_t r = 0; r < at_once; ++r) rows[r] = row + (first + r < exist ? first + r : exist - 1);
-    w.half ? partial_sums<true>(w, x, rows, partial + first) : partial_sums<false>(w, x, rows, partial + first);
+    partial_sums(w, x, rows, partial + first);
   }
   for (std::size_t b = 0; b < Batch; ++b) {
     Vec<double, 4> exact = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
@@ -563,6 +539,11 @@ void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::s
 
 constexpr std::size_t kPanelRows = 32, kPanels = 4;  // rows of W unpacked at a time; panels of x that use them
 constexpr std::size_t kMaxBlocks = kStretch / kGrain;
+#if defined(__AVX512VNNI__)
+constexpr int kUnrolled = 8;
+#else
+constexpr int kUnrolled = 1;  // a dot product is many instructions
+#endif
 
 // Sixteen rows of x, in the memory that the caller gave.
 template <int Bits, int Limbs>
@@ -633,9 +614,9 @@ struct Unpacked {
   alignas(64) float scales[kPanelRows][kMaxBlocks + kWords];
 };
 
-template <bool Half, int Bits>
-inline void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin, std::size_t runs,
-                           const Sharing& sharing, Unpacked* out) {
+template <int Bits>
+[[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
+                                      std::size_t runs, const Sharing& sharing, Unpacked* out) {
   const std::size_t block = block_columns(w), wanted = runs * kRun;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
   for (std::size_t r = 0; r < kPanelRows; ++r) {
@@ -655,7 +636,7 @@ inline void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end,
       }
     }
     if (w.groups > 1) {
-      load_scales<Half>(w, from, sharing, begin / block, runs * kRunColumns<Bits> / block, out->scales[r]);
+      load_scales(w, from, sharing, begin / block, runs * kRunColumns<Bits> / block, out->scales[r]);
     } else {
       out->scales[r][0] = 1.0f;  // the only one multiplies the sum
     }
@@ -701,9 +682,9 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
         const Ints low = load<Ints>(x.offset + (at - i) * sums + kPanelWidth + i);
         for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
       }
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolled
       for (std::size_t p = 0; p < parts; ++p) {
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolled
         for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
 #pragma GCC unroll 8
           for (std::size_t r = 0; r < Rows; ++r) {
@@ -730,34 +711,31 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
 }
 
 // What groups add beside their codes.
-template <bool Half, int Bits, int Limbs>
-inline void add_middles(const Quantized& w, const Panel<Bits, Limbs>& x, std::size_t row,
-                        double (&total)[kPanelWidth]) {
+[[gnu::noinline]] void add_middles(const Quantized& w, const float* group_sum, float middle_code, std::size_t row,
+                                   double (&total)[kPanelWidth]) {
   using V = Vec<float>;
   constexpr std::size_t vectors = kPanelWidth / kLanes<float>;
   for (std::size_t g = 0; g < w.groups; g += kWords) {
     const std::size_t n = w.groups - g < kWords ? w.groups - g : kWords;
-    V scale[kWordVectors], minimum[kWordVectors], part[vectors] = {};
-    load_last_params<Half>(w, w.scale, row * w.param_stride + g, n, scale);
-    load_last_params<Half>(w, w.minimum, row * w.param_stride + g, n, minimum);
-    for (std::size_t i = 0; i < kWordVectors; ++i) minimum[i] += scale[i] * (kMiddle<Bits> * kStep<Bits>);
-    float middle[kWords];
-    std::memcpy(middle, minimum, sizeof middle);
+    float scale[kWords], middle[kWords], sums[kPanelWidth];
+    load_params(w, w.scale, row * w.param_stride + g, n, scale);
+    load_params(w, w.minimum, row * w.param_stride + g, n, middle);
+    for (std::size_t j = 0; j < kWords; ++j) middle[j] += scale[j] * middle_code;
+    V part[vectors] = {};
     for (std::size_t j = 0; j < n; ++j) {
-      const float* sums = x.group_sum + (g + j) * kPanelWidth;
-      for (std::size_t i = 0; i < vectors; ++i) part[i] += middle[j] * load<V>(sums + i * kLanes<float>);
+      const float* x = group_sum + (g + j) * kPanelWidth;
+      for (std::size_t i = 0; i < vectors; ++i) part[i] += middle[j] * load<V>(x + i * kLanes<float>);
     }
-    float sums[kPanelWidth];
     std::memcpy(sums, part, sizeof sums);
     add_to(total, sums);
   }
 }
 
 // Rows [row, end), kPanelRows at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
-template <bool Half, int Bits, int Limbs>
+template <int Bits, int Limbs>
 void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
                    std::size_t row, std::size_t end) {
-  constexpr std::size_t rows_at_once = kVectorBytes == 64 ? 8 : 2;  // as many as there are registers for
+  constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // as many as there are registers for
   const std::size_t block = block_columns(w), runs = (w.row_bytes + kRun - 1) / kRun;
   const bool one_group = w.groups == 1;
   const Sharing sharing(one_group ? 0 : w.group / block);
@@ -777,7 +755,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
     const std::size_t n = runs - first < stretch_runs ? runs - first : stretch_runs;
     const std::size_t blocks = n * kRunColumns<Bits> / block;
     Unpacked unpacked;
-    unpack_stretch<Half, Bits>(w, row, end, begin, n, sharing, &unpacked);
+    unpack_stretch<Bits>(w, row, end, begin, n, sharing, &unpacked);
     for (std::size_t p = 0; p < panels; ++p) {
       const Panel<Bits, Limbs> x = panel(p);
       for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
@@ -798,7 +776,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
     const std::size_t first = batch + p * kPanelWidth;
     for (std::size_t r = 0; row + r < end; ++r) {
       double (&sums)[kPanelWidth] = total[p][r];
-      if (!one_group) add_middles<Half>(w, x, row + r, sums);
+      if (!one_group) add_middles(w, x.group_sum, kMiddle<Bits> * kStep<Bits>, row + r, sums);
       for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
         const double exact = one_group ? one_group_product<Bits>(w, row + r, sums[b], x.group_sum + 2 * b) : sums[b];
         const float sum = static_cast<float>(exact);
@@ -817,15 +795,16 @@ void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, st
     const std::size_t panels = (count + kPanelWidth - 1) / kPanelWidth;
     for (std::size_t row = begin; row < end; row += kPanelRows) {
       const std::size_t stop = end - row < kPanelRows ? end : row + kPanelRows;
-      w.half ? linear_panels<true, Bits, Limbs>(w, io, b, panels, count, row, stop)
-             : linear_panels<false, Bits, Limbs>(w, io, b, panels, count, row, stop);
+      linear_panels<Bits, Limbs>(w, io, b, panels, count, row, stop);
     }
   }
   const std::size_t rows_in_cache = io.batch - in_panels <= 1 ? end : 16;
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
     std::size_t b = in_panels;
+#if !defined(__SSE2__) || defined(__AVX2__)  // too few registers
     for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
+#endif
     for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 1>(w, io, b, row, stop);
   }
 }
