@@ -61,7 +61,8 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   Shared all{};
   std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all.range) : 0};
   if (group_size == 0 && refit && flags == 0) all.pair = k.fit(from.data, from.size, bits, all.range);
-  parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+  const double passes = refit ? 16 : 1;  // least squares is arithmetic, eight times over
+  parallel_for(rows, passes * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
   });
   return flags;
