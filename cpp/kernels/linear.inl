@@ -208,7 +208,7 @@ inline std::int32_t round_grain(const float* x, std::size_t left, float scale, s
     // Each limb is signed, so what is above it is rounded.
     const Ints limbs[3] = {Limbs == 1 ? n : (n + 0x8080) >> 16, (n + 0x80) >> 8, n};
     for (int l = 0; l < Limbs; ++l) {
-      store_low_bytes(bytes[l] + at + i * lanes, bit_cast<Vec<std::uint32_t>>(limbs[l]));
+      store(bytes[l] + at + i * lanes, convert<std::uint8_t, lanes>(limbs[l]));
     }
   }
   return fold(total, [](auto a, auto b) { return a + b; });
@@ -333,7 +333,7 @@ struct Sharing {
 
 // What is wanted soon, in the order in which it lies in memory: an even trickle of requests for the outer cache, far
 // ahead. (Rows that are read side by side are too many short streams for a core to foresee, a burst is dropped.)
-struct Ahead {
+struct NextRows {
   const char* codes;
   const char* scale;
   const char* minimum;
@@ -351,7 +351,7 @@ struct Ahead {
 // registers.
 template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGroup>
 [[gnu::noinline]] void add_runs(const std::uint8_t* const (&codes)[Rows], const Scales* scales, int shift,
-                                const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs, const Ahead& ahead,
+                                const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs, const NextRows& next_rows,
                                 Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
@@ -359,7 +359,7 @@ template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGrou
   const Ints index = lane_numbers() >> (shift < 4 ? shift : 4);
   V sums[Rows][Batch][kWordVectors] = {};
   for (std::size_t run = 0; run < runs; ++run) {
-    ahead.fetch<Rows>(run);
+    next_rows.fetch<Rows>(run);
     for (std::size_t i = 0; i < kWordVectors; ++i) {
       const std::size_t group = (run * kWords + i * lanes) >> shift, vector = group / lanes * lanes;
       const Ints lane = index + static_cast<std::int32_t>(group - vector);
@@ -424,10 +424,10 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   const int shift = one_group ? 31 : sharing.shift;
 
   const std::size_t param_bytes = w.half ? 2 : 4, next = rows[0] + 2 * Rows;
-  Ahead ahead = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
-                 static_cast<const char*>(w.scale) + next * w.param_stride * param_bytes,
-                 static_cast<const char*>(w.minimum) + next * w.param_stride * param_bytes,
-                 Rows * w.param_stride * param_bytes / (runs > 0 ? runs : 1)};
+  NextRows next_rows = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
+                        static_cast<const char*>(w.scale) + next * w.param_stride * param_bytes,
+                        static_cast<const char*>(w.minimum) + next * w.param_stride * param_bytes,
+                        Rows * w.param_stride * param_bytes / (runs > 0 ? runs : 1)};
   for (std::size_t begin = 0; begin < runs; begin += kStretchRuns) {
     const std::size_t count = runs - begin < kStretchRuns ? runs - begin : kStretchRuns;
     Scales scales[Rows];
@@ -453,11 +453,11 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
       }
     }
     one_group&& Batch == 1
-        ? add_runs<Bits, Limbs, Rows, Batch, Batch == 1>(codes, scales, shift, from, count, ahead, total)
-        : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, shift, from, count, ahead, total);
-    ahead.codes += Rows * count * kRun;
-    ahead.scale += count * ahead.param_step;
-    ahead.minimum += count * ahead.param_step;
+        ? add_runs<Bits, Limbs, Rows, Batch, Batch == 1>(codes, scales, shift, from, count, next_rows, total)
+        : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, shift, from, count, next_rows, total);
+    next_rows.codes += Rows * count * kRun;
+    next_rows.scale += count * next_rows.param_step;
+    next_rows.minimum += count * next_rows.param_step;
   }
   if (!one_group) add_middles(w, x, rows, total);
 }
@@ -654,7 +654,7 @@ inline void add_to(double* total, const float* sums) {
 // Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
 [[gnu::noinline]] void add_blocks(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
-                                  std::size_t first_block, std::size_t blocks, int shift, const Ahead& ahead,
+                                  std::size_t first_block, std::size_t blocks, int shift, const NextRows& next_rows,
                                   double (*total)[kPanelWidth]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
@@ -673,7 +673,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
       const std::size_t at = (first_block + block) * kPanelWidth + i;
       const std::int8_t* limbs = x.limbs + (first_block + block) * block_bytes + 4 * i;
       const Ints offset = load<Ints>(x.offset + (at - i) * sums + i);
-      if (i == 0) ahead.fetch<Bits / 2>(block);
+      if (i == 0) next_rows.fetch<Bits / 2>(block);
       Ints part[Limbs][Rows] = {};
       if constexpr (Bits != 2) {
         for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
@@ -745,10 +745,10 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
     return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
   };
   const std::size_t param_bytes = (w.half ? 2 : 4) * w.param_stride, next = row + kPanelRows;
-  Ahead ahead = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
-                 static_cast<const char*>(w.scale) + next * param_bytes,
-                 static_cast<const char*>(w.minimum) + next * param_bytes,
-                 rows_at_once * param_bytes * block / (w.cols > 0 ? w.cols : 1)};
+  NextRows next_rows = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
+                        static_cast<const char*>(w.scale) + next * param_bytes,
+                        static_cast<const char*>(w.minimum) + next * param_bytes,
+                        rows_at_once * param_bytes * block / (w.cols > 0 ? w.cols : 1)};
   for (std::size_t begin = 0; begin < w.cols; begin += kStretch) {
     constexpr std::size_t stretch_runs = kStretch / kRunColumns<Bits>;
     const std::size_t first = begin / kRunColumns<Bits>;
@@ -760,14 +760,14 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
       const Panel<Bits, Limbs> x = panel(p);
       for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
         const auto add = [&](auto words) {
-          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, ahead,
+          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, next_rows,
                                                              total[p] + r);
         };
         block == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
         if (p > 0) continue;
-        ahead.codes += blocks * (Bits / 2) * kRun;
-        ahead.scale += blocks * ahead.param_step;
-        ahead.minimum += blocks * ahead.param_step;
+        next_rows.codes += blocks * (Bits / 2) * kRun;
+        next_rows.scale += blocks * next_rows.param_step;
+        next_rows.minimum += blocks * next_rows.param_step;
       }
     }
   }
