@@ -59,12 +59,7 @@ def linear(
     -----
     The order of sums is fixed: the result is bit for bit the same on every instruction set and for any number of
     threads. Rows of `x` are taken sixteen at a time (twelve at least), others by themselves: the two add up in another
-    The order of sums is fixed: the result is bit for bit the same on every instruction set and for any number of
-    threads. Rows of `x` are taken sixteen at a time (twelve at least), others by themselves: the two add up in another
     order, as does a sparse weight for five rows or more. On CPUs without dot products of bytes (AVX-512 VNNI, NEON dot
-    product) an exact product of 128 rows or more with a quantized weight is left to NumPy's BLAS, a decoded panel at a
-    time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
-    weight, see `SparseTensor`.
     product) an exact product of 128 rows or more with a quantized weight is left to NumPy's BLAS, a decoded panel at a
     time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
     weight, see `SparseTensor`.
