@@ -350,7 +350,7 @@ struct NextRows {
 // Adds `runs` runs of `Rows` rows by `Batch` rows of x to the partial sums. Kept apart so that its loop has all
 // registers.
 template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGroup>
-[[gnu::noinline]] void add_runs(const std::uint8_t* const (&codes)[Rows], const Scales* scales, int shift,
+[[gnu::noinline]] void add_runs(const std::uint8_t* const (&codes)[Rows], const float* const (&scales)[Rows], int shift,
                                 const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs, const NextRows& next_rows,
                                 Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
@@ -373,7 +373,7 @@ template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGrou
         word_sums(parts, from, i * lanes, product);
         for (std::size_t r = 0; r < Rows; ++r) {
           product[r] *= load<V>(from.scale + i * lanes);
-          sums[r][b][i] += OneGroup ? product[r] : product[r] * lookup(scales[r].at + vector, lane);
+          sums[r][b][i] += OneGroup ? product[r] : product[r] * lookup(scales[r] + vector, lane);
         }
       }
     }
@@ -385,29 +385,19 @@ template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGrou
   }
 }
 
-// Adds what groups add beside their codes: the value in the middle times the sum of x.
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
-inline void add_middles(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
-                        Vec<float> (*total)[Batch][kWordVectors]) {
+// Adds what groups [first, first + n) of a row add beside their codes: the value in the middle times the sum of x.
+template <int Bits, int Limbs, std::size_t Batch>
+inline void add_middles(const float* scale, const float* minimum, std::size_t first, std::size_t n,
+                        const Prepared<Bits, Limbs> (&x)[Batch], Vec<float> (&rest)[Batch][kWordVectors]) {
   using V = Vec<float>;
-  constexpr std::size_t lanes = kLanes<float>, chunk = 256;
-  alignas(64) float scale[chunk], minimum[chunk];
-  for (std::size_t r = 0; r < Rows; ++r) {
-    V rest[Batch][kWordVectors] = {};
-    for (std::size_t first = 0; first < w.groups; first += chunk) {
-      const std::size_t n = w.groups - first < chunk ? w.groups - first : chunk;
-      load_params(w, w.scale, rows[r] * w.param_stride + first, n, scale);
-      load_params(w, w.minimum, rows[r] * w.param_stride + first, n, minimum);
-      for (std::size_t g = 0; g < n; g += kWords) {
-        for (std::size_t i = 0; i < kWordVectors; ++i) {
-          const std::size_t at = g + i * lanes;
-          const V middle = load<V>(minimum + at) + load<V>(scale + at) * (kMiddle<Bits> * kStep<Bits>);
-          for (std::size_t b = 0; b < Batch; ++b) rest[b][i] += middle * load<V>(x[b].group_sum + first + at);
-        }
-      }
-    }
-    for (std::size_t b = 0; b < Batch; ++b) {
-      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[b][i];
+  constexpr std::size_t lanes = kLanes<float>;
+  for (std::size_t g = 0; g < n; g += kWords) {
+    for (std::size_t i = 0; i < kWordVectors; ++i) {
+      const std::size_t at = g + i * lanes;
+      V middle = load<V>(minimum + at) + load<V>(scale + at) * (kMiddle<Bits> * kStep<Bits>);
+      if (n < at + lanes)
+        middle = lane_numbers() < static_cast<std::int32_t>(n) - static_cast<std::int32_t>(at) ? middle : V{};
+      for (std::size_t b = 0; b < Batch; ++b) rest[b][i] += middle * load<V>(x[b].group_sum + first + at);
     }
   }
 }
@@ -423,6 +413,15 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   const Sharing sharing(one_group ? 0 : w.group * Bits / 32);
   const int shift = one_group ? 31 : sharing.shift;
 
+  // Rows that follow each other have their parameters side by side: those of a stretch are loaded at once.
+  const bool at_once = !one_group && sharing.shared && runs <= kStretchRuns;
+  alignas(64) float scale[Rows * kStretchWords + kWords], minimum[Rows * kStretchWords + kWords];
+  if (at_once) {
+    const std::size_t first = rows[0] * w.param_stride, n = (rows[Rows - 1] - rows[0]) * w.param_stride + w.groups;
+    load_params(w, w.scale, first, n, scale);
+    load_params(w, w.minimum, first, n, minimum);
+  }
+
   const std::size_t param_bytes = w.half ? 2 : 4, next = rows[0] + 2 * Rows;
   NextRows next_rows = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
                         static_cast<const char*>(w.scale) + next * w.param_stride * param_bytes,
@@ -430,15 +429,17 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
                         Rows * w.param_stride * param_bytes / (runs > 0 ? runs : 1)};
   for (std::size_t begin = 0; begin < runs; begin += kStretchRuns) {
     const std::size_t count = runs - begin < kStretchRuns ? runs - begin : kStretchRuns;
-    Scales scales[Rows];
+    Scales loaded[Rows];
+    const float* scales[Rows];
     const std::uint8_t* codes[Rows];
     const Run<Bits, Limbs>* from[Batch];
     for (std::size_t r = 0; r < Rows; ++r) {
       codes[r] = w.codes + rows[r] * w.row_bytes + begin * kRun;
-      if (!one_group) {
-        load_scales(w, rows[r], sharing, begin * kWords, count * kWords, scales[r].at);
-      } else {
-        for (std::size_t l = 0; l < kWords; ++l) scales[r].at[l] = 1.0f;
+      scales[r] = at_once ? scale + (rows[r] - rows[0]) * w.param_stride : loaded[r].at;
+      if (!one_group && !at_once) {
+        load_scales(w, rows[r], sharing, begin * kWords, count * kWords, loaded[r].at);
+      } else if (one_group) {
+        for (std::size_t l = 0; l < kWords; ++l) loaded[r].at[l] = 1.0f;
       }
     }
     for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
@@ -459,7 +460,23 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     next_rows.scale += count * next_rows.param_step;
     next_rows.minimum += count * next_rows.param_step;
   }
-  if (!one_group) add_middles(w, x, rows, total);
+  for (std::size_t r = 0; r < Rows && !one_group; ++r) {
+    Vec<float> rest[Batch][kWordVectors] = {};
+    if (at_once) {
+      const std::size_t at = (rows[r] - rows[0]) * w.param_stride;
+      add_middles(scale + at, minimum + at, 0, w.groups, x, rest);
+    } else {
+      for (std::size_t first = 0; first < w.groups; first += kStretchWords) {
+        const std::size_t n = w.groups - first < kStretchWords ? w.groups - first : kStretchWords;
+        load_params(w, w.scale, rows[r] * w.param_stride + first, n, scale);
+        load_params(w, w.minimum, rows[r] * w.param_stride + first, n, minimum);
+        add_middles(scale, minimum, first, n, x, rest);
+      }
+    }
+    for (std::size_t b = 0; b < Batch; ++b) {
+      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[b][i];
+    }
+  }
 }
 
 // For each of four rows its sixteen partial sums as a tree in double: the first step adds lanes 8 apart, the last
