@@ -38,7 +38,7 @@ std::size_t count_ties(const void* from, std::size_t begin, std::size_t end, std
 // A bit for each lane of a comparison, of 32 or 64 bits.
 template <class S>
 inline unsigned lane_bits(S lanes) {
-  constexpr bool wide = sizeof lanes[0] == 8;
+  [[maybe_unused]] constexpr bool wide = sizeof lanes[0] == 8;
 #if defined(__AVX512DQ__)
   const __m512i v = bit_cast<__m512i>(lanes);
   return wide ? unsigned{_mm512_movepi64_mask(v)} : unsigned{_mm512_movepi32_mask(v)};
