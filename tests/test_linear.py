@@ -208,3 +208,27 @@ def test_many_rows_of_x(shape, rng):
     if shape[0] > 5 and cols == 1000:
         with pytest.raises(ValueError, match="shares memory with"):
             fo.linear(x, q[:1000], out=x.reshape(-1)[: 140 * 600].reshape(2, 70, 600))
+
+
+@pytest.mark.parametrize("pack", [fo.quantize, fo.SparseTensor.from_dense, np.asarray])
+def test_out_shares_memory_with_nothing(pack, rng):
+    memory = rng.standard_normal(3 * 64).astype("f4")
+    x, bias, out = memory[:64], memory[64:128], memory[128:]
+    w = rng.standard_normal((64, 64)).astype("f4")
+    assert same_bits(fo.linear(x, pack(w), bias, out=out), fo.linear(x, pack(w), bias))
+    for name, alias in (("x", memory[:64]), ("bias", memory[96:160])):
+        with pytest.raises(ValueError, match=f"shares memory with (out|{name})"):
+            fo.linear(x, pack(w), bias, out=alias)
+
+
+@pytest.mark.parametrize("cols", [1024, 1000])
+@pytest.mark.parametrize("group_size", [16, 128])
+def test_a_row_that_is_not_finite_leaves_its_neighbours_alone(isa, cols, group_size, rng):
+    x = rng.standard_normal((1, cols)).astype("f4")
+    for bits in (8, 4, 2):
+        q = fo.quantize(rng.standard_normal((4, cols)).astype("f4"), bits, group_size=group_size)
+        alone = [fo.linear(x, q[row : row + 1])[0, 0] for row in range(4)]
+        q.scale[1, 0], q.minimum[2, -1] = np.inf, np.nan
+        got = fo.linear(x, q)[0]
+        assert same_bits(got[[0, 3]], np.array(alone, "f4")[[0, 3]])
+        assert not np.isfinite(got[[1, 2]]).any()

@@ -413,8 +413,10 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   const Sharing sharing(one_group ? 0 : w.group * Bits / 32);
   const int shift = one_group ? 31 : sharing.shift;
 
-  // Rows that follow each other have their parameters side by side: those of a stretch are loaded at once.
-  const bool at_once = !one_group && sharing.shared && runs <= kStretchRuns;
+  // Rows that follow each other have their parameters side by side: those of a stretch are loaded at once, unless words
+  // behind the last column would meet those of the next row, whose product with zero need not be zero.
+  const bool full = w.groups << sharing.shift == runs * kWords;
+  const bool at_once = !one_group && sharing.shared && full && runs <= kStretchRuns;
   alignas(64) float scale[Rows * kStretchWords + kWords], minimum[Rows * kStretchWords + kWords];
   if (at_once) {
     const std::size_t first = rows[0] * w.param_stride, n = (rows[Rows - 1] - rows[0]) * w.param_stride + w.groups;

@@ -53,7 +53,7 @@ def linear(
     TypeError
         If an array is not float32.
     ValueError
-        If shapes do not match, or `out` is read-only, not contiguous, or shares memory with `x`.
+        If shapes do not match, or `out` is read-only, not contiguous, or shares memory with another array.
 
     Notes
     -----
@@ -92,24 +92,26 @@ def linear(
         raise TypeError(f"out: expected a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
     elif out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out: expected a C-contiguous array of shape {shape}, got shape {out.shape}")
+    else:
+        for name, array in (("x", x), ("w", w), ("bias", bias)):
+            if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
+                raise ValueError(f"out: shares memory with {name}")
     if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype != np.float32):
         raise TypeError(f"bias: expected a float32 array, got {getattr(bias, 'dtype', type(bias).__name__)}")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias: expected shape {(rows,)}, got {bias.shape}")
     batch = math.prod(shape[:-1])
-    x2, out2 = np.require(x, requirements=["C", "A"]).reshape(batch, cols), out.reshape(batch, rows)
+    if not (x.flags.c_contiguous and x.flags.aligned):
+        x = np.require(x, requirements=["C", "A"])
+    x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
 
     if isinstance(w, SparseTensor):
         multiply(x2, w, bias, out2)
     elif isinstance(w, QuantizedTensor):
-        if np.may_share_memory(out2, x2):
-            raise ValueError("out: shares memory with x")
         _by_panels(x2, w, bias, out2)
     else:
         if w.dtype != np.float32:
             raise TypeError(f"w: expected float32, got {w.dtype}")
-        if np.may_share_memory(out2, x2) or np.may_share_memory(out2, w):
-            raise ValueError("out: shares memory with x or w")
         np.matmul(x2, w.reshape(rows, cols).T, out=out2)
         if bias is not None:
             np.add(out2, bias, out=out2)
