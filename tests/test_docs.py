@@ -40,3 +40,14 @@ def test_public_names_are_documented(name):
     assert "Parameters\n" in text or "Returns\n" in text or "Attributes\n" in text or name == "show_config", name
     if inspect.isfunction(item):
         assert "Examples\n" in text or name in ("load", "restore"), name
+
+
+@pytest.mark.parametrize("cls", [*fo.Optimizer.__subclasses__(), fo.AdamW])
+def test_optimizers_document_every_option(cls):
+    sections = inspect.getdoc(cls).split("Parameters\n----------\n")[1].split("\n\n")
+    listed = {
+        name.strip() for line in sections[0].splitlines() if " : " in line for name in line.split(":")[0].split(",")
+    }
+    own = set(inspect.signature(cls).parameters) - {"common"}
+    assert listed == own | set(fo.optim.Common.__annotations__)
+    assert sections[1].startswith("Raises\n")

@@ -77,7 +77,7 @@ def linear(
     limbs = _LIMBS.get(precision)
     if limbs is None:
         raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
-    if isinstance(w, QuantizedTensor) and not (limbs == 3 and _pays_for_panels(x, w)):
+    if isinstance(w, QuantizedTensor) and (limbs == 1 or not _pays_for_panels(x, w)):
         return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
     x = np.asarray(x)
     if x.dtype != np.float32:
@@ -119,8 +119,9 @@ def linear(
 
 
 def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:
-    slow = _core.isa() not in ("vnni", "dotprod")
-    return slow and isinstance(x, np.ndarray) and math.prod(x.shape[:-1]) >= _PANEL_BATCH and len(w.shape) > 1
+    if not isinstance(x, np.ndarray) or x.ndim < 2 or math.prod(x.shape[:-1]) < _PANEL_BATCH:
+        return False
+    return _core.isa() not in ("vnni", "dotprod") and len(w.shape) > 1
 
 
 def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array) -> None:

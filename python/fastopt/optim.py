@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -118,10 +119,12 @@ class _Group:
         options: Mapping[str, Any],
         names: list[str],
         params: list[Array],
+        rule: str,
         keys: tuple[str, ...],
         common: Mapping[str, Any],
     ) -> None:
         self.checked = dict(options)  # as they were when they were found to be right
+        self.rule = rule
         self.rule_states = keys
         tree = options["params"]
         # What gradients come in: what the parameters came in.
@@ -170,7 +173,7 @@ class _Group:
             if grad is None:
                 break
         else:
-            if counts and counts.count(counts[0]) == len(counts):
+            if counts and (len(counts) == 1 or counts.count(counts[0]) == len(counts)):
                 return ((counts[0], None),)
         by_count: dict[int, list[int]] = {}
         for i, (count, grad) in enumerate(zip(counts, grads, strict=True)):
@@ -221,6 +224,14 @@ class Optimizer(abc.ABC):
 
     param_groups: list[dict[str, Any]]
 
+    def __init_subclass__(cls) -> None:
+        """Spell out in the subclass's documentation what it says of `params`, `lr` and the common options."""
+        if cls.__doc__ and Optimizer.__doc__:  # -OO leaves none
+            shared = inspect.cleandoc(Optimizer.__doc__).split("Parameters\n----------\n")[1].split("\nAttributes")[0]
+            first, others = shared.split("l1 :")
+            own = inspect.cleandoc(cls.__doc__).replace("params, lr\n    See `Optimizer`.\n", first)
+            cls.__doc__ = own.replace("**common\n    See `Optimizer`.\n", f"l1 :{others}")
+
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = sorted(set(common) - set(Common.__annotations__))
         if unknown:
@@ -243,6 +254,7 @@ class Optimizer(abc.ABC):
         _flags(self._common)
         if not isinstance(self._common["seed"], int | np.integer):
             raise TypeError(f"seed: expected an integer, got {type(self._common['seed']).__name__}")
+        self._note_chance()
         self._defaults = {
             **defaults,
             "l1": common.get("l1", 0.0),
@@ -321,7 +333,8 @@ class Optimizer(abc.ABC):
                 ("stochastic_rounding", narrow or not self._common["stochastic_rounding"], "False"),
             ):
                 _require(fits, option, f"{needed} for {name!r} of {param.dtype}", self._common[option])
-        self._groups.append(_Group(options, names, params, self._states(options), self._common))
+        rule, states = self._rule(options), self._states(options)
+        self._groups.append(_Group(options, names, params, rule, states, self._common))
         self.param_groups.append(options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -332,6 +345,10 @@ class Optimizer(abc.ABC):
         _flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
             _number(options, name)
+
+    def _note_chance(self) -> None:
+        """Note whether a step rounds anything by chance."""
+        self._chance = self._common["stochastic_rounding"] or self._common["state_dtype"] != "float32"
 
     def _refuse_uint8(self, when: str) -> None:
         dtype = self._common["state_dtype"]
@@ -385,15 +402,13 @@ class Optimizer(abc.ABC):
                 return norm
 
         jobs: list[tuple[Any, ...]] = []
-        stochastic = self._common["stochastic_rounding"]
-        chance = stochastic or self._common["state_dtype"] != "float32"
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
             if options != group.checked:
                 self._check_options(options)
                 states = self._states(options)
                 _require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
-                group.checked = dict(options)
+                group.checked, group.rule = dict(options), self._rule(options)
             lr = options["lr"]
             if callable(lr):
                 lr = _number({"lr": lr(self._steps[0])}, "lr")
@@ -401,10 +416,10 @@ class Optimizer(abc.ABC):
             for count, indices in group.jobs(grads_of_group):
                 jobs.append(
                     (
-                        self._rule(options),
+                        group.rule,
                         self._hyper(options, lr, count + 1, common),
-                        stochastic,
-                        _mixed(self._common["seed"], self._steps[0], len(jobs)) if chance else 0,
+                        self._common["stochastic_rounding"],
+                        _mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
                         group.names,
                         group.params,
                         grads_of_group,
@@ -502,6 +517,7 @@ class Optimizer(abc.ABC):
         self._steps[0] = int(state_dict["steps"])
         self.skipped = int(state_dict.get("skipped", 0))
         self._common.update({key: state_dict[key] for key in self._common})
+        self._note_chance()
 
     def __repr__(self) -> str:
         count = sum(len(group.params) for group in self._groups)
@@ -583,7 +599,7 @@ class SGD(Optimizer):
     nesterov : bool
         Needs ``momentum > 0`` and ``dampening == 0``.
     **common
-        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`.
+        See `Optimizer`.
 
     Raises
     ------
@@ -651,7 +667,7 @@ class Adagrad(Optimizer):
         s &= s + g^2 \\
         w &= w - \frac{\mathrm{lr}}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \varepsilon}
 
-    with ``lr_decay`` :math:`\eta`.
+    with ``lr_decay`` :math:`\eta`. States of 8 bits are refused: they cannot hold a sum that only grows.
 
     Parameters
     ----------
@@ -666,8 +682,7 @@ class Adagrad(Optimizer):
     eps : float
         Keeps the denominator from zero.
     **common
-        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
-        state_dtype may not be "uint8", which cannot hold a sum that only grows.
+        See `Optimizer`.
 
     Raises
     ------
@@ -739,7 +754,7 @@ class RMSprop(Optimizer):
         w &= w - \mathrm{lr} \cdot b
 
     Centered, the variance :math:`v - \bar g^2` takes the place of :math:`v` in the root, with the running mean
-    :math:`\bar g` of the gradient.
+    :math:`\bar g` of the gradient; states of 8 bits are refused then, as rounding would swallow the difference.
 
     Parameters
     ----------
@@ -756,8 +771,7 @@ class RMSprop(Optimizer):
     centered : bool
         See above.
     **common
-        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
-        state_dtype may not be "uint8" if centered, where rounding would swallow the difference.
+        See `Optimizer`.
 
     Raises
     ------
@@ -830,7 +844,8 @@ class Adam(Optimizer):
         w &= w - \frac{\mathrm{lr}}{1 - \beta_1^t} \cdot
              \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \varepsilon}
 
-    AMSGrad puts the largest :math:`v` so far in the root.
+    AMSGrad puts the largest :math:`v` so far in the root; states of 8 bits are refused then, as chance would only
+    ever raise it.
 
     Parameters
     ----------
@@ -845,8 +860,7 @@ class Adam(Optimizer):
     amsgrad : bool
         See above.
     **common
-        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`;
-        state_dtype may not be "uint8" with amsgrad, where chance would only ever raise the largest.
+        See `Optimizer`.
 
     Raises
     ------
@@ -921,10 +935,18 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, **common
-        As in `Adam`.
+    params, lr
+        See `Optimizer`.
+    betas : (float, float)
+        Decay of the running means of the gradient and of its square, each at least 0 and below 1.
+    eps : float
+        Keeps the denominator from zero.
     weight_decay : float
-        Decoupled; 0.01 unless said otherwise.
+        Decoupled, :math:`\lambda`.
+    amsgrad : bool
+        See `Adam`.
+    **common
+        See `Optimizer`.
 
     Raises
     ------
@@ -981,7 +1003,7 @@ class Lion(Optimizer):
     weight_decay : float
         Decoupled, :math:`\lambda`.
     **common
-        l1, keep_zeros, maximize, max_norm, state_dtype, master_weights, stochastic_rounding, seed: see `Optimizer`.
+        See `Optimizer`.
 
     Raises
     ------
