@@ -16,13 +16,18 @@ from fastopt.bench import FASTOPT, NUMPY, OPTIMIZERS, Array, Call, Case, Step, l
 TORCH = "torch fused"
 
 
+def parameter(torch: Any, w: Array, g: Array) -> Any:
+    """Return a parameter of torch on the memory of w, with g as its gradient."""
+    result = torch.nn.Parameter(torch.from_numpy(w))
+    result.grad = torch.from_numpy(g)
+    return result
+
+
 def torch_steps(torch: Any) -> dict[str, Step]:
     """Torch's fused optimizers, by the names of `OPTIMIZERS`, on the same memory."""
 
     def step(make: Any, w: Array, g: Array) -> Call:
-        parameter = torch.nn.Parameter(torch.from_numpy(w))
-        parameter.grad = torch.from_numpy(g)
-        return make([parameter], lr=1e-3, fused=True).step
+        return make([parameter(torch, w, g)], lr=1e-3, fused=True).step
 
     makers = {
         "SGD": torch.optim.SGD,
@@ -88,11 +93,15 @@ def bitsandbytes_adam(bitsandbytes: Any) -> Step:
     torch = importlib.import_module("torch")
 
     def step(w: Array, g: Array) -> Call:
-        parameter = torch.nn.Parameter(torch.from_numpy(w))
-        parameter.grad = torch.from_numpy(g)
-        return bitsandbytes.optim.Adam8bit([parameter], lr=1e-3).step
+        return bitsandbytes.optim.Adam8bit([parameter(torch, w, g)], lr=1e-3).step
 
     return step
+
+
+def deepspeed_adam(deepspeed: Any) -> Any:
+    """Adam of DeepSpeed, which compiles it for this machine when it is first used: that takes two minutes."""
+    module = importlib.import_module(f"{deepspeed.__name__}.ops.adam")
+    return partial(module.DeepSpeedCPUAdam, lr=1e-3, adamw_mode=False)
 
 
 def variants() -> dict[str, Step]:
@@ -114,8 +123,11 @@ def variants() -> dict[str, Step]:
     }
 
 
-def many_small(torch: Any) -> Case:
-    """Adam on 200 tensors of 1000 to 20,000 elements; the limit has them in one."""
+def many_small(torch: Any, makers: dict[str, Any], numba: Step | None) -> Case:
+    """Adam on 200 tensors of 1000 to 20,000 elements; the limit has them in one.
+
+    `makers` take a list of parameters of torch; numba's loop takes one array at a time.
+    """
     sizes = np.linspace(1000, 20_000, 200, dtype=int)
     size = int(sizes.sum())
     grads = [normal(n, seed=1) for n in sizes]
@@ -124,11 +136,11 @@ def many_small(torch: Any) -> Case:
         FASTOPT: [partial(fo.Adam([normal(n) for n in sizes]).step, grads)],
         NUMPY: [lambda: [step() for step in rivals]],
     }
-    if torch:
-        parameters = [torch.nn.Parameter(torch.from_numpy(normal(n))) for n in sizes]
-        for parameter, g in zip(parameters, grads, strict=True):
-            parameter.grad = torch.from_numpy(g)
-        contenders[TORCH] = [torch.optim.Adam(parameters, fused=True).step]
+    if numba:
+        steps = [numba(normal(n), g) for n, g in zip(sizes, grads, strict=True)]
+        contenders["numba"] = [lambda: [step() for step in steps]]
+    for name, make in makers.items():
+        contenders[name] = [make([parameter(torch, normal(n), g) for n, g in zip(sizes, grads, strict=True)]).step]
     return Case("Adam, 200 small tensors", size, 28 * size, contenders, limit(update=4 * size, streams=4))
 
 
@@ -146,6 +158,10 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     makers = {"numba": numba_adam, "optax": optax_adam, "bitsandbytes": bitsandbytes_adam}
     peers = {name: make(module) for name, make in makers.items() if (module := common.peer(name))}
     eight_bits = {"bitsandbytes uint8": peers.pop("bitsandbytes")} if "bitsandbytes" in peers else {}
+    lists = {TORCH: partial(torch.optim.Adam, fused=True)} if torch else {}
+    if torch and (deepspeed := common.peer("deepspeed")):
+        make = lists["deepspeed"] = deepspeed_adam(deepspeed)
+        peers["deepspeed"] = lambda w, g: make([parameter(torch, w, g)]).step
     sizes = [10_000, 1_000_000] if options.quick else [10_000, 1_000_000, 20_000_000]
     if options.full:
         sizes.append(100_000_000)
@@ -165,7 +181,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         case.name += ", variants"
         case.errors = {}  # narrow states are judged by training: bench_parity.py
         yield case
-    yield many_small(torch)
+    yield many_small(torch, lists, peers.get("numba"))
     yield subnormal(1_000_000, {TORCH: fused["Adam"]} if torch else {})
 
 
