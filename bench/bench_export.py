@@ -6,7 +6,7 @@ The limit of a file is to write as many bytes and wait until they are on the dis
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def product_case(folder: Path, side: int, bits: int, batch: int) -> Case:
         made = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         return lambda: made.run(None, {"x": x})
 
-    def error(call: Call) -> float:
-        (y,) = call()  # type: ignore[func-returns-value]
+    def error(call: Callable[[], Any]) -> float:
+        (y,) = call()
         return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 
     for name, call in {

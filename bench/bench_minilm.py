@@ -48,7 +48,7 @@ def read_pairs(name: str) -> Pairs:
 def layer_norm(model: Mapping[str, Weight], name: str, x: Floats) -> Floats:
     x = x - x.mean(axis=-1, keepdims=True)
     x /= np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-12)
-    return x * dense(model[f"{name}.weight"]) + dense(model[f"{name}.bias"])
+    return x * dense(model[f"{name}.weight"]) + dense(dense(model[f"{name}.bias"]))
 
 
 def dense(w: Weight) -> Floats:
@@ -60,7 +60,7 @@ def rows(w: Weight, ids: NDArray[np.integer]) -> Floats:
 
 
 def project(model: Mapping[str, Weight], name: str, x: Floats) -> Floats:
-    return fo.linear(x, model[f"{name}.weight"], model[f"{name}.bias"])
+    return fo.linear(x, model[f"{name}.weight"], dense(model[f"{name}.bias"]))
 
 
 def gelu(x: Floats) -> Floats:
@@ -114,7 +114,7 @@ def embed(model: Mapping[str, Weight], texts: Sequence[str], tokenizer: Tokenize
     by_length = defaultdict(list)
     for text in texts:
         by_length[len(tokenizer.encode(text).ids)].append(text)
-    embeddings = {}
+    embeddings: dict[str, Floats] = {}
     for those in by_length.values():
         found = encode(model, np.array([tokenizer.encode(text).ids for text in those]))
         embeddings |= zip(those, found / np.linalg.norm(found, axis=1, keepdims=True), strict=True)
@@ -162,7 +162,7 @@ def main() -> None:
     tokenizer.no_padding()
     tests = {"WordSim353": read_pairs("wordsim353.tsv"), "SimLex999": read_pairs("simlex999.txt")}
     words = sorted({word for pairs in tests.values() for a, b, _ in pairs for word in (a, b)})
-    weights = fo.load(folder / "model.safetensors")
+    weights = fo.load(folder / "model.safetensors").unpack()
     if options.check:
         check(folder, embed(weights, words, tokenizer))
         return
@@ -177,12 +177,16 @@ def main() -> None:
             fo.pack(weights, **recipe).save(path)
             model = fo.load(path)
             embeddings = embed(model, words, tokenizer)
-            result = {"recipe": name, "bits": model.report().bits_per_weight, "file_bytes": path.stat().st_size}
+            result: dict[str, Any] = {
+                "recipe": name,
+                "bits": model.report().bits_per_weight,
+                "file_bytes": path.stat().st_size,
+            }
         for test, pairs in tests.items():
             cosines = [float(embeddings[a] @ embeddings[b]) for a, b, _ in pairs]
             result[test] = float(spearmanr([rating for _, _, rating in pairs], cosines).statistic)
         results.append(result)
-        size, share = result["file_bytes"], result["file_bytes"] / weights.nbytes
+        size, share = result["file_bytes"], result["file_bytes"] / sum(w.nbytes for w in weights.values())
         print(f"{name:48}{result['bits']:12.2f}{size / 1e6:7.2f} MB{share:12.1%}", end="")
         print("".join(f"{result[test]:12.3f}" for test in tests), flush=True)
     if options.json:

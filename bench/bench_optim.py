@@ -108,12 +108,11 @@ def variants() -> dict[str, Step]:
     """Adam with narrower states and parameters, and with all options at once; the limit is that of plain Adam."""
 
     def step(w: Array, g: Array, dtype: Any = None, **options: Any) -> Call:
-        scale = options.pop("grad_scale", None)
         if dtype is not None:
             w, g = w.astype(dtype), g.astype(dtype)
-        return partial(fo.Adam(w, **options).step, g, **({} if scale is None else {"grad_scale": scale}))
+        return partial(fo.Adam(w, **options).step, g)
 
-    everything = {"l1": 1e-6, "keep_zeros": True, "maximize": True, "weight_decay": 1e-4}
+    everything: dict[str, Any] = {"l1": 1e-6, "keep_zeros": True, "maximize": True, "weight_decay": 1e-4}
     return {
         "bfloat16 states": partial(step, state_dtype="bfloat16"),
         "uint8 states": partial(step, state_dtype="uint8"),

@@ -56,7 +56,7 @@ def train_images(data: demo.Dataset, epochs: int, state_dtype: str) -> tuple[flo
 
 def text() -> tuple[np.ndarray, int]:
     """Characters as numbers, and how many there are."""
-    loaders = (datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer, datasets.load_digits)
+    loaders: Any = (datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer, datasets.load_digits)
     characters = "".join(load().DESCR for load in (*loaders, datasets.load_diabetes))
     alphabet = sorted(set(characters))
     return np.array([alphabet.index(c) for c in characters]), len(alphabet)
@@ -131,7 +131,7 @@ def main() -> None:
         table.add_column(column, no_wrap=True)
     for column in ("bytes/parameter", "training loss", "of float32", "test score"):
         table.add_column(column, justify="right", no_wrap=True)
-    results = []
+    results: list[dict[str, Any]] = []
     for name, train in trainings(options):
         for dtype in STATES:
             loss, score, opt = train(dtype)

@@ -36,7 +36,7 @@ def bit_cases(size: int, bits: int) -> Iterator[Case]:
     codes = np.random.default_rng(0).integers(0, 1 << bits, size, np.uint8)
     packed = fo.pack_bits(codes, bits)
     packed_out, codes_out = np.empty_like(packed), np.empty_like(codes)
-    moved = {"size": size, "nbytes": codes.nbytes + packed.nbytes}
+    moved: dict[str, Any] = {"size": size, "nbytes": codes.nbytes + packed.nbytes}
     yield Case(
         name=f"pack_bits {bits} bits, {size:,}",
         contenders={
@@ -70,8 +70,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for bits in (4, 2):
         yield from bit_cases(side * side, bits)
     gaussian, minilm = {"gaussian": normal(side, side)}, {} if options.quick else minilm_weights()
-    for bits, groups in FITS.items():
-        for group_size in groups[1:2] if options.quick else groups:
+    for bits, sizes in FITS.items():
+        for group_size in sizes[1:2] if options.quick else sizes:
             yield fit_case(f"{side}x{side}", gaussian, bits, group_size)
             if minilm:
                 yield fit_case("MiniLM", minilm, bits, group_size)

@@ -74,7 +74,7 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
     """To sparse storage and back; the error is the number of wrong elements."""
     s = fo.SparseTensor.from_dense(w, layout="mask")
     dense, nonzero = np.empty_like(w), np.empty(w.shape, np.bool_)
-    moved = {"size": w.size, "nbytes": w.nbytes + s.nbytes}
+    moved: dict[str, Any] = {"size": w.size, "nbytes": w.nbytes + s.nbytes}
 
     def numpy_from_dense() -> Any:
         np.not_equal(w, 0, out=nonzero)
@@ -96,8 +96,8 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
         csr = scipy.csr_array(w)
         to[SCIPY] = [lambda: scipy.csr_array(w)]
         back[SCIPY] = [lambda: csr.toarray(out=dense)]
-    if ct and hasattr(ct, "BitmaskTensor"):  # until 0.14
-        torch = common.peer("torch")
+    torch = common.peer("torch")
+    if torch and ct and hasattr(ct, "BitmaskTensor"):  # until 0.14
         tensor = torch.from_numpy(w)
         packed = ct.BitmaskTensor.from_dense(tensor)
         to[CT] = [lambda: ct.BitmaskTensor.from_dense(tensor)]

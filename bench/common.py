@@ -119,12 +119,14 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(result["case"] for result in runs[0]["results"]))
     who = list(dict.fromkeys(r["contender"] for r in runs[0]["results"] if r["contender"] != LIMIT))
     others = iter(OTHER_COLORS)
     colors = {name: COLORS.get(name) or next(others) for name in who}
-    rows = [(case, name) for case in names for name in who if find(runs[0], case, name)]
+    shares = [{(r["case"], r["contender"]): r["of_limit"] for r in run["results"]} for run in runs]
+    rows = [(case, name) for case in names for name in who if (case, name) in shares[0]]
     y, at = {}, 0.0
     for i, (case, name) in enumerate(rows):
         at += 1.6 if i and rows[i - 1][0] != case else 1.0
@@ -136,10 +138,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(runs), figsize=(3.4 + 4.2 * len(runs), height), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, run in zip(axes[0], runs, strict=True):
+    for axis, run, of_limit in zip(axes[0], runs, shares, strict=True):
         for case, name in rows:
-            result = find(run, case, name)
-            share = result["of_limit"]
+            share = of_limit[case, name]
             axis.barh(y[case, name], min(share, 1.3), height=0.9, color=colors[name])
             axis.text(min(share, 1.3) + 0.015, y[case, name], f"{share:.2f}", **label)
         axis.axvline(1, color="#111827", linewidth=1, zorder=0)
@@ -151,14 +152,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     middle = [sum(y[c, n] for c, n in rows if c == case) / sum(c == case for c, _ in rows) for case in names]
     axes[0][0].set_yticks(middle, names, fontsize=8)
     axes[0][0].set_ylim(at + 1, -1)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in who]
+    handles = [Patch(color=colors[name]) for name in who]
     figure.legend(handles, who, loc="outside lower center", ncols=len(who), frameon=False, fontsize=8)
     machine = runs[0]["machine"]
     caption = f"{machine['cpu']} ({machine['isa']}), fastopt {machine['fastopt']}, numpy {machine['numpy']}"
     figure.suptitle(f"Share of the memory limit, longer is faster\n{caption}", fontsize=10)
     figure.savefig(path, dpi=150)
-
-
-def find(run: dict[str, Any], case: str, contender: str) -> dict[str, Any] | None:
-    same = (r for r in run["results"] if (r["case"], r["contender"]) == (case, contender))
-    return next(same, None)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Case:
     nbytes: int
     contenders: dict[str, list[Call]]
     limit: list[Call]
-    errors: dict[str, Callable[[], float]] = field(default_factory=dict)
+    errors: dict[str, Callable[[], SupportsFloat]] = field(default_factory=dict)
     reset: Call | None = None
 
 
