@@ -1,3 +1,5 @@
+import copy
+import pickle
 import signal
 import threading
 
@@ -321,6 +323,9 @@ def test_a_skipped_tensor_keeps_its_own_step_count():
         (lambda: fo.Adam([np.zeros(2)], betas=0.9), TypeError, "betas: expected two numbers, got 0.9"),
         (lambda: fo.Adam([np.zeros(2)], betas=("a", 0.9)), TypeError, "betas: expected two numbers"),
         (lambda: fo.Adam([np.zeros(2)], seed="x"), TypeError, "seed: expected an integer, got str"),
+        (lambda: fo.Adam([np.zeros(2)], seed=True), TypeError, "seed: expected an integer, got bool"),
+        (lambda: fo.Adam([np.zeros(2)], lr=10**400), ValueError, "lr: expected a finite number, 0 or more, got 1000"),
+        (lambda: fo.Adam([np.zeros(2)], state_dtype=["uint8"]), ValueError, "state_dtype: expected one of"),
         (lambda: fo.SGD([np.zeros(2)], keep_zeros="no"), TypeError, "keep_zeros: expected a bool, got str"),
         (lambda: fo.SGD(5), TypeError, "params: expected an array, a list, a dict or groups, got int"),
         (lambda: fo.Adam([np.zeros(2)], eps=np.nan), ValueError, "eps: expected a finite number"),
@@ -452,13 +457,108 @@ def test_an_interrupt_comes_before_a_step_or_after_it():
     assert interrupts == 20
 
 
+def test_numbers_of_numpy_are_those_of_python():
+    """float32 numbers would make the arithmetic between steps narrower, and a resumed run another one."""
+    w, v = np.linspace(-1, 1, 100), np.linspace(-1, 1, 100)
+    narrow = fo.AdamW(w, lr=np.float32(1e-3), betas=(np.float32(0.9), 0.999), weight_decay=np.float32(0.1))
+    wide = fo.AdamW(
+        v, lr=float(np.float32(1e-3)), betas=(float(np.float32(0.9)), 0.999), weight_decay=float(np.float32(0.1))
+    )
+    for _ in range(3):
+        narrow.step(np.ones(100))
+        wide.step(np.ones(100))
+    narrow.param_groups[0]["lr"] = np.float32(1e-4)
+    wide.param_groups[0]["lr"] = float(np.float32(1e-4))
+    narrow.step(np.ones(100), grad_scale=np.float32(0.1))
+    wide.step(np.ones(100), grad_scale=float(np.float32(0.1)))
+    assert same_bits(w, v)
+    half = np.ones(4, "f2")
+    fo.SGD(half, stochastic_rounding=True, seed=np.int64(7)).step(half.copy())
+
+
+@pytest.mark.parametrize("params", [{"a": np.zeros(2), "b": np.zeros(1)}, [np.zeros(2), np.zeros(1)], np.zeros(2)])
+def test_params_that_were_replaced_are_refused(params):
+    """Otherwise the old arrays would be stepped, which nobody looks at any more."""
+    keys = [] if isinstance(params, np.ndarray) else list(params) if isinstance(params, dict) else [0, 1]
+    opt = fo.SGD(params, lr=1.0)
+    grads = copy.deepcopy(params)
+    if keys:
+        old, params[keys[1]] = params[keys[1]], np.ones(1)
+        with pytest.raises(ValueError, match="params: expected the arrays that the optimizer was made for"):
+            opt.step(grads)
+        params[keys[1]] = old
+        opt.step(grads)
+    opt.param_groups[0]["params"] = copy.deepcopy(params)
+    with pytest.raises(ValueError, match="params: expected the arrays that the optimizer was made for"):
+        opt.step(grads)
+
+
+def test_names_that_are_the_same_are_refused():
+    with pytest.raises(ValueError, match=r"params: expected names that differ, got \['1'\]"):
+        fo.SGD({1: np.zeros(2), "1": np.zeros(2)})
+    opt = fo.SGD({"1.0": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"got \['1.0'\]"):
+        opt.add_param_group({"params": [np.zeros(2)]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_steps_its_own_arrays(copied):
+    w = {"w": np.zeros(3)}
+    opt = fo.Adam(w, lr=0.1)
+    opt.step({"w": np.ones(3)})
+    before = w["w"].copy()
+    v, twin = copied((w, opt))
+    twin.step({"w": np.ones(3)})
+    assert same_bits(w["w"], before)
+    opt.step({"w": np.ones(3)})
+    assert same_bits(w["w"], v["w"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["state"].pop("v"), r"state: expected one of 'v', got \['w'\]"),
+        (lambda d: d["state"]["v"].pop("step"), "step of 'v': expected a whole number, 0 or more, got None"),
+        (lambda d: d["state"]["v"].update(step=-1), "step of 'v': expected a whole number, 0 or more, got -1"),
+        (lambda d: d["state"]["v"].update(exp_avg=[0.0]), "exp_avg of 'v': expected an array, got \\[0.0\\]"),
+        (
+            lambda d: d["state"]["v"].update(exp_avg=np.zeros(2, "f2")),
+            "exp_avg of 'v': expected float32, got 'float16'",
+        ),
+        (lambda d: d["state"]["v"].update(dtype="float16"), "dtype of 'v': expected 'float32', got 'float16'"),
+        (lambda d: d.update(steps="3"), "steps: expected a whole number, 0 or more, got '3'"),
+        (lambda d: d.update(max_norm="x"), "max_norm: expected a number, got str"),
+        (lambda d: d.update(stochastic_rounding=True), "stochastic_rounding: expected False for 'w' of float32"),
+        (lambda d: d["param_groups"][0].pop("params"), "params: expected"),
+        (lambda d: d["param_groups"][0].update(lr=np.nan), "lr: expected a finite number, 0 or more, got nan"),
+        (lambda d: d["param_groups"][0].update(speed=1), "group: expected options among"),
+        (lambda d: d["param_groups"][0].update(betas=[0.9]), "betas: expected two numbers"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(change, message):
+    params = {"w": np.zeros(3, "f4"), "v": np.zeros(2, "f4")}
+    other = fo.Adam(copy.deepcopy(params), lr=0.5)
+    other.step({name: np.ones_like(p) for name, p in params.items()})
+    damaged = other.state_dict()
+    change(damaged)
+    opt = fo.Adam(params)
+    with pytest.raises((TypeError, ValueError), match=message):
+        opt.load_state_dict(damaged)
+    state = opt.state_dict()
+    assert state["steps"] == state["state"]["w"]["step"] == 0
+    assert not state["state"]["w"]["exp_avg"].any()
+    assert opt.param_groups[0]["lr"] == 1e-3
+
+
 def test_a_state_of_another_optimizer_is_refused(rng):
     opt = fo.Adam({"w": np.zeros(3, "f4")})
     for other, message in [
         (fo.AdamW({"w": np.zeros(3, "f4")}), "optimizer: expected 'Adam', got 'AdamW'"),
         (fo.Adam({"v": np.zeros(3, "f4")}), r"params: expected \['w'\], got \['v'\]"),
-        (fo.Adam({"w": np.zeros(4, "f4")}), r"exp_avg of 'w': expected \(3,\), got \(4,\)"),
-        (fo.Adam({"w": np.zeros(3)}), "exp_avg of 'w': expected float32, got 'float64'"),
+        (fo.Adam({"w": np.zeros(4, "f4")}), r"shape of 'w': expected \(3,\), got \(4,\)"),
+        (fo.Adam({"w": np.zeros(3)}), "dtype of 'w': expected 'float32', got 'float64'"),
+        (fo.Adam({"w": np.zeros(3, "f2")}), "dtype of 'w': expected 'float32', got 'float16'"),
         (fo.Adam([{"params": np.zeros(3, "f4")}, {"params": np.zeros(1, "f4")}]), "param_groups: expected 1, got 2"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -626,6 +726,8 @@ def test_penalties_are_what_the_options_add_to_the_loss(rng):
     w = {"a": rng.standard_normal(5), "b": rng.standard_normal((2, 3)).astype("f4")}
     assert fo.l1_penalty(w, 0.3) == pytest.approx(0.3 * sum(np.abs(x).sum() for x in w.values()), rel=1e-6)
     assert fo.l2_penalty(w, 0.3) == pytest.approx(0.15 * sum((x**2).sum() for x in w.values()), rel=1e-6)
+    assert fo.l2_penalty(w["b"].T, 0.3) == fo.l2_penalty(w["b"].T.copy(), 0.3)
+    assert fo.l1_penalty({1: w["a"], "1": w["a"]}, 0.3) == 2 * fo.l1_penalty(w["a"], 0.3)
 
 
 def test_adagrad_starts_from_its_initial_value():

@@ -1,5 +1,7 @@
 """Against torch.optim, where torch is installed."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -94,3 +96,12 @@ def test_gradients_of_bfloat16(rng):
     w = np.ones(8, ml_dtypes.bfloat16)
     fo.SGD(w, lr=0.5).step(torch.ones(8, dtype=torch.bfloat16))
     assert w.astype("f4").tolist() == [0.5] * 8
+
+
+def test_a_copy_steps_its_own_tensors():
+    params = [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]
+    opt = fo.SGD(params, lr=1.0)
+    copied, twin = copy.deepcopy((params, opt))
+    twin.step([torch.ones(3), torch.ones(2, dtype=torch.bfloat16)])
+    assert [p.tolist() for p in copied] == [[-1.0] * 3, [-1.0] * 2]
+    assert [p.tolist() for p in params] == [[0.0] * 3, [0.0] * 2]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import inspect
 import math
+import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import ml_dtypes
@@ -60,13 +62,30 @@ def _is_number(x: object) -> bool:
     return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
 
 
-def _number(options: Mapping[str, Any], name: str) -> float:
-    """Return an option that must be a finite number, 0 or more."""
-    value = options[name]
+def _float(value: Any, name: str) -> float:
+    """Return a number as Python's float: NumPy's narrower ones would make the arithmetic between steps narrower."""
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    _require(bool(math.isfinite(value) and value >= 0), name, "a finite number, 0 or more", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _number(options: MutableMapping[str, Any], name: str) -> float:
+    """Return an option that must be a finite number, 0 or more, and keep it as a float."""
+    value = _float(options[name], name)
+    _require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more", options[name])
+    options[name] = value
+    return value
+
+
+def _count(options: Mapping[str, Any], name: str, what: str) -> int:
+    """Return an entry of a saved state that must be a number of steps."""
+    value = options.get(name)
+    fits = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    _require(bool(fits), what, "a whole number, 0 or more", value)
+    return operator.index(value)  # type: ignore[arg-type]  # an integer, as was found
 
 
 def _flags(options: Mapping[str, Any]) -> None:
@@ -76,11 +95,12 @@ def _flags(options: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}: expected a bool, got {type(options[name]).__name__}")
 
 
-def _betas(options: Mapping[str, Any]) -> None:
+def _betas(options: MutableMapping[str, Any]) -> None:
     betas = options["betas"]
     if not isinstance(betas, tuple | list) or not all(_is_number(b) for b in betas):
         raise TypeError(f"betas: expected two numbers, got {betas!r}")
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
+    options["betas"] = tuple(float(b) for b in betas)  # no list, which could be changed unseen
 
 
 def as_array(x: Any) -> Any:
@@ -102,13 +122,13 @@ def as_array(x: Any) -> Any:
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else x
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Return the arrays of a dict, a list or a single array by the names that messages and states use."""
+def _leaves(tree: Any) -> tuple[list[str], list[Any]]:
+    """Return the arrays of a dict, a list or a single array, after the names that messages and states use."""
     if isinstance(tree, Mapping):
-        return {str(name): leaf for name, leaf in tree.items()}
+        return [str(name) for name in tree], list(tree.values())
     if isinstance(tree, list | tuple):
-        return {str(i): leaf for i, leaf in enumerate(tree)}
-    return {"0": tree}
+        return [str(i) for i in range(len(tree))], list(tree)
+    return ["0"], [tree]
 
 
 class _Group:
@@ -118,7 +138,7 @@ class _Group:
         self,
         options: Mapping[str, Any],
         names: list[str],
-        params: list[Array],
+        leaves: list[Any],
         rule: str,
         keys: tuple[str, ...],
         common: Mapping[str, Any],
@@ -126,12 +146,13 @@ class _Group:
         self.checked = dict(options)  # as they were when they were found to be right
         self.rule = rule
         self.rule_states = keys
-        tree = options["params"]
+        self.tree = tree = options["params"]
         # What gradients come in: what the parameters came in.
-        self.leaves = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
+        self.tree_keys = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
         self.single = not isinstance(tree, Mapping | list)
         self.names = names
-        self.params = params
+        self.leaves = leaves
+        self.params = params = [as_array(leaf) for leaf in leaves]
         self.counts = [0] * len(params)  # steps that each has taken
         self.keys = keys
         self.states: list[tuple[Array, ...]] = []
@@ -149,17 +170,32 @@ class _Group:
                 state.append(param.astype(np.float32))
             self.states.append(tuple(state))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.params = [as_array(leaf) for leaf in self.leaves]  # a copied tensor has memory of its own
+
+    def replaced(self) -> bool:
+        """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
+        here = self.tree if self.tree_keys is None else self.tree.values()
+        if len(here) == len(self.leaves) and not any(map(operator.is_not, here, self.leaves)):
+            return False
+        if self.tree_keys is None:
+            return True
+        return any(map(operator.is_not, map(self.tree.get, self.tree_keys), self.leaves))  # it may have more
+
     def gradients(self, tree: Any) -> list[Any]:
         """Return the gradients in the order of the parameters."""
         if self.single:
             return [tree if type(tree) is np.ndarray else as_array(tree)]
-        if self.leaves is not None:
+        if self.tree_keys is not None:
             if type(tree) is not dict and not isinstance(tree, Mapping):
                 raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
-            if tree.keys() != self.leaves.keys():
-                missing, extra = sorted(self.leaves.keys() - tree.keys()), sorted(tree.keys() - self.leaves.keys())
+            if tree.keys() != self.tree_keys.keys():
+                missing, extra = (
+                    sorted(a.keys() - b.keys(), key=str) for a, b in ((self.tree_keys, tree), (tree, self.tree_keys))
+                )
                 raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
-            tree = [tree[name] for name in self.leaves]
+            tree = [tree[name] for name in self.tree_keys]
         else:
             if not isinstance(tree, list | tuple):
                 raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
@@ -243,17 +279,7 @@ class Optimizer(abc.ABC):
             "stochastic_rounding": common.get("stochastic_rounding", False),
             "seed": common.get("seed", 0),
         }
-        if self._common["max_norm"] is not None:
-            _require(_number(self._common, "max_norm") > 0, "max_norm", "more than 0", self._common["max_norm"])
-        _require(
-            self._common["state_dtype"] in _STATE_DTYPES,
-            "state_dtype",
-            f"one of {sorted(_STATE_DTYPES)}",
-            self._common["state_dtype"],
-        )
-        _flags(self._common)
-        if not isinstance(self._common["seed"], int | np.integer):
-            raise TypeError(f"seed: expected an integer, got {type(self._common['seed']).__name__}")
+        self._check_common(self._common)
         self._note_chance()
         self._defaults = {
             **defaults,
@@ -268,7 +294,7 @@ class Optimizer(abc.ABC):
         single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
         if not single and not isinstance(params, Iterable):
             raise TypeError(f"params: expected an array, a list, a dict or groups, got {type(params).__name__}")
-        tree: Any = params if single else list(params)
+        tree: Any = params if single or isinstance(params, list) else list(params)
         self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
         for group in tree if self._grouped else [{"params": tree}]:
             self.add_param_group(group)
@@ -316,26 +342,44 @@ class Optimizer(abc.ABC):
 
         tree = options["params"]
         if not (isinstance(tree, Mapping) or hasattr(tree, "__array__") or hasattr(tree, "__dlpack__")):
-            options["params"] = list(tree)
-        leaves = _leaves(options["params"])
+            options["params"] = tree if isinstance(tree, list) else list(tree)
+        names, leaves = _leaves(options["params"])
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
-        names = [prefix + name for name in leaves]
-        params = [as_array(leaf) for leaf in leaves.values()]
-        _core.check_weights(
-            [name for g in self._groups for name in g.names] + names,
-            [param for g in self._groups for param in g.params] + params,
-        )
+        names = [prefix + name for name in names]
+        params = [as_array(leaf) for leaf in leaves]
+        all_names = [name for g in self._groups for name in g.names] + names
+        twice = sorted(name for name, count in Counter(all_names).items() if count > 1)
+        _require(not twice, "params", "names that differ", twice)
+        _core.check_weights(all_names, [param for g in self._groups for param in g.params] + params)
+        self._check_fit(names, params, self._common)
+        rule, states = self._rule(options), self._states(options)
+        self._groups.append(_Group(options, names, leaves, rule, states, self._common))
+        self.param_groups.append(options)
+
+    @staticmethod
+    def _check_common(common: MutableMapping[str, Any]) -> None:
+        """Raise if an option of the whole optimizer is out of range."""
+        if common["max_norm"] is not None:
+            _require(_number(common, "max_norm") > 0, "max_norm", "more than 0", common["max_norm"])
+        state_dtype, seed = common["state_dtype"], common["seed"]
+        known = isinstance(state_dtype, str) and state_dtype in _STATE_DTYPES
+        _require(known, "state_dtype", f"one of {sorted(_STATE_DTYPES)}", state_dtype)
+        _flags(common)
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+            raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+        common["seed"] = int(seed)
+
+    @staticmethod
+    def _check_fit(names: list[str], params: list[Array], common: Mapping[str, Any]) -> None:
+        """Raise if an option of the whole optimizer does not fit a parameter's dtype."""
         for name, param in zip(names, params, strict=True):
             narrow = param.dtype.itemsize == 2
             for option, fits, needed in (
-                ("state_dtype", param.dtype != np.float64 or self._common["state_dtype"] == "float32", "float32"),
-                ("master_weights", narrow or not self._common["master_weights"], "False"),
-                ("stochastic_rounding", narrow or not self._common["stochastic_rounding"], "False"),
+                ("state_dtype", param.dtype != np.float64 or common["state_dtype"] == "float32", "float32"),
+                ("master_weights", narrow or not common["master_weights"], "False"),
+                ("stochastic_rounding", narrow or not common["stochastic_rounding"], "False"),
             ):
-                _require(fits, option, f"{needed} for {name!r} of {param.dtype}", self._common[option])
-        rule, states = self._rule(options), self._states(options)
-        self._groups.append(_Group(options, names, params, rule, states, self._common))
-        self.param_groups.append(options)
+                _require(fits, option, f"{needed} for {name!r} of {param.dtype}", common[option])
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Raise if the options of a group are not among those of the optimizer, or out of range."""
@@ -385,7 +429,8 @@ class Optimizer(abc.ABC):
             If a gradient is not an array of a dtype that its parameter allows.
         ValueError
             If names or shapes do not match, an array is not contiguous or shares memory with another one, a
-            number is not finite, or an option that was changed is out of range.
+            number is not finite, an option that was changed is out of range, or a dict or list that was passed as
+            ``params`` no longer has the same arrays.
         """
         groups = self._groups
         if self._grouped or len(groups) > 1:
@@ -404,6 +449,11 @@ class Optimizer(abc.ABC):
         jobs: list[tuple[Any, ...]] = []
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
+            if options.get("params") is not group.tree or (not group.single and group.replaced()):
+                raise ValueError(
+                    "params: expected the arrays that the optimizer was made for, got others in their place; "
+                    "change arrays in place, or make another optimizer"
+                )
             if options != group.checked:
                 self._check_options(options)
                 states = self._states(options)
@@ -433,9 +483,7 @@ class Optimizer(abc.ABC):
 
     def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
         """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
-        scale = 1.0 if grad_scale is None else grad_scale
-        if not _is_number(scale):
-            raise TypeError(f"grad_scale: expected a number, got {type(scale).__name__}")
+        scale = 1.0 if grad_scale is None else _float(grad_scale, "grad_scale")
         _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
         names = [name for group in self._groups for name in group.names]
         norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for those in gradients for grad in those]))
@@ -453,14 +501,15 @@ class Optimizer(abc.ABC):
         -------
         dict
             ``"optimizer"``: the class's name; ``"steps"``: calls of `step`; ``"state"``: by parameter name its
-            step count and states; ``"param_groups"``: options, with the names of the parameters. A learning rate
-            that is a function is left out: the optimizer that loads it brings its own.
+            step count, dtype, shape and states; ``"param_groups"``: options, with the names of the parameters. A
+            learning rate that is a function is left out: the optimizer that loads it brings its own.
         """
         state = {}
         groups = []
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            for name, count, arrays in zip(group.names, group.counts, group.states, strict=True):
-                state[name] = {"step": count, **dict(zip(group.keys, arrays, strict=True))}
+            for name, param, count, arrays in zip(group.names, group.params, group.counts, group.states, strict=True):
+                about = {"step": count, "dtype": param.dtype.name, "shape": param.shape}
+                state[name] = {**about, **dict(zip(group.keys, arrays, strict=True))}
             plain = {key: value for key, value in options.items() if not callable(value)}
             groups.append({**plain, "params": list(group.names)})
         return {
@@ -483,40 +532,57 @@ class Optimizer(abc.ABC):
 
         Raises
         ------
-        ValueError
-            If it is another optimizer's, naming the first difference. Nothing has then been changed.
+        TypeError, ValueError
+            If it is another optimizer's, or damaged, naming the first difference. Nothing has then been changed.
         """
         name = type(self).__name__
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         for key in ("optimizer", "steps", "state", "param_groups", *self._common):
             _require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict))
         _require(state_dict["optimizer"] == name, "optimizer", f"{name!r}", state_dict["optimizer"])
         for key in ("state_dtype", "master_weights"):
             _require(state_dict[key] == self._common[key], key, repr(self._common[key]), state_dict[key])
+        common = {key: state_dict[key] for key in self._common}
+        self._check_common(common)
+        steps, skipped = (_count({"skipped": 0, **state_dict}, key, key) for key in ("steps", "skipped"))
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
         _require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
+
         todo: list[tuple[Array, Array]] = []
+        counts: list[list[int]] = []
+        options_of: list[dict[str, Any]] = []
         for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
-            _require(saved["params"] == group.names, "params", str(group.names), saved["params"])
-            merged = {**options, **saved}
-            self._check(merged)
-            states = self._states(merged)
-            _require(states == self._states(options), "state", str(self._states(options)), states)
+            _require(saved.get("params") == group.names, "params", str(group.names), saved.get("params"))
+            options_of.append({**options, **saved, "params": options["params"]})
+            self._check_options(options_of[-1])
+            states = self._states(options_of[-1])
+            _require(states == group.rule_states, "state", str(group.rule_states), states)
+            self._check_fit(group.names, group.params, common)
+            for param, array in zip(group.names, group.params, strict=True):
+                _require(param in saved_states, "state", f"one of {param!r}", sorted(saved_states))
+                about = saved_states[param]
+                dtype, shape = about.get("dtype"), tuple(about.get("shape", ()))
+                _require(dtype == array.dtype.name, f"dtype of {param!r}", repr(array.dtype.name), dtype)
+                _require(shape == array.shape, f"shape of {param!r}", str(array.shape), shape)
+            counts.append([_count(saved_states[param], "step", f"step of {param!r}") for param in group.names])
             for param, arrays in zip(group.names, group.states, strict=True):
                 for key, mine in zip(group.keys, arrays, strict=True):
-                    _require(key in saved_states[param], f"state of {param!r}", key, sorted(saved_states[param]))
-                    theirs = saved_states[param][key]
-                    what = f"{key} of {param!r}"
+                    what, theirs = f"{key} of {param!r}", saved_states[param].get(key)
+                    _require(isinstance(theirs, np.ndarray), what, "an array", theirs)
                     _require(theirs.dtype == mine.dtype, what, str(mine.dtype), str(theirs.dtype))
                     _require(theirs.shape == mine.shape, what, str(mine.shape), theirs.shape)
                     todo.append((mine, theirs))
+
         for mine, theirs in todo:
             mine[...] = theirs
-        for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
-            group.counts[:] = [int(saved_states[param]["step"]) for param in group.names]
-            options.update({key: value for key, value in saved.items() if key != "params"})
-        self._steps[0] = int(state_dict["steps"])
-        self.skipped = int(state_dict.get("skipped", 0))
-        self._common.update({key: state_dict[key] for key in self._common})
+        for group, steps_of_group, options, loaded in zip(
+            self._groups, counts, self.param_groups, options_of, strict=True
+        ):
+            group.counts[:] = steps_of_group
+            options.update(loaded)
+        self._steps[0], self.skipped = steps, skipped
+        self._common.update(common)
         self._note_chance()
 
     def __repr__(self) -> str:
@@ -552,7 +618,7 @@ def l1_penalty(params: Params, l1: float) -> float:
     >>> fo.l1_penalty([np.array([1.0, -2.0]), np.array([3.0])], l1=0.5)
     3.0
     """
-    return l1 * sum(float(np.abs(as_array(w)).sum(dtype=np.float64)) for w in _leaves(params).values())
+    return l1 * sum(float(np.abs(as_array(w)).sum(dtype=np.float64)) for w in _leaves(params)[1])
 
 
 def l2_penalty(params: Params, weight_decay: float) -> float:
@@ -574,8 +640,7 @@ def l2_penalty(params: Params, weight_decay: float) -> float:
     >>> fo.l2_penalty([np.array([1.0, -2.0]), np.array([3.0])], weight_decay=0.5)
     3.5
     """
-    arrays = list(_leaves(params).values())
-    return weight_decay / 2 * _core.sum_squares([str(i) for i in range(len(arrays))], [as_array(w) for w in arrays])
+    return weight_decay / 2 * sum(float(np.square(as_array(w), dtype=np.float64).sum()) for w in _leaves(params)[1])
 
 
 class SGD(Optimizer):
