@@ -56,8 +56,29 @@ def test_what_a_file_holds(tmp_path):
     back["strided"][0] = 7  # a copy, which may be changed
 
 
+def test_keys_that_look_like_paths_keep_their_own_arrays(tmp_path):
+    tree = {
+        "a": {"b": np.zeros(2)},
+        "a/b": np.ones(3),
+        "a/b#2": np.full(1, 2),
+        "": {"": np.full(1, 3)},
+        "/": np.full(1, 4),
+    }
+    fo.save(tree, tmp_path / "c.safetensors")
+    back = fo.restore(tmp_path / "c.safetensors")
+    for ours, theirs in zip(
+        [back["a"]["b"], *(back[k] for k in ("a/b", "a/b#2", "/")), back[""][""]],
+        [tree["a"]["b"], *(tree[k] for k in ("a/b", "a/b#2", "/")), tree[""][""]],
+        strict=True,
+    ):
+        assert same_bits(ours, theirs)
+
+
 def test_bad_trees_and_files(tmp_path):
     path = tmp_path / "c.safetensors"
+    for scalar in (np.complex64(1), np.datetime64("2020-01-01"), np.longdouble(1)):
+        with pytest.raises(TypeError, match=r"tree: /a/0 is a .*, which a file cannot hold"):
+            fo.save({"a": [scalar]}, path)
     with pytest.raises(TypeError, match="tree: /a/0 is a set, which a file cannot hold"):
         fo.save({"a": [{1}]}, path)
     with pytest.raises(TypeError, match="tree: /a has the key 1, expected texts"):

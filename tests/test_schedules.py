@@ -34,6 +34,20 @@ def test_one_cycle_rises_and_falls():
     assert all(np.diff(rates[:31]) > 0)
     assert all(np.diff(rates[30:101]) < 0)
     assert schedules.one_cycle(1.0, steps=1, warmup=0.0)(0) == 1.0
+    for steps, warmup in ((15, 0.3), (7, 0.5), (1, 0.3), (4, 1.0), (10, 0.99)):
+        rates = [schedules.one_cycle(1.0, steps=steps, warmup=warmup)(s) for s in range(steps + 2)]
+        top = warmup * steps
+        want = [0.04 + 0.96 * (1 - math.cos(math.pi * s / top)) / 2 for s in range(math.ceil(top))]
+        down = [(s - top) / (steps - top) for s in range(math.ceil(top), steps)]
+        want += [4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * d)) / 2 for d in down] + [4e-6, 4e-6]
+        np.testing.assert_allclose(rates, want, rtol=1e-9)
+
+
+def test_a_chain_keeps_what_it_was_given():
+    parts = [(2, schedules.constant(1.0))]
+    rate, once = (schedules.chain(p, schedules.constant(2.0)) for p in (parts, iter(parts)))
+    parts.clear()
+    assert [rate(s) for s in range(4)] == [once(s) for s in range(4)] == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_an_optimizer_follows_a_schedule():
@@ -57,4 +71,18 @@ def test_an_optimizer_follows_a_schedule():
 )
 def test_bad_numbers(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.constant("a"), "lr: expected a number, got str"),
+        (lambda: schedules.cosine(1.0, steps=None), "steps: expected a number, got NoneType"),
+        (lambda: schedules.chain([(5, 0.1)], schedules.constant(1.0)), "parts: expected schedules, got float"),
+        (lambda: schedules.chain([], 0.1), "last: expected a schedule, got float"),
+    ],
+)
+def test_what_is_no_number_or_schedule(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

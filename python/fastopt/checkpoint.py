@@ -46,9 +46,12 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
 
     def plain(node: Any, at: str) -> Any:
         if isinstance(node, np.ndarray):
-            arrays[at] = node
-            return {"array": at}
-        if isinstance(node, np.generic):
+            name = at
+            while name in arrays:  # keys with a slash may look like others
+                name += "#"
+            arrays[name] = node
+            return {"array": name}
+        if isinstance(node, np.generic) and isinstance(node.item(), bool | int | float | str):
             return node.item()
         if isinstance(node, Mapping):
             wrong = [key for key in node if not isinstance(key, str)]

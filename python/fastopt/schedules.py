@@ -4,6 +4,7 @@ Steps are counted from 0. Each function returns a function; they have no state, 
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -11,6 +12,8 @@ Schedule: TypeAlias = Callable[[int], float]
 
 
 def _check(name: str, value: float, least: float = 0.0, most: float = math.inf) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (math.isfinite(value) and least <= value <= most):
         limit = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
         raise ValueError(f"{name}: expected a finite number, {limit}, got {value!r}")
@@ -29,6 +32,8 @@ def constant(lr: float) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If `lr` is negative or not finite.
 
@@ -57,6 +62,8 @@ def step(lr: float, *, step_size: int, gamma: float = 0.1) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If a number is negative or not finite, or `step_size` is below 1.
 
@@ -87,6 +94,8 @@ def exponential(lr: float, *, gamma: float) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If a number is negative or not finite.
 
@@ -116,6 +125,8 @@ def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If a number is negative or not finite, or `steps` is below 1.
 
@@ -151,6 +162,8 @@ def linear(lr: float, *, steps: int, start: float = 0.0) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If a number is negative or not finite, or `steps` is below 1.
 
@@ -187,6 +200,8 @@ def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.
 
     Raises
     ------
+    TypeError
+        If something is no number.
     ValueError
         If a number is out of range.
 
@@ -201,17 +216,19 @@ def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.
     >>> [round(rate(s), 3) for s in (0, 30, 100)]
     [0.04, 1.0, 0.0]
     """
+    _check("lr", lr)
     _check("steps", steps, 1)
     _check("warmup", warmup, 0, 1)
     _check("initial", initial, 0, 1)
     _check("final", final, 0, 1)
     top = warmup * steps
-    down = cosine(lr, steps=max(1, round(steps - top)), final=lr * final)
 
     def rate(step: int) -> float:
         if step < top:
             return lr * (initial + (1 - initial) * (1 - math.cos(math.pi * step / top)) / 2)
-        return down(round(step - top))
+        if step >= steps:
+            return lr * final
+        return lr * (final + (1 - final) * (1 + math.cos(math.pi * (step - top) / (steps - top))) / 2)
 
     return rate
 
@@ -231,6 +248,8 @@ def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
 
     Raises
     ------
+    TypeError
+        If something is no schedule.
     ValueError
         If a part has less than one step.
 
@@ -242,8 +261,13 @@ def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
     >>> [round(rate(s), 3) for s in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    for steps, _ in parts:
+    parts = list(parts)
+    for steps, schedule in parts:
         _check("parts", steps, 1)
+        if not callable(schedule):
+            raise TypeError(f"parts: expected schedules, got {type(schedule).__name__}")
+    if not callable(last):
+        raise TypeError(f"last: expected a schedule, got {type(last).__name__}")
 
     def rate(step: int) -> float:
         for steps, schedule in parts:
