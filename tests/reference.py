@@ -480,17 +480,19 @@ def product_of_rows(n, block_scale, codes, scale, middles, group_sums, bits, siz
     x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // block]
     w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
     total = np.zeros((len(n), rows, 16), f)
+    rests = np.zeros((len(n), rows, -(-groups // 16) * 16), f)  # of groups, for partial sum group % 16
+    rests[:, :, :groups] = middles * group_sums[:, None]
     for begin in range(0, runs, 32):
         sums = np.zeros_like(total)
         for run in range(begin, min(begin + 32, runs)):
+            if groups > 1 and run % (size // per_word) == 0:  # sixteen groups take as many runs as one has words
+                first_group = run // (size // per_word) * 16
+                sums += rests[:, :, first_group : first_group + 16]
             exact = np.einsum("blk,rlk->brl", n_words[:, run], c_words[:, run])
             product = exact.astype(f) * x_scale[:, None, run]
             sums += product * w_scale[None, :, run] if groups > 1 else product
         total += sums
-    rest = np.zeros_like(total)
-    for g in range(groups if groups > 1 else 0):
-        rest[:, :, g % 16] += middles[:, g] * group_sums[:, g, None]
-    return tree((total + rest).astype(np.float64))
+    return tree(total.astype(np.float64))
 
 
 def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, size, precision):

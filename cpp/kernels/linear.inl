@@ -55,8 +55,8 @@ void linear(std::size_t rows, std::size_t cols, const float* x, std::size_t batc
   }
 }
 
-void linear_floats(const Quantized& w, const Linear& io, std::size_t batch, std::size_t count, std::size_t begin,
-                   std::size_t end) {
+[[gnu::noinline]] void linear_floats(const Quantized& w, const Linear& io, std::size_t batch, std::size_t count,
+                                     std::size_t begin, std::size_t end) {
   linear(w.rows, w.cols, io.x + batch * w.cols, count, io.bias, io.y + batch * w.rows, begin, end,
          [&](std::size_t row, std::size_t c0, std::size_t c1, float* out) { dequantize_any(w, row, c0, c1, out); });
 }
@@ -91,14 +91,16 @@ struct Prepared {
   Run<Bits, Limbs>* runs;
   float* group_sum;  // for each group of W the sum of scale * n over its columns, filled up with zeros to 16; or, where
                      // a row of W is one group, one double
+  std::uint8_t (*lane)[kWords];  // of each word of each run, where its group is among the sixteen that it belongs to
   std::size_t bytes;
 
   Prepared() = default;
   Prepared(const Quantized& w, std::uint8_t* memory) {
-    const std::size_t count = (w.row_bytes + kRun - 1) / kRun;
+    const std::size_t count = (w.row_bytes + kRun - 1) / kRun, sixteens = (w.groups + kWords - 1) / kWords;
     runs = reinterpret_cast<Run<Bits, Limbs>*>(memory);
     group_sum = reinterpret_cast<float*>(memory + count * sizeof *runs);
-    bytes = count * sizeof *runs + (w.groups + kWords - 1) / kWords * kWords * sizeof(float);
+    lane = reinterpret_cast<std::uint8_t (*)[kWords]>(group_sum + sixteens * kWords);
+    bytes = count * sizeof *runs + sixteens * kWords * sizeof(float) + (count + 3) / 4 * 4 * kWords;
   }
 };
 
@@ -236,6 +238,8 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
   const Prepared<Bits, Limbs> to(w, memory);
   Run<Bits, Limbs>* run = to.runs;
   float* group_sum = to.group_sum;
+  std::uint8_t* lane = to.lane[0];
+  std::size_t word = 0, group = 0;
   for (std::size_t g = w.groups; g % kWords != 0; ++g) group_sum[g] = 0.0f;
   const std::size_t block = block_columns(w);
   std::size_t group_end = w.group;
@@ -272,211 +276,137 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
       }
     }
     set_offsets(*run);
+    for (std::size_t i = 0; i < kWords; ++i) {
+      *lane++ = static_cast<std::uint8_t>(group);
+      if (w.groups > 1 && ++word == w.group * Bits / 32) {
+        word = 0;
+        group = (group + 1) % kWords;
+      }
+    }
   }
 }
 
 // ---- rows of W -----------------------------------------------------------------------------------------------
 
-// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
-// memory does not exist.
-[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
+// Asks for `Lines` of 64 bytes of codes that are wanted soon, in the order in which they lie in memory: an even trickle
+// of requests for the outer cache, far ahead. (Rows that are read side by side are too many short streams for a core to
+// foresee, a burst is dropped.)
+template <std::size_t Lines>
+inline void fetch_codes(const std::uint8_t* codes, std::size_t step) {
+  for (std::size_t i = 0; i < Lines; ++i) __builtin_prefetch(codes + (step * Lines + i) * kRun, 0, 2);
+}
+
+// The same for sixteen parameters from `at` on.
+inline void fetch_params(const Quantized& w, std::size_t at) {
+  const std::size_t size = w.half ? 2 : 4;
+  __builtin_prefetch(static_cast<const char*>(w.scale) + at * size, 0, 2);
+  __builtin_prefetch(static_cast<const char*>(w.minimum) + at * size, 0, 2);
+}
+
+// Sixteen parameters from `at` on, of which `n` are of this row; zeros behind them.
+inline void load_sixteen(const Quantized& q, const void* params, std::size_t at, std::size_t n,
+                         Vec<float> (&out)[kWordVectors]) {
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
-  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
-  const float* floats = static_cast<const float*>(params) + at;
-  std::size_t i = 0;
-  for (; i < n && at + i + lanes <= all; i += lanes) {
-    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
-    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
-    store(out + i, v);
+  const std::size_t size = q.half ? 2 : 4;
+  const char* from = static_cast<const char*>(params) + at * size;
+  Vec<std::uint8_t, kRun> part;
+  if (n < kWords) {
+    part = load_part<Vec<std::uint8_t, kRun>>(from, n * size);
+    from = reinterpret_cast<const char*>(&part);
   }
-  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
-  for (; i % kWords != 0; ++i) out[i] = 0.0f;
-}
-
-// The scales of a stretch of a row: of word i it is at[i >> shift].
-constexpr std::size_t kStretchWords = kStretchRuns * kWords;
-struct Scales {
-  alignas(64) float at[kStretchWords + kWords];
-};
-
-// How the words of a row share scales: of word i it is that of group i >> shift if as many words as a group has are a
-// power of two; else each word gets its own.
-struct Sharing {
-  std::size_t group_words;
-  bool shared;
-  int shift;
-
-  explicit Sharing(std::size_t words) : group_words(words), shared((words & (words - 1)) == 0), shift(0) {
-    if (shared && words > 0) shift = __builtin_ctzll(words);
-  }
-  std::size_t group(std::size_t word) const { return shared ? word >> shift : word / group_words; }
-};
-
-[[gnu::noinline]] void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
-                                   std::size_t words, float* out) {
-  const std::size_t begin = sharing.group(first), end = sharing.group(first + words - 1) + 1;
-  const std::size_t last = end < q.groups ? end : q.groups;
-  Scales groups;
-  float* to = sharing.shared ? out : groups.at;
-  load_params(q, q.scale, row * q.param_stride + begin, last - begin, to);
-  for (std::size_t g = last; g < end; ++g) to[g - begin] = 0.0f;
-  if (sharing.shared) return;
-  to = out;
-  std::size_t count = sharing.group_words - first % sharing.group_words;
-  for (const float* scale = groups.at; words > 0; ++scale, count = sharing.group_words) {
-    if (count > words) count = words;
-    for (std::size_t i = 0; i < count; ++i) *to++ = *scale;
-    words -= count;
+  for (std::size_t i = 0; i < kWordVectors; ++i) {
+    out[i] = q.half ? float_of_halves(reinterpret_cast<const std::uint16_t*>(from) + i * lanes)
+                    : load<Vec<float>>(from + i * kVectorBytes);
   }
 }
 
-// What is wanted soon, in the order in which it lies in memory: an even trickle of requests for the outer cache, far
-// ahead. (Rows that are read side by side are too many short streams for a core to foresee, a burst is dropped.)
-struct NextRows {
-  const char* codes;
-  const char* scale;
-  const char* minimum;
-  std::size_t param_step;  // bytes of either for each run
-
-  template <std::size_t Rows>
-  void fetch(std::size_t run) const {
-    for (std::size_t r = 0; r < Rows; ++r) __builtin_prefetch(codes + (run * Rows + r) * kRun, 0, 2);
-    __builtin_prefetch(scale + run * param_step, 0, 2);
-    __builtin_prefetch(minimum + run * param_step, 0, 2);
-  }
-};
-
-// Adds `runs` runs of `Rows` rows by `Batch` rows of x to the partial sums. Kept apart so that its loop has all
-// registers.
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch, bool OneGroup>
-[[gnu::noinline]] void add_runs(const std::uint8_t* const (&codes)[Rows], const float* const (&scales)[Rows], int shift,
-                                const Run<Bits, Limbs>* const (&x)[Batch], std::size_t runs, const NextRows& next_rows,
-                                Vec<float> (*total)[Batch][kWordVectors]) {
+// Rows `row`, row + 1 ... of W, of which `exist`, by `Batch` rows of x: the 16 partial sums of each. Sixteen groups of
+// a row come at a time: their scales stay in registers for the runs that they cover, and what they add beside their
+// codes, the value in the middle times the sum of x, comes before these.
+template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
+inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], std::size_t row,
+                         std::size_t exist, Vec<float> (*total)[Batch][kWordVectors]) {
   using V = Vec<float>;
-  using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
-  const Ints index = lane_numbers() >> (shift < 4 ? shift : 4);
-  V sums[Rows][Batch][kWordVectors] = {};
-  for (std::size_t run = 0; run < runs; ++run) {
-    next_rows.fetch<Rows>(run);
-    for (std::size_t i = 0; i < kWordVectors; ++i) {
-      const std::size_t group = (run * kWords + i * lanes) >> shift, vector = group / lanes * lanes;
-      const Ints lane = index + static_cast<std::int32_t>(group - vector);
-      Vec<std::uint8_t> parts[Rows][8 / Bits];
+  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun, group_runs = w.group * Bits / 32;
+  std::size_t rows[Rows];  // the last one again where there are fewer
+  const std::uint8_t* codes[Rows];
+  for (std::size_t r = 0; r < Rows; ++r) {
+    rows[r] = row + (r < exist ? r : exist - 1);
+    codes[r] = w.codes + rows[r] * w.row_bytes;
+  }
+  const std::uint8_t* const next_codes = w.codes + (row + 2 * Rows) * w.row_bytes;
+  // The last run may be short: what lies behind it meets zeros of x, but must exist.
+  alignas(64) std::uint8_t copy[Rows][kRun];
+  std::size_t end = runs;
+  if (static_cast<std::size_t>(w.codes + w.rows * w.row_bytes - codes[Rows - 1]) < runs * kRun) {
+    end = runs - 1;
+    std::memset(copy, 0, sizeof copy);
+    for (std::size_t r = 0; r < Rows; ++r) std::memcpy(copy[r], codes[r] + end * kRun, w.row_bytes - end * kRun);
+  }
+
+  V sums[Rows][Batch][kWordVectors] = {}, scale[Rows][kWordVectors];
+  for (auto& row_scale : scale) {
+    for (V& part : row_scale) part = V{} + 1.0f;  // that of a row that is one group multiplies the sum
+  }
+  for (std::size_t r = 0; r < Rows; ++r) std::memset(total[r], 0, sizeof total[r]);
+  std::size_t group = 0, group_run = w.groups == 1 ? runs : 0, stretch_end = kStretchRuns;
+  for (std::size_t run = 0; run < runs;) {
+    if (run == group_run) {
+      const std::size_t n = w.groups - group;
+#pragma GCC unroll 4
       for (std::size_t r = 0; r < Rows; ++r) {
-        split<Bits>(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes), parts[r]);
+        fetch_params(w, (rows[r] + 2 * Rows) * w.param_stride + group);
+        V middle[kWordVectors];
+        load_sixteen(w, w.scale, rows[r] * w.param_stride + group, n, scale[r]);
+        load_sixteen(w, w.minimum, rows[r] * w.param_stride + group, n, middle);
+        for (std::size_t i = 0; i < kWordVectors; ++i) {
+          middle[i] += scale[r][i] * (kMiddle<Bits> * kStep<Bits>);
+          for (std::size_t b = 0; b < Batch; ++b) {
+            sums[r][b][i] += middle[i] * load<V>(x[b].group_sum + group + i * lanes);
+          }
+        }
       }
-      for (std::size_t b = 0; b < Batch; ++b) {
-        const Run<Bits, Limbs>& from = x[b][run];
-        V product[Rows];
-        word_sums(parts, from, i * lanes, product);
+      group += kWords;
+      group_run += group_runs;
+    }
+    if (run == end) {
+      for (std::size_t r = 0; r < Rows; ++r) codes[r] = copy[r] - run * kRun;
+      end = runs;
+    }
+    std::size_t stop = stretch_end < end ? stretch_end : end;
+    if (w.groups > 1 && group_run < stop) stop = group_run;
+    for (; run < stop; ++run) {
+      fetch_codes<Rows>(next_codes, run);
+      for (std::size_t i = 0; i < kWordVectors; ++i) {
+        const Vec<std::int32_t> lane = bit_cast<Vec<std::int32_t>>(load_bytes(x[0].lane[run] + i * lanes));
+        Vec<std::uint8_t> parts[Rows][8 / Bits];
         for (std::size_t r = 0; r < Rows; ++r) {
-          product[r] *= load<V>(from.scale + i * lanes);
-          sums[r][b][i] += OneGroup ? product[r] : product[r] * lookup(scales[r] + vector, lane);
+          split<Bits>(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes), parts[r]);
+        }
+        for (std::size_t b = 0; b < Batch; ++b) {
+          const Run<Bits, Limbs>& from = x[b].runs[run];
+          V product[Rows];
+          word_sums(parts, from, i * lanes, product);
+          for (std::size_t r = 0; r < Rows; ++r) {
+            product[r] *= load<V>(from.scale + i * lanes);
+            sums[r][b][i] += product[r] * lookup(scale[r], lane);
+          }
         }
       }
     }
-  }
-  for (std::size_t r = 0; r < Rows; ++r) {
-    for (std::size_t b = 0; b < Batch; ++b) {
-      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += sums[r][b][i];
-    }
-  }
-}
-
-// Adds what groups [first, first + n) of a row add beside their codes: the value in the middle times the sum of x.
-template <int Bits, int Limbs, std::size_t Batch>
-inline void add_middles(const float* scale, const float* minimum, std::size_t first, std::size_t n,
-                        const Prepared<Bits, Limbs> (&x)[Batch], Vec<float> (&rest)[Batch][kWordVectors]) {
-  using V = Vec<float>;
-  constexpr std::size_t lanes = kLanes<float>;
-  for (std::size_t g = 0; g < n; g += kWords) {
-    for (std::size_t i = 0; i < kWordVectors; ++i) {
-      const std::size_t at = g + i * lanes;
-      V middle = load<V>(minimum + at) + load<V>(scale + at) * (kMiddle<Bits> * kStep<Bits>);
-      if (n < at + lanes)
-        middle = lane_numbers() < static_cast<std::int32_t>(n) - static_cast<std::int32_t>(at) ? middle : V{};
-      for (std::size_t b = 0; b < Batch; ++b) rest[b][i] += middle * load<V>(x[b].group_sum + first + at);
-    }
-  }
-}
-
-// Rows rows[0], rows[1] ... by `Batch` rows of x: the 16 partial sums of each.
-template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
-inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], const std::size_t (&rows)[Rows],
-                         Vec<float> (*total)[Batch][kWordVectors]) {
-  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
-  const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
-  std::memset(total, 0, Rows * sizeof *total);
-  const bool one_group = w.groups == 1;  // its scale multiplies the sum
-  const Sharing sharing(one_group ? 0 : w.group * Bits / 32);
-  const int shift = one_group ? 31 : sharing.shift;
-
-  // Rows that follow each other have their parameters side by side: those of a stretch are loaded at once, unless words
-  // behind the last column would meet those of the next row, whose product with zero need not be zero.
-  const bool full = w.groups << sharing.shift == runs * kWords;
-  const bool at_once = !one_group && sharing.shared && full && runs <= kStretchRuns;
-  alignas(64) float scale[Rows * kStretchWords + kWords], minimum[Rows * kStretchWords + kWords];
-  if (at_once) {
-    const std::size_t first = rows[0] * w.param_stride, n = (rows[Rows - 1] - rows[0]) * w.param_stride + w.groups;
-    load_params(w, w.scale, first, n, scale);
-    load_params(w, w.minimum, first, n, minimum);
-  }
-
-  const std::size_t param_bytes = w.half ? 2 : 4, next = rows[0] + 2 * Rows;
-  NextRows next_rows = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
-                        static_cast<const char*>(w.scale) + next * w.param_stride * param_bytes,
-                        static_cast<const char*>(w.minimum) + next * w.param_stride * param_bytes,
-                        Rows * w.param_stride * param_bytes / (runs > 0 ? runs : 1)};
-  for (std::size_t begin = 0; begin < runs; begin += kStretchRuns) {
-    const std::size_t count = runs - begin < kStretchRuns ? runs - begin : kStretchRuns;
-    Scales loaded[Rows];
-    const float* scales[Rows];
-    const std::uint8_t* codes[Rows];
-    const Run<Bits, Limbs>* from[Batch];
-    for (std::size_t r = 0; r < Rows; ++r) {
-      codes[r] = w.codes + rows[r] * w.row_bytes + begin * kRun;
-      scales[r] = at_once ? scale + (rows[r] - rows[0]) * w.param_stride : loaded[r].at;
-      if (!one_group && !at_once) {
-        load_scales(w, rows[r], sharing, begin * kWords, count * kWords, loaded[r].at);
-      } else if (one_group) {
-        for (std::size_t l = 0; l < kWords; ++l) loaded[r].at[l] = 1.0f;
-      }
-    }
-    for (std::size_t b = 0; b < Batch; ++b) from[b] = x[b].runs + begin;
-    std::uint8_t copy[Rows][kStretchRuns * kRun];
-    if (static_cast<std::size_t>(codes_end - codes[Rows - 1]) < count * kRun) {
-      // The last run is short: what lies behind it meets zeros of x, but must exist.
-      const std::size_t bytes = w.row_bytes - begin * kRun;
+    if (run == stretch_end || run == runs) {
+      stretch_end += kStretchRuns;
+#pragma GCC unroll 4
       for (std::size_t r = 0; r < Rows; ++r) {
-        std::memset(copy[r] + (count - 1) * kRun, 0, kRun);
-        std::memcpy(copy[r], codes[r], bytes < count * kRun ? bytes : count * kRun);
-        codes[r] = copy[r];
+#pragma GCC unroll 4
+        for (std::size_t b = 0; b < Batch; ++b) {
+          for (std::size_t i = 0; i < kWordVectors; ++i) {
+            total[r][b][i] += sums[r][b][i];
+            sums[r][b][i] = V{};
+          }
+        }
       }
-    }
-    one_group&& Batch == 1
-        ? add_runs<Bits, Limbs, Rows, Batch, Batch == 1>(codes, scales, shift, from, count, next_rows, total)
-        : add_runs<Bits, Limbs, Rows, Batch, false>(codes, scales, shift, from, count, next_rows, total);
-    next_rows.codes += Rows * count * kRun;
-    next_rows.scale += count * next_rows.param_step;
-    next_rows.minimum += count * next_rows.param_step;
-  }
-  for (std::size_t r = 0; r < Rows && !one_group; ++r) {
-    Vec<float> rest[Batch][kWordVectors] = {};
-    if (at_once) {
-      const std::size_t at = (rows[r] - rows[0]) * w.param_stride;
-      add_middles(scale + at, minimum + at, 0, w.groups, x, rest);
-    } else {
-      for (std::size_t first = 0; first < w.groups; first += kStretchWords) {
-        const std::size_t n = w.groups - first < kStretchWords ? w.groups - first : kStretchWords;
-        load_params(w, w.scale, rows[r] * w.param_stride + first, n, scale);
-        load_params(w, w.minimum, rows[r] * w.param_stride + first, n, minimum);
-        add_middles(scale, minimum, first, n, x, rest);
-      }
-    }
-    for (std::size_t b = 0; b < Batch; ++b) {
-      for (std::size_t i = 0; i < kWordVectors; ++i) total[r][b][i] += rest[b][i];
     }
   }
 }
@@ -509,44 +439,39 @@ inline double one_group_product(const Quantized& w, std::size_t row, double sum,
   return sum * scale + (minimum + scale * static_cast<double>(kMiddle<Bits> * kStep<Bits>)) * x_sum;
 }
 
-// Four rows from `row` on, of which `exist`, by `Batch` rows of x.
+// Rows [begin, end) of W by `Batch` rows of x, four at a time.
 template <int Bits, int Limbs, std::size_t Batch>
-inline void linear_tile(const Quantized& w, const Linear& io, std::size_t row, std::size_t exist, std::size_t batch) {
+[[gnu::noinline]] void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::size_t begin,
+                                   std::size_t end) {
   constexpr std::size_t tile = 4, at_once = kVectorBytes == 64 || Batch == 1 ? 4 : 2;  // registers for so many
   Prepared<Bits, Limbs> x[Batch];
   for (std::size_t b = 0; b < Batch; ++b) {
     x[b] = Prepared<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.prepared) + (batch + b) * io.prepared_bytes);
   }
-  Vec<float> partial[tile][Batch][kWordVectors];
-  for (std::size_t first = 0; first < tile; first += at_once) {
-    std::size_t rows[at_once];  // the last one again where there are fewer
-    for (std::size_t r = 0; r < at_once; ++r) rows[r] = row + (first + r < exist ? first + r : exist - 1);
-    partial_sums(w, x, rows, partial + first);
-  }
-  for (std::size_t b = 0; b < Batch; ++b) {
-    Vec<double, 4> exact = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
-    for (std::size_t r = 0; w.groups == 1 && r < exist; ++r) {
-      exact[r] = one_group_product<Bits>(w, row + r, exact[r], x[b].group_sum);
+  for (std::size_t row = begin; row < end; row += tile) {
+    const std::size_t exist = end - row < tile ? end - row : tile;
+    Vec<float> partial[tile][Batch][kWordVectors] = {};
+    for (std::size_t r = 0; r < exist; r += at_once) {
+      partial_sums<Bits, Limbs, at_once>(w, x, row + r, exist - r, partial + r);
     }
-    const Vec<float, 4> sums = convert<float, 4>(exact);
-    float* y = io.y + (batch + b) * w.rows + row;
-    const bool finite = fold_lanes<int, 4>(sums - sums == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
-    if (finite && exist == tile) {
-      store(y, io.bias ? sums + load<Vec<float, 4>>(io.bias + row) : sums);
-      continue;
+    for (std::size_t b = 0; b < Batch; ++b) {
+      Vec<double, 4> exact = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
+      for (std::size_t r = 0; w.groups == 1 && r < exist; ++r) {
+        exact[r] = one_group_product<Bits>(w, row + r, exact[r], x[b].group_sum);
+      }
+      const Vec<float, 4> sums = convert<float, 4>(exact);
+      float* y = io.y + (batch + b) * w.rows + row;
+      const bool finite = fold_lanes<int, 4>(sums - sums == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
+      if (finite && exist == tile) {
+        store(y, io.bias ? sums + load<Vec<float, 4>>(io.bias + row) : sums);
+        continue;
+      }
+      for (std::size_t r = 0; r < exist; ++r) {
+        y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
+        // x or the sum is not finite, or beyond what whole numbers reach
+        if (!(sums[r] - sums[r] == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
+      }
     }
-    for (std::size_t r = 0; r < exist; ++r) {
-      y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
-      // x or the sum is not finite, or beyond what whole numbers reach
-      if (!(sums[r] - sums[r] == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
-    }
-  }
-}
-
-template <int Bits, int Limbs, std::size_t Batch>
-void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::size_t begin, std::size_t end) {
-  for (std::size_t row = begin; row < end; row += 4) {
-    linear_tile<Bits, Limbs, Batch>(w, io, row, end - row < 4 ? end - row : 4, batch);
   }
 }
 
@@ -627,6 +552,60 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
   }
 }
 
+// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
+// memory does not exist.
+[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
+  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
+  const float* floats = static_cast<const float*>(params) + at;
+  std::size_t i = 0;
+  for (; i < n && at + i + lanes <= all; i += lanes) {
+    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
+    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
+    store(out + i, v);
+  }
+  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
+  for (; i % kWords != 0; ++i) out[i] = 0.0f;
+}
+
+// The scales of a stretch of a row: of word i it is at[i >> shift].
+constexpr std::size_t kStretchWords = kStretchRuns * kWords;
+struct Scales {
+  alignas(64) float at[kStretchWords + kWords];
+};
+
+// How the words of a row share scales: of word i it is that of group i >> shift if as many words as a group has are a
+// power of two; else each word gets its own.
+struct Sharing {
+  std::size_t group_words;
+  bool shared;
+  int shift;
+
+  explicit Sharing(std::size_t words) : group_words(words), shared((words & (words - 1)) == 0), shift(0) {
+    if (shared && words > 0) shift = __builtin_ctzll(words);
+  }
+  std::size_t group(std::size_t word) const { return shared ? word >> shift : word / group_words; }
+};
+
+[[gnu::noinline]] void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
+                                   std::size_t words, float* out) {
+  const std::size_t begin = sharing.group(first), end = sharing.group(first + words - 1) + 1;
+  const std::size_t last = end < q.groups ? end : q.groups;
+  Scales groups;
+  float* to = sharing.shared ? out : groups.at;
+  load_params(q, q.scale, row * q.param_stride + begin, last - begin, to);
+  for (std::size_t g = last; g < end; ++g) to[g - begin] = 0.0f;
+  if (sharing.shared) return;
+  to = out;
+  std::size_t count = sharing.group_words - first % sharing.group_words;
+  for (const float* scale = groups.at; words > 0; ++scale, count = sharing.group_words) {
+    if (count > words) count = words;
+    for (std::size_t i = 0; i < count; ++i) *to++ = *scale;
+    words -= count;
+  }
+}
+
 // Columns of kPanelRows rows of W, one byte a code, in the order that split() gives, and the scale of each block.
 struct Unpacked {
   alignas(64) std::uint8_t codes[kPanelRows][kStretch];
@@ -673,8 +652,8 @@ inline void add_to(double* total, const float* sums) {
 // Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
 [[gnu::noinline]] void add_blocks(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
-                                  std::size_t first_block, std::size_t blocks, int shift, const NextRows& next_rows,
-                                  double (*total)[kPanelWidth]) {
+                                  std::size_t first_block, std::size_t blocks, int shift,
+                                  const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   using Words32 = Vec<std::uint32_t>;
@@ -692,7 +671,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
       const std::size_t at = (first_block + block) * kPanelWidth + i;
       const std::int8_t* limbs = x.limbs + (first_block + block) * block_bytes + 4 * i;
       const Ints offset = load<Ints>(x.offset + (at - i) * sums + i);
-      if (i == 0) next_rows.fetch<Bits / 2>(block);
+      if (i == 0) fetch_codes<Bits / 2>(next_codes, block);
       Ints part[Limbs][Rows] = {};
       if constexpr (Bits != 2) {
         for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
@@ -736,6 +715,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
   constexpr std::size_t vectors = kPanelWidth / kLanes<float>;
   for (std::size_t g = 0; g < w.groups; g += kWords) {
     const std::size_t n = w.groups - g < kWords ? w.groups - g : kWords;
+    fetch_params(w, (row + kPanelRows) * w.param_stride + g);
     float scale[kWords], middle[kWords], sums[kPanelWidth];
     load_params(w, w.scale, row * w.param_stride + g, n, scale);
     load_params(w, w.minimum, row * w.param_stride + g, n, middle);
@@ -763,11 +743,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
   const auto panel = [&](std::size_t p) {
     return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
   };
-  const std::size_t param_bytes = (w.half ? 2 : 4) * w.param_stride, next = row + kPanelRows;
-  NextRows next_rows = {reinterpret_cast<const char*>(w.codes + next * w.row_bytes),
-                        static_cast<const char*>(w.scale) + next * param_bytes,
-                        static_cast<const char*>(w.minimum) + next * param_bytes,
-                        rows_at_once * param_bytes * block / (w.cols > 0 ? w.cols : 1)};
+  const std::uint8_t* next_codes = w.codes + (row + kPanelRows) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kStretch) {
     constexpr std::size_t stretch_runs = kStretch / kRunColumns<Bits>;
     const std::size_t first = begin / kRunColumns<Bits>;
@@ -779,14 +755,11 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
       const Panel<Bits, Limbs> x = panel(p);
       for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
         const auto add = [&](auto words) {
-          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, next_rows,
+          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, next_codes,
                                                              total[p] + r);
         };
         block == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
-        if (p > 0) continue;
-        next_rows.codes += blocks * (Bits / 2) * kRun;
-        next_rows.scale += blocks * next_rows.param_step;
-        next_rows.minimum += blocks * next_rows.param_step;
+        if (p == 0) next_codes += blocks * (Bits / 2) * kRun;
       }
     }
   }

@@ -33,9 +33,23 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The same bits seen as another vector type of the same size.
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 // The rest of a row: `bytes` < sizeof(V); lanes behind them are zero.
 template <class V>
 inline V load_part(const void* from, std::size_t bytes) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_maskz_loadu_epi8(_bzhi_u64(~std::uint64_t{0}, static_cast<unsigned>(bytes)), from));
+  }
+#endif
   V v = {};
   std::memcpy(&v, from, bytes);
   return v;
@@ -48,15 +62,6 @@ inline void store_part(void* to, V v, std::size_t bytes) {
 
 // What will be needed in a while: cores fetch ahead by themselves, but not far enough for many streams at once.
 inline void prefetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
-
-// The same bits seen as another vector type of the same size.
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 template <class T, std::size_t Lanes, class From>
 inline Vec<T, Lanes> convert(From from) {
@@ -365,16 +370,25 @@ inline Vec<std::int32_t> lane_numbers() {
   return v;
 }
 
-// table[index[l]] for each lane, of a table of as many floats as there are lanes.
-inline Vec<float> lookup(const float* table, Vec<std::int32_t> index) {
+// table[index[l]] for each lane, of a table of sixteen floats.
+inline Vec<float> lookup(const Vec<float> (&table)[64 / kVectorBytes], Vec<std::int32_t> index) {
 #if defined(__AVX512F__)
   // With a mask of all lanes, as GCC 12 warns of the plain one in its own header.
-  return bit_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), load<__m512>(table)));
+  return bit_cast<Vec<float>>(
+      _mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), bit_cast<__m512>(table[0])));
 #elif defined(__AVX2__)
-  return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(load<__m256>(table), bit_cast<__m256i>(index)));
+  const __m256 low = _mm256_permutevar8x32_ps(bit_cast<__m256>(table[0]), bit_cast<__m256i>(index));
+  const __m256 high = _mm256_permutevar8x32_ps(bit_cast<__m256>(table[1]), bit_cast<__m256i>(index));
+  return bit_cast<Vec<float>>(_mm256_blendv_ps(low, high, bit_cast<__m256>(index << 28)));
+#elif defined(__aarch64__)
+  uint8x16x4_t bytes;
+  for (int i = 0; i < 4; ++i) bytes.val[i] = bit_cast<uint8x16_t>(table[i]);
+  return bit_cast<Vec<float>>(vqtbl4q_u8(bytes, bit_cast<uint8x16_t>(index * 0x04040404 + 0x03020100)));
 #else
+  float floats[16];
+  std::memcpy(floats, table, sizeof floats);
   Vec<float> v;
-  for (std::size_t l = 0; l < kLanes<float>; ++l) v[l] = table[index[l]];
+  for (std::size_t l = 0; l < kLanes<float>; ++l) v[l] = floats[index[l]];
   return v;
 #endif
 }
