@@ -493,6 +493,19 @@ def test_params_that_were_replaced_are_refused(params):
         opt.step(grads)
 
 
+@pytest.mark.parametrize("params", [{"a": np.zeros(2)}, [np.zeros(2)]])
+def test_params_may_get_more_arrays(params):
+    """The dict or list is the user's, who may go on with it."""
+    opt = fo.SGD(params, lr=1.0)
+    grads = copy.deepcopy(params)
+    if isinstance(params, dict):
+        params["b"] = np.zeros(3)
+    else:
+        params.append(np.zeros(3))
+    opt.step(grads)
+    fo.SGD(params, lr=1.0).step(copy.deepcopy(params))
+
+
 def test_names_that_are_the_same_are_refused():
     with pytest.raises(ValueError, match=r"params: expected names that differ, got \['1'\]"):
         fo.SGD({1: np.zeros(2), "1": np.zeros(2)})

@@ -177,11 +177,9 @@ class _Group:
     def replaced(self) -> bool:
         """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
         here = self.tree if self.tree_keys is None else self.tree.values()
-        if len(here) == len(self.leaves) and not any(map(operator.is_not, here, self.leaves)):
+        if len(here) >= len(self.leaves) and not any(map(operator.is_not, here, self.leaves)):  # it may have more
             return False
-        if self.tree_keys is None:
-            return True
-        return any(map(operator.is_not, map(self.tree.get, self.tree_keys), self.leaves))  # it may have more
+        return self.tree_keys is None or any(map(operator.is_not, map(self.tree.get, self.tree_keys), self.leaves))
 
     def gradients(self, tree: Any) -> list[Any]:
         """Return the gradients in the order of the parameters."""
