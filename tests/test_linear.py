@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -142,6 +144,29 @@ def test_nan_and_infinity_of_x_reach_what_numpy_says(rng):
     assert np.array_equal(np.isinf(got), np.isinf(want))
 
 
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("batch", [1, 13, 130])
+def test_infinity_where_an_outlier_is(isa, batch, precision, rng):
+    """What is added may have another sign than what the code stands for: then their sum decides, as in NumPy."""
+    for group_size in (16, None):
+        q = fo.quantize(rng.standard_normal((37, 300)).astype("f4"), 2, group_size=group_size, outliers=0.05)
+        x = rng.standard_normal((batch, 300)).astype("f4")
+        x[0, 77], x[-1, 299], x[batch // 2, 3] = np.inf, -np.inf, np.inf
+        with np.errstate(invalid="ignore"):
+            want = x @ q.dequantize().T
+        got = fo.linear(x, q, np.ones(37, "f4"), precision=precision)
+        at = ~np.isfinite(x).all(axis=1)
+        assert np.array_equal(got[at], want[at], equal_nan=True)
+
+
+def test_products_with_stacks_of_matrices(rng):
+    w = rng.standard_normal((7, 7)).astype("f4")
+    x = rng.standard_normal((7, 7, 7)).astype("f4")
+    for t, dense in ((q := fo.quantize(w), q.dequantize()), (fo.SparseTensor.from_dense(w), w)):
+        np.testing.assert_allclose(t @ x, dense @ x, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(t @ x[:, :, :3], dense @ x[:, :, :3], rtol=1e-4, atol=1e-5)
+
+
 def test_shapes_and_matmul(rng):
     w = rng.standard_normal((6, 2, 5)).astype("f4")
     x = rng.standard_normal((2, 3, 10)).astype("f4")
@@ -184,6 +209,11 @@ def test_bad_arguments(make, rng):
             call()
 
 
+def test_what_is_no_weight_is_refused():
+    with pytest.raises(TypeError, match="w: expected a QuantizedTensor, a SparseTensor or a float32 array, got list"):
+        fo.linear(np.ones(2, "f4"), [[1.0, 2.0]])
+
+
 def test_double_values_are_refused(rng):
     s = fo.prune(rng.standard_normal((6, 40)), sparsity=0.5)
     with pytest.raises(TypeError, match="w: expected values of float32, float16 or bfloat16, got float64"):
@@ -219,6 +249,17 @@ def test_out_shares_memory_with_nothing(pack, rng):
     for name, alias in (("x", memory[:64]), ("bias", memory[96:160])):
         with pytest.raises(ValueError, match=f"shares memory with (out|{name})"):
             fo.linear(x, pack(w), bias, out=alias)
+
+
+@pytest.mark.parametrize("batch", [1, 200])
+@pytest.mark.parametrize("name", ["codes", "scale", "minimum"])
+def test_out_shares_no_memory_with_the_weight(isa, batch, name, rng):
+    q = fo.quantize(rng.standard_normal((64, 64)).astype("f4"), param_dtype="float32")
+    memory = np.zeros(1 << 16, "u1")
+    array = getattr(q, name)
+    q = replace(q, **{name: memory[: array.nbytes].view(array.dtype).reshape(array.shape)})
+    with pytest.raises(ValueError, match=f"{name}: shares memory with out|out: shares memory with {name}"):
+        fo.linear(np.ones((batch, 64), "f4"), q, out=memory.view("f4")[: batch * 64].reshape(batch, 64))
 
 
 @pytest.mark.parametrize("cols", [1024, 1000])

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -234,6 +235,11 @@ def test_dequantize_into_out(rng):
     readonly = w.copy()
     readonly.flags.writeable = False
     misaligned = np.zeros(w.nbytes + 1, np.uint8)[1:].view("f4").reshape(w.shape)
+    for name in ("codes", "scale", "minimum"):
+        array, memory = getattr(q, name), np.zeros((8, 40), "f4")
+        lent = replace(q, **{name: memory.reshape(-1).view(array.dtype)[: array.size].reshape(array.shape)})
+        with pytest.raises(ValueError, match=f"{name}: shares memory with out|out: shares memory with {name}"):
+            lent.dequantize(out=memory)
     for bad, error, message in [
         (np.empty((8, 41), "f4"), ValueError, r"out: expected shape \(8, 40\), got \(8, 41\)"),
         (np.empty((8, 40)), TypeError, "out: expected float32, got float64"),
@@ -256,7 +262,15 @@ def test_dequantize_into_out(rng):
         (lambda: fo.quantize(np.zeros(3), bits=3), ValueError, "bits: expected 8, 4 or 2, got 3"),
         (lambda: fo.quantize(np.zeros(3), group_size=0), ValueError, "group_size: expected a positive number"),
         (lambda: fo.quantize(np.zeros(3), group_size=-2), ValueError, "group_size: expected"),
-        (lambda: fo.quantize(np.zeros(3), group_size=1.5), TypeError, "float"),
+        (lambda: fo.quantize(np.zeros(3), group_size=1.5), TypeError, "group_size: expected an integer.*, got 1.5"),
+        (lambda: fo.quantize(np.zeros(3), group_size="row"), TypeError, "group_size: expected an integer.*, got 'row'"),
+        (lambda: fo.quantize(np.zeros(3), group_size=True), TypeError, "group_size: expected an integer.*, got True"),
+        (lambda: fo.quantize(np.zeros(3), param_dtype="half?"), TypeError, "param_dtype: expected .*, got 'half\\?'"),
+        (lambda: fo.quantize(np.zeros(3), outliers="a"), TypeError, "outliers: expected a number, got str"),
+        (lambda: fo.quantize(np.zeros(3), max_error="a"), TypeError, "max_error: expected a number, got str"),
+        (lambda: fo.quantize(fo.quantize(np.zeros((3, 4)))), TypeError, "a QuantizedTensor is no array"),
+        (lambda: fo.unpack_bits(np.zeros(3, "u1"), 2, 12.0), TypeError, "count: expected an integer, got 12.0"),
+        (lambda: fo.embedding(np.zeros((3, 4)), [0]), TypeError, "q: expected a QuantizedTensor, got ndarray"),
         (lambda: fo.quantize(np.zeros(3), param_dtype="int8"), ValueError, "param_dtype: expected float16 or float32"),
         (
             lambda: fo.quantize(np.zeros(3, int)),
@@ -288,6 +302,9 @@ def test_a_quantized_tensor_checks_its_arrays(rng):
         ({"minimum": q.minimum.astype("f4")}, TypeError, "scale, minimum: expected float16 or float32, the same"),
         ({"codes": q.codes.astype("i1")}, TypeError, "codes: expected uint8"),
         ({"bits": 5}, ValueError, "bits: expected 8, 4 or 2"),
+        ({"group_size": "auto"}, TypeError, "group_size: expected an integer"),
+        ({"codes": q.codes.tolist()}, TypeError, "codes: expected a NumPy array, got list"),
+        ({"shape": [4, 40]}, TypeError, r"shape: expected a tuple of integers, got \[4, 40\]"),
         ({"shape": (4, 41)}, ValueError, "codes: expected shape"),
     ]:
         with pytest.raises(error, match=message):
@@ -396,6 +413,23 @@ def test_bad_rows(rng):
     assert fo.embedding(q, []).shape == (0, 40)
 
 
+def test_no_array_is_made_of_it_unasked(rng):
+    """NumPy would take what has a length and rows for a sequence, and make an array without columns of it."""
+    q = fo.quantize(rng.standard_normal((6, 40)).astype("f4"))
+    for call in (lambda: np.asarray(q), lambda: np.array(q, "f4"), lambda: np.stack([q, q])):
+        with pytest.raises(TypeError, match=r"a QuantizedTensor is no array: dequantize\(\) makes one"):
+            call()
+
+
+def test_iteration_gives_rows_or_says_that_there_are_none(rng):
+    q = fo.quantize(rng.standard_normal((6, 40)).astype("f4"))
+    assert all(row == q[i] for i, row in enumerate(q))
+    assert len(list(q)) == 6
+    for shape in [(8,), (2, 3, 4)]:
+        with pytest.raises(IndexError, match="rows: "):
+            list(fo.quantize(np.zeros(shape, "f4")))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_error(dtype, rng):
     w = rng.standard_normal((30, 50)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
@@ -412,6 +446,8 @@ def test_error(dtype, rng):
     assert fo.quantize(np.zeros((0, 3), "f4")).error(np.zeros((0, 3), "f4")).max == 0
     with pytest.raises(ValueError, match=r"w: expected shape \(30, 50\), got \(50, 30\)"):
         q.error(w.T)
+    w[3, 3] = np.nan
+    assert np.isnan(q.error(w)).all()
 
 
 @pytest.mark.parametrize("fit", ["minmax", "lsq"])

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <cmath>
 #include <new>
 
 #include "bindings/storage.hpp"
@@ -44,17 +45,16 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   Disjoint memory;
   memory.reads(from.data, from.size * sizeof(float), {"x"});
   memory.writes(q.codes, rows * q.row_bytes, {"codes"});
-  const std::size_t param_bytes = (group_size == 0 ? 1 : rows * q.groups) * (q.half ? 2 : 4);
-  memory.writes(q.scale, param_bytes, {"scale"});
-  memory.writes(q.minimum, param_bytes, {"minimum"});
+  memory.writes(q.scale, param_bytes(q), {"scale"});
+  memory.writes(q.minimum, param_bytes(q), {"minimum"});
   memory.check();
 
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   if (from.size == 0) {
     if (group_size == 0) {
-      std::fill_n(static_cast<char*>(const_cast<void*>(q.scale)), param_bytes, '\0');
-      std::fill_n(static_cast<char*>(const_cast<void*>(q.minimum)), param_bytes, '\0');
+      std::fill_n(static_cast<char*>(const_cast<void*>(q.scale)), param_bytes(q), '\0');
+      std::fill_n(static_cast<char*>(const_cast<void*>(q.minimum)), param_bytes(q), '\0');
     }
     return 0;
   }
@@ -76,7 +76,7 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   require_shape(out, q.rows, q.cols, {"out"});
   Disjoint memory;
   memory.writes(to.data, to.size * sizeof(float), {"out"});
-  memory.reads(q.codes, q.rows * q.row_bytes, {"codes"});
+  reads_weight(memory, q);
   memory.check();
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
@@ -185,10 +185,30 @@ struct Outliers {
   std::size_t count;
 };
 
+// Product of x with one row, whose outliers are [at, next): for an x that is not finite where one of them is. What a
+// code stands for and what is added to it may differ in sign; times infinity the two would then cancel.
+template <class Index>
+double product_of_row(const Kernels& k, const Quantized& q, const Outliers<Index>& o, const Index* at,
+                      const Index* next, std::size_t row, const float* x) {
+  constexpr std::size_t block = 256;
+  float w[block];
+  double sum = 0;
+  for (std::size_t begin = 0; begin < q.cols; begin += block) {
+    const std::size_t n = std::min(block, q.cols - begin);
+    k.dequantize(q, row, begin, begin + n, w);
+    for (; at < next && static_cast<std::size_t>(*at) - row * q.cols - begin < n; ++at) {
+      w[static_cast<std::size_t>(*at) - row * q.cols - begin] += o.value[at - o.index];
+    }
+    for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(x[begin + i]) * static_cast<double>(w[i]);
+  }
+  return sum;
+}
+
 // Adds to rows [begin, end) of y what outliers add; each element in double, in the order of their places.
 template <class Index>
-void add_outliers(const Outliers<Index>& o, const Linear& io, std::size_t rows, std::size_t cols, std::size_t begin,
+void add_outliers(const Kernels& k, const Quantized& q, const Outliers<Index>& o, const Linear& io, std::size_t begin,
                   std::size_t end) {
+  const std::size_t rows = q.rows, cols = q.cols;
   const Index* const last = o.index + o.count;
   const auto from = [&](const Index* first, std::size_t row) {  // the first that is not before this row
     return std::lower_bound(first, last, row * cols,
@@ -200,9 +220,15 @@ void add_outliers(const Outliers<Index>& o, const Linear& io, std::size_t rows, 
     for (std::size_t b = 0; b < io.batch && at < next; ++b) {
       double sum = static_cast<double>(io.y[b * rows + row]);
       const float* x = io.x + b * cols;
+      bool finite = true;
       for (const Index* p = at; p < next; ++p) {
         const std::size_t col = static_cast<std::size_t>(*p) - row * cols;
-        if (col < cols) sum += static_cast<double>(x[col]) * static_cast<double>(o.value[p - o.index]);
+        if (col >= cols) continue;
+        finite &= std::isfinite(x[col]);
+        sum += static_cast<double>(x[col]) * static_cast<double>(o.value[p - o.index]);
+      }
+      if (!finite) {
+        sum = product_of_row(k, q, o, at, next, row, x) + (io.bias ? static_cast<double>(io.bias[row]) : 0.0);
       }
       io.y[b * rows + row] = static_cast<float>(sum);
     }
@@ -253,6 +279,7 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
     memory.writes(io.y, io.batch * q.rows * sizeof(float), {"out"});
     memory.reads(io.x, io.batch * q.cols * sizeof(float), {"x"});
     if (io.bias) memory.reads(io.bias, q.rows * sizeof(float), {"bias"});
+    reads_weight(memory, q);
     memory.check();
   }
   io.prepared_bytes = k.prepared_bytes(q, limbs);
@@ -283,8 +310,8 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
   const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
   parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
     k.linear_quantized(q, io, begin, end);
-    if (narrow.count > 0) add_outliers(narrow, io, q.rows, q.cols, begin, end);
-    if (wide.count > 0) add_outliers(wide, io, q.rows, q.cols, begin, end);
+    if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
+    if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
   });
   return out;
 }

@@ -82,6 +82,16 @@ Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, i
   return q;
 }
 
+inline std::size_t param_bytes(const Quantized& q) {
+  return (q.param_stride == 0 ? 1 : q.rows * q.groups) * (q.half ? 2 : 4);
+}
+
+inline void reads_weight(Disjoint& memory, const Quantized& q) {
+  memory.reads(q.codes, q.rows * q.row_bytes, {"codes"});
+  memory.reads(q.scale, param_bytes(q), {"scale"});
+  memory.reads(q.minimum, param_bytes(q), {"minimum"});
+}
+
 // What a product reads and writes beside the weight: x [batch, cols], bias [rows] or None, out [batch, rows].
 struct LinearOperands {
   const float* x;

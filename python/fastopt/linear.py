@@ -79,6 +79,8 @@ def linear(
         raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
     if isinstance(w, QuantizedTensor) and (limbs == 1 or not _pays_for_panels(x, w)):
         return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
+    if not isinstance(w, np.ndarray | QuantizedTensor | SparseTensor):
+        raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or a float32 array, got {type(w).__name__}")
     x = np.asarray(x)
     if x.dtype != np.float32:
         raise TypeError(f"x: expected float32, got {x.dtype}")
@@ -93,7 +95,8 @@ def linear(
     elif out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out: expected a C-contiguous array of shape {shape}, got shape {out.shape}")
     else:
-        for name, array in (("x", x), ("w", w), ("bias", bias)):
+        parts = ("codes", "scale", "minimum") if isinstance(w, QuantizedTensor) else ()
+        for name, array in (("x", x), ("w", w), ("bias", bias), *((part, getattr(w, part)) for part in parts)):
             if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
                 raise ValueError(f"out: shares memory with {name}")
     if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype != np.float32):
@@ -116,6 +119,12 @@ def linear(
         if bias is not None:
             np.add(out2, bias, out=out2)
     return out
+
+
+def matmul(w: Weight, x: Array) -> Array:
+    """Return ``w @ x``, which linear has as ``x.T @ w.T``; of a stack of matrices each, as NumPy does."""
+    x = np.asarray(x)
+    return linear(x, w) if x.ndim < 2 else linear(x.swapaxes(-1, -2), w).swapaxes(-1, -2)
 
 
 def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:

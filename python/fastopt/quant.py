@@ -1,7 +1,9 @@
 """b-bit min-max quantization: 8, 4 and 2 bits, bit-packed."""
 
 import math
+import numbers
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -40,10 +42,12 @@ def require_bits(bits: int) -> int:
 
 def require_group_size(group_size: GroupSize, bits: int) -> int | None:
     """Return `group_size` with its default filled in, or raise."""
-    if group_size == "auto":
+    if isinstance(group_size, str) and group_size == "auto":
         return DEFAULT_GROUP_SIZE[bits]
     if group_size is None:
         return None
+    if isinstance(group_size, bool | str) or not hasattr(group_size, "__index__"):
+        raise TypeError(f"group_size: expected an integer, None or 'auto', got {group_size!r}")
     size = operator.index(group_size)
     if (size < 1 and size != -1) or size >= 1 << 62:
         raise ValueError(f"group_size: expected a positive number, -1 (a row) or None (the whole tensor), got {size}")
@@ -116,6 +120,10 @@ class Error(NamedTuple):
         Signal to noise ratio in decibels; infinite if there is no error.
     cosine : float
         Cosine of the angle between the two, seen as vectors; 1 if both are zero.
+
+    Notes
+    -----
+    All are NaN if a weight is.
     """
 
     rmse: float
@@ -144,16 +152,18 @@ class ErrorSums:
                 self.dot += float((a * b).sum())
                 a -= b
                 self.noise += float(np.square(a).sum())
-            self.largest = max(self.largest, float(a.max()), -float(a.min()))
+            self.largest = float(np.maximum(self.largest, np.abs(a, out=a).max()))  # NaN if one is
 
     def __iadd__(self, other: "ErrorSums") -> "ErrorSums":
         for name in ("size", "noise", "signal", "total", "dot"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.largest = max(self.largest, other.largest)
+        self.largest = float(np.maximum(self.largest, other.largest))
         return self
 
     def error(self) -> Error:
         """Return the error of all that was added."""
+        if math.isnan(self.noise):
+            return Error(*(math.nan,) * 5)
         rmse = math.sqrt(self.noise / max(self.size, 1))
         relative = math.sqrt(self.noise / self.signal) if self.signal > 0 else (0.0 if self.noise == 0 else math.inf)
         snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
@@ -207,7 +217,10 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         require_bits(self.bits)
-        require_group_size(self.group_size, self.bits)
+        if require_group_size(self.group_size, self.bits) != self.group_size:
+            raise TypeError(f"group_size: expected an integer or None, got {self.group_size!r}")
+        if not isinstance(self.shape, tuple):
+            raise TypeError(f"shape: expected a tuple of integers, got {self.shape!r:.80}")
         rows, cols = as_matrix(self.shape)
         row_bytes, params = -(-cols * self.bits // 8), _param_shape(self.group_size, rows, cols)
         for name, array, shape in (
@@ -215,6 +228,8 @@ class QuantizedTensor:
             ("scale", self.scale, params),
             ("minimum", self.minimum, params),
         ):
+            if not isinstance(array, np.ndarray):
+                raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
             if array.shape != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
         if self.codes.dtype != np.uint8:
@@ -271,6 +286,8 @@ class QuantizedTensor:
         ------
         TypeError, ValueError
             If `out` is not writable, contiguous float32 of the right shape, or `rows` has a step.
+        IndexError
+            If `rows` are asked of a weight of one axis.
 
         Examples
         --------
@@ -355,10 +372,16 @@ class QuantizedTensor:
         """The transpose, for ``x @ q.T``."""
         return _Transposed(self)
 
+    def __array__(self, *args: Any, **options: Any) -> Array:
+        raise TypeError("a QuantizedTensor is no array: dequantize() makes one")
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of unsized object")
         return self.shape[0]
+
+    def __iter__(self) -> Iterator["QuantizedTensor"]:
+        return (self[row] for row in range(len(self)))  # without it, an IndexError would end an iteration in silence
 
     def __getitem__(self, rows: int | slice | Array) -> "QuantizedTensor":
         if len(self.shape) < 2:
@@ -386,10 +409,10 @@ class QuantizedTensor:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __matmul__(self, x: Array) -> Array:
-        """Return the product with a vector [in] or a matrix [in, batch]."""
-        from fastopt.linear import linear
+        """Return the product with a vector [in], a matrix [in, batch] or a stack of these."""
+        from fastopt.linear import matmul
 
-        return linear(np.asarray(x).T, self).T
+        return matmul(self, x)
 
     def __repr__(self) -> str:
         group = {None: "whole tensor", -1: "a row"}.get(self.group_size, self.group_size)
@@ -510,7 +533,8 @@ def quantize(
     max_error : float, optional
         The same for all weights that are off by more than this.
     out : QuantizedTensor, optional
-        Its arrays are overwritten; it is of the same shape and options, and is returned. Not with `outliers`.
+        Its arrays are overwritten, also where values are then found to be refused; it is of the same shape and
+        options, and is returned. Not with `outliers`.
 
     Returns
     -------
@@ -519,7 +543,7 @@ def quantize(
     Raises
     ------
     TypeError
-        If `w` is not of a float type.
+        If `w` is not of a float type, or an option is of the wrong kind.
     ValueError
         If `w` has NaN or infinity, or an option is out of range.
 
@@ -558,11 +582,17 @@ def quantize(
     """
     bits = require_bits(bits)
     group = require_group_size(group_size, bits)
-    params = np.dtype(param_dtype)
+    try:
+        params = np.dtype(param_dtype)
+    except TypeError:
+        raise TypeError(f"param_dtype: expected float16 or float32, got {param_dtype!r}") from None
     if params not in (np.float16, np.float32):
         raise ValueError(f"param_dtype: expected float16 or float32, got {params}")
     if fit not in ("minmax", "lsq"):
         raise ValueError(f"fit: expected 'minmax' or 'lsq', got {fit!r}")
+    for name, number in (("outliers", outliers), ("max_error", max_error)):
+        if number is not None and not isinstance(number, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
     if outliers is not None and not 0 <= outliers <= 1:
         raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers}")
     if max_error is not None and not max_error >= 0:
@@ -691,6 +721,8 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
     array([[ 0.,  0., 15.,  0.],
            [15.,  0.,  0.,  0.]], dtype=float32)
     """
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if len(q.shape) < 2:
         raise ValueError(f"q: expected at least two axes, got shape {q.shape}")
     rows = np.asarray(ids)
@@ -767,7 +799,7 @@ def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
     Raises
     ------
     TypeError
-        If `packed` is not uint8.
+        If `packed` is not uint8, or `count` not an integer.
     ValueError
         If `packed` does not have ``ceil(count * bits / 8)`` bytes, or `bits` is out of range.
 
@@ -778,7 +810,10 @@ def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
     >>> fo.unpack_bits(np.array([33, 3], dtype=np.uint8), bits=4, count=3)
     array([1, 2, 3], dtype=uint8)
     """
-    bits, count = require_bits(bits), operator.index(count)
+    bits = require_bits(bits)
+    if not hasattr(count, "__index__"):
+        raise TypeError(f"count: expected an integer, got {count!r:.80}")
+    count = operator.index(count)
     array = np.asarray(packed)
     if array.dtype != np.uint8:
         raise TypeError(f"packed: expected uint8, got {array.dtype}")

@@ -405,10 +405,10 @@ class SparseTensor:
     # ---- products --------------------------------------------------------------------------------------------
 
     def __matmul__(self, x: Array) -> Array:
-        """Return the product with a vector [in] or a matrix [in, batch]."""
-        from fastopt.linear import linear
+        """Return the product with a vector [in], a matrix [in, batch] or a stack of these."""
+        from fastopt.linear import matmul
 
-        return linear(np.asarray(x).T, self).T
+        return matmul(self, x)
 
     @property
     def T(self) -> "Transposed":  # noqa: N802 - NumPy's name
