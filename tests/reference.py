@@ -17,7 +17,6 @@ class Hyper(NamedTuple):
     blend1: float = 1.0
     decay2: float = 0.0
     blend2: float = 1.0
-    root_scale: float = 1.0
     eps: float = 0.0
     grad_scale: float = 1.0
     shrink: float = 0.0
@@ -110,14 +109,14 @@ def step(rule, h, w, g, states):
         if "momentum" in rule:
             s[1] = direction = h.decay1 * s[1] + direction
         w = w - h.step_size * direction
-    elif rule in ("adam", "amsgrad"):  # Kingma and Ba, 2015, algorithm 1; Reddi et al., 2018
+    elif rule in ("adam", "amsgrad"):  # Kingma and Ba, 2015, in the order of its section 2; Reddi et al., 2018
         s[0] = s[0] + h.blend1 * (g - s[0])
         s[1] = h.decay2 * s[1] + h.blend2 * g * g
         squares = s[1]
         if rule == "amsgrad":  # chosen, not computed: as it was stored
             largest = np.where(s[1].x <= s[2].x, states[2], s[1].x)
             squares = Flushed(largest)
-        w = w - h.step_size * s[0] / (squares.sqrt() * h.root_scale + h.eps)
+        w = w - h.step_size * s[0] / (squares.sqrt() + h.eps)
     elif rule == "lion":  # Chen et al., 2023
         blend = h.decay1 * s[0] + h.blend1 * g
         sign = Flushed(np.where(blend.x > 0, one, np.where(blend.x < 0, -one, blend.x)))
@@ -126,8 +125,8 @@ def step(rule, h, w, g, states):
     else:
         raise ValueError(rule)
     if h.shrink != 0:  # proximal step of the L1 norm
-        above, below = (w - h.shrink).x, (w + h.shrink).x
-        w = Flushed(np.where(above > 0, above, np.where(below < 0, below, zero)))
+        most = w.x.dtype.type(h.shrink)
+        w = w - Flushed(np.clip(w.x, -most, most))
     result = np.where(before == 0, zero, w.x) if h.keep_zeros else w.x
     return result, [*(x.x for x in s[:2]), largest] if rule == "amsgrad" else [x.x for x in s]
 

@@ -16,7 +16,7 @@ import fastopt as fo
 from fastopt import _core
 
 RULES = {name: len(positive) for name, positive in reference.POSITIVE.items()}
-PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, root_scale=1.7, eps=1e-8)
+PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, eps=1e-8)
 HYPERS = {
     "plain": PLAIN,
     "l2": PLAIN._replace(weight_decay=0.1),
@@ -67,6 +67,59 @@ def test_step_equals_reference(isa, rule, option, dtype, rng):
         assert all(same_bits(s.array, want) for s, want in zip(states, want_states, strict=True)), n
         assert same_bits(g.array, before)
         assert all(a.intact() for a in (w, g, *states)), n
+
+
+def fused(a, b, c):
+    """float32 of a * b + c, rounded once: in double, where the product is exact, and the sum rounded to odd."""
+    product, c = a.astype("f8") * b, c.astype("f8")
+    total = product + c
+    rest = (product - (total - (total - product))) + (c - (total - product))
+    bits = total.view("i8")
+    away = np.where((rest > 0) == (total > 0), 1, -1)
+    return np.where((rest != 0) & (bits % 2 == 0), bits + away, bits).view("f8").astype("f4")
+
+
+def test_square_roots_by_products_are_proven():
+    """`sqrt_by_products` (cpp/kernels/simd.hpp) is the square root for any approximation within its specification.
+
+    It takes y = a / sqrt(x), |a - 1| < 2**-14, and in floats root = x * y, error = 1 / 2 - root * y / 2,
+    root1 = root + root * error, half1 = y / 2 + y / 2 * error. With root = (1 + u) * x * y, |u| <= 2**-24, before their
+    last rounding root1 / sqrt(x) and half1 * 2 * sqrt(x) lie within a * u / 2 of a * (3 - a**2) / 2, which is 1 or less
+    by 1.5 * 2**-28; 2**-36 is more than what smaller terms add. The last steps are monotonic in half1.
+    """
+    high = 2.0**-25 + 2.0**-36
+    low = -high - 1.5 * 2.0**-28
+    doubtful = []
+    for first in range(0, 1 << 24, 1 << 16):  # [1, 4): other binades are these, scaled
+        x = (0x3F800000 + np.arange(first, first + (1 << 16), dtype="u4")).view("f4")
+        exact, want = np.sqrt(x.astype("f8")), np.sqrt(x)
+        least, most = ((exact * (1 + e)).astype("f4").view("u4") for e in (low, high))
+        wrong = most > least + 2
+        for k in range(3):
+            root1 = np.minimum(least + k, most).astype("u4").view("f4")
+            for e in (low, high):
+                half1 = (0.5 / exact * (1 + e)).astype("f4")
+                wrong |= fused(fused(-root1, root1, x), half1, root1) != want
+        doubtful.extend(x[wrong])
+    assert len(doubtful) < 10
+    for x in np.array(doubtful, "f4"):  # each approximation that there can be
+        ends = (np.array([1 - 2.0**-14, 1 + 2.0**-14]) / np.sqrt(np.float64(x))).astype("f4").view("i4")
+        y = np.arange(ends[0], ends[1] + 1, dtype="i4").view("f4")
+        x, half = np.full_like(y, x), y / 2
+        error = fused(-(x * y), half, np.full_like(y, 0.5))
+        root1, half1 = fused(x * y, error, x * y), fused(half, error, half)
+        assert (fused(fused(-root1, root1, x), half1, root1) == np.sqrt(x)).all()
+
+
+def test_square_roots_are_correctly_rounded(isa, rng):
+    """Those of all significands, and of numbers of any size: Adam divides by them what they should be, and gets 1."""
+    same = Hyper(step_size=1, blend1=0, decay2=1, blend2=0)
+    any_size = rng.integers(0x00800000, 0x7F800000, 1 << 20, "u4")
+    for bits in (*(0x3F800000 + np.arange(1 << 24, dtype="u4")).reshape(16, -1), any_size):
+        for x in (bits.view("f4"), np.roll(bits.view("f4"), 16)):  # in vectors of even and odd number
+            w = np.zeros_like(x)
+            run("adam", same, [w], [np.zeros_like(x)], [(np.sqrt(x), x)])
+            assert (w == -1).all()
 
 
 def bits_of(x, dtype):

@@ -48,15 +48,15 @@ const Rule& find_rule(const char* name) {
 }
 
 Hyper hyper_of(const py::tuple& t) {
-  constexpr std::size_t count = 12;
-  if (t.size() != count) throw py::value_error("hyper: expected 12 numbers, got " + std::to_string(t.size()));
+  constexpr std::size_t count = 11;
+  if (t.size() != count) throw py::value_error("hyper: expected 11 numbers, got " + std::to_string(t.size()));
   double v[count];
   for (std::size_t i = 0; i < count; ++i) {
     v[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(t.ptr(), static_cast<py::ssize_t>(i)));
     if (v[i] == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     if (!std::isfinite(v[i])) throw py::value_error("hyper: expected finite numbers, got " + std::string(py::str(t)));
   }
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] != 0};
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10] != 0};
 }
 
 // Which of the float types an array has.

@@ -19,15 +19,14 @@ enum class Float { f16, bf16, f32, f64 };
 // The numbers of one step, shared by the tensors of a parameter group. Python computes them in double; kernels
 // round each once to the type that they compute in: double for float64 parameters, else float.
 struct Hyper {
-  double step_size;     // lr; for Adam lr / (1 - beta1^t)
+  double step_size;     // lr; for Adam lr * sqrt(1 - beta2^t) / (1 - beta1^t)
   double weight_decay;  // L2, added to the gradient: g + weight_decay * w
   double decay;         // decoupled: w * decay, with decay = 1 - lr * weight_decay
   double decay1;        // factor kept of the first state (momentum, beta1)
   double blend1;        // factor of the gradient in the first state (1 - dampening, 1 - beta1)
   double decay2;        // factor kept of the squares (beta2, alpha)
   double blend2;        // 1 - decay2
-  double root_scale;    // Adam: 1 / sqrt(1 - beta2^t)
-  double eps;
+  double eps;           // for Adam eps * sqrt(1 - beta2^t)
   double grad_scale;  // multiplies every gradient: loss scale, clipping, sign of `maximize`
   double shrink;      // proximal L1 after the step: |w| - shrink, exact zero below
   bool keep_zeros;    // a weight that is zero stays zero

@@ -1,6 +1,9 @@
 // Optimizer steps: one pass over parameter, gradient and states, in place. A new optimizer is a rule here, a row
 // in the table at the end, and a class in python/fastopt/optim.py.
 
+// What a step may do without; bits of `options`.
+constexpr unsigned kScaled = 1, kDecay = 2, kL2 = 4, kL1 = 8, kKeepZeros = 16;
+
 template <class T>
 struct Scalars {
   explicit Scalars(const Hyper& h)
@@ -11,34 +14,35 @@ struct Scalars {
         blend1(static_cast<T>(h.blend1)),
         decay2(static_cast<T>(h.decay2)),
         blend2(static_cast<T>(h.blend2)),
-        root_scale(static_cast<T>(h.root_scale)),
         eps(static_cast<T>(h.eps)),
         grad_scale(static_cast<T>(h.grad_scale)),
         shrink(static_cast<T>(h.shrink)),
-        regular(h.weight_decay != 0),
-        sparse(h.shrink != 0),
-        keep_zeros(h.keep_zeros) {}
+        options((h.grad_scale != 1 ? kScaled : 0) | (h.weight_decay != 0 ? kL2 : 0) | (h.decay != 1 ? kDecay : 0) |
+                (h.shrink != 0 ? kL1 : 0) | (h.keep_zeros ? kKeepZeros : 0)) {}
 
-  T step_size, weight_decay, decay, decay1, blend1, decay2, blend2, root_scale, eps, grad_scale, shrink;
-  bool regular, sparse, keep_zeros;
+  T step_size, weight_decay, decay, decay1, blend1, decay2, blend2, eps, grad_scale, shrink;
+  unsigned options;
 };
 
 // ---- rules ---------------------------------------------------------------------------------------------------
 
-// A rule maps (w, g) to the new w and updates its states s; V is a vector of T. Formulas are torch.optim's.
+// A rule maps (w, g) to the new w and updates its states s; V is a vector of T. Where it divides by a square root,
+// squares() is what to take it of, and update() is given it. Formulas are torch.optim's.
 
 struct Sgd {
   static constexpr std::size_t states = 0;
+  static constexpr bool has_root = false;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V*) {
+  static V update(const Scalars<T>& k, V w, V g, V*, V) {
     return w - k.step_size * g;
   }
 };
 
 struct Momentum {
   static constexpr std::size_t states = 1;
+  static constexpr bool has_root = false;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
+  static V update(const Scalars<T>& k, V w, V g, V* s, V) {
     s[0] = k.decay1 * s[0] + k.blend1 * g;
     return w - k.step_size * s[0];
   }
@@ -46,8 +50,9 @@ struct Momentum {
 
 struct Nesterov {
   static constexpr std::size_t states = 1;
+  static constexpr bool has_root = false;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
+  static V update(const Scalars<T>& k, V w, V g, V* s, V) {
     s[0] = k.decay1 * s[0] + k.blend1 * g;
     return w - k.step_size * (g + k.decay1 * s[0]);
   }
@@ -56,10 +61,14 @@ struct Nesterov {
 // Duchi, Hazan and Singer, 2011.
 struct Adagrad {
   static constexpr std::size_t states = 1;
+  static constexpr bool has_root = true;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
-    s[0] = s[0] + g * g;
-    return w - k.step_size * g / (sqrt(s[0]) + k.eps);
+  static V squares(const Scalars<T>&, V g, V* s) {
+    return s[0] = s[0] + g * g;
+  }
+  template <class T, class V>
+  static V update(const Scalars<T>& k, V w, V g, V*, V root) {
+    return w - k.step_size * g / (root + k.eps);
   }
 };
 
@@ -67,45 +76,50 @@ struct Adagrad {
 template <bool HasMomentum, bool Centered>
 struct RmsProp {
   static constexpr std::size_t states = 1 + HasMomentum + Centered;
+  static constexpr bool has_root = true;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
+  static V squares(const Scalars<T>& k, V g, V* s) {
     s[0] = k.decay2 * s[0] + k.blend2 * g * g;
-    V variance = s[0];
-    if constexpr (Centered) {
-      V& mean = s[1 + HasMomentum];
-      mean = mean + k.blend2 * (g - mean);
-      variance = variance - mean * mean;
-      variance = variance < 0 ? V{} : variance;  // below zero by rounding alone
-    }
-    const V direction = g / (sqrt(variance) + k.eps);
-    if constexpr (HasMomentum) {
-      s[1] = k.decay1 * s[1] + direction;
-      return w - k.step_size * s[1];
-    } else {
-      return w - k.step_size * direction;
-    }
+    if constexpr (!Centered) return s[0];
+    V& mean = s[states - 1];
+    mean = mean + k.blend2 * (g - mean);
+    const V variance = s[0] - mean * mean;
+    return variance < 0 ? V{} : variance;  // below zero by rounding alone
+  }
+  template <class T, class V>
+  static V update(const Scalars<T>& k, V w, V g, V* s, V root) {
+    const V direction = g / (root + k.eps);
+    if constexpr (!HasMomentum) return w - k.step_size * direction;
+    s[1] = k.decay1 * s[1] + direction;
+    return w - k.step_size * s[1];
   }
 };
 
-// Kingma and Ba, 2015, algorithm 1, with both bias corrections folded into scalars; AMSGrad: Reddi et al., 2018.
+// Kingma and Ba, 2015, the faster order of their section 2: bias corrections are folded into step_size and eps.
+// AMSGrad: Reddi et al., 2018.
 template <bool AmsGrad>
 struct Adam {
   static constexpr std::size_t states = 2 + AmsGrad;
+  static constexpr bool has_root = true;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
+  static V squares(const Scalars<T>& k, V g, V* s) {
     s[0] = s[0] + k.blend1 * (g - s[0]);
     s[1] = k.decay2 * s[1] + k.blend2 * g * g;
-    V squares = s[1];
-    if constexpr (AmsGrad) squares = s[2] = s[1] <= s[2] ? s[2] : s[1];
-    return w - k.step_size * s[0] / (sqrt(squares) * k.root_scale + k.eps);
+    if constexpr (!AmsGrad) return s[1];
+    return s[2] = s[1] <= s[2] ? s[2] : s[1];
+  }
+  template <class T, class V>
+  static V update(const Scalars<T>& k, V w, V, V* s, V root) {
+    return w - k.step_size * s[0] / (root + k.eps);
   }
 };
 
 // Chen et al., 2023: the sign of a blend, which the state does not keep.
 struct Lion {
   static constexpr std::size_t states = 1;
+  static constexpr bool has_root = false;
   template <class T, class V>
-  static V update(const Scalars<T>& k, V w, V g, V* s) {
+  static V update(const Scalars<T>& k, V w, V g, V* s, V) {
     const V blend = k.decay1 * s[0] + k.blend1 * g;
     const V sign = blend > 0 ? V{} + T{1} : (blend < 0 ? V{} - T{1} : blend);
     s[0] = k.decay2 * s[0] + k.blend2 * g;
@@ -113,19 +127,37 @@ struct Lion {
   }
 };
 
-// What every optimizer shares, around its rule.
-template <class R, class T, class V>
-inline V regularized(const Scalars<T>& k, V w, V g, V* s) {
-  const V before = w;
-  g = g * k.grad_scale;
-  if (k.regular) g = g + k.weight_decay * w;
-  w = R::template update<T, V>(k, w * k.decay, g, s);
-  if (k.sparse) {
-    const V above = w - k.shrink, below = w + k.shrink;
-    w = above > 0 ? above : (below < 0 ? below : V{});
+// N vectors stepped at once, so that they fill each other's waits: what every optimizer shares, around its rule. The
+// last `Products` of their square roots are left to what multiplies, the others to what divides.
+template <class R, std::size_t Products, std::size_t N, class T, class V>
+__attribute__((always_inline)) inline void step_vectors(const Scalars<T>& k, unsigned options, V (&w)[N], V (&g)[N],
+                                                        V (&s)[N][R::states + 1]) {
+  V before[N], root[N] = {};
+  for (std::size_t v = 0; v < N; ++v) before[v] = w[v];
+  if (options) {
+    for (std::size_t v = 0; v < N; ++v) {
+      g[v] = g[v] * k.grad_scale;
+      if (options & kL2) g[v] = g[v] + k.weight_decay * w[v];
+      w[v] = w[v] * k.decay;
+    }
   }
-  if (k.keep_zeros) w = before == 0 ? V{} : w;
-  return w;
+  if constexpr (R::has_root) {
+    for (std::size_t v = 0; v < N; ++v) root[v] = R::squares(k, g[v], s[v]);
+    for (std::size_t v = 0; v < N - Products; ++v) root[v] = sqrt(root[v]);
+    if constexpr (Products > 0) {
+      for (std::size_t v = N - Products; v < N; ++v) root[v] = sqrt_by_products(root[v]);
+    }
+  }
+  for (std::size_t v = 0; v < N; ++v) w[v] = R::update(k, w[v], g[v], s[v], root[v]);
+  if (options) {
+    for (std::size_t v = 0; v < N; ++v) {
+      if (options & kL1) {
+        const V most = V{} + k.shrink, below = w[v] > most ? most : w[v];
+        w[v] = w[v] - (below < -most ? -most : below);
+      }
+      if (options & kKeepZeros) w[v] = before[v] == 0 ? V{} : w[v];
+    }
+  }
 }
 
 // ---- a range of one type -------------------------------------------------------------------------------------
@@ -139,29 +171,48 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
   g += first;
   const auto part = [&](std::size_t i, std::size_t count) {
     const std::size_t bytes = count * sizeof(T);
-    V s[R::states + 1];
-    for (std::size_t j = 0; j < R::states; ++j) s[j] = load_part<V>(state[j] + i, bytes);
-    store_part(w + i, regularized<R>(k, load_part<V>(w + i, bytes), load_part<V>(g + i, bytes), s), bytes);
-    for (std::size_t j = 0; j < R::states; ++j) store_part(state[j] + i, s[j], bytes);
+    V next[1] = {load_part<V>(w + i, bytes)}, grad[1] = {load_part<V>(g + i, bytes)}, s[1][R::states + 1];
+    for (std::size_t j = 0; j < R::states; ++j) s[0][j] = load_part<V>(state[j] + i, bytes);
+    step_vectors<R, 0>(k, k.options, next, grad, s);
+    store_part(w + i, next[0], bytes);
+    for (std::size_t j = 0; j < R::states; ++j) store_part(state[j] + i, s[0][j], bytes);
   };
   // Up to where w is aligned to vectors; large arrays of NumPy then all are.
   std::size_t i = reinterpret_cast<std::uintptr_t>(w) % kVectorBytes / sizeof(T);
   i = i == 0 ? 0 : kLanes<T> - i;
   i = i < n ? i : n;
   if (i > 0) part(0, i);
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    V s[R::states + 1];
-    for (std::size_t j = 0; j < R::states; ++j) {
-      prefetch(state[j] + i);
-      s[j] = load<V>(state[j] + i);
+  const auto whole = [&](auto vectors, auto products, unsigned options) {
+    constexpr std::size_t count = decltype(vectors)::value;
+    V next[count], grad[count], s[count][R::states + 1];
+    for (std::size_t v = 0; v < count; ++v) {
+      const std::size_t at = i + v * kLanes<T>;
+      for (std::size_t j = 0; j < R::states; ++j) {
+        prefetch(state[j] + at);
+        s[v][j] = load<V>(state[j] + at);
+      }
+      if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
+        prefetch(w + at);
+        prefetch(g + at);
+      }
+      next[v] = load<V>(w + at);
+      grad[v] = load<V>(g + at);
     }
-    if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
-      prefetch(w + i);
-      prefetch(g + i);
+    step_vectors<R, decltype(products)::value>(k, options, next, grad, s);
+    for (std::size_t v = 0; v < count; ++v) {
+      const std::size_t at = i + v * kLanes<T>;
+      store(w + at, next[v]);
+      for (std::size_t j = 0; j < R::states; ++j) store(state[j] + at, s[v][j]);
     }
-    store(w + i, regularized<R>(k, load<V>(w + i), load<V>(g + i), s));
-    for (std::size_t j = 0; j < R::states; ++j) store(state[j] + i, s[j]);
+    i += count * kLanes<T>;
+  };
+  if (k.options == 0) {
+    if constexpr (R::has_root && kRootByProducts<T>) {
+      while (i + 2 * kLanes<T> <= n) whole(Int<2>{}, Int<1>{}, 0);
+    }
+    while (i + kLanes<T> <= n) whole(Int<1>{}, Int<0>{}, 0);
   }
+  while (i + kLanes<T> <= n) whole(Int<1>{}, Int<0>{}, k.options);
   if (i < n) part(i, n - i);
 }
 
@@ -322,60 +373,66 @@ struct Blocks {
   Rounded rounded[2][R::states + 1];
   std::size_t count = 0;  // of blocks stepped
 
-  // A block whose first element has the number `first` in its tensor; only `n` elements of it count.
-  void step(const StepArgs& args, std::size_t first, std::size_t n) {
+  // The block of `a` from element `at` on, which has the number `first` in its tensor; only `n` elements of it count.
+  void step(const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
     // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
     const Scalars<float> k = scalars;
-    const StepArgs a = args;
+    const Float param_type = a.param_type, grad_type = a.grad_type;
+    const bool stochastic = a.stochastic;
+    char* const param = static_cast<char*>(a.param) + at * width_of(param_type);
+    const char* const gradient = static_cast<const char*>(a.grad) + at * width_of(grad_type);
+    float* const master = a.master ? a.master + at : nullptr;
+    char* state[R::states + 1];
+    for (std::size_t j = 0; j < R::states; ++j) state[j] = static_cast<char*>(a.state[j]) + at * width_of(State);
     Rounded* const now = rounded[count % 2];
     const Rounded* const before = count > 0 ? rounded[(count + 1) % 2] : nullptr;
     std::uint32_t exponent[R::states + 1];
-    for (std::size_t j = 0; j < R::states; ++j) exponent[j] = State == StateType::u8 ? *a.exponent[j] : 0u;
+    for (std::size_t j = 0; j < R::states; ++j)
+      exponent[j] = State == StateType::u8 ? a.exponent[j][at / kStateBlock] : 0u;
     Bits chance = first_chance(a.noise, first);
 
     Words largest[R::states + 1] = {};
     for (std::size_t v = 0; v < kBlockVectors; v += 2) {
       const std::size_t begin = v * lanes;
       Bits random[2];
-      V next[2], s[R::states + 1][2];
-      prefetch_pair(a.param, begin, width_of(a.param_type));
-      prefetch_pair(a.grad, begin, width_of(a.grad_type));
-      for (std::size_t j = 0; j < R::states; ++j) prefetch_pair(a.state[j], begin, width_of(State));
+      V next[2], grad[2], s[2][R::states + 1];
+      prefetch_pair(param, begin, width_of(param_type));
+      prefetch_pair(gradient, begin, width_of(grad_type));
+      for (std::size_t j = 0; j < R::states; ++j) prefetch_pair(state[j], begin, width_of(State));
       for (std::size_t h = 0; h < 2; ++h) {
         const std::size_t i = begin + h * lanes;
         random[h] = chance;
         chance += static_cast<std::uint32_t>(lanes) * kGolden;
-        const V w = a.master ? load<V>(a.master + i) : widen(a.param_type, a.param, i);
-        const V g = widen(a.grad_type, a.grad, i);
-        V state[R::states + 1];
+        next[h] = master ? load<V>(master + i) : widen(param_type, param, i);
+        grad[h] = widen(grad_type, gradient, i);
         for (std::size_t j = 0; j < R::states; ++j) {
-          if constexpr (State == StateType::wide) state[j] = widen(Float::f32, a.state[j], i);
-          if constexpr (State == StateType::bf16) state[j] = widen(Float::bf16, a.state[j], i);
+          if constexpr (State == StateType::wide) s[h][j] = widen(Float::f32, state[j], i);
+          if constexpr (State == StateType::bf16) s[h][j] = widen(Float::bf16, state[j], i);
           if constexpr (State == StateType::u8) {
-            const auto* const codes = static_cast<const std::uint8_t*>(a.state[j]) + i;
-            state[j] = widen_u8(codes, exponent[j], Positive >> j & 1);
+            const auto* const codes = reinterpret_cast<const std::uint8_t*>(state[j]) + i;
+            s[h][j] = widen_u8(codes, exponent[j], Positive >> j & 1);
           }
-        }
-        next[h] = regularized<R>(k, w, g, state);
-        if (a.master) store(a.master + i, next[h]);
-        for (std::size_t j = 0; j < R::states; ++j) {
-          if (State == StateType::u8 && i + lanes > n) {  // what is behind the end has no part in the exponent
-            state[j] = bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(i) < static_cast<std::uint32_t>(n)
-                           ? state[j]
-                           : V{};
-          }
-          s[j][h] = state[j];
         }
       }
-      narrow(a.param_type, a.param, begin, next, a.stochastic, random);
+      step_vectors<R, 0>(k, k.options, next, grad, s);
+      for (std::size_t h = 0; h < 2; ++h) {
+        const std::size_t i = begin + h * lanes;
+        if (master) store(master + i, next[h]);
+        if (State == StateType::u8 && i + lanes > n) {  // what is behind the end has no part in the exponent
+          const auto inside =
+              bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(i) < static_cast<std::uint32_t>(n);
+          for (std::size_t j = 0; j < R::states; ++j) s[h][j] = inside ? s[h][j] : V{};
+        }
+      }
+      narrow(param_type, param, begin, next, stochastic, random);
       for (std::size_t j = 0; j < R::states; ++j) {
-        if constexpr (State == StateType::wide) narrow(Float::f32, a.state[j], begin, s[j], false, random);
+        if constexpr (State == StateType::wide) narrow(Float::f32, state[j], begin, {s[0][j], s[1][j]}, false, random);
         if constexpr (State == StateType::bf16) {
-          store_high_words(static_cast<std::uint16_t*>(a.state[j]) + begin,
-                           raised(s[j][0], chance_of<16>(random[0], j)), raised(s[j][1], chance_of<16>(random[1], j)));
+          store_high_words(reinterpret_cast<std::uint16_t*>(state[j]) + begin,
+                           raised(s[0][j], chance_of<16>(random[0], j)), raised(s[1][j], chance_of<16>(random[1], j)));
         }
         if constexpr (State == StateType::u8) {
-          const Words magnitude = now[j].set(v, s[j], random, j);
+          const Words magnitude = now[j].set(v, {s[0][j], s[1][j]}, random, j);
           largest[j] = magnitude > largest[j] ? magnitude : largest[j];
           if (v % 4 == 2 && before) before[j].write(v - 2, Positive >> j & 1);
         }
@@ -383,7 +440,7 @@ struct Blocks {
     }
     if constexpr (State == StateType::u8) {
       for (std::size_t j = 0; j < R::states; ++j) {
-        *a.exponent[j] = now[j].close(a.state[j], largest[j], Positive >> j & 1);
+        a.exponent[j][at / kStateBlock] = now[j].close(state[j], largest[j], Positive >> j & 1);
       }
       ++count;
     }
@@ -400,8 +457,8 @@ struct Blocks {
 
   static void prefetch_pair(const void* base, std::size_t i, std::size_t width) {
     const char* const at = static_cast<const char*>(base) + i * width;
-    prefetch(at);
-    if (2 * lanes * width > 64) prefetch(at + 64);
+    prefetch(at + 1536);
+    if (2 * lanes * width > 64) prefetch(at + 1536 + 64);
   }
 };
 
@@ -422,7 +479,7 @@ template <class R, unsigned Positive, StateType State>
 void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, std::size_t end) {
   Blocks<R, Positive, State> blocks{k, {}};
   std::size_t at = begin;
-  for (; at + kStateBlock <= end; at += kStateBlock) blocks.step(from(a, at), at, kStateBlock);
+  for (; at + kStateBlock <= end; at += kStateBlock) blocks.step(a, at, at, kStateBlock);
   blocks.finish();
   if (at == end) return;
   // The last block passes through memory of its own, filled up with zeros.
@@ -436,7 +493,7 @@ void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, 
     std::memcpy(copy.state[j] = state[j], real.state[j], n * width_of(State));
   }
   if (a.master) std::memcpy(copy.master = master, real.master, n * sizeof(float));
-  blocks.step(copy, at, n);
+  blocks.step(copy, 0, at, n);
   blocks.finish();
   std::memcpy(real.param, param, n * width_of(a.param_type));
   for (std::size_t j = 0; j < R::states; ++j) std::memcpy(real.state[j], state[j], n * width_of(State));

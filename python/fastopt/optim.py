@@ -720,7 +720,7 @@ class SGD(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         blend = 1.0 if step == 1 else 1.0 - options["dampening"]
-        return (lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 1.0, 0.0, *common)
+        return (lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 0.0, *common)
 
 
 class Adagrad(Optimizer):
@@ -805,7 +805,7 @@ class Adagrad(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         size = lr / (1 + (step - 1) * options["lr_decay"])
-        return (size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, options["eps"], *common)
+        return (size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, options["eps"], *common)
 
 
 class RMSprop(Optimizer):
@@ -895,7 +895,7 @@ class RMSprop(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         alpha, momentum, eps = options["alpha"], options["momentum"], options["eps"]
-        return (lr, options["weight_decay"], 1.0, momentum, 1.0, alpha, 1 - alpha, 1.0, eps, *common)
+        return (lr, options["weight_decay"], 1.0, momentum, 1.0, alpha, 1 - alpha, eps, *common)
 
 
 class Adam(Optimizer):
@@ -980,9 +980,10 @@ class Adam(Optimizer):
 
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         beta1, beta2 = options["betas"]
-        size, root_scale = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        unbias = math.sqrt(1 - beta2**step)
+        size, eps = lr * unbias / (1 - beta1**step), options["eps"] * unbias
         coupled, decay = self._decay(options["weight_decay"], lr)
-        return (size, coupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, root_scale, options["eps"], *common)
+        return (size, coupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, *common)
 
     @staticmethod
     def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
@@ -1111,4 +1112,4 @@ class Lion(Optimizer):
     def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
         beta1, beta2 = options["betas"]
         decay = 1 - lr * options["weight_decay"]
-        return (lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 1.0, 0.0, *common)
+        return (lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 0.0, *common)
