@@ -229,23 +229,25 @@ class Optimizer(abc.ABC):
         with ``"params"`` and options of its own.
     lr : float or callable
         Learning rate, or a function from the number of steps taken so far to it; see `fastopt.schedules`.
-    l1 : float
+    l1 : float, default 0
         L1 penalty as a proximal step after the update, which makes exact zeros.
-    keep_zeros : bool
+    keep_zeros : bool, default False
         A weight that is exactly 0 stays 0: fine-tune a pruned model.
-    maximize : bool
+    maximize : bool, default False
         Climb instead of descend.
     max_norm : float, optional
         Gradients whose norm over all tensors is larger are scaled down to it, as
-        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Of the states. bfloat16 halves them; uint8 is a small float of its own, with an exponent for each 256
-        elements: 1.004 bytes a state. Both are rounded up or down by chance, so that small changes are not lost.
-    master_weights : bool
+        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients. A step
+        whose norm is not finite is skipped.
+    state_dtype : "float32", "bfloat16" or "uint8", default "float32"
+        Of the states; those of float64 parameters are float64, and nothing else. bfloat16 halves them; uint8 is a
+        small float of its own, with an exponent for each 256 elements: 1.004 bytes a state. Both are rounded up or
+        down by chance, so that small changes are not lost.
+    master_weights : bool, default False
         Keep a float32 copy of float16 and bfloat16 parameters, and step that.
-    stochastic_rounding : bool
+    stochastic_rounding : bool, default False
         Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
-    seed : int
+    seed : int, default 0
         Of that chance. It is drawn from seed, step and index: the same for any number of threads, and on resuming.
 
     Attributes
@@ -253,7 +255,7 @@ class Optimizer(abc.ABC):
     param_groups : list of dict
         One dict a group: ``"params"`` as they were given, and the options, which may be changed between steps.
     skipped : int
-        Steps that were skipped because scaled gradients were not finite.
+        Steps that were skipped because the norm of the gradients was not finite.
     """
 
     param_groups: list[dict[str, Any]]
@@ -330,8 +332,8 @@ class Optimizer(abc.ABC):
         TypeError
             If a parameter is not an array of a float type.
         ValueError
-            If an option is unknown or out of range, or an array is read-only, not contiguous, or shares
-            memory with another one.
+            If an option is unknown or out of range, two arrays have the same name, or an array is read-only, not
+            contiguous, or shares memory with another one.
         """
         if "params" not in group:
             raise ValueError(f"params: missing from the group with {sorted(group)}")
@@ -412,8 +414,8 @@ class Optimizer(abc.ABC):
             float16 and bfloat16 parameters may also be float32. ``None`` in place of a gradient skips that
             tensor, whose own step count then stays.
         grad_scale : float, optional
-            Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale. If gradients
-            are not finite then, nothing is changed, and `skipped` counts one more.
+            Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale. If the norm of the
+            gradients is not finite then, nothing is changed, and `skipped` counts one more; so it is with `max_norm`.
 
         Returns
         -------

@@ -698,7 +698,7 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
     ----------
     q : QuantizedTensor of at least two axes
     ids : array_like of integers, any shape
-        From 0 to the number of rows.
+        Each at least 0 and below the number of rows.
     out : float32 array, shape (*ids.shape, *q.shape[1:]), optional
         Written and returned; C-contiguous.
 
@@ -709,8 +709,12 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
 
     Raises
     ------
-    TypeError, IndexError, ValueError
-        If `ids` are not integers, or one is out of range, or `out` does not fit.
+    TypeError
+        If `q` is not a QuantizedTensor, `ids` are not integers, or `out` is not float32.
+    IndexError
+        If one of `ids` is out of range.
+    ValueError
+        If `q` has one axis, or `out` does not fit.
 
     Examples
     --------
