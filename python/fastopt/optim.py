@@ -9,7 +9,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -20,8 +20,18 @@ from fastopt import _core
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+
+class _HasArray(Protocol):
+    def __array__(self) -> Any: ...
+
+
+class _HasDlpack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+
 Array: TypeAlias = NDArray[Any]
-Params: TypeAlias = Array | Iterable[Array] | Mapping[str, Array] | Iterable[dict[str, Any]]
+Leaf: TypeAlias = Array | _HasArray | _HasDlpack
+Params: TypeAlias = Leaf | Iterable[Leaf] | Mapping[str, Leaf] | Iterable[Mapping[str, Any]]
 LearningRate: TypeAlias = float | Callable[[int], float]
 Hyper: TypeAlias = tuple[float, ...]  # the numbers of one step: struct Hyper of cpp/kernels/contract.hpp
 
@@ -294,7 +304,9 @@ class Optimizer(abc.ABC):
         single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
         if not single and not isinstance(params, Iterable):
             raise TypeError(f"params: expected an array, a list, a dict or groups, got {type(params).__name__}")
-        tree: Any = params if single or isinstance(params, list) else list(params)
+        tree: Any = params
+        if not single and not isinstance(tree, list):
+            tree = list(tree)
         self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
         for group in tree if self._grouped else [{"params": tree}]:
             self.add_param_group(group)
