@@ -415,8 +415,8 @@ class Optimizer(abc.ABC):
     def step(self, grads: Any, *, grad_scale: float | None = None) -> float | None:
         """Update all parameters in place, in one pass.
 
-        Everything is checked first: a call that raises has changed nothing. An interrupt (Ctrl-C) is raised
-        when all tensors, their states and their step counts are wholly stepped.
+        Everything is checked first: a call that raises has changed nothing. An interrupt (Ctrl-C) comes before all
+        tensors, states and step counts are stepped, or after: ``state_dict()["steps"]`` tells.
 
         Parameters
         ----------
