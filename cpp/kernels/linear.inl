@@ -307,32 +307,26 @@ inline void fetch_params(const Quantized& w, std::size_t at) {
 inline void load_sixteen(const Quantized& q, const void* params, std::size_t at, std::size_t n,
                          Vec<float> (&out)[kWordVectors]) {
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t size = q.half ? 2 : 4;
-  const char* from = static_cast<const char*>(params) + at * size;
-  Vec<std::uint8_t, kRun> part;
-  if (n < kWords) {
-    part = load_part<Vec<std::uint8_t, kRun>>(from, n * size);
-    from = reinterpret_cast<const char*>(&part);
-  }
-  for (std::size_t i = 0; i < kWordVectors; ++i) {
-    out[i] = q.half ? float_of_halves(reinterpret_cast<const std::uint16_t*>(from) + i * lanes)
-                    : load<Vec<float>>(from + i * kVectorBytes);
+  for (std::size_t i = 0; i < kWordVectors; ++i, at += lanes) {
+    const std::size_t count = n > i * lanes ? n - i * lanes : 0;
+    out[i] = q.half ? first_halves(static_cast<const std::uint16_t*>(params) + at, count)
+                    : first_floats(static_cast<const float*>(params) + at, count);
   }
 }
 
-// Rows `row`, row + 1 ... of W, of which `exist`, by `Batch` rows of x: the 16 partial sums of each. Sixteen groups of
+// Rows `row`, row + 1 ... of W, up to `row_end`, by `Batch` rows of x: the 16 partial sums of each. Sixteen groups of
 // a row come at a time: their scales stay in registers for the runs that they cover, and what they add beside their
 // codes, the value in the middle times the sum of x, comes before these.
 template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
 inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], std::size_t row,
-                         std::size_t exist, Vec<float> (*total)[Batch][kWordVectors]) {
+                         std::size_t row_end, Vec<float> (*out)[Batch][kWordVectors]) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   const std::size_t runs = (w.row_bytes + kRun - 1) / kRun, group_runs = w.group * Bits / 32;
   std::size_t rows[Rows];  // the last one again where there are fewer
   const std::uint8_t* codes[Rows];
   for (std::size_t r = 0; r < Rows; ++r) {
-    rows[r] = row + (r < exist ? r : exist - 1);
+    rows[r] = row + r < row_end ? row + r : row_end - 1;
     codes[r] = w.codes + rows[r] * w.row_bytes;
   }
   const std::uint8_t* const next_codes = w.codes + (row + 2 * Rows) * w.row_bytes;
@@ -346,14 +340,14 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   }
 
   V sums[Rows][Batch][kWordVectors] = {}, scale[Rows][kWordVectors];
+  std::memset(out, 0, sizeof sums);
   for (auto& row_scale : scale) {
     for (V& part : row_scale) part = V{} + 1.0f;  // that of a row that is one group multiplies the sum
   }
-  for (std::size_t r = 0; r < Rows; ++r) std::memset(total[r], 0, sizeof total[r]);
   std::size_t group = 0, group_run = w.groups == 1 ? runs : 0, stretch_end = kStretchRuns;
   for (std::size_t run = 0; run < runs;) {
     if (run == group_run) {
-      const std::size_t n = w.groups - group;
+      const std::size_t n = w.groups - group < kWords ? w.groups - group : kWords;
 #pragma GCC unroll 4
       for (std::size_t r = 0; r < Rows; ++r) {
         fetch_params(w, (rows[r] + 2 * Rows) * w.param_stride + group);
@@ -395,38 +389,46 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
         }
       }
     }
-    if (run == stretch_end || run == runs) {
+    if (run == stretch_end) {
       stretch_end += kStretchRuns;
 #pragma GCC unroll 4
       for (std::size_t r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
         for (std::size_t b = 0; b < Batch; ++b) {
           for (std::size_t i = 0; i < kWordVectors; ++i) {
-            total[r][b][i] += sums[r][b][i];
+            out[r][b][i] += sums[r][b][i];
             sums[r][b][i] = V{};
           }
         }
       }
     }
   }
+  for (std::size_t r = 0; r < Rows; ++r) {
+    for (std::size_t b = 0; b < Batch; ++b) {
+      for (std::size_t i = 0; i < kWordVectors; ++i) out[r][b][i] += sums[r][b][i];
+    }
+  }
 }
 
 // For each of four rows its sixteen partial sums as a tree in double: the first step adds lanes 8 apart, the last
 // neighbours.
-inline Vec<double, 4> tree_sums(const Vec<float> (&a)[kWordVectors], const Vec<float> (&b)[kWordVectors],
-                                const Vec<float> (&c)[kWordVectors], const Vec<float> (&d)[kWordVectors]) {
-  using Four = Vec<double, 4>;
-  const auto quarter = [](const Vec<float>(&partial)[kWordVectors]) {
-    Vec<float, 8> h[2];
-    std::memcpy(h, partial, sizeof h);
-    const Vec<double, 8> v = convert<double, 8>(h[0]) + convert<double, 8>(h[1]);
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+template <std::size_t Batch>
+inline Vec<double, 4> tree_sums(const Vec<float> (&partial)[4][Batch][kWordVectors], std::size_t b) {
+  using Eight = Vec<double, 8>;
+  Eight row[4];
+  for (std::size_t r = 0; r < 4; ++r) {
+    Vec<float, 8> half[2];
+    std::memcpy(half, partial[r][b], sizeof half);
+    row[r] = doubles(half[0]) + doubles(half[1]);
+  }
+  const auto fours = [](Eight v, Eight w) {
+    return __builtin_shufflevector(v, w, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(v, w, 4, 5, 6, 7, 12, 13, 14, 15);
   };
-  const auto halves = [](Four v, Four w) {
-    return __builtin_shufflevector(v, w, 0, 1, 4, 5) + __builtin_shufflevector(v, w, 2, 3, 6, 7);
-  };
-  const Four ab = halves(quarter(a), quarter(b)), cd = halves(quarter(c), quarter(d));
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  const Eight ab = fours(row[0], row[1]), cd = fours(row[2], row[3]);
+  const Eight pairs = __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) +
+                      __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
+  return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) + __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
 }
 
 // The product with a row that is one group; in double, as nothing averages its roundings out.
@@ -441,8 +443,9 @@ inline double one_group_product(const Quantized& w, std::size_t row, double sum,
 
 // Rows [begin, end) of W by `Batch` rows of x, four at a time.
 template <int Bits, int Limbs, std::size_t Batch>
-[[gnu::noinline]] void linear_rows(const Quantized& w, const Linear& io, std::size_t batch, std::size_t begin,
+[[gnu::noinline]] void linear_rows(const Quantized& weight, const Linear& io, std::size_t batch, std::size_t begin,
                                    std::size_t end) {
+  const Quantized w = weight;                                                          // no store can change it
   constexpr std::size_t tile = 4, at_once = kVectorBytes == 64 || Batch == 1 ? 4 : 2;  // registers for so many
   Prepared<Bits, Limbs> x[Batch];
   for (std::size_t b = 0; b < Batch; ++b) {
@@ -450,12 +453,12 @@ template <int Bits, int Limbs, std::size_t Batch>
   }
   for (std::size_t row = begin; row < end; row += tile) {
     const std::size_t exist = end - row < tile ? end - row : tile;
-    Vec<float> partial[tile][Batch][kWordVectors] = {};
-    for (std::size_t r = 0; r < exist; r += at_once) {
-      partial_sums<Bits, Limbs, at_once>(w, x, row + r, exist - r, partial + r);
+    Vec<float> partial[tile][Batch][kWordVectors];
+    for (std::size_t r = 0; r < tile; r += at_once) {
+      partial_sums<Bits, Limbs, at_once>(w, x, row + r, end, partial + r);
     }
     for (std::size_t b = 0; b < Batch; ++b) {
-      Vec<double, 4> exact = tree_sums(partial[0][b], partial[1][b], partial[2][b], partial[3][b]);
+      Vec<double, 4> exact = tree_sums(partial, b);
       for (std::size_t r = 0; w.groups == 1 && r < exist; ++r) {
         exact[r] = one_group_product<Bits>(w, row + r, exact[r], x[b].group_sum);
       }
@@ -469,7 +472,7 @@ template <int Bits, int Limbs, std::size_t Batch>
       for (std::size_t r = 0; r < exist; ++r) {
         y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
         // x or the sum is not finite, or beyond what whole numbers reach
-        if (!(sums[r] - sums[r] == 0.0f)) linear_floats(w, io, batch + b, 1, row + r, row + r + 1);
+        if (!(sums[r] - sums[r] == 0.0f)) linear_floats(weight, io, batch + b, 1, row + r, row + r + 1);
       }
     }
   }

@@ -45,11 +45,6 @@ inline To bit_cast(From from) {
 // The rest of a row: `bytes` < sizeof(V); lanes behind them are zero.
 template <class V>
 inline V load_part(const void* from, std::size_t bytes) {
-#if defined(__AVX512BW__)
-  if constexpr (sizeof(V) == 64) {
-    return bit_cast<V>(_mm512_maskz_loadu_epi8(_bzhi_u64(~std::uint64_t{0}, static_cast<unsigned>(bytes)), from));
-  }
-#endif
   V v = {};
   std::memcpy(&v, from, bytes);
   return v;
@@ -66,6 +61,14 @@ inline void prefetch(const void* at) { __builtin_prefetch(static_cast<const char
 template <class T, std::size_t Lanes, class From>
 inline Vec<T, Lanes> convert(From from) {
   return __builtin_convertvector(from, Vec<T, Lanes>);
+}
+
+inline Vec<double, 8> doubles(Vec<float, 8> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<double, 8>>(_mm512_cvtps_pd(bit_cast<__m256>(v)));
+#else
+  return convert<double, 8>(v);
+#endif
 }
 
 // A number as a type, to choose a template by.
@@ -356,6 +359,26 @@ inline Vec<float> float_of_halves(const std::uint16_t* from) {
   Vec<float> v = {};
   for (std::size_t i = 0; i < kLanes<float>; ++i) v[i] = float_of_half(from[i]);
   return v;
+#endif
+}
+
+// The first n, up to 16, of as many as there are lanes, zeros behind them: what lies there need not exist.
+inline Vec<float> first_floats(const float* from, std::size_t n) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
+#else
+  return n < kLanes<float> ? load_part<Vec<float>>(from, n * sizeof(float)) : load<Vec<float>>(from);
+#endif
+}
+
+inline Vec<float> first_halves(const std::uint16_t* from, std::size_t n) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from)));
+#else
+  if (n >= kLanes<float>) return float_of_halves(from);
+  std::uint16_t part[kLanes<float>] = {};
+  std::memcpy(part, from, n * sizeof *from);
+  return float_of_halves(part);
 #endif
 }
 
