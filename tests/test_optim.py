@@ -391,6 +391,7 @@ def test_a_skipped_tensor_keeps_its_own_step_count():
         (lambda: fo.SGD([np.broadcast_to(0.0, 3)]), ValueError, "array '0': must be C-contiguous"),
         (lambda: fo.SGD([{"params": np.zeros(2), "speed": 1}]), ValueError, "group: expected options among"),
         (lambda: fo.SGD([{"lr": 1}]), ValueError, "params: missing"),
+        (lambda: fo.SGD([{"params": 3.0}]), TypeError, "params: expected an array, a list or a dict, got float"),
     ],
 )
 def test_bad_construction(make, error, message):
@@ -459,6 +460,7 @@ def test_non_finite_numbers_of_a_step_are_refused():
         (fo.SGD, {"weight_decay": np.nan}, ValueError, "weight_decay: expected a finite number"),
         (fo.SGD, {"momentum": 0.9}, ValueError, r"group: expected options that need \(\), got \('momentum_buffer',\)"),
         (fo.SGD, {"speed": 1}, ValueError, "group: expected options among"),
+        (fo.SGD, {"lr": None}, TypeError, "lr: expected a number, got NoneType"),
         (fo.Adam, {"betas": (1.0, 1.0)}, ValueError, r"betas: expected two numbers in \[0, 1\)"),
         (fo.Adam, {"maximize": "no"}, TypeError, "maximize: expected a bool"),
     ],
@@ -471,6 +473,13 @@ def test_options_that_are_changed_are_checked(cls, change, error, message):
         opt.step(np.ones(2, "f4"))
     assert w.tolist() == [1, 1]
     assert opt.state_dict()["steps"] == 0
+
+
+def test_an_option_that_was_removed_is_missed():
+    opt = fo.SGD(np.ones(2))
+    del opt.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=r"group: expected all options, got none for \['lr'\]"):
+        opt.step(np.ones(2))
 
 
 def test_8_bit_states_are_refused_by_group_too():

@@ -105,3 +105,15 @@ def test_a_copy_steps_its_own_tensors():
     twin.step([torch.ones(3), torch.ones(2, dtype=torch.bfloat16)])
     assert [p.tolist() for p in copied] == [[-1.0] * 3, [-1.0] * 2]
     assert [p.tolist() for p in params] == [[0.0] * 3, [0.0] * 2]
+
+
+def test_autograd_knows_what_was_changed():
+    """Going back through a graph that has the weights of before would give wrong gradients in silence."""
+    w, v = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    of_w, of_v = (w * w).sum(), (v * v).sum()
+    fo.SGD([w, v]).step([torch.ones(3), None])
+    of_v.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        of_w.backward()
+    with torch.inference_mode():
+        fo.SGD(torch.ones(3), lr=1.0).step(torch.ones(3))

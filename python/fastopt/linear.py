@@ -43,7 +43,7 @@ def linear(
         With a quantized `w`, what `x` is rounded to: whole numbers of 24 bits, or of 8, times a scale for every 32
         columns. "exact" is within 5e-7 of float64 (relative, L2), which is what float32 gives; "int8" mostly within
         1e-2, within 2e-2 where a few values of `x` dwarf all others, and up to twice as fast. Other weights are
-        always multiplied exactly.
+        always multiplied exactly. Magnitudes of `x` below some 1e-36 lose accuracy, with "int8" all of it.
 
     Returns
     -------

@@ -113,6 +113,11 @@ def _betas(options: MutableMapping[str, Any]) -> None:
     options["betas"] = tuple(float(b) for b in betas)  # no list, which could be changed unseen
 
 
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def as_array(x: Any) -> Any:
     """Return `x` as a NumPy array over the same memory, if it can say where that is; else `x` itself.
 
@@ -120,9 +125,8 @@ def as_array(x: Any) -> Any:
     """
     if isinstance(x, np.ndarray):
         return x
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
-        x = x.detach()
+    if _is_tensor(x):
+        torch, x = sys.modules["torch"], x.detach()
         if x.dtype == torch.bfloat16:  # which NumPy's protocols do not know
             return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
@@ -300,6 +304,7 @@ class Optimizer(abc.ABC):
         self._groups: list[_Group] = []
         self._steps = [0]  # calls of `step`; in a list, so that the call that steps the tensors raises it too
         self.skipped = 0
+        self._has_tensors = False
         self.param_groups = []
         single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
         if not single and not isinstance(params, Iterable):
@@ -354,6 +359,8 @@ class Optimizer(abc.ABC):
 
         tree = options["params"]
         if not (isinstance(tree, Mapping) or hasattr(tree, "__array__") or hasattr(tree, "__dlpack__")):
+            if not isinstance(tree, Iterable):
+                raise TypeError(f"params: expected an array, a list or a dict, got {type(tree).__name__}")
             options["params"] = tree if isinstance(tree, list) else list(tree)
         names, leaves = _leaves(options["params"])
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
@@ -366,6 +373,7 @@ class Optimizer(abc.ABC):
         self._check_fit(names, params, self._common)
         rule, states = self._rule(options), self._states(options)
         self._groups.append(_Group(options, names, leaves, rule, states, self._common))
+        self._has_tensors |= any(map(_is_tensor, leaves))
         self.param_groups.append(options)
 
     @staticmethod
@@ -397,6 +405,9 @@ class Optimizer(abc.ABC):
         """Raise if the options of a group are not among those of the optimizer, or out of range."""
         unknown = sorted(options.keys() - self._defaults.keys() - {"params"})
         _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
+        missing = sorted(self._defaults.keys() - options.keys())
+        if missing:
+            raise ValueError(f"group: expected all options, got none for {missing}")
         self._check(options)
         _flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
@@ -491,7 +502,17 @@ class Optimizer(abc.ABC):
                     )
                 )
         _core.step(jobs, self._steps)
+        if self._has_tensors:
+            self._tell_autograd(gradients)
         return norm
+
+    def _tell_autograd(self, gradients: list[list[Any]]) -> None:
+        """Let torch know what was changed: it then refuses to go back through what was computed before."""
+        graph = sys.modules["torch"].autograd.graph
+        for group, grads in zip(self._groups, gradients, strict=True):
+            for leaf, grad in zip(group.leaves, grads, strict=True):
+                if grad is not None and _is_tensor(leaf):
+                    graph.increment_version(leaf)
 
     def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
         """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
