@@ -279,8 +279,8 @@ class NumpyAdam:
         """Update the parameters in place."""
         self.steps += 1
         beta1, beta2, eps = 0.9, 0.999, 1e-8
-        step_size = self.lr / (1 - beta1**self.steps)
-        root_scale = 1 / math.sqrt(1 - beta2**self.steps)
+        unbias = math.sqrt(1 - beta2**self.steps)
+        step_size, eps = self.lr * unbias / (1 - beta1**self.steps), eps * unbias
         for name, w in self.params.items():
             g, (m, v, a, b) = grads[name], self._states[name]
             np.subtract(g, m, out=a)
@@ -291,7 +291,6 @@ class NumpyAdam:
             v *= beta2
             v += a
             np.sqrt(v, out=a)
-            a *= root_scale
             a += eps
             np.multiply(m, step_size, out=b)
             b /= a
