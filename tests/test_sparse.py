@@ -241,6 +241,9 @@ def test_sparse_tensor_is_a_value(layout, rng):
         s[6]
     with pytest.raises(IndexError, match="rows: expected a weight of two or more axes"):
         fo.SparseTensor.from_dense(w[0])[0]
+    assert all(same_bits(row, dense[i]) for i, row in enumerate(s))
+    with pytest.raises(IndexError, match="rows: expected a weight of two or more axes"):
+        list(fo.SparseTensor.from_dense(w[0]))
 
 
 def test_stored_bytes(rng):

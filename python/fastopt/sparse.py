@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -356,6 +356,9 @@ class SparseTensor:
         positions = self.positions[entries if self.layout.startswith("index") else picked]
         part = SparseTensor(self.layout, positions, offsets, values, (len(picked), *self.shape[1:]))
         return part.to_dense().reshape(*chosen.shape, *self.shape[1:])
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[row] for row in range(self.shape[0]))  # without it, an IndexError would end it in silence
 
     def __eq__(self, other: object) -> bool:
         """Return whether both hold the same weights, in whatever layout, bit for bit."""
