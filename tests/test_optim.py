@@ -646,6 +646,14 @@ def test_zero_dimensional_and_empty_parameters():
     opt = fo.SGD([scalar, empty], lr=1.0)
     opt.step([np.array(0.5, "f4"), np.zeros((0, 5), "f4")])
     assert scalar == 0.5
+    loss = np.ones(3, "f4")
+    opt.step([loss.mean(), None])  # a scalar, as NumPy makes it
+    fo.SGD(scalar, lr=1.0).step(loss.sum())
+    assert scalar == -3.5
+    with pytest.raises(TypeError, match="of '0': expected float32, got float64"):
+        opt.step([np.float64(1), None])
+    with pytest.raises(TypeError, match="array '0': expected a NumPy array, got float32"):
+        fo.SGD([np.float32(1)])
 
 
 # ---- clipping, loss scales, narrow types -------------------------------------------------------------------------

@@ -136,6 +136,11 @@ def as_array(x: Any) -> Any:
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else x
 
 
+def _as_gradient(x: Any) -> Any:
+    """Return what `as_array` does, and an array of a scalar: NumPy makes scalars of what has no axes."""
+    return np.asarray(x) if isinstance(x, np.generic) else as_array(x)
+
+
 def _leaves(tree: Any) -> tuple[list[str], list[Any]]:
     """Return the arrays of a dict, a list or a single array, after the names that messages and states use."""
     if isinstance(tree, Mapping):
@@ -198,7 +203,7 @@ class _Group:
     def gradients(self, tree: Any) -> list[Any]:
         """Return the gradients in the order of the parameters."""
         if self.single:
-            return [tree if type(tree) is np.ndarray else as_array(tree)]
+            return [tree if type(tree) is np.ndarray else _as_gradient(tree)]
         if self.tree_keys is not None:
             if type(tree) is not dict and not isinstance(tree, Mapping):
                 raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
@@ -212,7 +217,7 @@ class _Group:
             if not isinstance(tree, list | tuple):
                 raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
             _require(len(tree) == len(self.params), "grads", f"{len(self.params)} gradients", len(tree))
-        return [grad if type(grad) is np.ndarray else as_array(grad) for grad in tree]
+        return [grad if type(grad) is np.ndarray else _as_gradient(grad) for grad in tree]
 
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
@@ -434,8 +439,8 @@ class Optimizer(abc.ABC):
         grads : array, list or dict of arrays, or list of these
             Gradients in the shape of the parameters: what was passed as ``params``, with a list of one entry
             a group if there are several groups. Each has the shape and dtype of its parameter; those of
-            float16 and bfloat16 parameters may also be float32. ``None`` in place of a gradient skips that
-            tensor, whose own step count then stays.
+            float16 and bfloat16 parameters may also be float32, and those of parameters without axes scalars of
+            NumPy. ``None`` in place of a gradient skips that tensor, whose own step count then stays.
         grad_scale : float, optional
             Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale. If the norm of the
             gradients is not finite then, nothing is changed, and `skipped` counts one more; so it is with `max_norm`.
