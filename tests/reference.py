@@ -203,12 +203,12 @@ def widen_u8(codes, exponents, positive):
         return ((code + base) << np.uint32(20)).view(np.float32)
     rest = code & np.uint32(127)
     bits = np.where(rest == 0, np.uint32(0), (rest + base) << np.uint32(20))
-    return (bits | code << np.uint32(24) & np.uint32(0x80000000)).view(np.float32)
+    return (bits + (code << np.uint32(24) & np.uint32(0x80000000))).view(np.float32)
 
 
 def narrow_u8(x, positive, chance):
-    """Codes and exponents of a state, rounded by 20 bits of chance."""
-    bits = raised(x, chance) >> np.uint32(20)
+    """Codes and exponents of a state, rounded by 20 bits of chance. NaN stay what they are, or become the largest."""
+    bits = (np.minimum(x.view(np.uint32), 0x7FF00000) + chance if positive else raised(x, chance)) >> np.uint32(20)
     magnitude = (bits & np.uint32(0x7FF)).astype(np.int64)
     largest = np.array([magnitude[at : at + 256].max() for at in range(0, x.size, 256)], np.int64)
     exponents = np.maximum((largest >> 3) - (31 if positive else 15), 0)

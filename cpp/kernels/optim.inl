@@ -62,6 +62,7 @@ struct Nesterov {
 struct Adagrad {
   static constexpr std::size_t states = 1;
   static constexpr bool has_root = true;
+  static constexpr bool late_gradient = true;  // update() takes it as well
   template <class T, class V>
   static V squares(const Scalars<T>&, V g, V* s) {
     return s[0] = s[0] + g * g;
@@ -77,6 +78,7 @@ template <bool HasMomentum, bool Centered>
 struct RmsProp {
   static constexpr std::size_t states = 1 + HasMomentum + Centered;
   static constexpr bool has_root = true;
+  static constexpr bool late_gradient = true;  // update() takes it as well
   template <class T, class V>
   static V squares(const Scalars<T>& k, V g, V* s) {
     s[0] = k.decay2 * s[0] + k.blend2 * g * g;
@@ -101,6 +103,7 @@ template <bool AmsGrad>
 struct Adam {
   static constexpr std::size_t states = 2 + AmsGrad;
   static constexpr bool has_root = true;
+  static constexpr bool late_gradient = false;
   template <class T, class V>
   static V squares(const Scalars<T>& k, V g, V* s) {
     s[0] = s[0] + k.blend1 * (g - s[0]);
@@ -127,37 +130,43 @@ struct Lion {
   }
 };
 
-// N vectors stepped at once, so that they fill each other's waits: what every optimizer shares, around its rule. The
-// last `Products` of their square roots are left to what multiplies, the others to what divides.
+// What every optimizer shares, before its rule and around update().
+template <class T, class V>
+inline V gradient_of(const Scalars<T>& k, unsigned options, V w, V g) {
+  if (!options) return g;
+  g = g * k.grad_scale;
+  return options & kL2 ? g + k.weight_decay * w : g;
+}
+
+template <class R, class T, class V>
+inline V updated(const Scalars<T>& k, unsigned options, V w, V g, V* s, V root) {
+  if (!options) return R::update(k, w, g, s, root);
+  const V before = w;
+  w = R::update(k, w * k.decay, g, s, root);
+  if (options & kL1) {
+    const V most = V{} + k.shrink, below = w > most ? most : w;
+    w = w - (below < -most ? -most : below);
+  }
+  if (options & kKeepZeros) w = before == 0 ? V{} : w;
+  return w;
+}
+
+// N vectors stepped at once, so that they fill each other's waits. The last `Products` of their square roots are left
+// to what multiplies, the others to what divides.
 template <class R, std::size_t Products, std::size_t N, class T, class V>
-__attribute__((always_inline)) inline void step_vectors(const Scalars<T>& k, unsigned options, V (&w)[N], V (&g)[N],
-                                                        V (&s)[N][R::states + 1]) {
-  V before[N], root[N] = {};
-  for (std::size_t v = 0; v < N; ++v) before[v] = w[v];
-  if (options) {
-    for (std::size_t v = 0; v < N; ++v) {
-      g[v] = g[v] * k.grad_scale;
-      if (options & kL2) g[v] = g[v] + k.weight_decay * w[v];
-      w[v] = w[v] * k.decay;
-    }
+inline void step_vectors(const Scalars<T>& k, unsigned options, V (&w)[N], V (&g)[N], V (&s)[N][R::states + 1]) {
+  V root[N] = {};
+  for (std::size_t v = 0; v < N; ++v) {
+    g[v] = gradient_of(k, options, w[v], g[v]);
+    if constexpr (R::has_root) root[v] = R::squares(k, g[v], s[v]);
   }
   if constexpr (R::has_root) {
-    for (std::size_t v = 0; v < N; ++v) root[v] = R::squares(k, g[v], s[v]);
     for (std::size_t v = 0; v < N - Products; ++v) root[v] = sqrt(root[v]);
     if constexpr (Products > 0) {
       for (std::size_t v = N - Products; v < N; ++v) root[v] = sqrt_by_products(root[v]);
     }
   }
-  for (std::size_t v = 0; v < N; ++v) w[v] = R::update(k, w[v], g[v], s[v], root[v]);
-  if (options) {
-    for (std::size_t v = 0; v < N; ++v) {
-      if (options & kL1) {
-        const V most = V{} + k.shrink, below = w[v] > most ? most : w[v];
-        w[v] = w[v] - (below < -most ? -most : below);
-      }
-      if (options & kKeepZeros) w[v] = before[v] == 0 ? V{} : w[v];
-    }
-  }
+  for (std::size_t v = 0; v < N; ++v) w[v] = updated<R>(k, options, w[v], g[v], s[v], root[v]);
 }
 
 // ---- a range of one type -------------------------------------------------------------------------------------
@@ -188,12 +197,12 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     for (std::size_t v = 0; v < count; ++v) {
       const std::size_t at = i + v * kLanes<T>;
       for (std::size_t j = 0; j < R::states; ++j) {
-        prefetch(state[j] + at);
+        prefetch<512>(state[j] + at);
         s[v][j] = load<V>(state[j] + at);
       }
       if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
-        prefetch(w + at);
-        prefetch(g + at);
+        prefetch<512>(w + at);
+        prefetch<512>(g + at);
       }
       next[v] = load<V>(w + at);
       grad[v] = load<V>(g + at);
@@ -282,26 +291,40 @@ inline Vec<float> widen(Float type, const void* base, std::size_t i) {
   }
 }
 
+struct Two {
+  Vec<float> v[2];
+};
+
 // Two vectors, next to each other.
-__attribute__((always_inline)) inline void narrow(Float type, void* base, std::size_t i, const Vec<float> (&v)[2],
-                                                  bool stochastic, const Bits (&random)[2]) {
+__attribute__((always_inline)) inline Two widen_two(Float type, const void* base, std::size_t i) {
+  if (type == Float::f32) {
+    const float* const from = static_cast<const float*>(base) + i;
+    prefetch<2048>(from);
+    prefetch<2048>(from + kLanes<float>);
+    return {load<Vec<float>>(from), load<Vec<float>>(from + kLanes<float>)};
+  }
+  prefetch<2048>(static_cast<const std::uint16_t*>(base) + i);
+  if (type == Float::bf16) return {widen(Float::bf16, base, i), widen(Float::bf16, base, i + kLanes<float>)};
+  return {widen(Float::f16, base, i), widen(Float::f16, base, i + kLanes<float>)};
+}
+
+// To float16 or bfloat16.
+__attribute__((always_inline)) inline void narrow_two(Float type, void* base, std::size_t i, const Two& two,
+                                                      unsigned stochastic, const Bits (&random)[2]) {
   std::uint16_t* const to = static_cast<std::uint16_t*>(base) + i;
   if (type == Float::bf16) {
     Bits bits[2];
     for (std::size_t h = 0; h < 2; ++h) {
-      bits[h] = stochastic ? raised(v[h], random[h] & 0xffffu) : bf16_nearest(bit_cast<Bits>(v[h]));
+      bits[h] = stochastic ? raised(two.v[h], random[h] & 0xffffu) : bf16_nearest(bit_cast<Bits>(two.v[h]));
     }
     store_high_words(to, bits[0], bits[1]);
     return;
   }
   for (std::size_t h = 0; h < 2; ++h) {
-    const std::size_t at = h * kLanes<float>;
-    if (type == Float::f32) {
-      store(static_cast<float*>(base) + i + at, v[h]);
-    } else if (stochastic) {
-      store_low_words(to + at, half_stochastic(bit_cast<Bits>(v[h]), random[h]));
+    if (stochastic) {
+      store_low_words(to + h * kLanes<float>, half_stochastic(bit_cast<Bits>(two.v[h]), random[h]));
     } else {
-      store_halves(to + at, v[h]);
+      store_halves(to + h * kLanes<float>, two.v[h]);
     }
   }
 }
@@ -310,14 +333,18 @@ __attribute__((always_inline)) inline void narrow(Float type, void* base, std::s
 // the block. With a sign there are 4 bits of exponent, and code 0 is zero; without one there are 5, and code 0 is not
 // zero unless the whole block is: Adam divides by it.
 constexpr int kDropped = 20, kMantissa = 3;
-constexpr std::int16_t kMagnitude = 0x7ff;
 
-inline Vec<float> widen_u8(const std::uint8_t* codes, std::uint32_t exponent, bool positive) {
-  const Bits code = load_bytes(codes);
-  const std::uint32_t least = exponent << kMantissa;
-  if (positive) return bit_cast<Vec<float>>((code + least) << kDropped);
-  const Bits rest = code & 0x7fu;
-  return bit_cast<Vec<float>>((rest == 0 ? Bits{} : (rest + least) << kDropped) | (code << 24 & 0x80000000u));
+struct Masks {
+  const Bits signed_code = kept(Bits{} + 0x87f00000u), code = kept(Bits{} + 0x07f00000u);  // as they lie in a float
+  const Bits most = kept(Bits{} + 0x7ff00000u);  // of what is never negative: NaN that no chance can carry further
+  const Words magnitude = kept(Words{} + std::int16_t{0x7ff});
+  const Vec<std::uint8_t> sign = kept(Vec<std::uint8_t>{} + std::uint8_t{0x80});
+};
+
+inline Vec<float> widen_u8(const Masks& masks, const std::uint8_t* codes, Bits least, bool positive) {
+  if (positive) return bit_cast<Vec<float>>((load_bytes(codes) << kDropped) + least);
+  const Bits bits = bit_cast<Bits>(load_signed_bytes(codes)) << kDropped, code = bits & masks.signed_code;
+  return bit_cast<Vec<float>>((bits & masks.code) == 0 ? code : code + least);
 }
 
 // A block of one state on its way to 8 bits: sign and magnitude of each element, rounded by chance. Its codes can be
@@ -328,15 +355,17 @@ struct Rounded {
   std::int16_t least;
 
   // Two vectors; returns their magnitudes.
-  __attribute__((always_inline)) Words set(std::size_t at, const Vec<float> (&v)[2], const Bits (&random)[2],
-                                           std::size_t state) {
+  __attribute__((always_inline)) Words set(const Masks& masks, std::size_t at, const Vec<float> (&v)[2],
+                                           const Bits (&random)[2], std::size_t state, bool positive) {
     Vec<std::int32_t> bits[2];
     for (std::size_t h = 0; h < 2; ++h) {
-      bits[h] = bit_cast<Vec<std::int32_t>>(raised(v[h], chance_of<kDropped>(random[h], state))) >> kDropped;
+      const Bits chance = chance_of<kDropped>(random[h], state), magnitude = bit_cast<Bits>(v[h]);
+      const Bits up = positive ? (magnitude < masks.most ? magnitude : masks.most) + chance : raised(v[h], chance);
+      bits[h] = bit_cast<Vec<std::int32_t>>(up);
     }
-    const Words both = pack_words(bits[0], bits[1]);
+    const Words both = pack_high<kDropped>(bits[0], bits[1]);
     words[at / 2] = both;
-    return both & kMagnitude;
+    return positive ? both : both & masks.magnitude;
   }
 
   // Returns the exponent that codes count from: the smallest from which all can be reached.
@@ -351,10 +380,15 @@ struct Rounded {
   }
 
   // Codes of the four vectors from `at` on.
-  __attribute__((always_inline)) void write(std::size_t at, bool positive) const {
+  __attribute__((always_inline)) void write(const Masks& masks, std::size_t at, bool positive) const {
     const Words a = words[at / 2], b = words[at / 2 + 1];
-    Vec<std::uint8_t> code = pack_unsigned((a & kMagnitude) - least, (b & kMagnitude) - least);
-    if (!positive) code = (code & std::uint8_t{0x7f}) | (pack_signed(a, b) & std::uint8_t{0x80});
+    Vec<std::uint8_t> code;
+    if (positive) {
+      code = pack_unsigned(a - least, b - least);
+    } else {
+      code = pack_unsigned((a & masks.magnitude) - least, (b & masks.magnitude) - least);
+      code = (code & ~masks.sign) | (pack_signed(a, b) & masks.sign);
+    }
     store(codes + at * kLanes<float>, unpacked_order(code));
   }
 };
@@ -377,66 +411,121 @@ struct Blocks {
   void step(const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
     // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
     const Scalars<float> k = scalars;
-    const Float param_type = a.param_type, grad_type = a.grad_type;
-    const bool stochastic = a.stochastic;
+    const Float param_type = a.param_type, grad_type = a.grad_type, w_type = a.master ? Float::f32 : param_type;
+    const unsigned stochastic = a.stochastic;
     char* const param = static_cast<char*>(a.param) + at * width_of(param_type);
-    const char* const gradient = static_cast<const char*>(a.grad) + at * width_of(grad_type);
-    float* const master = a.master ? a.master + at : nullptr;
+    const char* const grad = static_cast<const char*>(a.grad) + at * width_of(grad_type);
+    void* const w = a.master ? static_cast<void*>(a.master + at) : param;
     char* state[R::states + 1];
     for (std::size_t j = 0; j < R::states; ++j) state[j] = static_cast<char*>(a.state[j]) + at * width_of(State);
     Rounded* const now = rounded[count % 2];
-    const Rounded* const before = count > 0 ? rounded[(count + 1) % 2] : nullptr;
-    std::uint32_t exponent[R::states + 1];
-    for (std::size_t j = 0; j < R::states; ++j)
-      exponent[j] = State == StateType::u8 ? a.exponent[j][at / kStateBlock] : 0u;
-    Bits chance = first_chance(a.noise, first);
+    const Rounded* const before = rounded[(count + 1) % 2];
+    const std::size_t to_write = count > 0 ? kBlockVectors : 0;
+    const Masks masks;
+    Bits least[R::states + 1] = {};
+    if constexpr (State == StateType::u8) {
+      for (std::size_t j = 0; j < R::states; ++j) {
+        least[j] += std::uint32_t{a.exponent[j][at / kStateBlock]} << (kMantissa + kDropped);
+      }
+    }
+    const auto gradients = [&](std::size_t i) {
+      Two g = widen_two(grad_type, grad, i);
+      if (k.options) {
+        const Two weights = widen_two(w_type, w, i);
+        repeat<2>([&](auto h) { g.v[h.value] = gradient_of(k, k.options, weights.v[h.value], g.v[h.value]); });
+      }
+      return g;
+    };
+    // All of two vectors up to their square roots.
+    const auto begin_pair = [&](std::size_t i, const Two& g, V(&s)[2][R::states + 1], V(&root)[2]) {
+      repeat<R::states>([&](auto j) {
+        const auto* const from = state[j.value];
+        prefetch_pair(from, i, width_of(State));
+        repeat<2>([&](auto h) {
+          const std::size_t at = i + h.value * lanes;
+          V& to = s[h.value][j.value];
+          if constexpr (State == StateType::wide) to = widen(Float::f32, from, at);
+          if constexpr (State == StateType::bf16) to = widen(Float::bf16, from, at);
+          if constexpr (State == StateType::u8) {
+            const auto* const codes = reinterpret_cast<const std::uint8_t*>(from) + at;
+            to = widen_u8(masks, codes, least[j.value], Positive >> j.value & 1);
+          }
+        });
+      });
+      repeat<2>([&](auto h) {
+        root[h.value] = V{};
+        if constexpr (R::has_root) root[h.value] = sqrt(R::squares(k, g.v[h.value], s[h.value]));
+      });
+    };
 
+    // Where there are roots a block is passed twice, as what waits for them would keep up what could be done.
+    constexpr bool twice = R::has_root && State == StateType::u8;
+    struct Held {
+      V root[2], s[2][R::states + 1];
+    } held[twice ? kBlockVectors / 2 : 1];
+    if constexpr (twice) {
+      for (std::size_t v = 0; v < kBlockVectors; v += 2) {
+        V root[2], s[2][R::states + 1];
+        begin_pair(v * lanes, gradients(v * lanes), s, root);
+        std::memcpy(held[v / 2].root, root, sizeof root);
+        std::memcpy(held[v / 2].s, s, sizeof s);
+      }
+    }
+    const Bits stride = kept(Bits{} + static_cast<std::uint32_t>(lanes) * kGolden);
+    Bits chance = first_chance(a.noise, first);
     Words largest[R::states + 1] = {};
     for (std::size_t v = 0; v < kBlockVectors; v += 2) {
       const std::size_t begin = v * lanes;
-      Bits random[2];
-      V next[2], grad[2], s[2][R::states + 1];
-      prefetch_pair(param, begin, width_of(param_type));
-      prefetch_pair(gradient, begin, width_of(grad_type));
-      for (std::size_t j = 0; j < R::states; ++j) prefetch_pair(state[j], begin, width_of(State));
-      for (std::size_t h = 0; h < 2; ++h) {
-        const std::size_t i = begin + h * lanes;
-        random[h] = chance;
-        chance += static_cast<std::uint32_t>(lanes) * kGolden;
-        next[h] = master ? load<V>(master + i) : widen(param_type, param, i);
-        grad[h] = widen(grad_type, gradient, i);
-        for (std::size_t j = 0; j < R::states; ++j) {
-          if constexpr (State == StateType::wide) s[h][j] = widen(Float::f32, state[j], i);
-          if constexpr (State == StateType::bf16) s[h][j] = widen(Float::bf16, state[j], i);
-          if constexpr (State == StateType::u8) {
-            const auto* const codes = reinterpret_cast<const std::uint8_t*>(state[j]) + i;
-            s[h][j] = widen_u8(codes, exponent[j], Positive >> j & 1);
-          }
-        }
+      V root[2], s[2][R::states + 1];
+      Two g = {}, next = widen_two(w_type, w, begin);
+      if constexpr (!twice) {
+        g = gradients(begin);
+        begin_pair(begin, g, s, root);
+      } else {
+        if constexpr (R::late_gradient) g = gradients(begin);
+        std::memcpy(root, held[v / 2].root, sizeof root);
+        std::memcpy(s, held[v / 2].s, sizeof s);
       }
-      step_vectors<R, 0>(k, k.options, next, grad, s);
-      for (std::size_t h = 0; h < 2; ++h) {
-        const std::size_t i = begin + h * lanes;
-        if (master) store(master + i, next[h]);
-        if (State == StateType::u8 && i + lanes > n) {  // what is behind the end has no part in the exponent
-          const auto inside =
-              bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(i) < static_cast<std::uint32_t>(n);
-          for (std::size_t j = 0; j < R::states; ++j) s[h][j] = inside ? s[h][j] : V{};
-        }
+      repeat<2>([&](auto h) {
+        V& weights = next.v[h.value];
+        weights = updated<R>(k, k.options, weights, g.v[h.value], s[h.value], root[h.value]);
+      });
+      if (w_type == Float::f32) {
+        store(static_cast<float*>(w) + begin, next.v[0]);
+        store(static_cast<float*>(w) + begin + lanes, next.v[1]);
       }
-      narrow(param_type, param, begin, next, stochastic, random);
-      for (std::size_t j = 0; j < R::states; ++j) {
-        if constexpr (State == StateType::wide) narrow(Float::f32, state[j], begin, {s[0][j], s[1][j]}, false, random);
+      if (State == StateType::u8 && begin + 2 * lanes > n) {  // what is behind the end has no part in the exponent
+        repeat<2>([&](auto h) {
+          const Bits number = bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(begin + h.value * lanes);
+          repeat<R::states>([&](auto j) {
+            V& value = s[h.value][j.value];
+            value = number < static_cast<std::uint32_t>(n) ? value : V{};
+          });
+        });
+      }
+      const Bits random[2] = {chance, chance + stride};
+      chance = random[1] + stride;
+      if (param_type != Float::f32) narrow_two(param_type, param, begin, next, stochastic, random);
+      repeat<R::states>([&](auto j) {
+        constexpr std::size_t number = decltype(j)::value;
+        constexpr bool positive = Positive >> number & 1;
+        char* const to = state[number];
+        const V pair[2] = {s[0][number], s[1][number]};
+        if constexpr (State == StateType::wide) {
+          store(to + begin * sizeof(float), pair[0]);
+          store(to + (begin + lanes) * sizeof(float), pair[1]);
+        }
         if constexpr (State == StateType::bf16) {
-          store_high_words(reinterpret_cast<std::uint16_t*>(state[j]) + begin,
-                           raised(s[0][j], chance_of<16>(random[0], j)), raised(s[1][j], chance_of<16>(random[1], j)));
+          store_high_words(reinterpret_cast<std::uint16_t*>(to) + begin,
+                           raised(pair[0], chance_of<16>(random[0], number)),
+                           raised(pair[1], chance_of<16>(random[1], number)));
         }
         if constexpr (State == StateType::u8) {
-          const Words magnitude = now[j].set(v, {s[0][j], s[1][j]}, random, j);
-          largest[j] = magnitude > largest[j] ? magnitude : largest[j];
-          if (v % 4 == 2 && before) before[j].write(v - 2, Positive >> j & 1);
+          const Words magnitude = now[number].set(masks, v, pair, random, number, positive);
+          largest[number] = magnitude > largest[number] ? magnitude : largest[number];
+          if (v % 4 == 2 && v < to_write) before[number].write(masks, v - 2, positive);
         }
-      }
+      });
     }
     if constexpr (State == StateType::u8) {
       for (std::size_t j = 0; j < R::states; ++j) {
@@ -449,16 +538,17 @@ struct Blocks {
   // Writes the codes of the last block.
   void finish() {
     if (count == 0) return;
+    const Masks masks;
     for (std::size_t v = 0; v < kBlockVectors; v += 4) {
-      for (std::size_t j = 0; j < R::states; ++j) rounded[(count + 1) % 2][j].write(v, Positive >> j & 1);
+      for (std::size_t j = 0; j < R::states; ++j) rounded[(count + 1) % 2][j].write(masks, v, Positive >> j & 1);
     }
     count = 0;
   }
 
   static void prefetch_pair(const void* base, std::size_t i, std::size_t width) {
     const char* const at = static_cast<const char*>(base) + i * width;
-    prefetch(at + 1536);
-    if (2 * lanes * width > 64) prefetch(at + 1536 + 64);
+    prefetch<2048>(at);
+    if (2 * lanes * width > 64) prefetch<2048>(at + 64);
   }
 };
 
@@ -576,10 +666,10 @@ double sum_squares_any(Float type, const void* x, std::size_t begin, std::size_t
   float block[kStateBlock];
   for (std::size_t at = begin; at < end; at += kStateBlock) {
     const std::size_t n = end - at < kStateBlock ? end - at : kStateBlock;
-    const std::uint16_t* narrow = static_cast<const std::uint16_t*>(x) + at;
+    const std::uint16_t* part = static_cast<const std::uint16_t*>(x) + at;
     std::uint16_t last[kStateBlock] = {};
-    if (n < kStateBlock) narrow = static_cast<const std::uint16_t*>(std::memcpy(last, narrow, n * sizeof *narrow));
-    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store(block + i, widen(type, narrow, i));
+    if (n < kStateBlock) part = static_cast<const std::uint16_t*>(std::memcpy(last, part, n * sizeof *part));
+    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store(block + i, widen(type, part, i));
     sum += sum_squares(block, kStateBlock);
   }
   return sum;

@@ -56,7 +56,10 @@ inline void store_part(void* to, V v, std::size_t bytes) {
 }
 
 // What will be needed in a while: cores fetch ahead by themselves, but not far enough for many streams at once.
-inline void prefetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 512); }
+template <int Ahead>
+inline void prefetch(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + Ahead);
+}
 
 template <class T, std::size_t Lanes, class From>
 inline Vec<T, Lanes> convert(From from) {
@@ -76,6 +79,16 @@ template <int N>
 struct Int {
   static constexpr int value = N;
 };
+
+// body(Int<0>{}), body(Int<1>{}) and so on, N times: numbers that pick from arrays of vectors, which then stay in
+// registers.
+template <std::size_t N, class Body>
+__attribute__((always_inline)) inline void repeat(const Body& body) {
+  if constexpr (N > 0) {
+    repeat<N - 1>(body);
+    body(Int<static_cast<int>(N - 1)>{});
+  }
+}
 
 // Halves added (or whatever `op` does) until one lane is left.
 template <class T, std::size_t Lanes, class Op>
@@ -98,6 +111,17 @@ template <class V, class Op>
 inline auto fold(V v, Op op) {
   using T = decltype(v[0] + v[0]);
   return fold_lanes<T, sizeof(V) / sizeof(T)>(v, op);
+}
+
+// A constant for a whole loop: GCC would else make it anew wherever it is used.
+template <class V>
+inline V kept(V v) {
+#if defined(__SSE2__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(bit_cast<Vec<std::uint32_t>>(v) & 0x7fffffffu); }
@@ -199,6 +223,16 @@ inline Vec<std::uint32_t> load_bytes(const std::uint8_t* from) {
 #endif
 }
 
+inline Vec<std::int32_t> load_signed_bytes(const std::uint8_t* from) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::int32_t>>(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::int32_t>>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return convert<std::int32_t, kLanes<float>>(load<Vec<std::int8_t, kLanes<float>>>(from));
+#endif
+}
+
 inline Vec<std::uint32_t> load_words(const std::uint16_t* from) {
 #if defined(__AVX512BW__)
   return bit_cast<Vec<std::uint32_t>>(_mm512_cvtepu16_epi32(load<__m256i>(from)));
@@ -224,8 +258,9 @@ inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
 // The upper halves of two vectors of 32 bits.
 inline void store_high_words(std::uint16_t* to, Vec<std::uint32_t> a, Vec<std::uint32_t> b) {
 #if defined(__AVX512BW__)
-  const __m512i packed = _mm512_packus_epi32(bit_cast<__m512i>(a >> 16), bit_cast<__m512i>(b >> 16));
-  store(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
+  const Vec<std::uint16_t> odd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                  33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  store(to, _mm512_permutex2var_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(odd), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(a >> 16), bit_cast<__m256i>(b >> 16));
   store(to, _mm256_permute4x64_epi64(packed, 0xd8));
@@ -269,6 +304,19 @@ inline Words pack_words(Vec<std::int32_t> a, Vec<std::int32_t> b) {
   return bit_cast<Words>(vqmovn_high_s32(vqmovn_s32(bit_cast<int32x4_t>(a)), bit_cast<int32x4_t>(b)));
 #else
   return pack_lanes<std::int16_t>(a, b);
+#endif
+}
+
+// The bits from `Dropped` on, 16 or more, of two vectors, in the order of pack_words().
+template <int Dropped>
+inline Words pack_high(Vec<std::int32_t> a, Vec<std::int32_t> b) {
+#if defined(__AVX512BW__)
+  const Vec<std::uint16_t> odd = {1,  3,  5,  7,  33, 35, 37, 39, 9,  11, 13, 15, 41, 43, 45, 47,
+                                  17, 19, 21, 23, 49, 51, 53, 55, 25, 27, 29, 31, 57, 59, 61, 63};
+  const __m512i high = _mm512_permutex2var_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(odd), bit_cast<__m512i>(b));
+  return bit_cast<Words>(high) >> (Dropped - 16);
+#else
+  return pack_words(a >> Dropped, b >> Dropped);
 #endif
 }
 
@@ -348,7 +396,13 @@ inline std::uint16_t half_of_float(float f) {
   return static_cast<std::uint16_t>(sign | half);
 }
 
-inline Vec<float> float_of_halves(const std::uint16_t* from) {
+// Out of line where it takes a loop: it is used in many places.
+#if !defined(__F16C__) && !defined(__aarch64__)
+__attribute__((noinline))
+#else
+inline
+#endif
+Vec<float> float_of_halves(const std::uint16_t* from) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_cvtph_ps(load<__m256i>(from)));
 #elif defined(__F16C__)
