@@ -117,3 +117,18 @@ def test_autograd_knows_what_was_changed():
         of_w.backward()
     with torch.inference_mode():
         fo.SGD(torch.ones(3), lr=1.0).step(torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_that_were_given_other_memory_are_refused(dtype):
+    """Otherwise the memory of before would be stepped, which may be nobody's any more."""
+    for put in (lambda w: w, lambda w: [w], lambda w: {"w": w}):
+        w = torch.ones(3, dtype=getattr(torch, dtype))
+        params = put(w)
+        opt = fo.SGD(params)
+        grads = copy.deepcopy(params)
+        opt.step(grads)
+        w.data = w * 0
+        with pytest.raises(ValueError, match="params: expected the arrays that the optimizer was made for"):
+            opt.step(grads)
+        assert not w.any()

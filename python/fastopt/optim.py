@@ -118,6 +118,11 @@ def _is_tensor(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def _addresses(leaves: list[Any]) -> list[int]:
+    """Return where the memory of each tensor is, which torch may exchange; 0 for what is none."""
+    return [leaf.data_ptr() if _is_tensor(leaf) else 0 for leaf in leaves]
+
+
 def as_array(x: Any) -> Any:
     """Return `x` as a NumPy array over the same memory, if it can say where that is; else `x` itself.
 
@@ -172,6 +177,7 @@ class _Group:
         self.names = names
         self.leaves = leaves
         self.params = params = [as_array(leaf) for leaf in leaves]
+        self.addresses = _addresses(leaves)
         self.counts = [0] * len(params)  # steps that each has taken
         self.keys = keys
         self.states: list[tuple[Array, ...]] = []
@@ -192,6 +198,7 @@ class _Group:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.params = [as_array(leaf) for leaf in self.leaves]  # a copied tensor has memory of its own
+        self.addresses = _addresses(self.leaves)
 
     def replaced(self) -> bool:
         """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
@@ -263,7 +270,8 @@ class Optimizer(abc.ABC):
         small float of its own, with an exponent for each 256 elements: 1.004 bytes a state. Both are rounded up or
         down by chance, so that small changes are not lost.
     master_weights : bool, default False
-        Keep a float32 copy of float16 and bfloat16 parameters, and step that.
+        Keep a float32 copy of float16 and bfloat16 parameters, and step that. What else changes the parameters
+        meanwhile, as `prune_` does, the next step undoes: make the optimizer after it.
     stochastic_rounding : bool, default False
         Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
     seed : int, default 0
@@ -477,7 +485,11 @@ class Optimizer(abc.ABC):
         jobs: list[tuple[Any, ...]] = []
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
-            if options.get("params") is not group.tree or (not group.single and group.replaced()):
+            if (
+                options.get("params") is not group.tree
+                or (not group.single and group.replaced())
+                or (self._has_tensors and group.addresses != _addresses(group.leaves))
+            ):
                 raise ValueError(
                     "params: expected the arrays that the optimizer was made for, got others in their place; "
                     "change arrays in place, or make another optimizer"
