@@ -701,6 +701,22 @@ def test_small_steps_are_not_lost(dtype, options):
     assert w.astype("f8").mean() == pytest.approx(1 - spacing, abs=0.15 * spacing)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_pruned_between_steps_stay_zero_with_master_weights_too(dtype):
+    w = np.linspace(-1, 1, 1000).astype(dtype_of(dtype))
+    opt = fo.Adam([w], lr=0.01, master_weights=True, keep_zeros=True)
+    grad = np.ones_like(w)
+    opt.step([grad])
+    mask = fo.prune_(w, sparsity=0.5)
+    opt.step([grad])
+    assert np.array_equal(w != 0, mask)
+    before = w.copy()
+    opt.step([None])
+    opt.step([grad])
+    assert np.array_equal(w != 0, mask)
+    assert (w < before)[mask].all()
+
+
 def test_chance_depends_on_seed_step_and_place_alone(threads):
     def run_with(seed):
         w = np.linspace(-1, 1, 100003, dtype="f4").astype(ml_dtypes.bfloat16)

@@ -271,7 +271,7 @@ class Optimizer(abc.ABC):
         down by chance, so that small changes are not lost.
     master_weights : bool, default False
         Keep a float32 copy of float16 and bfloat16 parameters, and step that. What else changes the parameters
-        meanwhile, as `prune_` does, the next step undoes: make the optimizer after it.
+        meanwhile the next step undoes, but for zeros with `keep_zeros`.
     stochastic_rounding : bool, default False
         Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
     seed : int, default 0
@@ -518,10 +518,19 @@ class Optimizer(abc.ABC):
                         indices,
                     )
                 )
+        if self._common["master_weights"]:
+            self._prune_masters()
         _core.step(jobs, self._steps)
         if self._has_tensors:
             self._tell_autograd(gradients)
         return norm
+
+    def _prune_masters(self) -> None:
+        """Let what was pruned since the last step be zero in the float32 copy too, where zeros are to be kept."""
+        for group, options in zip(self._groups, self.param_groups, strict=True):
+            if options["keep_zeros"]:
+                for param, state in zip(group.params, group.states, strict=True):
+                    np.copyto(state[-1], 0, where=param.view(np.uint16) << 1 == 0)
 
     def _tell_autograd(self, gradients: list[list[Any]]) -> None:
         """Let torch know what was changed: it then refuses to go back through what was computed before."""
