@@ -113,18 +113,17 @@ inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Ru
                       Vec<float> (&out)[Rows]) {
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
-  constexpr bool two_sums = kSums<Bits, Limbs> == 2, at_once = Limbs == 1 && Bits != 2;
+  constexpr bool two_sums = kSums<Bits, Limbs> == 2;
   const Ints offset = load<Ints>(x.offset[0] + at);
   Ints sum[Rows];
   for (std::size_t r = 0; r < Rows; ++r) {
-    sum[r] = dot_words<Bits>(at_once ? offset : Ints{}, codes[r], x.limbs[0][0] + 4 * at);
+    sum[r] = dot_words<Bits>(Limbs == 1 ? offset : Ints{}, codes[r], x.limbs[0][0] + 4 * at);
   }
   for (int l = 1; l < Limbs - (two_sums ? 1 : 0); ++l) {
     for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r] << 8, codes[r], x.limbs[l][0] + 4 * at);
   }
   for (std::size_t r = 0; r < Rows; ++r) {
-    if constexpr (Bits == 2) sum[r] += sum[r];
-    if constexpr (!at_once) sum[r] += offset;
+    if constexpr (Limbs > 1) sum[r] += offset;
     out[r] = convert<float, lanes>(sum[r]);
   }
   if constexpr (two_sums) {
@@ -135,12 +134,14 @@ inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Ru
   }
 }
 
+// Codes in bytes of their own, as many steps as they count: those of two bits are doubled.
 template <int Bits>
 inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]) {
-  constexpr std::uint8_t mask = static_cast<std::uint8_t>((1 << Bits) - 1);
-  codes[0] = Bits == 8 ? packed : packed & mask;
+  constexpr int up = Bits == 2 ? 1 : 0;  // doubled
+  constexpr std::uint8_t mask = static_cast<std::uint8_t>(((1 << Bits) - 1) << up);
   const Vec<std::uint16_t> pairs = bit_cast<Vec<std::uint16_t>>(packed);  // no set shifts bytes
-  for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> p * Bits) & mask;
+  codes[0] = Bits == 8 ? packed : bit_cast<Vec<std::uint8_t>>(pairs << up) & mask;
+  for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> (p * Bits - up)) & mask;
 }
 
 // ---- preparing x ---------------------------------------------------------------------------------------------
@@ -445,8 +446,9 @@ inline double one_group_product(const Quantized& w, std::size_t row, double sum,
 template <int Bits, int Limbs, std::size_t Batch>
 [[gnu::noinline]] void linear_rows(const Quantized& weight, const Linear& io, std::size_t batch, std::size_t begin,
                                    std::size_t end) {
-  const Quantized w = weight;                                                          // no store can change it
-  constexpr std::size_t tile = 4, at_once = kVectorBytes == 64 || Batch == 1 ? 4 : 2;  // registers for so many
+  const Quantized w = weight;  // no store can change it
+  // As many rows as there are registers for.
+  constexpr std::size_t tile = 4, at_once = Batch > 1 && (kVectorBytes < 64 || Bits == 2) ? 2 : 4;
   Prepared<Bits, Limbs> x[Batch];
   for (std::size_t b = 0; b < Batch; ++b) {
     x[b] = Prepared<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.prepared) + (batch + b) * io.prepared_bytes);
@@ -676,9 +678,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
       const Ints offset = load<Ints>(x.offset + (at - i) * sums + i);
       if (i == 0) fetch_codes<Bits / 2>(next_codes, block);
       Ints part[Limbs][Rows] = {};
-      if constexpr (Bits != 2) {
-        for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
-      }
+      for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
       if constexpr (sums == 2) {
         const Ints low = load<Ints>(x.offset + (at - i) * sums + kPanelWidth + i);
         for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
@@ -699,7 +699,6 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
       for (std::size_t r = 0; r < Rows; ++r) {
         Ints whole = part[0][r];
         for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
-        if constexpr (Bits == 2) whole = bit_cast<Ints>(bit_cast<Words32>(whole + whole) + bit_cast<Words32>(offset));
         V product = convert<float, lanes>(whole);
         if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
         product *= load<V>(x.scale + at);
