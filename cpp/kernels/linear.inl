@@ -374,7 +374,11 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     for (; run < stop; ++run) {
       fetch_codes<Rows>(next_codes, run);
       for (std::size_t i = 0; i < kWordVectors; ++i) {
-        const Vec<std::int32_t> lane = bit_cast<Vec<std::int32_t>>(load_bytes(x[0].lane[run] + i * lanes));
+        // The groups of a vector's words lie among as many in a row as it has lanes.
+        const std::uint8_t* lane = x[0].lane[run] + i * lanes;
+        const std::size_t first = lane[0] < kWords - lanes ? lane[0] : kWords - lanes;
+        const Vec<std::int32_t> index =
+            bit_cast<Vec<std::int32_t>>(load_bytes(lane)) - static_cast<std::int32_t>(first);
         Vec<std::uint8_t> parts[Rows][8 / Bits];
         for (std::size_t r = 0; r < Rows; ++r) {
           split<Bits>(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes), parts[r]);
@@ -385,7 +389,7 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
           word_sums(parts, from, i * lanes, product);
           for (std::size_t r = 0; r < Rows; ++r) {
             product[r] *= load<V>(from.scale + i * lanes);
-            sums[r][b][i] += product[r] * lookup(scale[r], lane);
+            sums[r][b][i] += product[r] * lookup(reinterpret_cast<const float*>(scale[r]) + first, index);
           }
         }
       }

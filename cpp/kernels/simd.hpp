@@ -471,25 +471,16 @@ inline Vec<std::int32_t> lane_numbers() {
   return v;
 }
 
-// table[index[l]] for each lane, of a table of sixteen floats.
-inline Vec<float> lookup(const Vec<float> (&table)[64 / kVectorBytes], Vec<std::int32_t> index) {
+// table[index[l]] for each lane, of a table of as many floats as there are lanes.
+inline Vec<float> lookup(const float* table, Vec<std::int32_t> index) {
 #if defined(__AVX512F__)
   // With a mask of all lanes, as GCC 12 warns of the plain one in its own header.
-  return bit_cast<Vec<float>>(
-      _mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), bit_cast<__m512>(table[0])));
+  return bit_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(index), load<__m512>(table)));
 #elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps(bit_cast<__m256>(table[0]), bit_cast<__m256i>(index));
-  const __m256 high = _mm256_permutevar8x32_ps(bit_cast<__m256>(table[1]), bit_cast<__m256i>(index));
-  return bit_cast<Vec<float>>(_mm256_blendv_ps(low, high, bit_cast<__m256>(index << 28)));
-#elif defined(__aarch64__)
-  uint8x16x4_t bytes;
-  for (int i = 0; i < 4; ++i) bytes.val[i] = bit_cast<uint8x16_t>(table[i]);
-  return bit_cast<Vec<float>>(vqtbl4q_u8(bytes, bit_cast<uint8x16_t>(index * 0x04040404 + 0x03020100)));
+  return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(load<__m256>(table), bit_cast<__m256i>(index)));
 #else
-  float floats[16];
-  std::memcpy(floats, table, sizeof floats);
   Vec<float> v;
-  for (std::size_t l = 0; l < kLanes<float>; ++l) v[l] = floats[index[l]];
+  for (std::size_t l = 0; l < kLanes<float>; ++l) v[l] = table[index[l]];
   return v;
 #endif
 }
