@@ -322,7 +322,7 @@ def fit(x, scale, minimum, bits):
             partial = partial[:half] + partial[half:]
         return float(partial[0])
 
-    n = float(len(x))
+    n, least = float(len(x)), scale * f(2**-20)
     for _ in range(8):
         u = (x - minimum) * (f(1) / scale)
         code = np.clip(np.rint(u), f(0), top)
@@ -332,9 +332,9 @@ def fit(x, scale, minimum, bits):
         if not spread > 0:
             break
         b = (n * srd - sd * sr) / spread
-        a = (sr - b * sd) / n
+        a = (sr - b * sd) * (1 / n)
         better = f(float(scale) * (1 + b)), f(float(minimum) + float(scale) * (a - b * float(middle)))
-        if not np.finfo(f).tiny <= better[0] <= 2.0**100:
+        if not least <= better[0] <= 2.0**100:
             break
         scale, minimum = better
     return scale, minimum

@@ -156,6 +156,56 @@ def test_formula_of_float32_parameters(rng):
     assert q.minimum.tolist() == low.tolist()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_quotients_are_correctly_rounded(isa, bits, rng):
+    """Quotients t / d next to the middle of two floats, which are next to where codes change.
+
+    With significands T and D of 24 bits and an odd M of 25, t / d is as near to a middle as floats come where
+    T * 2^k - M * D is a small number j: D follows from M and j.
+    """
+    top = 2**bits - 1
+    ties = (2 * np.arange(top) + 1) / (2 * top)
+    half = np.floor(np.log2(ties)).astype(int)
+    middles = np.rint(ties * 2.0 ** (24 - half)).astype(np.int64)[:, None] | 1
+    middles = (middles + 2 * np.arange(-8, 9)).reshape(-1, 1)
+    j = np.concatenate([np.arange(-7, 8, 2), [0]])
+    t, d = [], []
+    for k in (24, 25):
+        inverse = np.ones_like(middles)
+        for _ in range(6):  # of M, modulo 2^k
+            inverse = inverse * (2 - middles * inverse) % 2**k
+        divisor = -j * inverse % 2**k
+        dividend = (j + middles * divisor) >> k
+        fits = (divisor >= 2**23) & (divisor < 2**24) & (dividend >= 2**23) & (dividend < 2**24)
+        fits &= (dividend >= divisor) if k == 24 else (dividend < divisor)
+        t += dividend[fits].tolist()
+        d += divisor[fits].tolist()
+    assert len(t) > 8 * top
+    t, d = np.array(t, "f4"), np.array(d, "f4")
+    t = np.where(t < d, t, t / 2)  # a power of two less of one changes no significand
+    for exponent in (-136, -110, -84, -82, -24, 0, 36, 38, 100):
+        shift = np.float32(2.0 ** (exponent // 2))
+        w = np.stack([0 * t, t, d], axis=1) * shift * np.float32(2.0 ** (exponent - exponent // 2))
+        q = fo.quantize(w, bits, group_size=-1, param_dtype="float32")
+        want = np.rint(w / w[:, 2:] * np.float32(top)).astype(np.uint8)
+        assert np.array_equal(q.codes, reference.pack(want, bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_values_at_ties(isa, bits, rng):
+    """Values half way between two steps, and those up to two floats off, once more on the grid they were made with."""
+    first = fo.quantize(rng.standard_normal((40, 256)).astype("f4"), bits, group_size=64)
+    top, scale, minimum = 2**bits - 1, first.scale.astype("f4"), first.minimum.astype("f4")
+    k = rng.integers(0, top, (40, 4, 64)).astype("f4") + np.float32(0.5)
+    w = k * scale[..., None] + minimum[..., None]
+    w = (w.view("i4") + rng.integers(-2, 3, w.shape, dtype="i4")).view("f4")
+    w[..., 0], w[..., 1] = minimum, minimum + scale * np.float32(top)
+    q = fo.quantize(w.reshape(40, 256), bits, group_size=64)
+    s, m = (p.astype("f4")[..., None] for p in (q.scale, q.minimum))
+    want = np.clip(np.rint((w - m) / s), 0, top).astype(np.uint8).reshape(40, 256)
+    assert np.array_equal(q.codes, reference.pack(want, bits))
+
+
 # Each row is one that some peer corrupts silently.
 EDGES = {
     "constant": np.full(64, 3.7),

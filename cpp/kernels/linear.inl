@@ -561,23 +561,6 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
   }
 }
 
-// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
-// memory does not exist.
-[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
-  constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
-  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
-  const float* floats = static_cast<const float*>(params) + at;
-  std::size_t i = 0;
-  for (; i < n && at + i + lanes <= all; i += lanes) {
-    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
-    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
-    store(out + i, v);
-  }
-  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
-  for (; i % kWords != 0; ++i) out[i] = 0.0f;
-}
-
 // The scales of a stretch of a row: of word i it is at[i >> shift].
 constexpr std::size_t kStretchWords = kStretchRuns * kWords;
 struct Scales {

@@ -16,6 +16,9 @@ struct Packing<8> {
 template <>
 struct Packing<4> {
   using Word = std::uint16_t;
+  static Vec<Word> widen(const std::uint8_t* packed) {
+    return convert<Word, kLanes<Word>>(load<Vec<std::uint8_t, kLanes<Word>>>(packed));
+  }
   static constexpr Word mask = 0x0f0f;
   template <class W>
   static W gather(W w) {
@@ -29,6 +32,7 @@ struct Packing<4> {
 template <>
 struct Packing<2> {
   using Word = std::uint32_t;
+  static Vec<Word> widen(const std::uint8_t* packed) { return load_bytes(packed); }
   static constexpr Word mask = 0x03030303;
   template <class W>
   static W gather(W w) {
@@ -70,8 +74,7 @@ void unpack(const std::uint8_t* packed, std::size_t n, std::uint8_t* codes) {
     constexpr std::size_t lanes = kLanes<Word>, per_byte = sizeof(Word);
     std::size_t i = 0;
     for (; (i + lanes) * per_byte <= n; i += lanes) {
-      const Vec<Word> words = convert<Word, lanes>(load<Vec<std::uint8_t, lanes>>(packed + i));
-      store(codes + i * per_byte, P::scatter(words) & P::mask);
+      store(codes + i * per_byte, P::scatter(P::widen(packed + i)) & P::mask);
     }
     for (; i * per_byte < n; ++i) {
       const Word word = static_cast<Word>(P::scatter(std::uint32_t{packed[i]}) & P::mask);
@@ -89,11 +92,33 @@ void unpack_any(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_
   bits == 8 ? unpack<8>(packed, n, codes) : bits == 4 ? unpack<4>(packed, n, codes) : unpack<2>(packed, n, codes);
 }
 
+// Groups are worked at side by side: what costs as much for one as for a vector of them is done for all at once.
+constexpr std::size_t kGroupsAtOnce = 16;
+using PerGroup = float[kGroupsAtOnce];
+
+// fold of each of n vectors, all lanes of which are overwritten.
+template <class Op>
+inline void fold_groups(Vec<float> (&v)[kGroupsAtOnce], std::size_t n, PerGroup* result, Op op) {
+  constexpr std::size_t lanes = kLanes<float>;
+  if (n == kGroupsAtOnce) {
+    for (std::size_t g = 0; g < n; g += lanes) store(*result + g, fold_each(v + g, op));
+  } else {
+    for (std::size_t g = 0; g < n; ++g) (*result)[g] = fold(v[g], op);
+  }
+}
+
 // ---- range ---------------------------------------------------------------------------------------------------
 
-// Smallest and largest of n > 0 values; `magnitude` grows to the largest bits of any |x|, ordered like the numbers
-// with NaN last.
-inline Range range_of(const float* x, std::size_t n, Vec<std::int32_t>* magnitude) {
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+
+// Smallest and largest of n > 0 values, some in each lane; `magnitude` grows to the largest bits of any |x|, ordered
+// like the numbers with NaN last.
+struct Extremes {
+  Vec<float> low, high;
+};
+
+inline Extremes extremes(const float* x, std::size_t n, Vec<std::int32_t>* magnitude) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
@@ -101,10 +126,10 @@ inline Range range_of(const float* x, std::size_t n, Vec<std::int32_t>* magnitud
   V low = V{} + inf, high = V{} - inf;
   Ints largest = *magnitude;
   const auto take = [&](V v) {
-    low = v < low ? v : low;
-    high = v > high ? v : high;
+    low = smaller(v, low);
+    high = larger(v, high);
     const Ints bits = bit_cast<Ints>(v) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
+    largest = larger(bits, largest);
   };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) take(load<V>(x + i));
@@ -116,18 +141,19 @@ inline Range range_of(const float* x, std::size_t n, Vec<std::int32_t>* magnitud
     take(load<V>(x + n - lanes));
   }
   *magnitude = largest;
-  // -0 and +0 are equal, so which of them came out depends on the order: + 0 makes it +0.
-  return {fold(low, [](auto a, auto b) { return a < b ? a : b; }) + 0.0f,
-          fold(high, [](auto a, auto b) { return a > b ? a : b; }) + 0.0f};
+  return {low, high};
 }
 
+// -0 and +0 are equal, so which of them comes out depends on the order: + 0 makes it +0.
+inline Range range_of(Extremes e) { return {fold(e.low, smaller) + 0.0f, fold(e.high, larger) + 0.0f}; }
+
 inline unsigned non_finite(Vec<std::int32_t> magnitude) {
-  return fold(magnitude, [](auto a, auto b) { return a > b ? a : b; }) >= 0x7f800000 ? kNonFinite : 0;
+  return fold(magnitude, larger) >= 0x7f800000 ? kNonFinite : 0;
 }
 
 unsigned range(const float* x, std::size_t n, Range* out) {
   Vec<std::int32_t> magnitude = {};
-  *out = range_of(x, n, &magnitude);
+  *out = range_of(extremes(x, n, &magnitude));
   return non_finite(magnitude);
 }
 
@@ -186,46 +212,89 @@ inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
   return {p.scale, p.minimum, 1.0f, p.minimum, p.scale, 1.0f};
 }
 
-constexpr std::size_t kGroupsAtOnce = 16;
+// Grids of so many groups.
+struct Grids {
+  float scale[kGroupsAtOnce], minimum[kGroupsAtOnce];  // as stored
+  float factor[kGroupsAtOnce], offset[kGroupsAtOnce], divisor[kGroupsAtOnce], inverse[kGroupsAtOnce];
+  float levels[kGroupsAtOnce];
+  bool plain;  // factor and levels are 1
 
-// Grids of as many ranges. With float16 parameters they are made side by side, unless one of them is unusual.
-inline void make_grids(const float (&low)[kGroupsAtOnce], const float (&high)[kGroupsAtOnce], std::size_t n, bool half,
-                       float top, Grid* grids, bool* misfit) {
+  // A power of two brings the divisor to where divide() is exact, and changes no code: what is rounded off where x is
+  // so small that x * factor is subnormal is nothing beside the width of a group that is shifted down.
+  void set(std::size_t g, const Grid& grid) {
+    const float shift = grid.divisor < 0x1p-60f ? 0x1p64f : grid.divisor > 0x1p60f ? 0x1p-64f : 1.0f;
+    scale[g] = grid.scale;
+    minimum[g] = grid.minimum;
+    factor[g] = grid.half * shift;
+    offset[g] = grid.offset * shift;
+    divisor[g] = grid.divisor * shift;
+    inverse[g] = 1.0f / divisor[g];
+    levels[g] = grid.levels;
+    plain &= factor[g] == 1.0f && levels[g] == 1.0f;
+  }
+};
+
+// As float16 would store it.
+inline Vec<float> rounded_to_half(Vec<float> v) {
+  std::uint16_t halves[kLanes<float>];
+  store_halves(halves, v);
+  return float_of_halves(halves);
+}
+
+// Grids of ranges, and of the pairs that were fitted where a scale is not 0. They are made side by side, unless one of
+// them is unusual.
+inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup* fitted_scale,
+                       const PerGroup* fitted_minimum, bool half, float top, Grids* grids, bool* misfit) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  float scales[kGroupsAtOnce], minima[kGroupsAtOnce];
-  bool usual = half;
-  for (std::size_t i = 0; i < n && usual; i += lanes) {
+  bool usual = true;
+  for (std::size_t i = 0; i < kGroupsAtOnce && usual; i += lanes) {
     const V l = load<V>(low + i), h = load<V>(high + i);
-    std::uint16_t halves[lanes];
-    store_halves(halves, l);
-    const V minimum = float_of_halves(halves), exact = (h - l) / top;
-    store_halves(halves, (h - minimum) / top);
-    const V scale = float_of_halves(halves);
-    const auto good = (exact >= kSmallestNormal) & (exact <= 0x1.fffffep127f) & (scale >= kSmallestHalf) &
-                      (scale <= 65504.0f) & (abs(minimum - l) <= exact * 0.5f);
+    const V exact = fitted_scale ? load<V>(*fitted_scale + i) : (h - l) / top;
+    const V lowest = fitted_scale ? load<V>(*fitted_minimum + i) : l;
+    V scale = exact, minimum = lowest;
+    auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f);
+    if (half) {
+      minimum = rounded_to_half(lowest);
+      scale = rounded_to_half(fitted_scale ? exact : (h - minimum) / top);
+      good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= exact * 0.5f);
+    }
     usual = fold(good, [](auto a, auto b) { return a & b; }) != 0;
-    store(scales + i, scale);
-    store(minima + i, minimum);
+    grids->plain = half || fitted_scale;
+    const V divisor = grids->plain ? scale : h - l;
+    store(grids->scale + i, scale);
+    store(grids->minimum + i, minimum);
+    store(grids->factor + i, repeat(1.0f));
+    store(grids->offset + i, minimum);
+    store(grids->divisor + i, divisor);
+    store(grids->inverse + i, 1.0f / divisor);
+    store(grids->levels + i, repeat(grids->plain ? 1.0f : top));
   }
-  for (std::size_t i = 0; i < n; ++i) {
+  if (usual) return;
+  grids->plain = true;
+  for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
     const Range r = {low[i], high[i]};
-    grids[i] = usual  ? Grid{scales[i], minima[i], 1.0f, minima[i], scales[i], 1.0f}
-               : half ? grid_f16(r, top, misfit)
-                      : grid_f32(r, top);
+    grids->set(i, fitted_scale && (*fitted_scale)[i] > 0
+                      ? grid_of_pair({(*fitted_scale)[i], (*fitted_minimum)[i]}, half, misfit)
+                  : half ? grid_f16(r, top, misfit)
+                         : grid_f32(r, top));
   }
 }
 
-// `ahead` is how far away what is read next lies: it comes from memory while these codes are made.
-template <bool Plain>
-inline void encode(const float* x, std::size_t n, const Grid& grid, float top, std::size_t ahead, std::uint8_t* codes) {
+// Codes of values that share a grid; what is read next, `ahead` of them, comes from memory meanwhile.
+template <int Bits, bool Plain>
+inline void encode(const float* x, std::size_t n, const Grids& grids, std::size_t g, std::size_t ahead,
+                   std::uint8_t* codes) {
   using V = Vec<float>;
+  using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
+  constexpr int top = (1 << Bits) - 1;
+  const V offset = repeat(grids.offset[g]), divisor = repeat(grids.divisor[g]), inverse = repeat(grids.inverse[g]);
+  const float factor = grids.factor[g], levels = grids.levels[g];
   const auto code = [&](V v) {
-    v = Plain ? (v - grid.offset) / grid.divisor : (v * grid.half - grid.offset) / grid.divisor * grid.levels;
-    v = round_even(v);
-    v = v > top ? V{} + top : v;
-    return v > 0 ? v : V{};
+    v = divide((Plain ? v : v * factor) - offset, divisor, inverse);
+    const Ints rounded = round_to_int(Plain ? v : v * levels);
+    return Bits == 8 ? rounded : smaller(rounded, Ints{} + top);
   };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
@@ -242,31 +311,32 @@ inline void encode(const float* x, std::size_t n, const Grid& grid, float top, s
 // ---- least squares -------------------------------------------------------------------------------------------
 
 // With u = (x - minimum) / scale, d the code counted from the middle and r = u - code: what the line r ~ a + b * d is
-// fitted from. Sums run over sixteen partial ones, element i to number i % 16, added as a tree.
+// fitted from. Sums run over sixteen partial ones, element i to number i % 16, added as a tree; here, its first steps
+// down to a vector. Not inlined, as the compiler then runs out of registers.
 struct Sums {
-  float d, dd, r, rd;
+  Vec<float> d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
 };
 
-inline Sums fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse) {
+[[gnu::noinline]] void fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse, Sums* sums,
+                                std::size_t g) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>, chunk = 16, vectors = chunk / lanes;
   const float middle = top * 0.5f;
+  const V one = repeat(1.0f);
   V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
   const auto take = [&](std::size_t j, V v, std::size_t left) {
     const V u = (v - minimum) * inverse;
-    V code = round_even(u);
-    code = code > top ? V{} + top : code;
-    code = code > 0 ? code : V{};
+    const V code = positive_part(smaller(round_even(u), repeat(top)));
     V d = code - middle, r = u - code;
     if (left < lanes) {
       const auto exists = lane_numbers() < static_cast<std::int32_t>(left);
       d = exists ? d : V{};
       r = exists ? r : V{};
     }
-    sum_d[j] += d;
-    sum_dd[j] += d * d;
-    sum_r[j] += r;
-    sum_rd[j] += r * d;
+    sum_d[j] = add_product(sum_d[j], d, one);
+    sum_dd[j] = add_product(sum_dd[j], d, d);
+    sum_r[j] = add_product(sum_r[j], r, one);
+    sum_rd[j] = add_product(sum_rd[j], r * d, one);
   };
   std::size_t i = 0;
   for (; i + chunk <= n; i += chunk) {
@@ -277,77 +347,95 @@ inline Sums fit_sums(const float* x, std::size_t n, float top, float minimum, fl
     take(j, load_part<V>(x + i, left * sizeof(float)), left);
   }
   const auto total = [&](const V(&v)[vectors]) {
-    V sum = v[0];
-    if constexpr (vectors == 2) sum = v[0] + v[1];
-    if constexpr (vectors == 4) sum = (v[0] + v[2]) + (v[1] + v[3]);
-    return fold(sum, [](auto a, auto b) { return a + b; });
+    if constexpr (vectors == 4) return (v[0] + v[2]) + (v[1] + v[3]);
+    return vectors == 2 ? v[0] + v[vectors - 1] : v[0];
   };
-  return {total(sum_d), total(sum_dd), total(sum_r), total(sum_rd)};
+  sums->d[g] = total(sum_d);
+  sums->dd[g] = total(sum_dd);
+  sums->r[g] = total(sum_r);
+  sums->rd[g] = total(sum_rd);
 }
 
 // Eight times: codes of the pair, then the pair that fits these codes best, which the line changes a little: nothing
 // cancels. `n` values in groups of `group`, side by side so that one does not wait for the other, and without branches,
-// which the compiler makes vectors of; a pair of scale 0 is left alone, and one whose codes are all equal.
-inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, Pair (&pairs)[kGroupsAtOnce]) {
+// which the compiler makes vectors of; a pair of scale 0 is left alone, and one whose codes are all equal. A pair that
+// a step has not changed, the next one would not change either.
+inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
+                       PerGroup& minimum) {
   const double middle = static_cast<double>(top * 0.5f);
-  double count[kGroupsAtOnce], d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
-  float scale[kGroupsAtOnce], minimum[kGroupsAtOnce], inverse[kGroupsAtOnce];
+  const std::size_t groups = (n + group - 1) / group;
+  Sums sums;
+  PerGroup d = {}, dd = {}, r = {}, rd = {}, scale, inverse, least;
+  double count[kGroupsAtOnce], share[kGroupsAtOnce];
+  std::int32_t moving[kGroupsAtOnce];
+  std::uint32_t left = (1u << groups) - 1;  // the same, a bit for each group
   for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-    scale[g] = pairs[g].scale > 0 ? pairs[g].scale : 1.0f;
-    minimum[g] = pairs[g].minimum;
-    const std::size_t left = g * group < n ? n - g * group : 0;
-    count[g] = static_cast<double>(left < group ? left : group);
-    d[g] = dd[g] = r[g] = rd[g] = 0;
+    scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
+    least[g] = scale[g] * 0x1p-20f;
+    count[g] = static_cast<double>(group);
+    moving[g] = 1;
   }
-  for (int step = 0; step < 8; ++step) {
+  count[groups - 1] = static_cast<double>(n - (groups - 1) * group);
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
+  for (int step = 0; step < 8 && left != 0; ++step) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / scale[g];
-    for (std::size_t g = 0, at = 0; at < n; ++g, at += group) {
-      if (!(pairs[g].scale > 0)) continue;
-      const Sums sums = fit_sums(x + at, n - at < group ? n - at : group, top, minimum[g], inverse[g]);
-      d[g] = static_cast<double>(sums.d);
-      dd[g] = static_cast<double>(sums.dd);
-      r[g] = static_cast<double>(sums.r);
-      rd[g] = static_cast<double>(sums.rd);
+    for (std::uint32_t rest = left; rest != 0; rest &= rest - 1) {
+      const std::size_t g = static_cast<std::size_t>(__builtin_ctz(rest)), at = g * group;
+      fit_sums(x + at, n - at < group ? n - at : group, top, minimum[g], inverse[g], &sums, g);
     }
+    const auto plus = [](auto a, auto b) { return a + b; };
+    fold_groups(sums.d, groups, &d, plus);
+    fold_groups(sums.dd, groups, &dd, plus);
+    fold_groups(sums.r, groups, &r, plus);
+    fold_groups(sums.rd, groups, &rd, plus);
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-      const double spread = count[g] * dd[g] - d[g] * d[g], s = static_cast<double>(scale[g]);
-      const double b = (count[g] * rd[g] - d[g] * r[g]) / spread, a = (r[g] - b * d[g]) / count[g];
+      const double sum_d = static_cast<double>(d[g]), sum_dd = static_cast<double>(dd[g]);
+      const double sum_r = static_cast<double>(r[g]), sum_rd = static_cast<double>(rd[g]);
+      const double spread = count[g] * sum_dd - sum_d * sum_d, s = static_cast<double>(scale[g]);
+      const double b = (count[g] * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) * share[g];
       const float better = static_cast<float>(s * (1 + b));
       const float moved = static_cast<float>(static_cast<double>(minimum[g]) + s * (a - b * middle));
-      const bool good = (spread > 0) & (better >= kSmallestNormal) & (better <= 0x1p100f);
+      const bool good = (moving[g] != 0) & (spread > 0) & (better >= least[g]) & (better <= 0x1p100f);
+      moving[g] = good & ((better != scale[g]) | (moved != minimum[g]));
       scale[g] = good ? better : scale[g];
       minimum[g] = good ? moved : minimum[g];
     }
+    left = 0;
+    for (std::size_t g = 0; g < groups; ++g) left |= static_cast<std::uint32_t>(moving[g]) << g;
   }
-  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-    if (pairs[g].scale > 0) pairs[g] = {scale[g], minimum[g]};
-  }
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
 }
 
 // Where scale and inverse are numbers of full precision; elsewhere the pair of the range stays.
-inline bool can_fit(const Grid& exact) {
-  return exact.half == 1.0f && exact.scale >= 0x1p-100f && exact.scale <= 0x1p100f;
+inline bool can_fit(Range r, float scale) {
+  return r.max - r.min <= 0x1.fffffep127f && scale >= 0x1p-100f && scale <= 0x1p100f;
 }
 
 Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
   const float top = static_cast<float>((1 << bits) - 1);
   const Grid exact = grid_f32(r, top);
-  Pair pairs[kGroupsAtOnce] = {};
-  if (can_fit(exact)) {
-    pairs[0] = {exact.scale, exact.minimum};
-    fit_groups(x, n, n, top, pairs);
-  }
-  return pairs[0];
+  if (!can_fit(r, exact.scale)) return {};
+  PerGroup scale = {exact.scale}, minimum = {exact.minimum};
+  fit_groups(x, n, n, top, scale, minimum);
+  return {scale[0], minimum[0]};
 }
 
-inline void store_params(const Quantized& q, std::size_t at, const Grid& grid) {
-  if (q.half) {
-    static_cast<std::uint16_t*>(const_cast<void*>(q.scale))[at] = half_of_float(grid.scale);
-    static_cast<std::uint16_t*>(const_cast<void*>(q.minimum))[at] = half_of_float(grid.minimum);
-  } else {
-    static_cast<float*>(const_cast<void*>(q.scale))[at] = grid.scale;
-    static_cast<float*>(const_cast<void*>(q.minimum))[at] = grid.minimum;
-  }
+// Scale and minimum of n groups.
+inline void store_params(const Quantized& q, std::size_t at, const Grids& grids, std::size_t n) {
+  const auto to = [&](const void* params, const PerGroup& from) {
+    std::uint16_t halves[kGroupsAtOnce];
+    for (std::size_t i = 0; q.half && i < kGroupsAtOnce; i += kLanes<float>) {
+      store_halves(halves + i, load<Vec<float>>(from + i));
+    }
+    char* const first = static_cast<char*>(const_cast<void*>(params)) + at * (q.half ? 2 : 4);
+    if (n == kGroupsAtOnce) {
+      q.half ? std::memcpy(first, halves, sizeof halves) : std::memcpy(first, from, sizeof from);
+    } else {
+      q.half ? std::memcpy(first, halves, n * 2) : std::memcpy(first, from, n * 4);
+    }
+  };
+  to(q.scale, grids.scale);
+  to(q.minimum, grids.minimum);
 }
 
 // Codes of a row on their way into its bytes.
@@ -356,20 +444,9 @@ class Packer {
  public:
   Packer(std::uint8_t* to, std::size_t ahead) : to_(to), ahead_(ahead) {}
 
-  void add(const float* x, std::size_t n, const Grid& grid) {
-    constexpr float top = (1 << Bits) - 1;
-    while (n > 0) {
-      const std::size_t take = n < kBlock - filled_ ? n : kBlock - filled_;
-      if (grid.half == 1.0f && grid.levels == 1.0f) {
-        encode<true>(x, take, grid, top, ahead_, block_ + filled_);
-      } else {
-        encode<false>(x, take, grid, top, ahead_, block_ + filled_);
-      }
-      x += take;
-      n -= take;
-      filled_ += take;
-      if (filled_ == kBlock) flush();
-    }
+  // Of n values in groups of `group`.
+  void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
+    grids.plain ? add<true>(x, n, group, grids) : add<false>(x, n, group, grids);
   }
 
   void flush() {
@@ -379,6 +456,21 @@ class Packer {
   }
 
  private:
+  template <bool Plain>
+  void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
+    if (n > kBlock - filled_) flush();
+    for (std::size_t g = 0, at = 0; at < n; ++g) {
+      const std::size_t end = n - at < group ? n : at + group;
+      while (at < end) {
+        const std::size_t take = end - at < kBlock - filled_ ? end - at : kBlock - filled_;
+        encode<Bits, Plain>(x + at, take, grids, g, ahead_, block_ + filled_);
+        at += take;
+        filled_ += take;
+        if (filled_ == kBlock) flush();
+      }
+    }
+  }
+
   std::uint8_t* to_;
   std::size_t ahead_, filled_ = 0;
   std::uint8_t block_[kBlock];
@@ -387,55 +479,54 @@ class Packer {
 template <int Bits>
 unsigned quantize(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
                   std::size_t end) {
+  using V = Vec<float>;
   constexpr float top = (1 << Bits) - 1;
+  const std::size_t ahead = q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols;
   bool misfit = false;
   Vec<std::int32_t> magnitude = {};
+  Grids grids = {};
   for (std::size_t row = begin; row < end; ++row) {
     const float* from = x + row * q.cols;
-    Packer<Bits> packer(const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes,
-                        q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols);
+    Packer<Bits> packer(const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
     if (shared) {
       const Pair pair = shared->pair;
-      const Grid grid = pair.scale > 0 ? grid_of_pair(pair, q.half, &misfit)
-                        : q.half       ? grid_f16(shared->range, top, &misfit)
-                                       : grid_f32(shared->range, top);
-      if (row == 0) store_params(q, 0, grid);
-      packer.add(from, q.cols, grid);
+      grids.plain = true;
+      grids.set(0, pair.scale > 0 ? grid_of_pair(pair, q.half, &misfit)
+                   : q.half       ? grid_f16(shared->range, top, &misfit)
+                                  : grid_f32(shared->range, top));
+      if (row == 0) store_params(q, 0, grids, 1);
+      packer.add(from, q.cols, q.cols, grids);
     }
     for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
-      const auto length = [&](std::size_t i) {
-        const std::size_t left = q.cols - (g + i) * q.group;
-        return left < q.group ? left : q.group;
-      };
-      float low[kGroupsAtOnce], high[kGroupsAtOnce];
-      for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
-        const Range r = i < n ? range_of(from + i * q.group, length(i), &magnitude) : Range{0.0f, 1.0f};
-        low[i] = r.min;
-        high[i] = r.max;
-      }
-      Grid grids[kGroupsAtOnce];
-      make_grids(low, high, n, q.half && !refit, top, grids, &misfit);
-      if (refit) {
-        Pair pairs[kGroupsAtOnce] = {};
-        for (std::size_t i = 0; i < n; ++i) {
-          if (can_fit(grids[i])) pairs[i] = {grids[i].scale, grids[i].minimum};
-        }
-        const std::size_t all = q.cols - g * q.group;
-        fit_groups(from, all < n * q.group ? all : n * q.group, q.group, top, pairs);
-        for (std::size_t i = 0; i < n; ++i) {
-          if (pairs[i].scale > 0) {
-            grids[i] = grid_of_pair(pairs[i], q.half, &misfit);
-          } else if (q.half) {
-            grids[i] = grid_f16({low[i], high[i]}, top, &misfit);
-          }
-        }
-      }
+      const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
+      V lows[kGroupsAtOnce], highs[kGroupsAtOnce];
       for (std::size_t i = 0; i < n; ++i) {
-        store_params(q, row * q.param_stride + g + i, grids[i]);
-        packer.add(from + i * q.group, length(i), grids[i]);
+        const std::size_t at = i * q.group;
+        const Extremes e = extremes(from + at, size - at < q.group ? size - at : q.group, &magnitude);
+        lows[i] = e.low + 0.0f;
+        highs[i] = e.high + 0.0f;
       }
-      from += kGroupsAtOnce * q.group;
+      PerGroup low, high;
+      for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
+        low[i] = 0.0f;
+        high[i] = 1.0f;
+      }
+      fold_groups(lows, n, &low, smaller);
+      fold_groups(highs, n, &high, larger);
+      make_grids(low, high, nullptr, nullptr, q.half && !refit, top, &grids, &misfit);
+      if (refit) {
+        PerGroup scale, minimum;
+        for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+          scale[i] = can_fit({low[i], high[i]}, grids.scale[i]) ? grids.scale[i] : 0.0f;
+          minimum[i] = grids.minimum[i];
+        }
+        fit_groups(from, size, q.group, top, scale, minimum);
+        make_grids(low, high, &scale, &minimum, q.half, top, &grids, &misfit);
+      }
+      store_params(q, row * q.param_stride + g, grids, n);
+      packer.add(from, size, q.group, grids);
+      from += size;
     }
     packer.flush();
   }
@@ -453,6 +544,23 @@ unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, 
 
 inline float param_at(const Quantized& q, const void* params, std::size_t at) {
   return q.half ? float_of_half(static_cast<const std::uint16_t*>(params)[at]) : static_cast<const float*>(params)[at];
+}
+
+// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
+// memory does not exist.
+[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
+  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
+  const float* floats = static_cast<const float*>(params) + at;
+  std::size_t i = 0;
+  for (; i < n && at + i + lanes <= all; i += lanes) {
+    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
+    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
+    store(out + i, v);
+  }
+  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
+  for (; i % 16 != 0; ++i) out[i] = 0.0f;
 }
 
 // minimum + scale * code. Where scale * code could overflow although the sum does not, both are halved: that changes
@@ -475,21 +583,30 @@ void dequantize(const Quantized& q, std::size_t row, std::size_t begin, std::siz
   constexpr std::size_t per_byte = 8 / Bits;
   const std::uint8_t* packed = q.codes + row * q.row_bytes;
   std::uint8_t block[kBlock];
-  std::size_t skip = begin % per_byte;
-  for (std::size_t at = begin - skip; at < end;) {
-    const std::size_t n = end - at < kBlock ? end - at : kBlock;
-    unpack<Bits>(packed + at / per_byte, n, block);
-    for (std::size_t i = skip; i < n;) {
-      const std::size_t g = (at + i) / q.group;
-      const std::size_t group_end = (g + 1) * q.group - at;
-      const std::size_t stop = group_end < n ? group_end : n;
-      const std::size_t param = row * q.param_stride + g;
-      decode(block + i, stop - i, param_at(q, q.scale, param), param_at(q, q.minimum, param), out);
-      out += stop - i;
-      i = stop;
+  PerGroup scale, minimum;
+  std::size_t group = begin / q.group, group_end = (group + 1) * q.group, first = group, known = group;
+  for (std::size_t at = begin; at < end;) {
+    const std::size_t skip = at % per_byte;
+    const std::size_t n = end - at < kBlock - skip ? end - at : kBlock - skip;
+    unpack<Bits>(packed + at / per_byte, skip + n, block);
+    const std::uint8_t* codes = block + skip;
+    for (const std::size_t stop = at + n; at < stop;) {
+      if (group == known) {
+        first = group;
+        known = q.groups - group < kGroupsAtOnce ? q.groups : group + kGroupsAtOnce;
+        load_params(q, q.scale, row * q.param_stride + group, known - group, scale);
+        load_params(q, q.minimum, row * q.param_stride + group, known - group, minimum);
+      }
+      const std::size_t size = (group_end < stop ? group_end : stop) - at;
+      decode(codes, size, scale[group - first], minimum[group - first], out);
+      codes += size;
+      out += size;
+      at += size;
+      if (at == group_end) {
+        ++group;
+        group_end += q.group;
+      }
     }
-    skip = 0;
-    at += n;
   }
 }
 
