@@ -30,8 +30,9 @@ void limit_write(float* x, std::size_t n) {
 template <std::size_t Reads, std::size_t Writes>
 void update(float* const* x, std::size_t begin, std::size_t end) {
   using V = Vec<float>;
+  constexpr std::size_t ahead = Reads > 2 ? kAhead / 4 : kAhead;  // nearer, where there are many streams
   for (std::size_t i = begin; i + kLanes<float> <= end; i += kLanes<float>) {
-    for (std::size_t j = 0; j < Reads; ++j) __builtin_prefetch(x[j] + i + kAhead);
+    for (std::size_t j = 0; j < Reads; ++j) __builtin_prefetch(x[j] + i + ahead);
     const V last = load<V>(x[Reads - 1] + i);
     for (std::size_t j = 0; j < Writes; ++j) store(x[j] + i, 0.5f * load<V>(x[j] + i) + last);
   }
