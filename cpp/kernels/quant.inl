@@ -476,10 +476,39 @@ class Packer {
   std::uint8_t block_[kBlock];
 };
 
+// Grids of the next groups of a row, `size` values; the same for all widths of codes, and not inlined, as it is long.
+[[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
+                                      Grids* grids, bool* misfit, Vec<std::int32_t>* magnitude) {
+  const std::size_t n = (size + q.group - 1) / q.group;
+  Vec<float> lows[kGroupsAtOnce], highs[kGroupsAtOnce];
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::size_t at = i * q.group;
+    const Extremes e = extremes(x + at, size - at < q.group ? size - at : q.group, magnitude);
+    lows[i] = e.low + 0.0f;
+    highs[i] = e.high + 0.0f;
+  }
+  PerGroup low, high;
+  for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
+    low[i] = 0.0f;
+    high[i] = 1.0f;
+  }
+  fold_groups(lows, n, &low, smaller);
+  fold_groups(highs, n, &high, larger);
+  make_grids(low, high, nullptr, nullptr, q.half && !refit, top, grids, misfit);
+  if (refit) {
+    PerGroup scale, minimum;
+    for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+      scale[i] = can_fit({low[i], high[i]}, grids->scale[i]) ? grids->scale[i] : 0.0f;
+      minimum[i] = grids->minimum[i];
+    }
+    fit_groups(x, size, q.group, top, scale, minimum);
+    make_grids(low, high, &scale, &minimum, q.half, top, grids, misfit);
+  }
+}
+
 template <int Bits>
 unsigned quantize(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
                   std::size_t end) {
-  using V = Vec<float>;
   constexpr float top = (1 << Bits) - 1;
   const std::size_t ahead = q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols;
   bool misfit = false;
@@ -500,30 +529,7 @@ unsigned quantize(const float* x, const Quantized& q, const Shared* shared, bool
     for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
       const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
-      V lows[kGroupsAtOnce], highs[kGroupsAtOnce];
-      for (std::size_t i = 0; i < n; ++i) {
-        const std::size_t at = i * q.group;
-        const Extremes e = extremes(from + at, size - at < q.group ? size - at : q.group, &magnitude);
-        lows[i] = e.low + 0.0f;
-        highs[i] = e.high + 0.0f;
-      }
-      PerGroup low, high;
-      for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
-        low[i] = 0.0f;
-        high[i] = 1.0f;
-      }
-      fold_groups(lows, n, &low, smaller);
-      fold_groups(highs, n, &high, larger);
-      make_grids(low, high, nullptr, nullptr, q.half && !refit, top, &grids, &misfit);
-      if (refit) {
-        PerGroup scale, minimum;
-        for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
-          scale[i] = can_fit({low[i], high[i]}, grids.scale[i]) ? grids.scale[i] : 0.0f;
-          minimum[i] = grids.minimum[i];
-        }
-        fit_groups(from, size, q.group, top, scale, minimum);
-        make_grids(low, high, &scale, &minimum, q.half, top, &grids, &misfit);
-      }
+      prepare_groups(from, size, q, refit, top, &grids, &misfit, &magnitude);
       store_params(q, row * q.param_stride + g, grids, n);
       packer.add(from, size, q.group, grids);
       from += size;
