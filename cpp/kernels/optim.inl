@@ -196,10 +196,10 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     V next[count], grad[count], s[count][R::states + 1];
     for (std::size_t v = 0; v < count; ++v) {
       const std::size_t at = i + v * kLanes<T>;
-      for (std::size_t j = 0; j < R::states; ++j) {
-        prefetch<512>(state[j] + at);
-        s[v][j] = load<V>(state[j] + at);
-      }
+      repeat<R::states>([&](auto j) {
+        prefetch<512>(state[j.value] + at);
+        s[v][j.value] = load<V>(state[j.value] + at);
+      });
       if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
         prefetch<512>(w + at);
         prefetch<512>(g + at);
@@ -211,7 +211,7 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     for (std::size_t v = 0; v < count; ++v) {
       const std::size_t at = i + v * kLanes<T>;
       store(w + at, next[v]);
-      for (std::size_t j = 0; j < R::states; ++j) store(state[j] + at, s[v][j]);
+      repeat<R::states>([&](auto j) { store(state[j.value] + at, s[v][j.value]); });
     }
     i += count * kLanes<T>;
   };
@@ -442,12 +442,12 @@ struct Blocks {
         const auto* const from = state[j.value];
         prefetch_pair(from, i, width_of(State));
         repeat<2>([&](auto h) {
-          const std::size_t at = i + h.value * lanes;
+          const std::size_t element = i + h.value * lanes;
           V& to = s[h.value][j.value];
-          if constexpr (State == StateType::wide) to = widen(Float::f32, from, at);
-          if constexpr (State == StateType::bf16) to = widen(Float::bf16, from, at);
+          if constexpr (State == StateType::wide) to = widen(Float::f32, from, element);
+          if constexpr (State == StateType::bf16) to = widen(Float::bf16, from, element);
           if constexpr (State == StateType::u8) {
-            const auto* const codes = reinterpret_cast<const std::uint8_t*>(from) + at;
+            const auto* const codes = reinterpret_cast<const std::uint8_t*>(from) + element;
             to = widen_u8(masks, codes, least[j.value], Positive >> j.value & 1);
           }
         });
