@@ -565,28 +565,36 @@ inline StepArgs from(const StepArgs& a, std::size_t at) {
   return b;
 }
 
+// Elements [at, at + n) of `a`, the first of which has the number `first` in its tensor.
 template <class R, unsigned Positive, StateType State>
-void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t begin, std::size_t end) {
+void step_blocks(const Scalars<float>& k, const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
   Blocks<R, Positive, State> blocks{k, {}};
-  std::size_t at = begin;
-  for (; at + kStateBlock <= end; at += kStateBlock) blocks.step(a, at, at, kStateBlock);
+  for (std::size_t done = 0; done < n; done += kStateBlock) {
+    blocks.step(a, at + done, first + done, n - done < kStateBlock ? n - done : kStateBlock);
+  }
   blocks.finish();
-  if (at == end) return;
+}
+using StepBlocks = void (*)(const Scalars<float>&, const StepArgs&, std::size_t, std::size_t, std::size_t);
+
+void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t states, std::size_t begin, std::size_t end,
+                 StepBlocks step) {
+  const std::size_t whole = (end - begin) / kStateBlock * kStateBlock, at = begin + whole, n = end - at;
+  if (whole > 0) step(k, a, begin, begin, whole);
+  if (n == 0) return;
   // The last block passes through memory of its own, filled up with zeros.
-  const std::size_t n = end - at;
+  const std::size_t state_width = width_of(a.state_type);
   const StepArgs real = from(a, at);
   StepArgs copy = real;
   float param[kStateBlock] = {}, grad[kStateBlock] = {}, master[kStateBlock] = {}, state[kMaxStates][kStateBlock] = {};
   std::memcpy(copy.param = param, real.param, n * width_of(a.param_type));
   copy.grad = std::memcpy(grad, real.grad, n * width_of(a.grad_type));
-  for (std::size_t j = 0; j < R::states; ++j) {
-    std::memcpy(copy.state[j] = state[j], real.state[j], n * width_of(State));
+  for (std::size_t j = 0; j < states; ++j) {
+    std::memcpy(copy.state[j] = state[j], real.state[j], n * state_width);
   }
   if (a.master) std::memcpy(copy.master = master, real.master, n * sizeof(float));
-  blocks.step(copy, 0, at, n);
-  blocks.finish();
+  step(k, copy, 0, at, n);
   std::memcpy(real.param, param, n * width_of(a.param_type));
-  for (std::size_t j = 0; j < R::states; ++j) std::memcpy(real.state[j], state[j], n * width_of(State));
+  for (std::size_t j = 0; j < states; ++j) std::memcpy(real.state[j], state[j], n * state_width);
   if (a.master) std::memcpy(real.master, master, n * sizeof(float));
 }
 
@@ -604,12 +612,13 @@ void step(const Hyper& hyper, const StepArgs& a, std::size_t begin, std::size_t 
     wide(double{});
   } else if (a.param_type == Float::f32 && a.grad_type == Float::f32 && a.state_type == StateType::wide) {
     wide(float{});
-  } else if (R::states == 0 || a.state_type == StateType::wide) {
-    step_narrow<R, Positive, StateType::wide>(Scalars<float>(hyper), a, begin, end);
-  } else if (a.state_type == StateType::bf16) {
-    step_narrow<R, Positive, StateType::bf16>(Scalars<float>(hyper), a, begin, end);
   } else {
-    step_narrow<R, Positive, StateType::u8>(Scalars<float>(hyper), a, begin, end);
+    StepBlocks blocks = step_blocks<R, Positive, StateType::wide>;
+    if constexpr (R::states > 0) {
+      if (a.state_type == StateType::bf16) blocks = step_blocks<R, Positive, StateType::bf16>;
+      if (a.state_type == StateType::u8) blocks = step_blocks<R, Positive, StateType::u8>;
+    }
+    step_narrow(Scalars<float>(hyper), a, R::states, begin, end, blocks);
   }
 }
 
