@@ -27,9 +27,9 @@ struct Hyper {
   double decay2;        // factor kept of the squares (beta2, alpha)
   double blend2;        // 1 - decay2
   double eps;           // for Adam eps * sqrt(1 - beta2^t)
-  double grad_scale;  // multiplies every gradient: loss scale, clipping, sign of `maximize`
-  double shrink;      // proximal L1 after the step: |w| - shrink, exact zero below
-  bool keep_zeros;    // a weight that is zero stays zero
+  double grad_scale;    // multiplies every gradient: loss scale, clipping, sign of `maximize`
+  double shrink;        // proximal L1 after the step: |w| - shrink, exact zero below
+  bool keep_zeros;      // a weight that is zero stays zero
 };
 
 inline constexpr std::size_t kMaxStates = 3;
