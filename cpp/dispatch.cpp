@@ -10,7 +10,8 @@
 
 namespace fastopt {
 
-extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_vnni, kernels_neon, kernels_dotprod;
+extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_neon;
+extern const Products products_vnni, products_dotprod;
 
 namespace {
 
@@ -18,6 +19,13 @@ struct Candidate {
   const Kernels* table;
   bool runs;
 };
+
+Kernels with_products(const char* isa, const Products& products, const Kernels& rest) {
+  Kernels table = rest;
+  table.isa = isa;
+  table.products = products;
+  return table;
+}
 
 // In rising order of preference.
 std::vector<Candidate> candidates() {
@@ -29,6 +37,7 @@ std::vector<Candidate> candidates() {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   const bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  static const Kernels kernels_vnni = with_products("vnni", products_vnni, kernels_v4);
   return {{&kernels_baseline, true}, {&kernels_v3, v3}, {&kernels_v4, v4}, {&kernels_vnni, vnni}};
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -37,6 +46,7 @@ std::vector<Candidate> candidates() {
 #else
   const bool dotprod = true;  // every Apple CPU has it
 #endif
+  static const Kernels kernels_dotprod = with_products("dotprod", products_dotprod, kernels_neon);
   return {{&kernels_neon, true}, {&kernels_dotprod, dotprod}};
 #else
   return {{&kernels_baseline, true}};

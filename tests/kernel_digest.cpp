@@ -247,17 +247,17 @@ void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
   x.insert(x.end(), last.begin(), last.end());
   std::vector<float> y(batch * q.rows);
   for (int limbs : {1, 3}) {
-    const std::size_t bytes = k.prepared_bytes(q, limbs);
+    const std::size_t bytes = k.products.prepared_bytes(q, limbs);
     Bytes prepared(batch * bytes);
     for (std::size_t b = 0; b < batch && bytes > 0; ++b) {
-      k.prepare_x(q, x.data() + b * q.cols, limbs, prepared.data() + b * bytes);
+      k.products.prepare_x(q, x.data() + b * q.cols, limbs, prepared.data() + b * bytes);
     }
-    const std::size_t panel_bytes = bytes > 0 ? k.panel_bytes(q, limbs) : 0;
+    const std::size_t panel_bytes = bytes > 0 ? k.products.panel_bytes(q, limbs) : 0;
     Bytes panel(panel_bytes);
-    if (bytes > 0) k.prepare_panel(q, prepared.data(), bytes, kPanelWidth, limbs, panel.data());
+    if (bytes > 0) k.products.prepare_panel(q, prepared.data(), bytes, kPanelWidth, limbs, panel.data());
     for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
       const Linear io = {x.data(), prepared.data(), bytes, panel.data(), panel_bytes, limbs, batch, b, y.data()};
-      k.linear_quantized(q, io, 0, q.rows);
+      k.products.linear_quantized(q, io, 0, q.rows);
       c.add(y);
     }
   }

@@ -282,11 +282,11 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
     reads_weight(memory, q);
     memory.check();
   }
-  io.prepared_bytes = k.prepared_bytes(q, limbs);
+  io.prepared_bytes = k.products.prepared_bytes(q, limbs);
   const Scratch prepared(io.prepared_bytes * io.batch);
   io.prepared = prepared.data();
   const std::size_t in_panels = io.prepared_bytes > 0 ? panel_rows(io.batch) : 0;
-  if (in_panels > 0) io.panel_bytes = k.panel_bytes(q, limbs);
+  if (in_panels > 0) io.panel_bytes = k.products.panel_bytes(q, limbs);
   const Scratch panels(io.panel_bytes * ceil_div(in_panels, kPanelWidth));
   io.panels = panels.data();
 
@@ -294,22 +294,23 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
   if (io.prepared_bytes > 0) {
     parallel_for(io.batch, 3 * matrix_bytes(io.batch, q.cols), [&](std::size_t begin, std::size_t end) {
       for (std::size_t b = begin; b < end; ++b) {
-        k.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
+        k.products.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
       }
     });
-    parallel_for(
-        ceil_div(in_panels, kPanelWidth), matrix_bytes(in_panels, q.cols), [&](std::size_t begin, std::size_t end) {
-          for (std::size_t p = begin; p < end; ++p) {
-            const std::size_t first = p * kPanelWidth;
-            k.prepare_panel(q, io.prepared + first * io.prepared_bytes, io.prepared_bytes,
-                            std::min(kPanelWidth, in_panels - first), limbs, panels.data() + p * io.panel_bytes);
-          }
-        });
+    parallel_for(ceil_div(in_panels, kPanelWidth), matrix_bytes(in_panels, q.cols),
+                 [&](std::size_t begin, std::size_t end) {
+                   for (std::size_t p = begin; p < end; ++p) {
+                     const std::size_t first = p * kPanelWidth;
+                     k.products.prepare_panel(q, io.prepared + first * io.prepared_bytes, io.prepared_bytes,
+                                              std::min(kPanelWidth, in_panels - first), limbs,
+                                              panels.data() + p * io.panel_bytes);
+                   }
+                 });
   }
   // In cache and with many rows of x it is arithmetic that takes time: as much a product as a byte or half of one.
   const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
   parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
-    k.linear_quantized(q, io, begin, end);
+    k.products.linear_quantized(q, io, begin, end);
     if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
     if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
   });

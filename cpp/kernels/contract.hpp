@@ -161,6 +161,20 @@ struct PruneArgs {
 
 // ---- the table -----------------------------------------------------------------------------------------------
 
+// Products with quantized weights. An instruction set that adds nothing but dot products of bytes to another brings
+// these alone.
+struct Products {
+  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, a row into
+  // prepared_bytes() aligned to 64; 0 means that these groups need no preparation.
+  std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
+  void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
+  std::size_t (*panel_bytes)(const Quantized& w, int limbs);
+  // kPanelWidth rows, or the last `count`, of those that prepare_x wrote.
+  void (*prepare_panel)(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
+                        int limbs, std::uint8_t* out);
+  void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -184,16 +198,8 @@ struct Kernels {
   void (*pack)(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* packed);
   void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
 
-  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, a row into
-  // prepared_bytes() aligned to 64; 0 means that these groups need no preparation.
-  std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
-  void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
-  std::size_t (*panel_bytes)(const Quantized& w, int limbs);
-  // kPanelWidth rows, or the last `count`, of those that prepare_x wrote.
-  void (*prepare_panel)(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
-                        int limbs, std::uint8_t* out);
-  void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
-  // The same for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
+  Products products;
+  // The same y for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
   void (*linear_sparse)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias,
                         float* y, std::size_t begin, std::size_t end);
   // `width` (64, 32 or 16) rows of x from `first`, transposed to [cols][width], zero behind the last: columns

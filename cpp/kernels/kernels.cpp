@@ -1,4 +1,5 @@
-// One table of kernels. CMake compiles this file once per instruction set, each time with another FASTOPT_ISA.
+// One table of kernels. CMake compiles this file once per instruction set, each time with another FASTOPT_ISA; with
+// FASTOPT_PRODUCTS_ONLY for those that share the rest of their table with another set.
 //
 // Everything lies in an anonymous namespace and nothing of the standard library with a body is used: an inline
 // function emitted here with AVX-512 in it could replace the baseline's copy at link time, and crash an older CPU.
@@ -19,23 +20,36 @@ namespace {
 
 #include "kernels/simd.hpp"
 //
-#include "kernels/optim.inl"
-//
 #include "kernels/quant.inl"
 //
-#include "kernels/prune.inl"
-//
 #include "kernels/linear.inl"
+#if !defined(FASTOPT_PRODUCTS_ONLY)
+#include "kernels/optim.inl"
+//
+#include "kernels/prune.inl"
 //
 #include "kernels/sparse.inl"
 //
 #include "kernels/limits.inl"
+#endif
+
+constexpr Products kProducts = {prepared_bytes, prepare_x_any, panel_bytes, prepare_panel_any, linear_quantized};
 
 }  // namespace
 
 #define FASTOPT_TEXT(x) #x
 #define FASTOPT_NAME(x) FASTOPT_TEXT(x)
 #define FASTOPT_JOIN(a, b) a##b
+
+#if defined(FASTOPT_PRODUCTS_ONLY)
+
+#define FASTOPT_TABLE(isa) FASTOPT_JOIN(products_, isa)
+
+extern const Products FASTOPT_TABLE(FASTOPT_ISA);
+const Products FASTOPT_TABLE(FASTOPT_ISA) = kProducts;
+
+#else
+
 #define FASTOPT_TABLE(isa) FASTOPT_JOIN(kernels_, isa)
 
 extern const Kernels FASTOPT_TABLE(FASTOPT_ISA);
@@ -50,11 +64,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     dequantize_any,
     pack_any,
     unpack_any,
-    prepared_bytes,
-    prepare_x_any,
-    panel_bytes,
-    prepare_panel_any,
-    linear_quantized,
+    kProducts,
     linear_sparse,
     transpose_tile,
     linear_sparse_tile,
@@ -76,5 +86,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     limit_write,
     limit_update,
 };
+
+#endif
 
 }  // namespace fastopt
