@@ -294,6 +294,14 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
 }
 
 void digest_quantization(const Kernels& k) {
+  constexpr std::size_t cols = 1088, sizes[] = {0, 4, 8, 16, 32, 64, cols};  // groups that fill vectors of any width
+  for (std::size_t group : sizes) {
+    for (Kind kind : kAll) {
+      for (bool half : {false, true}) {
+        for (int bits : {8, 4, 2}) digest_quantized(k, bits, cols, group, half, false, kind);
+      }
+    }
+  }
   for (std::size_t n : kSizes) {
     for (int bits : {8, 4, 2}) {
       for (std::size_t offset : kOffsets) digest_packing(k, bits, n, offset);

@@ -61,10 +61,19 @@ def test_quantize_equals_reference(isa, bits, group_size, param_dtype, rng):
 
 
 @pytest.mark.parametrize("param_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("group_size", [None, -1, 4, 8, 16, 32, 64, 544])
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_that_fill_vectors_equal_reference(isa, bits, group_size, param_dtype, rng):
+    for rows, cols in [(1, 64), (3, 1088)]:  # 1088 / 64 is 17: the last groups of a row are fewer
+        check(rng.standard_normal((rows, cols)).astype("f4"), bits, group_size, param_dtype)
+    check(weights(rng, 10, 320), bits, group_size, param_dtype)
+
+
+@pytest.mark.parametrize("param_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("group_size", [None, -1, 7, 32])
 @pytest.mark.parametrize("bits", BITS)
 def test_least_squares_equals_reference(isa, bits, group_size, param_dtype, rng):
-    for cols in [0, 1, 16, 200]:
+    for cols in [0, 1, 16, 200, 576]:
         check(weights(rng, 2, cols), bits, group_size, param_dtype, "lsq")
     for row in weights(rng, 10, 70):
         check(row[None], bits, group_size, param_dtype, "lsq")
@@ -237,11 +246,12 @@ def test_edges_stay_within_half_a_step(name, bits):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
 def test_non_finite_is_refused_with_its_place(value):
-    w = np.zeros((3, 40))
-    w[1, 35] = value
-    for group_size in (None, -1, 16):
-        with pytest.raises(ValueError, match=r"w: expected finite float32 values, got .* at \(1, 35\)"):
-            fo.quantize(w, 4, group_size=group_size)
+    for shape, row, col in [((3, 40), 1, 35), ((3, 1088), 0, 0), ((3, 1088), 1, 1023), ((3, 1088), 2, 1087)]:
+        w = np.zeros(shape)
+        w[row, col] = value
+        for group_size in (None, -1, 16, 32, 64):
+            with pytest.raises(ValueError, match=rf"w: expected finite float32 values, got .* at \({row}, {col}\)"):
+                fo.quantize(w, 4, group_size=group_size)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

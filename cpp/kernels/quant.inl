@@ -45,6 +45,13 @@ struct Packing<2> {
 };
 
 template <int Bits>
+inline void pack_vector(Vec<std::uint8_t> codes, std::uint8_t* packed) {
+  using P = Packing<Bits>;
+  using Word = typename P::Word;
+  store(packed, convert<std::uint8_t, kLanes<Word>>(P::gather(bit_cast<Vec<Word>>(codes))));
+}
+
+template <int Bits>
 void pack(const std::uint8_t* codes, std::size_t n, std::uint8_t* packed) {
   if constexpr (Bits == 8) {
     std::memcpy(packed, codes, n);
@@ -54,7 +61,7 @@ void pack(const std::uint8_t* codes, std::size_t n, std::uint8_t* packed) {
     constexpr std::size_t lanes = kLanes<Word>, per_byte = sizeof(Word);
     std::size_t i = 0;
     for (; (i + lanes) * per_byte <= n; i += lanes) {
-      store(packed + i, convert<std::uint8_t, lanes>(P::gather(load<Vec<Word>>(codes + i * per_byte))));
+      pack_vector<Bits>(load<Vec<std::uint8_t>>(codes + i * per_byte), packed + i);
     }
     for (; i * per_byte < n; ++i) {
       const std::size_t left = n - i * per_byte;
@@ -98,10 +105,14 @@ using PerGroup = float[kGroupsAtOnce];
 
 // fold of each of n vectors, all lanes of which are overwritten.
 template <class Op>
-inline void fold_groups(Vec<float> (&v)[kGroupsAtOnce], std::size_t n, PerGroup* result, Op op) {
+inline void fold_groups(const Vec<float> (&v)[kGroupsAtOnce], std::size_t n, PerGroup* result, Op op) {
   constexpr std::size_t lanes = kLanes<float>;
   if (n == kGroupsAtOnce) {
-    for (std::size_t g = 0; g < n; g += lanes) store(*result + g, fold_each(v + g, op));
+    for (std::size_t g = 0; g < n; g += lanes) {
+      Vec<float> some[lanes];
+      for (std::size_t i = 0; i < lanes; ++i) some[i] = v[g + i];
+      store(*result + g, fold_each(some, op));
+    }
   } else {
     for (std::size_t g = 0; g < n; ++g) (*result)[g] = fold(v[g], op);
   }
@@ -249,7 +260,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
   constexpr std::size_t lanes = kLanes<float>;
   bool usual = true;
   for (std::size_t i = 0; i < kGroupsAtOnce && usual; i += lanes) {
-    const V l = load<V>(low + i), h = load<V>(high + i);
+    const V l = load<V>(low + i) + 0.0f, h = load<V>(high + i) + 0.0f;
     const V exact = fitted_scale ? load<V>(*fitted_scale + i) : (h - l) / top;
     const V lowest = fitted_scale ? load<V>(*fitted_minimum + i) : l;
     V scale = exact, minimum = lowest;
@@ -273,7 +284,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
   if (usual) return;
   grids->plain = true;
   for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
-    const Range r = {low[i], high[i]};
+    const Range r = {low[i] + 0.0f, high[i] + 0.0f};
     grids->set(i, fitted_scale && (*fitted_scale)[i] > 0
                       ? grid_of_pair({(*fitted_scale)[i], (*fitted_minimum)[i]}, half, misfit)
                   : half ? grid_f16(r, top, misfit)
@@ -282,19 +293,16 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
 }
 
 // Codes of values that share a grid; what is read next, `ahead` of them, comes from memory meanwhile.
-template <int Bits, bool Plain>
-inline void encode(const float* x, std::size_t n, const Grids& grids, std::size_t g, std::size_t ahead,
+template <bool Plain>
+inline void encode(const float* x, std::size_t n, int top, const Grids& grids, std::size_t g, std::size_t ahead,
                    std::uint8_t* codes) {
   using V = Vec<float>;
-  using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
-  constexpr int top = (1 << Bits) - 1;
   const V offset = repeat(grids.offset[g]), divisor = repeat(grids.divisor[g]), inverse = repeat(grids.inverse[g]);
   const float factor = grids.factor[g], levels = grids.levels[g];
   const auto code = [&](V v) {
     v = divide((Plain ? v : v * factor) - offset, divisor, inverse);
-    const Ints rounded = round_to_int(Plain ? v : v * levels);
-    return Bits == 8 ? rounded : smaller(rounded, Ints{} + top);
+    return smaller(round_to_int(Plain ? v : v * levels), Vec<std::int32_t>{} + top);
   };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
@@ -439,10 +447,9 @@ inline void store_params(const Quantized& q, std::size_t at, const Grids& grids,
 }
 
 // Codes of a row on their way into its bytes.
-template <int Bits>
 class Packer {
  public:
-  Packer(std::uint8_t* to, std::size_t ahead) : to_(to), ahead_(ahead) {}
+  Packer(int bits, std::uint8_t* to, std::size_t ahead) : bits_(bits), to_(to), ahead_(ahead) {}
 
   // Of n values in groups of `group`.
   void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
@@ -450,8 +457,8 @@ class Packer {
   }
 
   void flush() {
-    pack<Bits>(block_, filled_, to_);
-    to_ += filled_ * Bits / 8;
+    pack_any(bits_, block_, filled_, to_);
+    to_ += filled_ * static_cast<std::size_t>(bits_) / 8;
     filled_ = 0;
   }
 
@@ -463,7 +470,7 @@ class Packer {
       const std::size_t end = n - at < group ? n : at + group;
       while (at < end) {
         const std::size_t take = end - at < kBlock - filled_ ? end - at : kBlock - filled_;
-        encode<Bits, Plain>(x + at, take, grids, g, ahead_, block_ + filled_);
+        encode<Plain>(x + at, take, (1 << bits_) - 1, grids, g, ahead_, block_ + filled_);
         at += take;
         filled_ += take;
         if (filled_ == kBlock) flush();
@@ -471,29 +478,38 @@ class Packer {
     }
   }
 
+  int bits_;
   std::uint8_t* to_;
   std::size_t ahead_, filled_ = 0;
   std::uint8_t block_[kBlock];
 };
 
+// Extremes of groups, some in each lane, and what extremes() calls their magnitude.
+struct Ranges {
+  Vec<float> low[kGroupsAtOnce], high[kGroupsAtOnce];
+  Vec<std::int32_t> magnitude;
+};
+
+// Of groups of a row, `size` values, from group `first` on.
+inline void measure_groups(const float* x, std::size_t size, std::size_t group, std::size_t first, Ranges* ranges) {
+  for (std::size_t i = first, at = first * group; at < size; ++i, at += group) {
+    const Extremes e = extremes(x + at, size - at < group ? size - at : group, &ranges->magnitude);
+    ranges->low[i] = e.low;
+    ranges->high[i] = e.high;
+  }
+}
+
 // Grids of the next groups of a row, `size` values; the same for all widths of codes, and not inlined, as it is long.
 [[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
-                                      Grids* grids, bool* misfit, Vec<std::int32_t>* magnitude) {
+                                      const Ranges& ranges, Grids* grids, bool* misfit) {
   const std::size_t n = (size + q.group - 1) / q.group;
-  Vec<float> lows[kGroupsAtOnce], highs[kGroupsAtOnce];
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::size_t at = i * q.group;
-    const Extremes e = extremes(x + at, size - at < q.group ? size - at : q.group, magnitude);
-    lows[i] = e.low + 0.0f;
-    highs[i] = e.high + 0.0f;
-  }
   PerGroup low, high;
   for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
     low[i] = 0.0f;
     high[i] = 1.0f;
   }
-  fold_groups(lows, n, &low, smaller);
-  fold_groups(highs, n, &high, larger);
+  fold_groups(ranges.low, n, &low, smaller);
+  fold_groups(ranges.high, n, &high, larger);
   make_grids(low, high, nullptr, nullptr, q.half && !refit, top, grids, misfit);
   if (refit) {
     PerGroup scale, minimum;
@@ -506,44 +522,173 @@ class Packer {
   }
 }
 
-template <int Bits>
-unsigned quantize(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
-                  std::size_t end) {
-  constexpr float top = (1 << Bits) - 1;
+// Encodes groups of a row, `size` values, the first of them with grid number g, and takes the ranges of as many values
+// at `next` meanwhile: one waits for memory, the other calculates. Codes of four vectors of values leave as one vector;
+// groups are of one or two vectors, or (0) of any number of fours. What is to be read is asked for twice: far ahead for
+// the second cache, as the first cannot wait for so many lines at once, and from there for the first.
+template <int Vectors, bool Plain>
+[[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
+                                          std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, far = 16384 / sizeof(float);
+  constexpr float inf = __builtin_inff();
+  const int bits = q.bits;
+  const std::size_t bytes = kVectorBytes * static_cast<std::size_t>(bits) / 8;
+  const Vec<std::uint8_t> top = Vec<std::uint8_t>{} + static_cast<std::uint8_t>((1 << bits) - 1);
+  V *lows = ranges->low, *highs = ranges->high;
+  Vec<std::int32_t> largest = ranges->magnitude;
+  for (std::size_t i = 0; i < size;) {
+    const std::size_t end = Vectors == 0 ? i + q.group : size;
+    V offset, divisor, inverse, factor, levels, low = V{} + inf, high = V{} - inf;
+    const auto choose = [&](std::size_t n) {
+      offset = repeat(grids.offset[n]);
+      divisor = repeat(grids.divisor[n]);
+      inverse = repeat(grids.inverse[n]);
+      factor = repeat(grids.factor[n]);
+      levels = repeat(grids.levels[n]);
+    };
+    choose(g);
+    for (; i < end; i += 4 * lanes) {
+      Vec<std::int32_t> code[4];
+      V seen[4];
+      repeat<4>([&](auto j) {
+        if constexpr (Vectors != 0) choose(g + j.value / Vectors);
+        const V v = load<V>(x + i + j.value * lanes);
+        const V quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
+        code[j.value] = round_to_int(Plain ? quotient : quotient * levels);
+        const float* from = next + i + j.value * lanes;
+        prefetch<2048>(from);
+        __builtin_prefetch(from + far, 0, 2);
+        seen[j.value] = load<V>(from);
+        largest = larger(bit_cast<Vec<std::int32_t>>(seen[j.value]) & 0x7fffffff, largest);
+        if constexpr (Vectors == 0) {
+          low = smaller(seen[j.value], low);
+          high = larger(seen[j.value], high);
+        }
+      });
+      if constexpr (Vectors != 0) {
+        repeat<4 / (Vectors ? Vectors : 1)>([&](auto j) {
+          constexpr int first = j.value * Vectors, last = first + Vectors - 1;
+          *lows++ = smaller(seen[first], seen[last]);
+          *highs++ = larger(seen[first], seen[last]);
+          ++g;
+        });
+      }
+      const Vec<std::uint8_t> unclamped =
+          unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
+      const Vec<std::uint8_t> clamped = smaller(unclamped, top);
+      bits == 8 ? store(codes, clamped) : bits == 4 ? pack_vector<4>(clamped, codes) : pack_vector<2>(clamped, codes);
+      codes += bytes;
+    }
+    if constexpr (Vectors == 0) {
+      *lows++ = low;
+      *highs++ = high;
+      ++g;
+    }
+  }
+  ranges->magnitude = largest;
+}
+
+// Whether all groups are such, and rows of vectors too.
+inline bool fills_vectors(const Quantized& q) {
+  constexpr std::size_t lanes = kLanes<float>;
+  return q.cols % (4 * lanes) == 0 &&
+         (q.group == lanes || q.group == 2 * lanes || (q.group % (4 * lanes) == 0 && q.cols % q.group == 0));
+}
+
+// Groups of a row that are worked at side by side.
+struct Groups {
+  const float* x;
+  std::size_t size;  // values
+  std::uint8_t* codes;
+  std::size_t param;  // where their scale and minimum lie
+};
+
+inline Grid shared_grid(const Shared& shared, const Quantized& q, float top, bool* misfit) {
+  if (shared.pair.scale > 0) return grid_of_pair(shared.pair, q.half, misfit);
+  return q.half ? grid_f16(shared.range, top, misfit) : grid_f32(shared.range, top);
+}
+
+// While some groups are encoded, the next ones get their grids and those after them are measured.
+unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                          std::size_t end) {
+  const std::size_t bits = static_cast<std::size_t>(q.bits);
+  const float top = static_cast<float>((1 << q.bits) - 1);
+  bool misfit = false;
+  Grids grids[2] = {};
+  Ranges ranges = {}, ignored = {};
+  if (shared) {
+    grids[0].plain = true;
+    grids[0].set(0, shared_grid(*shared, q, top, &misfit));
+    grids[1] = grids[0];
+    if (begin == 0) store_params(q, 0, grids[0], 1);
+  }
+  const auto encode = [&](const Groups& groups, std::size_t from, std::size_t to, const Grids& of, const float* next,
+                          Ranges* measured) {
+    const auto run = [&](auto vectors) {
+      (of.plain ? encode_and_measure<vectors.value, true>
+                : encode_and_measure<vectors.value, false>)(groups.x + from, to - from, q, of, from / q.group,
+                                                            groups.codes + from * bits / 8, next, measured);
+    };
+    q.group == kLanes<float> ? run(Int<1>{}) : q.group == 2 * kLanes<float> ? run(Int<2>{}) : run(Int<0>{});
+  };
+  Groups encoded, prepared = {}, measured = {};
+  std::size_t row = begin, first = 0, turn = 0;
+  do {
+    encoded = prepared;
+    prepared = measured;
+    measured = {};
+    if (row < end) {
+      const std::size_t at = first * q.group, left = q.cols - at, most = kGroupsAtOnce * q.group;
+      std::uint8_t* codes = const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes + at * bits / 8;
+      measured = {x + row * q.cols + at, left < most ? left : most, codes, row * q.param_stride + first};
+      first = left > most ? first + kGroupsAtOnce : 0;
+      row += first == 0;
+    }
+    Grids& next_grids = grids[turn];
+    turn = 1 - turn;
+    if (prepared.size != 0 && !shared) {
+      prepare_groups(prepared.x, prepared.size, q, refit, top, ranges, &next_grids, &misfit);
+      store_params(q, prepared.param, next_grids, prepared.size / q.group);
+    }
+    const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
+    if (both != 0) encode(encoded, 0, both, grids[turn], measured.x, &ranges);
+    if (both < encoded.size) encode(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
+    if (both < measured.size) measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
+  } while (prepared.size + measured.size != 0);
+  return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
+}
+
+// Groups of any size, one after the other.
+unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                      std::size_t end) {
+  if (fills_vectors(q)) return quantize_vectors(x, q, shared, refit, begin, end);
+  const float top = static_cast<float>((1 << q.bits) - 1);
   const std::size_t ahead = q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols;
   bool misfit = false;
-  Vec<std::int32_t> magnitude = {};
   Grids grids = {};
+  Ranges ranges = {};
   for (std::size_t row = begin; row < end; ++row) {
     const float* from = x + row * q.cols;
-    Packer<Bits> packer(const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
+    Packer packer(q.bits, const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
     if (shared) {
-      const Pair pair = shared->pair;
       grids.plain = true;
-      grids.set(0, pair.scale > 0 ? grid_of_pair(pair, q.half, &misfit)
-                   : q.half       ? grid_f16(shared->range, top, &misfit)
-                                  : grid_f32(shared->range, top));
+      grids.set(0, shared_grid(*shared, q, top, &misfit));
       if (row == 0) store_params(q, 0, grids, 1);
       packer.add(from, q.cols, q.cols, grids);
     }
     for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
       const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
-      prepare_groups(from, size, q, refit, top, &grids, &misfit, &magnitude);
+      measure_groups(from, size, q.group, 0, &ranges);
+      prepare_groups(from, size, q, refit, top, ranges, &grids, &misfit);
       store_params(q, row * q.param_stride + g, grids, n);
       packer.add(from, size, q.group, grids);
       from += size;
     }
     packer.flush();
   }
-  return non_finite(magnitude) | (misfit ? kHalfMisfit : 0);
-}
-
-unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
-                      std::size_t end) {
-  return q.bits == 8   ? quantize<8>(x, q, shared, refit, begin, end)
-         : q.bits == 4 ? quantize<4>(x, q, shared, refit, begin, end)
-                       : quantize<2>(x, q, shared, refit, begin, end);
+  return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
 }
 
 // ---- dequantize ----------------------------------------------------------------------------------------------
