@@ -495,31 +495,33 @@ def product_of_rows(n, block_scale, codes, scale, middles, group_sums, bits, siz
 
 
 def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, size, precision):
-    """Many rows of x: block by block in stretches of 512 columns; group by group in stretches of 16."""
+    """Many rows of x: block by block in groups, group by group in stretches of 512 columns."""
     f = np.float32
     rows, groups = scale.shape
     blocks = block_scale.shape[1]
     block = n.shape[1] // blocks
     n = n.reshape(len(n), blocks, block)
     codes = np.pad(codes, ((0, 0), (0, blocks * block - codes.shape[1]))).reshape(rows, blocks, block)
+    if groups == 1:
+        scale, size = np.ones_like(scale), blocks * block
     total = np.zeros((len(n), rows))
-    for begin in range(0, blocks, 512 // block):
+    for begin in range(0, blocks * block, 512):
+        end = min(begin + 512, blocks * block)
         sums = np.zeros((len(n), rows), f)
-        for k in range(begin, min(begin + 512 // block, blocks)):
-            if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
-                low = (n[:, k] + 128) % 256 - 128
-                product = (n[:, k] - low >> 8) @ codes[:, k].T
-                product = product.astype(f) * f(256) + (low @ codes[:, k].T).astype(f)
-            else:
-                product = (n[:, k] @ codes[:, k].T).astype(f)
-            product = product * block_scale[:, k, None]
-            sums += product * scale[:, k * block // size] if groups > 1 else product
+        for g in range(begin // size, -(-end // size)):
+            group = np.zeros_like(sums)
+            for k in range(max(begin, g * size) // block, min(end, (g + 1) * size) // block):
+                if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
+                    low = (n[:, k] + 128) % 256 - 128
+                    product = (n[:, k] - low >> 8) @ codes[:, k].T
+                    product = product.astype(f) * f(256) + (low @ codes[:, k].T).astype(f)
+                else:
+                    product = (n[:, k] @ codes[:, k].T).astype(f)
+                group += product * block_scale[:, k, None]
+            sums += group * scale[:, g]
+            if begin <= g * size and groups > 1:
+                sums += middles[:, g] * group_sums[:, g, None]
         total += sums
-    for begin in range(0, groups if groups > 1 else 0, 16):
-        part = np.zeros((len(n), rows), f)
-        for g in range(begin, min(begin + 16, groups)):
-            part += middles[:, g] * group_sums[:, g, None]
-        total += part
     return total
 
 

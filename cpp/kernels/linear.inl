@@ -487,11 +487,12 @@ template <int Bits, int Limbs, std::size_t Batch>
 // ---- many rows of x ------------------------------------------------------------------------------------------
 // Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
 // block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
-// panels. The order of sums is another than above: blocks in order within stretches of kStretch columns, stretches
-// in order; then the groups, also in stretches, of sixteen.
+// panels. The order of sums is another than above: blocks in order within a group, whose scale multiplies their sum;
+// then what a group adds beside its codes, where its first block is; groups in order within stretches of kStretch
+// columns, stretches in order.
 
 constexpr std::size_t kPanelRows = 32, kPanels = 4;  // rows of W unpacked at a time; panels of x that use them
-constexpr std::size_t kMaxBlocks = kStretch / kGrain;
+constexpr std::size_t kMaxGroups = kStretch / kGrain;
 #if defined(__AVX512VNNI__)
 constexpr int kUnrolled = 8;
 #else
@@ -561,74 +562,60 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
   }
 }
 
-// The scales of a stretch of a row: of word i it is at[i >> shift].
-constexpr std::size_t kStretchWords = kStretchRuns * kWords;
-struct Scales {
-  alignas(64) float at[kStretchWords + kWords];
-};
-
-// How the words of a row share scales: of word i it is that of group i >> shift if as many words as a group has are a
-// power of two; else each word gets its own.
-struct Sharing {
-  std::size_t group_words;
-  bool shared;
-  int shift;
-
-  explicit Sharing(std::size_t words) : group_words(words), shared((words & (words - 1)) == 0), shift(0) {
-    if (shared && words > 0) shift = __builtin_ctzll(words);
-  }
-  std::size_t group(std::size_t word) const { return shared ? word >> shift : word / group_words; }
-};
-
-[[gnu::noinline]] void load_scales(const Quantized& q, std::size_t row, const Sharing& sharing, std::size_t first,
-                                   std::size_t words, float* out) {
-  const std::size_t begin = sharing.group(first), end = sharing.group(first + words - 1) + 1;
-  const std::size_t last = end < q.groups ? end : q.groups;
-  Scales groups;
-  float* to = sharing.shared ? out : groups.at;
-  load_params(q, q.scale, row * q.param_stride + begin, last - begin, to);
-  for (std::size_t g = last; g < end; ++g) to[g - begin] = 0.0f;
-  if (sharing.shared) return;
-  to = out;
-  std::size_t count = sharing.group_words - first % sharing.group_words;
-  for (const float* scale = groups.at; words > 0; ++scale, count = sharing.group_words) {
-    if (count > words) count = words;
-    for (std::size_t i = 0; i < count; ++i) *to++ = *scale;
-    words -= count;
-  }
-}
-
-// Columns of kPanelRows rows of W, one byte a code, in the order that split() gives, and the scale of each block.
+// A stretch of kPanelRows rows of W: codes of one byte each, in the order that split() gives, and of each group that
+// has some of these columns its scale and the value in its middle. Blocks and groups count from the first ones of a
+// row.
 struct Unpacked {
   alignas(64) std::uint8_t codes[kPanelRows][kStretch];
-  alignas(64) float scales[kPanelRows][kMaxBlocks + kWords];
+  alignas(64) float scale[kPanelRows][kMaxGroups], middle[kPanelRows][kMaxGroups];
+  std::size_t block, block_end, group, group_end;
+  std::size_t group_blocks;  // as many as a group has; 0 where a row is one, whose scale and middle are not of its sums
 };
 
 template <int Bits>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
-                                      std::size_t runs, const Sharing& sharing, Unpacked* out) {
-  const std::size_t block = block_columns(w), wanted = runs * kRun;
+                                      Unpacked* out) {
+  const std::size_t block = block_columns(w), stop = w.cols - begin < kStretch ? w.cols : begin + kStretch;
+  const bool one_group = w.groups == 1;
+  out->block = begin / block;
+  out->block_end = (stop + block - 1) / block;
+  out->group = one_group ? 0 : begin / w.group;
+  out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
+  out->group_blocks = one_group ? 0 : w.group / block;
+  constexpr std::size_t bytes = kStretch * Bits / 8;
+  const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
   for (std::size_t r = 0; r < kPanelRows; ++r) {
     const std::size_t from = row + r < end ? row + r : end - 1;  // the last one again where there are fewer
     const std::uint8_t* codes = w.codes + from * w.row_bytes + begin * Bits / 8;
-    std::uint8_t copy[kStretch] = {};
-    if (static_cast<std::size_t>(codes_end - codes) < wanted) {
-      std::memcpy(copy, codes, static_cast<std::size_t>(codes_end - codes));
+    std::uint8_t copy[bytes];
+    if (static_cast<std::size_t>(codes_end - codes) < bytes) {
+      std::memset(copy, 0, sizeof copy);
+      std::memcpy(copy, codes, exist);
       codes = copy;
     }
     std::uint8_t* to = out->codes[r];
-    for (std::size_t run = 0; run < runs; ++run, codes += kRun, to += kRunColumns<Bits>) {
+    for (std::size_t at = 0; at < exist; at += kRun, to += kRunColumns<Bits>) {
       for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
         Vec<std::uint8_t> parts[8 / Bits];
-        split<Bits>(load<Vec<std::uint8_t>>(codes + i), parts);
+        split<Bits>(load<Vec<std::uint8_t>>(codes + at + i), parts);
         for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
       }
     }
-    if (w.groups > 1) {
-      load_scales(w, from, sharing, begin / block, runs * kRunColumns<Bits> / block, out->scales[r]);
-    } else {
-      out->scales[r][0] = 1.0f;  // the only one multiplies the sum
+    if (one_group) {
+      out->scale[r][0] = 1.0f;
+      continue;
+    }
+    const std::size_t param = from * w.param_stride + out->group, groups = out->group_end - out->group;
+    fetch_params(w, param + kPanelRows * w.param_stride);
+    for (std::size_t g = 0; g < groups; g += kWords) {
+      const std::size_t n = groups - g < kWords ? groups - g : kWords;
+      Vec<float> scale[kWordVectors], middle[kWordVectors];
+      load_sixteen(w, w.scale, param + g, n, scale);
+      load_sixteen(w, w.minimum, param + g, n, middle);
+      for (std::size_t i = 0; i < kWordVectors; ++i) middle[i] += scale[i] * (kMiddle<Bits> * kStep<Bits>);
+      std::memcpy(out->scale[r] + g, scale, sizeof scale);
+      std::memcpy(out->middle[r] + g, middle, sizeof middle);
     }
   }
 }
@@ -643,9 +630,8 @@ inline void add_to(double* total, const float* sums) {
 
 // Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
-[[gnu::noinline]] void add_blocks(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
-                                  std::size_t first_block, std::size_t blocks, int shift,
-                                  const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
+[[gnu::noinline]] void add_stretch(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
+                                   const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   using Words32 = Vec<std::uint32_t>;
@@ -657,66 +643,58 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
   alignas(64) float stretch[Rows][kPanelWidth];
   for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
     V sum[Rows] = {};
-    for (std::size_t block = 0; block < blocks; ++block) {
-      const std::uint8_t* codes =
-          w.codes[first_row] + block * Words / kWords * kRunColumns<Bits> + block * Words % kWords * 4;
-      const std::size_t at = (first_block + block) * kPanelWidth + i;
-      const std::int8_t* limbs = x.limbs + (first_block + block) * block_bytes + 4 * i;
-      const Ints offset = load<Ints>(x.offset + (at - i) * sums + i);
-      if (i == 0) fetch_codes<Bits / 2>(next_codes, block);
-      Ints part[Limbs][Rows] = {};
-      for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
-      if constexpr (sums == 2) {
-        const Ints low = load<Ints>(x.offset + (at - i) * sums + kPanelWidth + i);
-        for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
-      }
-#pragma GCC unroll kUnrolled
-      for (std::size_t p = 0; p < parts; ++p) {
-#pragma GCC unroll kUnrolled
-        for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
+    std::size_t block = w.block;
+    for (std::size_t group = w.group; group < w.group_end; ++group) {
+      const bool begins = w.group_blocks > 0 && block == group * w.group_blocks;
+      const std::size_t end = group + 1 < w.group_end ? (group + 1) * w.group_blocks : w.block_end;
+      V group_sum[Rows] = {};
+      for (; block < end; ++block) {
+        const std::size_t at = (block - w.block) * Words;
+        const std::uint8_t* codes = w.codes[first_row] + at / kWords * kRunColumns<Bits> + at % kWords * 4;
+        const std::int8_t* limbs = x.limbs + block * block_bytes + 4 * i;
+        const Ints offset = load<Ints>(x.offset + block * sums * kPanelWidth + i);
+        if (i == 0) fetch_codes<Bits / 2>(next_codes, block - w.block);
+        Ints part[Limbs][Rows] = {};
 #pragma GCC unroll 8
-          for (std::size_t r = 0; r < Rows; ++r) {
-            const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kStretch + p * kRun + 4 * j);
-            for (int l = 0; l < Limbs; ++l) {
-              part[l][r] = dot<Bits>(part[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
+        for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
+        if constexpr (sums == 2) {
+          const Ints low = load<Ints>(x.offset + (block * sums + 1) * kPanelWidth + i);
+#pragma GCC unroll 8
+          for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
+        }
+#pragma GCC unroll kUnrolled
+        for (std::size_t p = 0; p < parts; ++p) {
+#pragma GCC unroll kUnrolled
+          for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
+#pragma GCC unroll 8
+            for (std::size_t r = 0; r < Rows; ++r) {
+              const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kStretch + p * kRun + 4 * j);
+              for (int l = 0; l < Limbs; ++l) {
+                part[l][r] = dot<Bits>(part[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
+              }
             }
           }
         }
+        const V scale = load<V>(x.scale + block * kPanelWidth + i);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < Rows; ++r) {
+          Ints whole = part[0][r];
+          for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
+          V product = convert<float, lanes>(whole);
+          if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
+          group_sum[r] += product * scale;
+        }
       }
-      for (std::size_t r = 0; r < Rows; ++r) {
-        Ints whole = part[0][r];
-        for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
-        V product = convert<float, lanes>(whole);
-        if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
-        product *= load<V>(x.scale + at);
-        sum[r] += product * w.scales[first_row + r][block >> shift];
-      }
+#pragma GCC unroll 8
+      for (std::size_t r = 0; r < Rows; ++r) sum[r] += group_sum[r] * w.scale[first_row + r][group - w.group];
+      if (!begins) continue;
+      const V x_sum = load<V>(x.group_sum + group * kPanelWidth + i);
+#pragma GCC unroll 8
+      for (std::size_t r = 0; r < Rows; ++r) sum[r] += x_sum * w.middle[first_row + r][group - w.group];
     }
     for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
   }
   for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
-}
-
-// What groups add beside their codes.
-[[gnu::noinline]] void add_middles(const Quantized& w, const float* group_sum, float middle_code, std::size_t row,
-                                   double (&total)[kPanelWidth]) {
-  using V = Vec<float>;
-  constexpr std::size_t vectors = kPanelWidth / kLanes<float>;
-  for (std::size_t g = 0; g < w.groups; g += kWords) {
-    const std::size_t n = w.groups - g < kWords ? w.groups - g : kWords;
-    fetch_params(w, (row + kPanelRows) * w.param_stride + g);
-    float scale[kWords], middle[kWords], sums[kPanelWidth];
-    load_params(w, w.scale, row * w.param_stride + g, n, scale);
-    load_params(w, w.minimum, row * w.param_stride + g, n, middle);
-    for (std::size_t j = 0; j < kWords; ++j) middle[j] += scale[j] * middle_code;
-    V part[vectors] = {};
-    for (std::size_t j = 0; j < n; ++j) {
-      const float* x = group_sum + (g + j) * kPanelWidth;
-      for (std::size_t i = 0; i < vectors; ++i) part[i] += middle[j] * load<V>(x + i * kLanes<float>);
-    }
-    std::memcpy(sums, part, sizeof sums);
-    add_to(total, sums);
-  }
 }
 
 // Rows [row, end), kPanelRows at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
@@ -724,45 +702,38 @@ template <int Bits, int Limbs>
 void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
                    std::size_t row, std::size_t end) {
   constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // as many as there are registers for
-  const std::size_t block = block_columns(w), runs = (w.row_bytes + kRun - 1) / kRun;
+  const std::size_t block = block_columns(w);
   const bool one_group = w.groups == 1;
-  const Sharing sharing(one_group ? 0 : w.group / block);
-  const int shift = one_group ? 31 : sharing.shift;
   double total[kPanels][kPanelRows][kPanelWidth] = {};
   const auto panel = [&](std::size_t p) {
     return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
   };
   const std::uint8_t* next_codes = w.codes + (row + kPanelRows) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kStretch) {
-    constexpr std::size_t stretch_runs = kStretch / kRunColumns<Bits>;
-    const std::size_t first = begin / kRunColumns<Bits>;
-    const std::size_t n = runs - first < stretch_runs ? runs - first : stretch_runs;
-    const std::size_t blocks = n * kRunColumns<Bits> / block;
     Unpacked unpacked;
-    unpack_stretch<Bits>(w, row, end, begin, n, sharing, &unpacked);
+    unpack_stretch<Bits>(w, row, end, begin, &unpacked);
     for (std::size_t p = 0; p < panels; ++p) {
       const Panel<Bits, Limbs> x = panel(p);
       for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
         const auto add = [&](auto words) {
-          add_blocks<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, begin / block, blocks, shift, next_codes,
-                                                             total[p] + r);
+          add_stretch<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, next_codes, total[p] + r);
         };
         block == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
-        if (p == 0) next_codes += blocks * (Bits / 2) * kRun;
+        if (p == 0) next_codes += (unpacked.block_end - unpacked.block) * (Bits / 2) * kRun;
       }
     }
   }
   for (std::size_t p = 0; p < panels; ++p) {
     const Panel<Bits, Limbs> x = panel(p);
     const std::size_t first = batch + p * kPanelWidth;
-    for (std::size_t r = 0; row + r < end; ++r) {
-      double (&sums)[kPanelWidth] = total[p][r];
-      if (!one_group) add_middles(w, x.group_sum, kMiddle<Bits> * kStep<Bits>, row + r, sums);
-      for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
-        const double exact = one_group ? one_group_product<Bits>(w, row + r, sums[b], x.group_sum + 2 * b) : sums[b];
-        const float sum = static_cast<float>(exact);
-        io.y[(first + b) * w.rows + row + r] = io.bias ? sum + io.bias[row + r] : sum;
-        if (!(sum - sum == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+    for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
+      float* y = io.y + (first + b) * w.rows;
+      for (std::size_t r = 0; row + r < end; ++r) {
+        double sum = total[p][r][b];
+        if (one_group) sum = one_group_product<Bits>(w, row + r, sum, x.group_sum + 2 * b);
+        const float rounded = static_cast<float>(sum);
+        y[row + r] = io.bias ? rounded + io.bias[row + r] : rounded;
+        if (!(rounded - rounded == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
       }
     }
   }
