@@ -495,7 +495,7 @@ def product_of_rows(n, block_scale, codes, scale, middles, group_sums, bits, siz
 
 
 def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, size, precision):
-    """Many rows of x: block by block in groups, group by group in stretches of 512 columns."""
+    """Many rows of x: block by block in groups, group by group in stretches of 1024 columns."""
     f = np.float32
     rows, groups = scale.shape
     blocks = block_scale.shape[1]
@@ -505,8 +505,8 @@ def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, s
     if groups == 1:
         scale, size = np.ones_like(scale), blocks * block
     total = np.zeros((len(n), rows))
-    for begin in range(0, blocks * block, 512):
-        end = min(begin + 512, blocks * block)
+    for begin in range(0, blocks * block, 1024):
+        end = min(begin + 1024, blocks * block)
         sums = np.zeros((len(n), rows), f)
         for g in range(begin // size, -(-end // size)):
             group = np.zeros_like(sums)

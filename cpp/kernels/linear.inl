@@ -488,11 +488,12 @@ template <int Bits, int Limbs, std::size_t Batch>
 // Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
 // block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
 // panels. The order of sums is another than above: blocks in order within a group, whose scale multiplies their sum;
-// then what a group adds beside its codes, where its first block is; groups in order within stretches of kStretch
-// columns, stretches in order.
+// then what a group adds beside its codes, where its first block is; groups in order within stretches of
+// kPanelStretch columns, stretches in order.
 
-constexpr std::size_t kPanelRows = 32, kPanels = 4;  // rows of W unpacked at a time; panels of x that use them
-constexpr std::size_t kMaxGroups = kStretch / kGrain;
+constexpr std::size_t kPanelRows = 8, kPanelStretch = 1024;  // rows and columns of W unpacked at a time
+constexpr std::size_t kPanels = 4;                           // panels of x that use them
+constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
 #if defined(__AVX512VNNI__)
 constexpr int kUnrolled = 8;
 #else
@@ -566,7 +567,7 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
 // has some of these columns its scale and the value in its middle. Blocks and groups count from the first ones of a
 // row.
 struct Unpacked {
-  alignas(64) std::uint8_t codes[kPanelRows][kStretch];
+  alignas(64) std::uint8_t codes[kPanelRows][kPanelStretch];
   alignas(64) float scale[kPanelRows][kMaxGroups], middle[kPanelRows][kMaxGroups];
   std::size_t block, block_end, group, group_end;
   std::size_t group_blocks;  // as many as a group has; 0 where a row is one, whose scale and middle are not of its sums
@@ -575,14 +576,14 @@ struct Unpacked {
 template <int Bits>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
                                       Unpacked* out) {
-  const std::size_t block = block_columns(w), stop = w.cols - begin < kStretch ? w.cols : begin + kStretch;
+  const std::size_t block = block_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
   const bool one_group = w.groups == 1;
   out->block = begin / block;
   out->block_end = (stop + block - 1) / block;
   out->group = one_group ? 0 : begin / w.group;
   out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
   out->group_blocks = one_group ? 0 : w.group / block;
-  constexpr std::size_t bytes = kStretch * Bits / 8;
+  constexpr std::size_t bytes = kPanelStretch * Bits / 8;
   const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
   for (std::size_t r = 0; r < kPanelRows; ++r) {
@@ -668,7 +669,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
           for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
 #pragma GCC unroll 8
             for (std::size_t r = 0; r < Rows; ++r) {
-              const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kStretch + p * kRun + 4 * j);
+              const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kRun + 4 * j);
               for (int l = 0; l < Limbs; ++l) {
                 part[l][r] = dot<Bits>(part[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
               }
@@ -704,12 +705,13 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
   constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // as many as there are registers for
   const std::size_t block = block_columns(w);
   const bool one_group = w.groups == 1;
-  double total[kPanels][kPanelRows][kPanelWidth] = {};
+  double total[kPanels][kPanelRows][kPanelWidth];
+  std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
     return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
   };
   const std::uint8_t* next_codes = w.codes + (row + kPanelRows) * w.row_bytes;
-  for (std::size_t begin = 0; begin < w.cols; begin += kStretch) {
+  for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
     Unpacked unpacked;
     unpack_stretch<Bits>(w, row, end, begin, &unpacked);
     for (std::size_t p = 0; p < panels; ++p) {
@@ -724,16 +726,24 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
     }
   }
   for (std::size_t p = 0; p < panels; ++p) {
-    const Panel<Bits, Limbs> x = panel(p);
     const std::size_t first = batch + p * kPanelWidth;
-    for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
-      float* y = io.y + (first + b) * w.rows;
+    if (one_group) {
+      const float* x_sum = panel(p).group_sum;
       for (std::size_t r = 0; row + r < end; ++r) {
-        double sum = total[p][r][b];
-        if (one_group) sum = one_group_product<Bits>(w, row + r, sum, x.group_sum + 2 * b);
-        const float rounded = static_cast<float>(sum);
-        y[row + r] = io.bias ? rounded + io.bias[row + r] : rounded;
-        if (!(rounded - rounded == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+        for (std::size_t b = 0; b < kPanelWidth; ++b) {
+          total[p][r][b] = one_group_product<Bits>(w, row + r, total[p][r][b], x_sum + 2 * b);
+        }
+      }
+    }
+    float sums[kPanelWidth][kPanelRows];
+    for (std::size_t r = 0; r < kPanelRows; ++r) {
+      for (std::size_t b = 0; b < kPanelWidth; ++b) sums[b][r] = static_cast<float>(total[p][r][b]);
+    }
+    for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
+      float* y = io.y + (first + b) * w.rows + row;
+      for (std::size_t r = 0; row + r < end; ++r) {
+        y[r] = io.bias ? sums[b][r] + io.bias[row + r] : sums[b][r];
+        if (!(sums[b][r] - sums[b][r] == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
       }
     }
   }
