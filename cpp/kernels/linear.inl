@@ -698,13 +698,45 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
   for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
 }
 
+// Where a row of W is one group.
+template <int Bits>
+[[gnu::noinline]] void one_group_products(const Quantized& w, std::size_t row, std::size_t end, const float* group_sum,
+                                          double (*total)[kPanelWidth]) {
+  for (std::size_t r = 0; row + r < end; ++r) {
+    for (std::size_t b = 0; b < kPanelWidth; ++b) {
+      total[r][b] = one_group_product<Bits>(w, row + r, total[r][b], group_sum + 2 * b);
+    }
+  }
+}
+
+// The products of rows [row, end) of W with rows [first, last) of x.
+[[gnu::noinline]] void store_panel(const Quantized& w, const Linear& io, std::size_t first, std::size_t last,
+                                   std::size_t row, std::size_t end, const double (*total)[kPanelWidth]) {
+  using Row = Vec<float, kPanelRows>;
+  float sums[kPanelWidth][kPanelRows];
+  for (std::size_t r = 0; r < kPanelRows; ++r) {
+    for (std::size_t b = 0; b < kPanelWidth; ++b) sums[b][r] = static_cast<float>(total[r][b]);
+  }
+  for (std::size_t b = 0; first + b < last; ++b) {
+    float* y = io.y + (first + b) * w.rows + row;
+    const Row sum = load<Row>(sums[b]);
+    const bool finite = fold_lanes<int, kPanelRows>(sum - sum == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
+    if (finite && end - row == kPanelRows) {
+      store(y, io.bias ? sum + load<Row>(io.bias + row) : sum);
+      continue;
+    }
+    for (std::size_t r = 0; row + r < end; ++r) {
+      y[r] = io.bias ? sum[r] + io.bias[row + r] : sum[r];
+      if (!(sum[r] - sum[r] == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+    }
+  }
+}
+
 // Rows [row, end), kPanelRows at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
 template <int Bits, int Limbs>
 void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
                    std::size_t row, std::size_t end) {
   constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // as many as there are registers for
-  const std::size_t block = block_columns(w);
-  const bool one_group = w.groups == 1;
   double total[kPanels][kPanelRows][kPanelWidth];
   std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
@@ -720,32 +752,15 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
         const auto add = [&](auto words) {
           add_stretch<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, next_codes, total[p] + r);
         };
-        block == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
+        block_columns(w) == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
         if (p == 0) next_codes += (unpacked.block_end - unpacked.block) * (Bits / 2) * kRun;
       }
     }
   }
   for (std::size_t p = 0; p < panels; ++p) {
-    const std::size_t first = batch + p * kPanelWidth;
-    if (one_group) {
-      const float* x_sum = panel(p).group_sum;
-      for (std::size_t r = 0; row + r < end; ++r) {
-        for (std::size_t b = 0; b < kPanelWidth; ++b) {
-          total[p][r][b] = one_group_product<Bits>(w, row + r, total[p][r][b], x_sum + 2 * b);
-        }
-      }
-    }
-    float sums[kPanelWidth][kPanelRows];
-    for (std::size_t r = 0; r < kPanelRows; ++r) {
-      for (std::size_t b = 0; b < kPanelWidth; ++b) sums[b][r] = static_cast<float>(total[p][r][b]);
-    }
-    for (std::size_t b = 0; b < kPanelWidth && first + b < batch + count; ++b) {
-      float* y = io.y + (first + b) * w.rows + row;
-      for (std::size_t r = 0; row + r < end; ++r) {
-        y[r] = io.bias ? sums[b][r] + io.bias[row + r] : sums[b][r];
-        if (!(sums[b][r] - sums[b][r] == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
-      }
-    }
+    const std::size_t first = batch + p * kPanelWidth, left = batch + count - first;
+    if (w.groups == 1) one_group_products<Bits>(w, row, end, panel(p).group_sum, total[p]);
+    store_panel(w, io, first, first + (left < kPanelWidth ? left : kPanelWidth), row, end, total[p]);
   }
 }
 
