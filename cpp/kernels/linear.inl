@@ -114,22 +114,22 @@ inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Ru
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
   constexpr bool two_sums = kSums<Bits, Limbs> == 2;
-  const Ints offset = load<Ints>(x.offset[0] + at);
-  Ints sum[Rows];
+  // Limbs above the last one by Horner's rule; the last one apart, so that sums wait less for each other.
+  const auto dots = [&](Ints (&sum)[Rows], int l) {
+    for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r], codes[r], x.limbs[l][0] + 4 * at);
+  };
+  Ints last[Rows], sum[Rows] = {};
+  for (Ints& row : last) row = load<Ints>(x.offset[kSums<Bits, Limbs> - 1] + at);
+  for (int l = 0; l < Limbs - 1; ++l) {
+    for (std::size_t r = 0; l > 0 && r < Rows; ++r) sum[r] <<= 8;
+    dots(sum, l);
+  }
+  dots(last, Limbs - 1);
   for (std::size_t r = 0; r < Rows; ++r) {
-    sum[r] = dot_words<Bits>(Limbs == 1 ? offset : Ints{}, codes[r], x.limbs[0][0] + 4 * at);
-  }
-  for (int l = 1; l < Limbs - (two_sums ? 1 : 0); ++l) {
-    for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r] << 8, codes[r], x.limbs[l][0] + 4 * at);
-  }
-  for (std::size_t r = 0; r < Rows; ++r) {
-    if constexpr (Limbs > 1) sum[r] += offset;
-    out[r] = convert<float, lanes>(sum[r]);
-  }
-  if constexpr (two_sums) {
-    for (std::size_t r = 0; r < Rows; ++r) {
-      const Ints low = dot_words<Bits>(load<Ints>(x.offset[1] + at), codes[r], x.limbs[2][0] + 4 * at);
-      out[r] = out[r] * 256.0f + convert<float, lanes>(low);
+    if constexpr (two_sums) {
+      out[r] = convert<float, lanes>(sum[r] + load<Ints>(x.offset[0] + at)) * 256.0f + convert<float, lanes>(last[r]);
+    } else {
+      out[r] = convert<float, lanes>(Limbs == 1 ? last[r] : (sum[r] << 8) + last[r]);
     }
   }
 }
@@ -305,13 +305,13 @@ inline void fetch_params(const Quantized& w, std::size_t at) {
 }
 
 // Sixteen parameters from `at` on, of which `n` are of this row; zeros behind them.
-inline void load_sixteen(const Quantized& q, const void* params, std::size_t at, std::size_t n,
-                         Vec<float> (&out)[kWordVectors]) {
+template <bool Half>
+inline void load_sixteen(const void* params, std::size_t at, std::size_t n, Vec<float> (&out)[kWordVectors]) {
   constexpr std::size_t lanes = kLanes<float>;
   for (std::size_t i = 0; i < kWordVectors; ++i, at += lanes) {
     const std::size_t count = n > i * lanes ? n - i * lanes : 0;
-    out[i] = q.half ? first_halves(static_cast<const std::uint16_t*>(params) + at, count)
-                    : first_floats(static_cast<const float*>(params) + at, count);
+    out[i] = Half ? first_halves(static_cast<const std::uint16_t*>(params) + at, count)
+                  : first_floats(static_cast<const float*>(params) + at, count);
   }
 }
 
@@ -323,13 +323,14 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
                          std::size_t row_end, Vec<float> (*out)[Batch][kWordVectors]) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun, group_runs = w.group * Bits / 32;
+  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
+  const std::size_t group_runs = w.groups == 1 ? runs : w.group * Bits / 32;  // of sixteen groups
   std::size_t rows[Rows];  // the last one again where there are fewer
   const std::uint8_t* codes[Rows];
-  for (std::size_t r = 0; r < Rows; ++r) {
-    rows[r] = row + r < row_end ? row + r : row_end - 1;
-    codes[r] = w.codes + rows[r] * w.row_bytes;
-  }
+  repeat<Rows>([&](auto r) {
+    rows[r.value] = row + r.value < row_end ? row + r.value : row_end - 1;
+    codes[r.value] = w.codes + rows[r.value] * w.row_bytes;
+  });
   const std::uint8_t* const next_codes = w.codes + (row + 2 * Rows) * w.row_bytes;
   // The last run may be short: what lies behind it meets zeros of x, but must exist.
   alignas(64) std::uint8_t copy[Rows][kRun];
@@ -340,28 +341,39 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     for (std::size_t r = 0; r < Rows; ++r) std::memcpy(copy[r], codes[r] + end * kRun, w.row_bytes - end * kRun);
   }
 
-  V sums[Rows][Batch][kWordVectors] = {}, scale[Rows][kWordVectors];
-  std::memset(out, 0, sizeof sums);
-  for (auto& row_scale : scale) {
-    for (V& part : row_scale) part = V{} + 1.0f;  // that of a row that is one group multiplies the sum
-  }
-  std::size_t group = 0, group_run = w.groups == 1 ? runs : 0, stretch_end = kStretchRuns;
-  for (std::size_t run = 0; run < runs;) {
+  // The scale of a row that is one group multiplies the sum.
+  V sums[Rows][Batch][kWordVectors], scale[Rows][kWordVectors];
+  const auto start = [&] {
+    repeat<Rows>([&](auto r) {
+      repeat<Batch>([&](auto b) {
+        for (V& sum : sums[r.value][b.value]) sum = V{};
+      });
+    });
+  };
+  start();
+  repeat<Rows>([&](auto r) {
+    for (V& part : scale[r.value]) part = V{} + 1.0f;
+  });
+  std::size_t group_run = w.groups == 1 ? runs : 0, stretch_end = runs < kStretchRuns ? runs : kStretchRuns;
+  for (std::size_t run = 0, group = 0; run < runs;) {
     if (run == group_run) {
       const std::size_t n = w.groups - group < kWords ? w.groups - group : kWords;
-#pragma GCC unroll 4
-      for (std::size_t r = 0; r < Rows; ++r) {
-        fetch_params(w, (rows[r] + 2 * Rows) * w.param_stride + group);
-        V middle[kWordVectors];
-        load_sixteen(w, w.scale, rows[r] * w.param_stride + group, n, scale[r]);
-        load_sixteen(w, w.minimum, rows[r] * w.param_stride + group, n, middle);
-        for (std::size_t i = 0; i < kWordVectors; ++i) {
-          middle[i] += scale[r][i] * (kMiddle<Bits> * kStep<Bits>);
-          for (std::size_t b = 0; b < Batch; ++b) {
-            sums[r][b][i] += middle[i] * load<V>(x[b].group_sum + group + i * lanes);
+      const auto next_groups = [&](auto half) {
+        repeat<Rows>([&](auto r) {
+          const std::size_t at = rows[r.value] * w.param_stride + group;
+          fetch_params(w, at + 2 * Rows * w.param_stride);
+          V middle[kWordVectors];
+          load_sixteen<half.value>(w.scale, at, n, scale[r.value]);
+          load_sixteen<half.value>(w.minimum, at, n, middle);
+          for (std::size_t i = 0; i < kWordVectors; ++i) {
+            middle[i] += scale[r.value][i] * (kMiddle<Bits> * kStep<Bits>);
+            repeat<Batch>([&](auto b) {
+              sums[r.value][b.value][i] += middle[i] * load<V>(x[b.value].group_sum + group + i * lanes);
+            });
           }
-        }
-      }
+        });
+      };
+      w.half ? next_groups(Int<1>{}) : next_groups(Int<0>{});
       group += kWords;
       group_run += group_runs;
     }
@@ -370,7 +382,7 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
       end = runs;
     }
     std::size_t stop = stretch_end < end ? stretch_end : end;
-    if (w.groups > 1 && group_run < stop) stop = group_run;
+    if (group_run < stop) stop = group_run;
     for (; run < stop; ++run) {
       fetch_codes<Rows>(next_codes, run);
       for (std::size_t i = 0; i < kWordVectors; ++i) {
@@ -381,36 +393,31 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
             bit_cast<Vec<std::int32_t>>(load_bytes(lane)) - static_cast<std::int32_t>(first);
         Vec<std::uint8_t> parts[Rows][8 / Bits];
         for (std::size_t r = 0; r < Rows; ++r) {
-          split<Bits>(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes), parts[r]);
+          split<Bits>(kept(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes)), parts[r]);
         }
-        for (std::size_t b = 0; b < Batch; ++b) {
-          const Run<Bits, Limbs>& from = x[b].runs[run];
+        repeat<Batch>([&](auto b) {
+          const Run<Bits, Limbs>& from = x[b.value].runs[run];
           V product[Rows];
           word_sums(parts, from, i * lanes, product);
-          for (std::size_t r = 0; r < Rows; ++r) {
-            product[r] *= load<V>(from.scale + i * lanes);
-            sums[r][b][i] += product[r] * lookup(reinterpret_cast<const float*>(scale[r]) + first, index);
-          }
-        }
+          repeat<Rows>([&](auto r) {
+            product[r.value] *= load<V>(from.scale + i * lanes);
+            sums[r.value][b.value][i] +=
+                product[r.value] * lookup(reinterpret_cast<const float*>(scale[r.value]) + first, index);
+          });
+        });
       }
     }
     if (run == stretch_end) {
-      stretch_end += kStretchRuns;
-#pragma GCC unroll 4
-      for (std::size_t r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-        for (std::size_t b = 0; b < Batch; ++b) {
+      repeat<Rows>([&](auto r) {
+        repeat<Batch>([&](auto b) {
           for (std::size_t i = 0; i < kWordVectors; ++i) {
-            out[r][b][i] += sums[r][b][i];
-            sums[r][b][i] = V{};
+            V& to = out[r.value][b.value][i];
+            to = run <= kStretchRuns ? sums[r.value][b.value][i] : to + sums[r.value][b.value][i];
           }
-        }
-      }
-    }
-  }
-  for (std::size_t r = 0; r < Rows; ++r) {
-    for (std::size_t b = 0; b < Batch; ++b) {
-      for (std::size_t i = 0; i < kWordVectors; ++i) out[r][b][i] += sums[r][b][i];
+        });
+      });
+      start();
+      stretch_end = runs - run < kStretchRuns ? runs : run + kStretchRuns;
     }
   }
 }
