@@ -115,7 +115,7 @@ inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Ru
   constexpr std::size_t lanes = kLanes<float>;
   constexpr bool two_sums = kSums<Bits, Limbs> == 2;
   // Limbs above the last one by Horner's rule; the last one apart, so that sums wait less for each other.
-  const auto dots = [&](Ints (&sum)[Rows], int l) {
+  const auto dots = [&](Ints(&sum)[Rows], int l) {
     for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r], codes[r], x.limbs[l][0] + 4 * at);
   };
   Ints last[Rows], sum[Rows] = {};
