@@ -315,6 +315,11 @@ inline void load_sixteen(const void* params, std::size_t at, std::size_t n, Vec<
   }
 }
 
+inline void load_sixteen(const Quantized& q, const void* params, std::size_t at, std::size_t n,
+                         Vec<float> (&out)[kWordVectors]) {
+  q.half ? load_sixteen<true>(params, at, n, out) : load_sixteen<false>(params, at, n, out);
+}
+
 // Rows `row`, row + 1 ... of W, up to `row_end`, by `Batch` rows of x: the 16 partial sums of each. Sixteen groups of
 // a row come at a time: their scales stay in registers for the runs that they cover, and what they add beside their
 // codes, the value in the middle times the sum of x, comes before these.
