@@ -518,9 +518,10 @@ def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, s
                 else:
                     product = (n[:, k] @ codes[:, k].T).astype(f)
                 group += product * block_scale[:, k, None]
-            sums += group * scale[:, g]
+            group *= scale[:, g]
             if begin <= g * size and groups > 1:
-                sums += middles[:, g] * group_sums[:, g, None]
+                group += middles[:, g] * group_sums[:, g, None]
+            sums += group
         total += sums
     return total
 

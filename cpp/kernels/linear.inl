@@ -499,9 +499,9 @@ template <int Bits, int Limbs, std::size_t Batch>
 // ---- many rows of x ------------------------------------------------------------------------------------------
 // Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
 // block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
-// panels. The order of sums is another than above: blocks in order within a group, whose scale multiplies their sum;
-// then what a group adds beside its codes, where its first block is; groups in order within stretches of
-// kPanelStretch columns, stretches in order.
+// panels. The order of sums is another than above: blocks in order within a group; their sum times its scale and, with
+// its first block, what it adds beside its codes; groups in order within stretches of kPanelStretch columns, stretches
+// in order.
 
 constexpr std::size_t kPanelRows = 8, kPanelStretch = 1024;  // rows and columns of W unpacked at a time
 constexpr std::size_t kPanels = 4;                           // panels of x that use them
@@ -617,6 +617,7 @@ template <int Bits>
     }
     if (one_group) {
       out->scale[r][0] = 1.0f;
+      out->middle[r][0] = 0.0f;
       continue;
     }
     const std::size_t param = from * w.param_stride + out->group, groups = out->group_end - out->group;
@@ -698,12 +699,12 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
           group_sum[r] += product * scale;
         }
       }
+      const V x_sum = begins ? load<V>(x.group_sum + group * kPanelWidth + i) : V{};
+      const float* params = w.scale[first_row] + (group - w.group);
 #pragma GCC unroll 8
-      for (std::size_t r = 0; r < Rows; ++r) sum[r] += group_sum[r] * w.scale[first_row + r][group - w.group];
-      if (!begins) continue;
-      const V x_sum = load<V>(x.group_sum + group * kPanelWidth + i);
-#pragma GCC unroll 8
-      for (std::size_t r = 0; r < Rows; ++r) sum[r] += x_sum * w.middle[first_row + r][group - w.group];
+      for (std::size_t r = 0; r < Rows; ++r) {
+        sum[r] += group_sum[r] * params[r * kMaxGroups] + x_sum * params[(kPanelRows + r) * kMaxGroups];
+      }
     }
     for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
   }
