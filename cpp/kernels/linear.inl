@@ -583,7 +583,18 @@ struct Unpacked {
   alignas(64) float scale[kPanelRows][kMaxGroups], middle[kPanelRows][kMaxGroups];
   std::size_t block, block_end, group, group_end;
   std::size_t group_blocks;  // as many as a group has; 0 where a row is one, whose scale and middle are not of its sums
+  std::size_t runs, row_bytes;
+  const std::uint8_t* packed;  // codes of the first row, only whose first run is unpacked yet; null where all are
 };
+
+template <int Bits>
+inline void unpack_run(const std::uint8_t* from, std::uint8_t* to) {
+  for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
+    Vec<std::uint8_t> parts[8 / Bits];
+    split<Bits>(load<Vec<std::uint8_t>>(from + i), parts);
+    for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
+  }
+}
 
 template <int Bits>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
@@ -598,6 +609,12 @@ template <int Bits>
   constexpr std::size_t bytes = kPanelStretch * Bits / 8;
   const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
+  out->runs = (exist + kRun - 1) / kRun;
+  out->row_bytes = w.row_bytes;
+  const std::uint8_t* const first = w.codes + row * w.row_bytes + begin * Bits / 8;
+  const bool all_exist = static_cast<std::size_t>(codes_end - first) >= (kPanelRows - 1) * w.row_bytes + bytes;
+  out->packed = kUnrolled > 1 && all_exist ? first : nullptr;
+  const std::size_t runs = out->packed ? 1 : out->runs;
   for (std::size_t r = 0; r < kPanelRows; ++r) {
     const std::size_t from = row + r < end ? row + r : end - 1;  // the last one again where there are fewer
     const std::uint8_t* codes = w.codes + from * w.row_bytes + begin * Bits / 8;
@@ -607,13 +624,8 @@ template <int Bits>
       std::memcpy(copy, codes, exist);
       codes = copy;
     }
-    std::uint8_t* to = out->codes[r];
-    for (std::size_t at = 0; at < exist; at += kRun, to += kRunColumns<Bits>) {
-      for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
-        Vec<std::uint8_t> parts[8 / Bits];
-        split<Bits>(load<Vec<std::uint8_t>>(codes + at + i), parts);
-        for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
-      }
+    for (std::size_t run = 0; run < runs; ++run) {
+      unpack_run<Bits>(codes + run * kRun, out->codes[r] + run * kRunColumns<Bits>);
     }
     if (one_group) {
       out->scale[r][0] = 1.0f;
@@ -642,9 +654,10 @@ inline void add_to(double* total, const float* sums) {
   }
 }
 
-// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block.
+// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block. Codes
+// that are still packed are unpacked by the way, a run ahead of the products, which leave the units for it idle.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
-[[gnu::noinline]] void add_stretch(const Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
+[[gnu::noinline]] void add_stretch(Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
                                    const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
@@ -668,6 +681,15 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
         const std::int8_t* limbs = x.limbs + block * block_bytes + 4 * i;
         const Ints offset = load<Ints>(x.offset + block * sums * kPanelWidth + i);
         if (i == 0) fetch_codes<Bits / 2>(next_codes, block - w.block);
+        if constexpr (kUnrolled > 1) {
+          constexpr std::size_t rows = Words > 1 ? Words / 2 : 1;
+          const std::size_t next = at / kWords + 1, first = at % kWords / Words * rows;
+          if (w.packed && next < w.runs && first < kPanelRows) {
+            for (std::size_t r = first; r < first + rows; ++r) {
+              unpack_run<Bits>(w.packed + r * w.row_bytes + next * kRun, w.codes[r] + next * kRunColumns<Bits>);
+            }
+          }
+        }
         Ints part[Limbs][Rows] = {};
 #pragma GCC unroll 8
         for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
@@ -700,10 +722,10 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
         }
       }
       const V x_sum = begins ? load<V>(x.group_sum + group * kPanelWidth + i) : V{};
-      const float* params = w.scale[first_row] + (group - w.group);
+      const std::size_t g = group - w.group;
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < Rows; ++r) {
-        sum[r] += group_sum[r] * params[r * kMaxGroups] + x_sum * params[(kPanelRows + r) * kMaxGroups];
+        sum[r] += group_sum[r] * w.scale[first_row + r][g] + x_sum * w.middle[first_row + r][g];
       }
     }
     for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
@@ -768,6 +790,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
         block_columns(w) == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
         if (p == 0) next_codes += (unpacked.block_end - unpacked.block) * (Bits / 2) * kRun;
       }
+      unpacked.packed = nullptr;
     }
   }
   for (std::size_t p = 0; p < panels; ++p) {
