@@ -69,6 +69,14 @@ def test_groups_that_fill_vectors_equal_reference(isa, bits, group_size, param_d
     check(weights(rng, 10, 320), bits, group_size, param_dtype)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_scales_are_correctly_rounded(isa, bits):
+    width = np.arange(0x3F800000, 0x40000000, 61, np.uint32).view("f4")  # significands of all kinds
+    w = np.stack([np.zeros_like(width), width], axis=1).reshape(1, -1)
+    scale = fo.quantize(w, bits, group_size=2, param_dtype="float32").scale
+    assert same_bits(scale[0], width / np.float32((1 << bits) - 1))
+
+
 @pytest.mark.parametrize("param_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("group_size", [None, -1, 7, 32])
 @pytest.mark.parametrize("bits", BITS)

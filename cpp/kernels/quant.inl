@@ -100,22 +100,20 @@ void unpack_any(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_
 }
 
 // Groups are worked at side by side: what costs as much for one as for a vector of them is done for all at once.
-constexpr std::size_t kGroupsAtOnce = 16;
+constexpr std::size_t kGroupsAtOnce = 32;
 using PerGroup = float[kGroupsAtOnce];
 
-// fold of each of n vectors, all lanes of which are overwritten.
-template <class Op>
-inline void fold_groups(const Vec<float> (&v)[kGroupsAtOnce], std::size_t n, PerGroup* result, Op op) {
-  constexpr std::size_t lanes = kLanes<float>;
-  if (n == kGroupsAtOnce) {
-    for (std::size_t g = 0; g < n; g += lanes) {
-      Vec<float> some[lanes];
-      for (std::size_t i = 0; i < lanes; ++i) some[i] = v[g + i];
-      store(*result + g, fold_each(some, op));
-    }
-  } else {
-    for (std::size_t g = 0; g < n; ++g) (*result)[g] = fold(v[g], op);
+// The folds of n groups, of which each vector holds `Folded`.
+template <std::size_t Folded = 1, class Op>
+inline void fold_groups(const Vec<float>* v, std::size_t n, PerGroup* result, Op op) {
+  constexpr std::size_t lanes = kLanes<float>, vectors = lanes / Folded;
+  std::size_t g = 0;
+  for (; g + (Folded == 1 ? lanes : 1) <= n; g += lanes) {
+    Vec<float> some[vectors];
+    for (std::size_t i = 0; i < vectors; ++i) some[i] = v[g / Folded + i];
+    store(*result + g, fold_each<Folded>(some, op));
   }
+  for (; g < n; ++g) (*result)[g] = fold(v[g], op);
 }
 
 // ---- range ---------------------------------------------------------------------------------------------------
@@ -253,33 +251,35 @@ inline Vec<float> rounded_to_half(Vec<float> v) {
 }
 
 // Grids of ranges, and of the pairs that were fitted where a scale is not 0. They are made side by side, unless one of
-// them is unusual.
+// them is unusual. divide() by these tops was tried with all significands.
 inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup* fitted_scale,
                        const PerGroup* fitted_minimum, bool half, float top, Grids* grids, bool* misfit) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   bool usual = true;
+  const V tops = repeat(top), inverse_top = repeat(1.0f / top);
+  grids->plain = half || fitted_scale;
   for (std::size_t i = 0; i < kGroupsAtOnce && usual; i += lanes) {
-    const V l = load<V>(low + i) + 0.0f, h = load<V>(high + i) + 0.0f;
-    const V exact = fitted_scale ? load<V>(*fitted_scale + i) : (h - l) / top;
+    const V l = load<V>(low + i) + 0.0f, h = load<V>(high + i) + 0.0f, width = h - l;
     const V lowest = fitted_scale ? load<V>(*fitted_minimum + i) : l;
-    V scale = exact, minimum = lowest;
+    const V minimum = half ? rounded_to_half(lowest) : lowest;
+    const V exact = fitted_scale ? load<V>(*fitted_scale + i) : divide(h - minimum, tops, inverse_top);
+    const V scale = half ? rounded_to_half(exact) : exact;
     auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f);
     if (half) {
-      minimum = rounded_to_half(lowest);
-      scale = rounded_to_half(fitted_scale ? exact : (h - minimum) / top);
-      good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= exact * 0.5f);
+      const V step = fitted_scale ? exact : width * (0.999f / top);  // what it surely is
+      good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= step * 0.5f);
     }
-    usual = fold(good, [](auto a, auto b) { return a & b; }) != 0;
-    grids->plain = half || fitted_scale;
-    const V divisor = grids->plain ? scale : h - l;
+    usual = all(good);
+    const V divisor = grids->plain ? scale : width;
     store(grids->scale + i, scale);
     store(grids->minimum + i, minimum);
-    store(grids->factor + i, repeat(1.0f));
     store(grids->offset + i, minimum);
     store(grids->divisor + i, divisor);
     store(grids->inverse + i, 1.0f / divisor);
-    store(grids->levels + i, repeat(grids->plain ? 1.0f : top));
+    if (grids->plain) continue;
+    store(grids->factor + i, repeat(1.0f));
+    store(grids->levels + i, tops);
   }
   if (usual) return;
   grids->plain = true;
@@ -376,7 +376,7 @@ inline void fit_groups(const float* x, std::size_t n, std::size_t group, float t
   PerGroup d = {}, dd = {}, r = {}, rd = {}, scale, inverse, least;
   double count[kGroupsAtOnce], share[kGroupsAtOnce];
   std::int32_t moving[kGroupsAtOnce];
-  std::uint32_t left = (1u << groups) - 1;  // the same, a bit for each group
+  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // the same, a bit for each group
   for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
     scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
     least[g] = scale[g] * 0x1p-20f;
@@ -430,16 +430,20 @@ Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
 
 // Scale and minimum of n groups.
 inline void store_params(const Quantized& q, std::size_t at, const Grids& grids, std::size_t n) {
+  constexpr std::size_t lanes = kLanes<float>;
   const auto to = [&](const void* params, const PerGroup& from) {
-    std::uint16_t halves[kGroupsAtOnce];
-    for (std::size_t i = 0; q.half && i < kGroupsAtOnce; i += kLanes<float>) {
-      store_halves(halves + i, load<Vec<float>>(from + i));
-    }
-    char* const first = static_cast<char*>(const_cast<void*>(params)) + at * (q.half ? 2 : 4);
-    if (n == kGroupsAtOnce) {
-      q.half ? std::memcpy(first, halves, sizeof halves) : std::memcpy(first, from, sizeof from);
+    if (q.half) {
+      std::uint16_t* halves = static_cast<std::uint16_t*>(const_cast<void*>(params)) + at;
+      std::size_t i = 0;
+      for (; i + lanes <= n; i += lanes) store_halves(halves + i, load<Vec<float>>(from + i));
+      std::uint16_t last[lanes];
+      if (i < n) store_halves(last, load<Vec<float>>(from + i));
+      for (std::size_t j = 0; i < n; ++i, ++j) halves[i] = last[j];
     } else {
-      q.half ? std::memcpy(first, halves, n * 2) : std::memcpy(first, from, n * 4);
+      float* floats = static_cast<float*>(const_cast<void*>(params)) + at;
+      std::size_t i = 0;
+      for (; i + lanes <= n; i += lanes) store(floats + i, load<Vec<float>>(from + i));
+      for (; i < n; ++i) floats[i] = from[i];
     }
   };
   to(q.scale, grids.scale);
@@ -484,7 +488,7 @@ class Packer {
   std::uint8_t block_[kBlock];
 };
 
-// Extremes of groups, some in each lane, and what extremes() calls their magnitude.
+// Extremes of groups, one or more in each vector, and what extremes() calls their magnitude.
 struct Ranges {
   Vec<float> low[kGroupsAtOnce], high[kGroupsAtOnce];
   Vec<std::int32_t> magnitude;
@@ -499,17 +503,21 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
   }
 }
 
-// Grids of the next groups of a row, `size` values; the same for all widths of codes, and not inlined, as it is long.
+// Grids of the next groups of a row, `size` values, of which each vector of the ranges holds `folded`; the same for all
+// widths of codes, and not inlined, as it is long.
 [[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
-                                      const Ranges& ranges, Grids* grids, bool* misfit) {
+                                      const Ranges& ranges, std::size_t folded, Grids* grids, bool* misfit) {
   const std::size_t n = (size + q.group - 1) / q.group;
   PerGroup low, high;
+  const auto fold_all = [&](auto held) {
+    fold_groups<held.value>(ranges.low, n, &low, smaller);
+    fold_groups<held.value>(ranges.high, n, &high, larger);
+  };
+  folded == 4 ? fold_all(Int<4>{}) : folded == 2 ? fold_all(Int<2>{}) : fold_all(Int<1>{});
   for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
     low[i] = 0.0f;
     high[i] = 1.0f;
   }
-  fold_groups(ranges.low, n, &low, smaller);
-  fold_groups(ranges.high, n, &high, larger);
   make_grids(low, high, nullptr, nullptr, q.half && !refit, top, grids, misfit);
   if (refit) {
     PerGroup scale, minimum;
@@ -524,8 +532,9 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
 
 // Encodes groups of a row, `size` values, the first of them with grid number g, and takes the ranges of as many values
 // at `next` meanwhile: one waits for memory, the other calculates. Codes of four vectors of values leave as one vector;
-// groups are of one or two vectors, or (0) of any number of fours. What is to be read is asked for twice: far ahead for
-// the second cache, as the first cannot wait for so many lines at once, and from there for the first.
+// groups are of one or two vectors, or (0) of any number of fours; of the small ones, four vectors' ranges go into one.
+// What is to be read is asked for twice: far ahead for the second cache, as the first cannot wait for so many lines at
+// once, and from there for the first.
 template <int Vectors, bool Plain>
 [[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
                                           std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
@@ -566,13 +575,16 @@ template <int Vectors, bool Plain>
           high = larger(seen[j.value], high);
         }
       });
-      if constexpr (Vectors != 0) {
-        repeat<4 / (Vectors ? Vectors : 1)>([&](auto j) {
-          constexpr int first = j.value * Vectors, last = first + Vectors - 1;
-          *lows++ = smaller(seen[first], seen[last]);
-          *highs++ = larger(seen[first], seen[last]);
-          ++g;
-        });
+      if constexpr (Vectors == 1) {
+        *lows++ =
+            fold_pair<1>(fold_pair<2>(seen[0], seen[2], smaller), fold_pair<2>(seen[1], seen[3], smaller), smaller);
+        *highs++ = fold_pair<1>(fold_pair<2>(seen[0], seen[2], larger), fold_pair<2>(seen[1], seen[3], larger), larger);
+        g += 4;
+      }
+      if constexpr (Vectors == 2) {
+        *lows++ = fold_pair<1>(smaller(seen[0], seen[1]), smaller(seen[2], seen[3]), smaller);
+        *highs++ = fold_pair<1>(larger(seen[0], seen[1]), larger(seen[2], seen[3]), larger);
+        g += 2;
       }
       const Vec<std::uint8_t> unclamped =
           unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
@@ -617,6 +629,8 @@ unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shar
   bool misfit = false;
   Grids grids[2] = {};
   Ranges ranges = {}, ignored = {};
+  const std::size_t folded = q.group == kLanes<float> ? 4 : q.group == 2 * kLanes<float> ? 2 : 1;
+  std::uint8_t nowhere[2 * kGroupsAtOnce * kLanes<float>];
   if (shared) {
     grids[0].plain = true;
     grids[0].set(0, shared_grid(*shared, q, top, &misfit));
@@ -648,13 +662,17 @@ unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shar
     Grids& next_grids = grids[turn];
     turn = 1 - turn;
     if (prepared.size != 0 && !shared) {
-      prepare_groups(prepared.x, prepared.size, q, refit, top, ranges, &next_grids, &misfit);
+      prepare_groups(prepared.x, prepared.size, q, refit, top, ranges, folded, &next_grids, &misfit);
       store_params(q, prepared.param, next_grids, prepared.size / q.group);
     }
     const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
     if (both != 0) encode(encoded, 0, both, grids[turn], measured.x, &ranges);
     if (both < encoded.size) encode(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
-    if (both < measured.size) measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
+    if (both < measured.size && folded == 1) {
+      measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
+    } else if (both < measured.size) {
+      encode({measured.x, measured.size, nowhere, 0}, 0, measured.size, grids[turn], measured.x, &ranges);
+    }
   } while (prepared.size + measured.size != 0);
   return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
 }
@@ -681,7 +699,7 @@ unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, 
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
       const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
       measure_groups(from, size, q.group, 0, &ranges);
-      prepare_groups(from, size, q, refit, top, ranges, &grids, &misfit);
+      prepare_groups(from, size, q, refit, top, ranges, 1, &grids, &misfit);
       store_params(q, row * q.param_stride + g, grids, n);
       packer.add(from, size, q.group, grids);
       from += size;

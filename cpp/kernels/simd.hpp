@@ -130,23 +130,44 @@ inline V kept(V v) {
   return v;
 }
 
-// Lane l of the result is fold(v[l], op), for as many vectors as there are lanes, which are overwritten; op commutes.
-// Each step merges two vectors into one: half of the lanes go on with the first of them, the others with the second.
+// One step towards the folds of two vectors at once: the lanes whose number has the bit `Distance` go on with the
+// second of them, the others with the first.
 template <std::size_t Distance, class V, class Op, std::size_t... Lane>
-inline void fold_step(V* v, Op op, std::index_sequence<Lane...>) {
+inline V fold_pair(V a, V b, Op op, std::index_sequence<Lane...>) {
   constexpr std::size_t second = sizeof...(Lane);
   const Vec<std::int32_t> is_second = {((Lane & Distance) ? -1 : 0)...};
-  for (std::size_t i = 0; i < Distance; ++i) {
-    const V a = v[i], b = v[i + Distance];
-    v[i] = op(is_second ? b : a,
-              __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + second : Lane + Distance)...));
+  return op(is_second ? b : a,
+            __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + second : Lane + Distance)...));
+}
+template <std::size_t Distance, class Op>
+inline Vec<float> fold_pair(Vec<float> a, Vec<float> b, Op op) {
+  return fold_pair<Distance>(a, b, op, std::make_index_sequence<kLanes<float>>{});
+}
+
+// Lane l of the result is fold(v[l], op), for as many vectors as there are lanes, which are overwritten; op commutes.
+// Or for fewer vectors, each of which already holds `Folded` neighbours as fold_pair() makes them.
+template <std::size_t Folded = 1, std::size_t Distance = kLanes<float> / 2, class Op>
+inline Vec<float> fold_each(Vec<float>* v, Op op) {
+  if constexpr (Distance < Folded) {
+    return v[0];
+  } else {
+    constexpr std::size_t n = Distance / Folded;
+    for (std::size_t i = 0; i < n; ++i) v[i] = fold_pair<Distance>(v[i], v[i + n], op);
+    return fold_each<Folded, Distance / 2>(v, op);
   }
 }
-template <std::size_t Distance = kLanes<float> / 2, class Op>
-inline Vec<float> fold_each(Vec<float>* v, Op op) {
-  fold_step<Distance>(v, op, std::make_index_sequence<kLanes<float>>{});
-  if constexpr (Distance > 1) return fold_each<Distance / 2>(v, op);
-  return v[0];
+
+// Whether a comparison holds in all lanes.
+inline bool all(Vec<std::int32_t> holds) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epi32_mask(bit_cast<__m512i>(holds), _mm512_setzero_si512()) == 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bit_cast<__m256>(holds)) == 0xff;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(bit_cast<__m128>(holds)) == 0xf;
+#else
+  return fold(holds, [](auto a, auto b) { return a & b; }) != 0;
+#endif
 }
 
 inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(bit_cast<Vec<std::uint32_t>>(v) & 0x7fffffffu); }
