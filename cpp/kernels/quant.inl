@@ -19,6 +19,7 @@ struct Packing<4> {
   static Vec<Word> widen(const std::uint8_t* packed) {
     return convert<Word, kLanes<Word>>(load<Vec<std::uint8_t, kLanes<Word>>>(packed));
   }
+  static void narrow(Vec<Word> v, std::uint8_t* packed) { store(packed, convert<std::uint8_t, kLanes<Word>>(v)); }
   static constexpr Word mask = 0x0f0f;
   template <class W>
   static W gather(W w) {
@@ -33,6 +34,7 @@ template <>
 struct Packing<2> {
   using Word = std::uint32_t;
   static Vec<Word> widen(const std::uint8_t* packed) { return load_bytes(packed); }
+  static void narrow(Vec<Word> v, std::uint8_t* packed) { store_low_bytes(packed, v); }
   static constexpr Word mask = 0x03030303;
   template <class W>
   static W gather(W w) {
@@ -48,7 +50,7 @@ template <int Bits>
 inline void pack_vector(Vec<std::uint8_t> codes, std::uint8_t* packed) {
   using P = Packing<Bits>;
   using Word = typename P::Word;
-  store(packed, convert<std::uint8_t, kLanes<Word>>(P::gather(bit_cast<Vec<Word>>(codes))));
+  P::narrow(P::gather(bit_cast<Vec<Word>>(codes)), packed);
 }
 
 template <int Bits>
@@ -566,8 +568,10 @@ template <int Vectors, bool Plain>
         const V quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
         code[j.value] = round_to_int(Plain ? quotient : quotient * levels);
         const float* from = next + i + j.value * lanes;
-        prefetch<2048>(from);
-        __builtin_prefetch(from + far, 0, 2);
+        if constexpr (j.value * kVectorBytes % 64 == 0) {
+          prefetch<2048>(from);
+          __builtin_prefetch(from + far, 0, 2);
+        }
         seen[j.value] = load<V>(from);
         largest = larger(bit_cast<Vec<std::int32_t>>(seen[j.value]) & 0x7fffffff, largest);
         if constexpr (Vectors == 0) {

@@ -355,6 +355,14 @@ inline Vec<std::uint32_t> load_words(const std::uint16_t* from) {
 #endif
 }
 
+inline void store_low_bytes(std::uint8_t* to, Vec<std::uint32_t> v) {
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtepi32_epi8(bit_cast<__m512i>(v)));
+#else
+  store_bytes(to, bit_cast<Vec<std::int32_t>>(v & 0xff));
+#endif
+}
+
 inline void store_low_words(std::uint16_t* to, Vec<std::uint32_t> v) {
 #if defined(__AVX512BW__)
   store(to, _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
