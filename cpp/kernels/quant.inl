@@ -536,7 +536,7 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
 // at `next` meanwhile: one waits for memory, the other calculates. Codes of four vectors of values leave as one vector;
 // groups are of one or two vectors, or (0) of any number of fours; of the small ones, four vectors' ranges go into one.
 // What is to be read is asked for twice: far ahead for the second cache, as the first cannot wait for so many lines at
-// once, and from there for the first.
+// once, and from there for the first; what is to be written, once.
 template <int Vectors, bool Plain>
 [[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
                                           std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
@@ -561,6 +561,7 @@ template <int Vectors, bool Plain>
     choose(g);
     for (; i < end; i += 4 * lanes) {
       Vec<std::int32_t> code[4];
+      __builtin_prefetch(codes + 2048, 1, 2);
       V seen[4];
       repeat<4>([&](auto j) {
         if constexpr (Vectors != 0) choose(g + j.value / Vectors);
