@@ -29,6 +29,8 @@ Step: TypeAlias = Callable[[Array, Array], Call]  # from weights and gradients t
 
 LIMIT, FASTOPT, NUMPY = "memory limit", "fastopt", "numpy"
 ROUNDS = 9
+# Threads of BLAS and OpenMP spin for up to some 30 ms after a call: that would take a core from who comes next.
+PAUSE = 0.04  # seconds
 
 
 # ---- harness -------------------------------------------------------------------------------------------------
@@ -124,6 +126,8 @@ def measure(case: Case, seconds: float = 1.0) -> list[Result]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, count in counts.items():
+            if fo.get_num_threads() > 1:
+                time.sleep(PAUSE)
             burst(name, 1)  # wake the threads, and fill the cache
             times[name].append(burst(name, count))
 
