@@ -545,7 +545,7 @@ template <int Vectors, bool Plain>
   constexpr float inf = __builtin_inff();
   const int bits = q.bits;
   const std::size_t bytes = kVectorBytes * static_cast<std::size_t>(bits) / 8;
-  const Vec<std::uint8_t> top = Vec<std::uint8_t>{} + static_cast<std::uint8_t>((1 << bits) - 1);
+  const Vec<std::uint8_t> top = repeat<std::uint8_t>(static_cast<std::uint8_t>((1 << bits) - 1));
   V *lows = ranges->low, *highs = ranges->high;
   Vec<std::int32_t> largest = ranges->magnitude;
   for (std::size_t i = 0; i < size;) {
