@@ -12,6 +12,7 @@ void bind_optim(py::module_&);
 void bind_quant(py::module_&);
 void bind_prune(py::module_&);
 void bind_sparse(py::module_&);
+void bind_linear(py::module_&);
 void bind_limits(py::module_&);
 }  // namespace fastopt
 
@@ -32,5 +33,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_quant(m);
   bind_prune(m);
   bind_sparse(m);
+  bind_linear(m);
   bind_limits(m);
 }

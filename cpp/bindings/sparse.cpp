@@ -1,4 +1,4 @@
-// Sparse storage: dense to positions and numbers and back, and multiplying by it.
+// Sparse storage: dense to positions and numbers and back.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,75 +12,7 @@
 namespace fastopt {
 namespace {
 
-// Memory of any float type, seen as integers of its width.
-struct Elements {
-  char* data;
-  std::size_t size;
-  int width;
-};
-
-Elements elements(py::handle object, Access access, const Label& label) {
-  const auto* array = array_of(object, label);
-  const int width = static_cast<int>(py::handle(array->descr).attr("itemsize").cast<int>());
-  if (width != 2 && width != 4 && width != 8) fail_type(label, "expected a float type, got " + dtype_name(array));
-  check_layout(object, array, access, label);
-  return {array->data, size_of(array), width};
-}
-
-double dense_bytes(std::size_t rows, std::size_t cols) {
-  return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
-}
-
 // ---- what is stored, checked ---------------------------------------------------------------------------------
-
-Layout layout_of(const std::string& name) {
-  if (name == "mask") return Layout::mask;
-  if (name == "block") return Layout::block;
-  if (name == "index16") return Layout::index16;
-  if (name == "index8") return Layout::index8;
-  throw py::value_error("layout: expected 'mask', 'block', 'index16' or 'index8', got '" + name + "'");
-}
-
-bool is_mask(Layout layout) { return layout == Layout::mask || layout == Layout::block; }
-
-// Positions and offsets of `entries` entries. Offsets must rise from 0 to that: a kernel follows them without looking.
-Sparse sparse_of(const std::string& layout, py::handle positions, py::handle row_offsets, std::size_t cols,
-                 std::size_t entries) {
-  Sparse s{};
-  s.layout = layout_of(layout);
-  s.cols = cols;
-  const View<const std::int64_t> offsets = view<const std::int64_t>(row_offsets, {"row_offsets"});
-  if (is_mask(s.layout)) {
-    require_2d(positions, {"positions"});
-    s.rows = dimension(positions, 0);
-    s.row_bytes = ceil_div(s.layout == Layout::mask ? cols : ceil_div(cols, kBlockLength), 8);
-    s.positions = view<const std::uint8_t>(positions, {"positions"}).data;
-    require_shape(positions, s.rows, s.row_bytes, {"positions"});
-    require_size(offsets.size, s.rows + 1, {"row_offsets"});
-  } else {
-    if (cols > kIndexColumns) {
-      throw py::value_error("layout: " + layout + " has up to 65536 columns, got " + std::to_string(cols));
-    }
-    if (offsets.size == 0) fail_value({"row_offsets"}, "expected at least one");
-    s.rows = offsets.size - 1;
-    if (s.layout == Layout::index16) {
-      const View<const std::uint16_t> columns = view<const std::uint16_t>(positions, {"positions"});
-      require_size(columns.size, entries, {"positions"});
-      s.positions = columns.data;
-    } else {
-      const View<const std::uint8_t> gaps = view<const std::uint8_t>(positions, {"positions"});
-      require_size(gaps.size, entries, {"positions"});
-      s.positions = gaps.data;
-    }
-  }
-  bool rising = offsets.data[0] == 0 && offsets.data[s.rows] == static_cast<std::int64_t>(entries);
-  for (std::size_t r = 0; r < s.rows; ++r) rising &= offsets.data[r] <= offsets.data[r + 1];
-  if (!rising) fail_value({"row_offsets"}, "must rise from 0 to the number of entries, " + std::to_string(entries));
-  s.row_offsets = offsets.data;
-  return s;
-}
-
-std::size_t row_begin(const Sparse& s, std::size_t row) { return static_cast<std::size_t>(s.row_offsets[row]); }
 
 void check_mask_row(const Sparse& s, std::size_t row) {
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(s.positions) + row * s.row_bytes;
@@ -149,7 +81,7 @@ void nonzero_mask(const py::array& x, const py::array& mask, const py::array& co
   require_size(to.size, rows, {"counts"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(rows, dense_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+  parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const char* row = from.data + r * cols * static_cast<std::size_t>(from.width);
       to.data[r] = static_cast<std::int64_t>(k.nonzero_mask(from.width, row, cols, bits.data + r * row_bytes));
@@ -170,7 +102,7 @@ void compress(const py::array& x, const py::array& mask, const py::array& row_of
   const auto* bits = static_cast<const std::uint8_t*>(s.positions);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(rows, dense_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+  parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r);
       k.compress_row(from.width, from.data + r * cols * width, bits + r * s.row_bytes, cols,
@@ -192,7 +124,7 @@ void mask_columns(const py::array& mask, const py::array& row_offsets, std::size
   const auto* bits = static_cast<const std::uint8_t*>(s.positions);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(s.rows, dense_bytes(s.rows, cols) / 4, [&](std::size_t begin, std::size_t end) {
+  parallel_for(s.rows, matrix_bytes(s.rows, cols) / 4, [&](std::size_t begin, std::size_t end) {
     const auto scratch = column_scratch(cols);
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t n = k.mask_columns(bits + r * s.row_bytes, cols, scratch.get());
@@ -287,7 +219,7 @@ void expand(const std::string& layout, const py::array& positions, const py::arr
   if (to.width != from.width) fail_type({"out"}, "expected the dtype of values");
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(s.rows, dense_bytes(s.rows, cols), [&](std::size_t begin, std::size_t end) {
+  parallel_for(s.rows, matrix_bytes(s.rows, cols), [&](std::size_t begin, std::size_t end) {
     const auto scratch = column_scratch(s.layout == Layout::index8 ? cols : 0);
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r), n = row_begin(s, r + 1) - first;
@@ -305,123 +237,6 @@ void expand(const std::string& layout, const py::array& positions, const py::arr
   });
 }
 
-// ---- products ------------------------------------------------------------------------------------------------
-
-constexpr std::size_t kFewVectors = 5;  // below, each x is multiplied for itself
-
-// Cuts the rows between `parts` threads so that each has as much work, where some rows have many more entries than
-// others. A row costs its entries, and looking at its mask.
-class Shares {
- public:
-  Shares(const Sparse& s, std::size_t parts) : s_(s), parts_(parts) {
-    per_row_ = 16 + (is_mask(s.layout) ? s.row_bytes * 2 : 0);
-  }
-
-  // The first row of a part.
-  std::size_t begin(std::size_t part) const {
-    if (part >= parts_) return s_.rows;
-    const std::size_t goal = work(s_.rows) / parts_ * part;
-    std::size_t low = 0, high = s_.rows;
-    while (low < high) {
-      const std::size_t middle = low + (high - low) / 2;
-      if (work(middle) < goal) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-
- private:
-  std::size_t work(std::size_t rows) const { return row_begin(s_, rows) + rows * per_row_; }
-
-  const Sparse& s_;
-  std::size_t parts_, per_row_;
-};
-
-void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
-  const std::size_t stride = ceil_div(w.cols, kBlockLength) * kBlockLength;
-  const Scratch padded(io.batch * stride * sizeof(float));
-  float* const x = reinterpret_cast<float*>(padded.data());
-  for (std::size_t b = 0; b < io.batch; ++b) {
-    float* row = std::copy_n(io.x + b * w.cols, w.cols, x + b * stride);
-    std::fill_n(row, stride - w.cols, 0.0f);
-  }
-  const Shares shares(w, static_cast<std::size_t>(num_threads()));
-  const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
-                       static_cast<double>(io.batch);
-  parallel_for(static_cast<std::size_t>(num_threads()), bytes, [&](std::size_t begin, std::size_t end) {
-    k.linear_sparse(w, x, stride, io.batch, io.bias, io.y, shares.begin(begin), shares.begin(end));
-  });
-}
-
-void multiply_many(const Sparse& w, const LinearOperands& io, const Kernels& k) {
-  constexpr std::size_t widest = 64;
-  const Scratch memory(w.cols * widest * sizeof(float));
-  float* const tile = reinterpret_cast<float*>(memory.data());
-  const std::size_t parts = static_cast<std::size_t>(num_threads());
-  const Shares shares(w, parts);
-  for (std::size_t first = 0; first < io.batch;) {
-    const std::size_t left = io.batch - first, width = left > 32 ? 64 : left > 16 ? 32 : 16;
-    parallel_for(ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width),
-                 [&](std::size_t begin, std::size_t end) {
-                   k.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile);
-                 });
-    const double bytes = static_cast<double>(w.count + w.rows * 16) * static_cast<double>(width);
-    parallel_for(parts, bytes, [&](std::size_t begin, std::size_t end) {
-      k.linear_sparse_tile(w, tile, width, io.batch, first, io.bias, io.y, shares.begin(begin), shares.begin(end));
-    });
-    first += width;
-  }
-}
-
-void multiply(const Sparse& w, const py::array& x, const py::object& bias, const py::array& out) {
-  const LinearOperands io = linear_operands(x, bias, out, w.rows);
-  const Kernels& k = kernels();
-  const py::gil_scoped_release released;
-  io.batch < kFewVectors ? multiply_few(w, io, k) : multiply_many(w, io, k);
-}
-
-std::size_t entries_of(const std::string& layout, std::size_t numbers) {
-  return layout == "block" ? numbers / kBlockLength : numbers;
-}
-
-void linear_sparse(const py::array& x, const std::string& layout, const py::array& positions,
-                   const py::array& row_offsets, const py::array& values, const py::object& bias,
-                   const py::array& out) {
-  require_2d(x, {"x"});
-  const Elements v = elements(values, Access::read, {"values"});
-  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, v.size));
-  const auto* array = array_of(values, {"values"});
-  w.values = v.data;
-  w.count = v.size;
-  if (has_dtype(array, py::dtype::of<float>())) {
-    w.type = Float::f32;
-  } else if (has_dtype(array, py::dtype("e"))) {
-    w.type = Float::f16;
-  } else if (has_dtype(array, bfloat16())) {
-    w.type = Float::bf16;
-  } else {
-    fail_type({"values"}, "expected float32, float16 or bfloat16, got " + dtype_name(array));
-  }
-  multiply(w, x, bias, out);
-}
-
-// The numbers as one quantized row of `count` codes.
-void linear_sparse_quantized(const py::array& x, const std::string& layout, const py::array& positions,
-                             const py::array& row_offsets, const py::array& codes, const py::array& scale,
-                             const py::array& minimum, int bits, std::size_t group_size, std::size_t count,
-                             const py::object& bias, const py::array& out) {
-  require_2d(x, {"x"});
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, count, group_size);
-  if (q.rows != 1) fail_value({"codes"}, "expected one row of values, got " + std::to_string(q.rows));
-  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, count));
-  w.quantized = &q;
-  w.count = count;
-  multiply(w, x, bias, out);
-}
-
 }  // namespace
 
 void bind_sparse(py::module_& m) {
@@ -436,11 +251,6 @@ void bind_sparse(py::module_& m) {
   m.def("gap_columns", &gap_columns, py::arg("gaps"), py::arg("row_offsets"), py::arg("cols"), py::arg("columns"));
   m.def("expand", &expand, py::arg("layout"), py::arg("positions"), py::arg("row_offsets"), py::arg("values"),
         py::arg("out"));
-  m.def("linear_sparse", &linear_sparse, py::arg("x"), py::arg("layout"), py::arg("positions"), py::arg("row_offsets"),
-        py::arg("values"), py::arg("bias"), py::arg("out"));
-  m.def("linear_sparse_quantized", &linear_sparse_quantized, py::arg("x"), py::arg("layout"), py::arg("positions"),
-        py::arg("row_offsets"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
-        py::arg("group_size"), py::arg("count"), py::arg("bias"), py::arg("out"));
 }
 
 }  // namespace fastopt

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <string>
 
 #include "bindings/arrays.hpp"
 #include "kernels/contract.hpp"
@@ -24,6 +25,11 @@ class Scratch {
   static constexpr std::align_val_t kAlignment{64};
   std::uint8_t* data_;
 };
+
+// What a float32 matrix takes, as parallel_for wants it.
+inline double matrix_bytes(std::size_t rows, std::size_t cols) {
+  return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
+}
 
 inline void require_2d(py::handle object, const Label& label) {
   const int nd = array_of(object, label)->nd;
@@ -92,33 +98,68 @@ inline void reads_weight(Disjoint& memory, const Quantized& q) {
   memory.reads(q.minimum, param_bytes(q), {"minimum"});
 }
 
-// What a product reads and writes beside the weight: x [batch, cols], bias [rows] or None, out [batch, rows].
-struct LinearOperands {
-  const float* x;
-  const float* bias;
-  float* y;
-  std::size_t batch;
+// Memory of any float type, seen as integers of its width.
+struct Elements {
+  char* data;
+  std::size_t size;
+  int width;
 };
 
-inline LinearOperands linear_operands(py::handle x, py::handle bias, py::handle out, std::size_t rows) {
-  LinearOperands io{};
-  const View<const float> from = view<const float>(x, {"x"});
-  const View<float> to = view<float>(out, {"out"});
-  io.x = from.data;
-  io.y = to.data;
-  io.batch = dimension(x, 0);
-  require_shape(out, io.batch, rows, {"out"});
-  Disjoint memory;
-  memory.writes(to.data, to.size * sizeof(float), {"out"});
-  memory.reads(from.data, from.size * sizeof(float), {"x"});
-  if (!bias.is_none()) {
-    const View<const float> b = view<const float>(bias, {"bias"});
-    require_size(b.size, rows, {"bias"});
-    memory.reads(b.data, b.size * sizeof(float), {"bias"});
-    io.bias = b.data;
-  }
-  memory.check();
-  return io;
+inline Elements elements(py::handle object, Access access, const Label& label) {
+  const auto* array = array_of(object, label);
+  const int width = static_cast<int>(py::handle(array->descr).attr("itemsize").cast<int>());
+  if (width != 2 && width != 4 && width != 8) fail_type(label, "expected a float type, got " + dtype_name(array));
+  check_layout(object, array, access, label);
+  return {array->data, size_of(array), width};
 }
+
+inline Layout layout_of(const std::string& name) {
+  if (name == "mask") return Layout::mask;
+  if (name == "block") return Layout::block;
+  if (name == "index16") return Layout::index16;
+  if (name == "index8") return Layout::index8;
+  throw py::value_error("layout: expected 'mask', 'block', 'index16' or 'index8', got '" + name + "'");
+}
+
+inline bool is_mask(Layout layout) { return layout == Layout::mask || layout == Layout::block; }
+
+// Positions and offsets of `entries` entries. Offsets must rise from 0 to that: a kernel follows them without looking.
+inline Sparse sparse_of(const std::string& layout, py::handle positions, py::handle row_offsets, std::size_t cols,
+                        std::size_t entries) {
+  Sparse s{};
+  s.layout = layout_of(layout);
+  s.cols = cols;
+  const View<const std::int64_t> offsets = view<const std::int64_t>(row_offsets, {"row_offsets"});
+  if (is_mask(s.layout)) {
+    require_2d(positions, {"positions"});
+    s.rows = dimension(positions, 0);
+    s.row_bytes = ceil_div(s.layout == Layout::mask ? cols : ceil_div(cols, kBlockLength), 8);
+    s.positions = view<const std::uint8_t>(positions, {"positions"}).data;
+    require_shape(positions, s.rows, s.row_bytes, {"positions"});
+    require_size(offsets.size, s.rows + 1, {"row_offsets"});
+  } else {
+    if (cols > kIndexColumns) {
+      throw py::value_error("layout: " + layout + " has up to 65536 columns, got " + std::to_string(cols));
+    }
+    if (offsets.size == 0) fail_value({"row_offsets"}, "expected at least one");
+    s.rows = offsets.size - 1;
+    if (s.layout == Layout::index16) {
+      const View<const std::uint16_t> columns = view<const std::uint16_t>(positions, {"positions"});
+      require_size(columns.size, entries, {"positions"});
+      s.positions = columns.data;
+    } else {
+      const View<const std::uint8_t> gaps = view<const std::uint8_t>(positions, {"positions"});
+      require_size(gaps.size, entries, {"positions"});
+      s.positions = gaps.data;
+    }
+  }
+  bool rising = offsets.data[0] == 0 && offsets.data[s.rows] == static_cast<std::int64_t>(entries);
+  for (std::size_t r = 0; r < s.rows; ++r) rising &= offsets.data[r] <= offsets.data[r + 1];
+  if (!rising) fail_value({"row_offsets"}, "must rise from 0 to the number of entries, " + std::to_string(entries));
+  s.row_offsets = offsets.data;
+  return s;
+}
+
+inline std::size_t row_begin(const Sparse& s, std::size_t row) { return static_cast<std::size_t>(s.row_offsets[row]); }
 
 }  // namespace fastopt
