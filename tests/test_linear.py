@@ -209,6 +209,22 @@ def test_bad_arguments(make, rng):
             call()
 
 
+@pytest.mark.parametrize("make", [fo.quantize, lambda w: fo.prune(w, sparsity=0.5), np.asarray])
+def test_x_and_bias_may_have_any_strides(make, rng):
+    w = make(rng.standard_normal((6, 40)).astype("f4"))
+    x, bias = rng.standard_normal((3, 80)).astype("f4")[:, ::2], rng.standard_normal(12).astype("f4")[::-2]
+    assert same_bits(fo.linear(x, w, bias), fo.linear(x.copy(), w, bias.copy()))
+
+
+@pytest.mark.parametrize("make", [fo.quantize, lambda w: fo.prune(w, sparsity=0.5), np.asarray])
+def test_out_must_be_writable(make, rng):
+    w = make(rng.standard_normal((6, 40)).astype("f4"))
+    out = np.zeros((2, 6), "f4")
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out: is read-only"):
+        fo.linear(np.ones((2, 40), "f4"), w, out=out)
+
+
 def test_what_is_no_weight_is_refused():
     with pytest.raises(TypeError, match="w: expected a QuantizedTensor, a SparseTensor or a float32 array, got list"):
         fo.linear(np.ones(2, "f4"), [[1.0, 2.0]])
@@ -260,6 +276,18 @@ def test_out_shares_no_memory_with_the_weight(isa, batch, name, rng):
     q = replace(q, **{name: memory[: array.nbytes].view(array.dtype).reshape(array.shape)})
     with pytest.raises(ValueError, match=f"{name}: shares memory with out|out: shares memory with {name}"):
         fo.linear(np.ones((batch, 64), "f4"), q, out=memory.view("f4")[: batch * 64].reshape(batch, 64))
+
+
+def test_out_shares_no_memory_with_a_sparse_or_a_transposed_weight(rng):
+    memory = np.zeros(64 * 64, "f4")
+    memory[:] = rng.standard_normal(memory.size)
+    s = fo.SparseTensor.from_dense(memory.reshape(64, 64).copy())
+    s = replace(s, values=memory)
+    with pytest.raises(ValueError, match="shares memory with"):
+        fo.linear(np.ones(64, "f4"), s, out=memory[-64:])
+    for w in (memory.reshape(64, 64).T, memory.reshape(64, 64)[::-1]):
+        with pytest.raises(ValueError, match="shares memory with"):
+            fo.linear(np.ones(64, "f4"), w, out=memory[-64:])
 
 
 @pytest.mark.parametrize("cols", [1024, 1000])

@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels/contract.hpp"
+
 namespace fastopt {
 
 namespace py = pybind11;
@@ -85,6 +87,34 @@ inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
   const py::handle dtype(array->descr);
   const bool swapped = !dtype.attr("isnative").cast<bool>();
   return std::string(py::str(dtype.attr("name"))) + (swapped ? " in the other byte order" : "");
+}
+
+// Which of the float types of the contract an array has.
+inline Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
+  if (has_dtype(array, py::dtype::of<float>())) return Float::f32;
+  if (has_dtype(array, py::dtype::of<double>())) return Float::f64;
+  if (has_dtype(array, float16())) return Float::f16;
+  if (has_dtype(array, bfloat16())) return Float::bf16;
+  fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
+}
+
+inline std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+
+// The memory from the lowest to the highest element of an array with any strides.
+struct Extent {
+  const char* begin;
+  std::size_t bytes;
+};
+
+inline Extent extent_of(const py::detail::PyArray_Proxy* array) {
+  if (size_of(array) == 0) return {array->data, 0};
+  const char *low = array->data, *high = array->data;
+  for (int i = 0; i < array->nd; ++i) {
+    const py::ssize_t reach = (array->dimensions[i] - 1) * array->strides[i];
+    (reach < 0 ? low : high) += reach;
+  }
+  const auto item = py::reinterpret_borrow<py::dtype>(array->descr).itemsize();
+  return {low, static_cast<std::size_t>(high - low + item)};
 }
 
 enum class Access { read, write };

@@ -1,4 +1,4 @@
-// Products with packed weights: checks of x, bias and out, and how a product is cut between threads.
+// Products with packed weights: the checks of x, bias and out, and the division of the work between threads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,64 +13,117 @@
 namespace fastopt {
 namespace {
 
-// x as [batch, cols], in a layout that kernels take.
-struct Batch {
-  py::object array;
-  const float* data;
-  std::size_t batch;
+// What the caller passes beside the weight, checked once for every kind of weight: x [..., cols], bias [rows] or None
+// and out [..., rows] or None. The objects keep the memory alive that `io` points to.
+struct Operands {
+  py::object x, bias, out;
+  bool out_is_new;
+  std::size_t rows, cols;
+  Linear io;
 };
 
-Batch batch_of(py::object x, std::size_t cols, const py::tuple& weight_shape) {
+py::object in_c_order(py::object array) {
+  constexpr int good = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if ((py::detail::array_proxy(array.ptr())->flags & good) == good) return array;
+  return py::module_::import("numpy").attr("require")(array, py::none(), "CA");
+}
+
+bool is_float32(py::handle object) {
+  return py::isinstance<py::array>(object) && has_dtype(py::detail::array_proxy(object.ptr()), py::dtype::of<float>());
+}
+
+[[noreturn]] void fail_float32(py::handle got, const Label& label) {
+  const py::object name = py::hasattr(got, "dtype") ? got.attr("dtype") : py::type::of(got).attr("__name__");
+  fail_type(label, "expected a float32 array, got " + std::string(py::str(name)));
+}
+
+void set_x(Operands& o, py::object x, const py::tuple& weight_shape) {
   if (!py::isinstance<py::array>(x)) x = py::module_::import("numpy").attr("asarray")(x);
   const auto* array = py::detail::array_proxy(x.ptr());
   if (!has_dtype(array, py::dtype::of<float>())) fail_type({"x"}, "expected float32, got " + dtype_name(array));
-  if (array->nd == 0 || dimension(x, array->nd - 1) != cols) {
-    fail_value({"x"}, "expected shape (..., " + std::to_string(cols) + ") for w of shape " +
+  if (array->nd == 0 || dimension(x, array->nd - 1) != o.cols) {
+    fail_value({"x"}, "expected shape (..., " + std::to_string(o.cols) + ") for w of shape " +
                           std::string(py::str(weight_shape)) + ", got " + std::string(py::str(x.attr("shape"))));
   }
-  constexpr int good = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  if ((array->flags & good) != good) {
-    x = py::module_::import("numpy").attr("require")(x, py::none(), "CA");
-    array = py::detail::array_proxy(x.ptr());
-  }
-  std::size_t batch = 1;
-  for (int i = 0; i + 1 < array->nd; ++i) batch *= dimension(x, i);
-  return {x, reinterpret_cast<const float*>(array->data), batch};
+  o.x = in_c_order(std::move(x));
+  array = py::detail::array_proxy(o.x.ptr());
+  o.io.x = reinterpret_cast<const float*>(array->data);
+  o.io.batch = 1;
+  for (int i = 0; i + 1 < array->nd; ++i) o.io.batch *= dimension(o.x, i);
 }
 
-// `out`, or a new array of the shape of x with `rows` for its last axis.
-py::object result_of(py::handle x, std::size_t rows, const py::object& out) {
-  const auto* from = py::detail::array_proxy(x.ptr());
-  std::vector<py::ssize_t> shape(from->dimensions, from->dimensions + from->nd);
-  shape.back() = static_cast<py::ssize_t>(rows);
-  if (out.is_none()) return py::array_t<float>(shape);
-  if (!py::isinstance<py::array>(out) || !has_dtype(py::detail::array_proxy(out.ptr()), py::dtype::of<float>())) {
-    const py::object got = py::hasattr(out, "dtype") ? out.attr("dtype") : py::type::of(out).attr("__name__");
-    fail_type({"out"}, "expected a float32 array, got " + std::string(py::str(got)));
-  }
-  const auto* to = py::detail::array_proxy(out.ptr());
-  if (to->nd != from->nd || !std::equal(shape.begin(), shape.end(), to->dimensions) ||
-      !(to->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) {
-    fail_value({"out"}, "expected a C-contiguous array of shape " + std::string(py::str(py::cast(shape))) +
-                            ", got shape " + std::string(py::str(out.attr("shape"))));
-  }
-  return out;
-}
-
-const float* bias_of(const py::object& bias, std::size_t rows) {
-  if (bias.is_none()) return nullptr;
-  if (!py::isinstance<py::array>(bias) || !has_dtype(py::detail::array_proxy(bias.ptr()), py::dtype::of<float>())) {
-    const py::object got = py::hasattr(bias, "dtype") ? bias.attr("dtype") : py::type::of(bias).attr("__name__");
-    fail_type({"bias"}, "expected a float32 array, got " + std::string(py::str(got)));
-  }
-  const auto* array = py::detail::array_proxy(bias.ptr());
-  if (array->nd != 1 || dimension(bias, 0) != rows) {
+void set_bias(Operands& o, const py::object& bias) {
+  if (bias.is_none()) return;
+  if (!is_float32(bias)) fail_float32(bias, {"bias"});
+  if (py::detail::array_proxy(bias.ptr())->nd != 1 || dimension(bias, 0) != o.rows) {
     fail_value({"bias"},
-               "expected shape (" + std::to_string(rows) + ",), got " + std::string(py::str(bias.attr("shape"))));
+               "expected shape (" + std::to_string(o.rows) + ",), got " + std::string(py::str(bias.attr("shape"))));
   }
-  check_layout(bias, array, Access::read, {"bias"});
-  return reinterpret_cast<const float*>(array->data);
+  o.bias = in_c_order(bias);
+  o.io.bias = reinterpret_cast<const float*>(py::detail::array_proxy(o.bias.ptr())->data);
 }
+
+// A new array has the shape of x, with `rows` for its last axis.
+void set_out(Operands& o, const py::object& out) {
+  const auto* x = py::detail::array_proxy(o.x.ptr());
+  std::vector<py::ssize_t> shape(x->dimensions, x->dimensions + x->nd);
+  shape.back() = static_cast<py::ssize_t>(o.rows);
+  o.out_is_new = out.is_none();
+  if (o.out_is_new) {
+    o.out = py::array_t<float>(shape);
+  } else {
+    if (!is_float32(out)) fail_float32(out, {"out"});
+    const auto* array = py::detail::array_proxy(out.ptr());
+    if (array->nd != x->nd || !std::equal(shape.begin(), shape.end(), array->dimensions) ||
+        !(array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) {
+      fail_value({"out"}, "expected a C-contiguous array of shape " + std::string(py::str(py::tuple(py::cast(shape)))) +
+                              ", got shape " + std::string(py::str(out.attr("shape"))));
+    }
+    check_layout(out, array, Access::write, {"out"});
+    o.out = out;
+  }
+  o.io.y = reinterpret_cast<float*>(py::detail::array_proxy(o.out.ptr())->data);
+}
+
+// A weight of any shape is a matrix of its first axis by all others; one with a single axis is a row.
+Operands operands_of(py::object x, const py::tuple& weight_shape, const py::object& bias, const py::object& out) {
+  Operands o{};
+  const std::size_t axes = weight_shape.size(), first = axes < 2 ? 0 : 1;
+  o.rows = first ? weight_shape[0].cast<std::size_t>() : 1;
+  o.cols = 1;
+  for (std::size_t i = first; i < axes; ++i) o.cols *= weight_shape[i].cast<std::size_t>();
+  set_x(o, std::move(x), weight_shape);
+  set_out(o, out);
+  set_bias(o, bias);
+  return o;
+}
+
+// Refuses an `out` that shares memory with x, bias or the weight, whose arrays `add_weight` adds.
+template <class AddWeight>
+void check_disjoint(const Operands& o, const AddWeight& add_weight) {
+  if (o.out_is_new) return;
+  Disjoint memory;
+  memory.writes(o.io.y, o.io.batch * o.rows * sizeof(float), {"out"});
+  memory.reads(o.io.x, o.io.batch * o.cols * sizeof(float), {"x"});
+  if (o.io.bias) memory.reads(o.io.bias, o.rows * sizeof(float), {"bias"});
+  add_weight(memory);
+  memory.check();
+}
+
+// The checks alone, for products that NumPy computes; `weight` maps names to arrays. Returns x and out.
+py::tuple check_linear(const py::object& x, const py::tuple& shape, const py::object& bias, const py::object& out,
+                       const py::dict& weight) {
+  const Operands o = operands_of(x, shape, bias, out);
+  check_disjoint(o, [&](Disjoint& memory) {
+    for (const auto& [name, array] : weight) {
+      const Extent extent = extent_of(py::detail::array_proxy(array.ptr()));
+      memory.reads(extent.begin, extent.bytes, {PyUnicode_AsUTF8(name.ptr())});
+    }
+  });
+  return py::make_tuple(o.x, o.out);
+}
+
+// ---- quantized weights ---------------------------------------------------------------------------------------
 
 // What is added to some weights after decoding: rising places, which were checked when the tensor was made.
 template <class Index>
@@ -139,17 +192,62 @@ Outliers<Index> outliers_of(const py::tuple& pair) {
   return {index.data, value.data, value.size};
 }
 
-// x @ W.T + bias for x of any number of axes; `limbs` is 3 (exact) or 1 (int8). All checks are here: a call from
-// Python is to cost no more than the product of a small matrix.
-py::object linear(const py::object& x_object, const py::array& codes, const py::array& scale, const py::array& minimum,
-                  int bits, std::size_t group_size, const py::tuple& shape, const py::object& bias,
-                  const py::object& out_object, int limbs, const py::object& outliers) {
+// x as the kernels for whole numbers take it: rows, and panels of sixteen rows where there are enough of them.
+class PreparedX {
+ public:
+  PreparedX(const Kernels& k, const Quantized& q, Linear& io)
+      : k_(k),
+        q_(q),
+        io_(io),
+        row_bytes_(k.products.prepared_bytes(q, io.limbs)),
+        in_panels_(row_bytes_ > 0 ? panel_rows(io.batch) : 0),
+        panel_bytes_(in_panels_ > 0 ? k.products.panel_bytes(q, io.limbs) : 0),
+        rows_(row_bytes_ * io.batch),
+        panels_(panel_bytes_ * ceil_div(in_panels_, kPanelWidth)) {
+    io.prepared = rows_.data();
+    io.prepared_bytes = row_bytes_;
+    io.panels = panels_.data();
+    io.panel_bytes = panel_bytes_;
+  }
+
+  void fill() const {
+    if (row_bytes_ == 0) return;
+    parallel_for(io_.batch, 3 * matrix_bytes(io_.batch, q_.cols), [&](std::size_t begin, std::size_t end) {
+      for (std::size_t b = begin; b < end; ++b) {
+        k_.products.prepare_x(q_, io_.x + b * q_.cols, io_.limbs, rows_.data() + b * row_bytes_);
+      }
+    });
+    parallel_for(ceil_div(in_panels_, kPanelWidth), matrix_bytes(in_panels_, q_.cols),
+                 [&](std::size_t begin, std::size_t end) {
+                   for (std::size_t p = begin; p < end; ++p) {
+                     const std::size_t first = p * kPanelWidth;
+                     k_.products.prepare_panel(q_, rows_.data() + first * row_bytes_, row_bytes_,
+                                               std::min(kPanelWidth, in_panels_ - first), io_.limbs,
+                                               panels_.data() + p * panel_bytes_);
+                   }
+                 });
+  }
+
+ private:
+  const Kernels& k_;
+  const Quantized& q_;
+  const Linear& io_;
+  std::size_t row_bytes_, in_panels_, panel_bytes_;
+  Scratch rows_, panels_;
+};
+
+// `limbs` is 3 (exact) or 1 (int8). All checks are here and not in Python: a call costs no more than the product of a
+// small matrix.
+py::object linear_quantized(const py::object& x, const py::array& codes, const py::array& scale,
+                            const py::array& minimum, int bits, std::size_t group_size, const py::tuple& shape,
+                            const py::object& bias, const py::object& out, int limbs, const py::object& outliers) {
   if (limbs != 1 && limbs != 3) throw py::value_error("limbs: expected 1 or 3, got " + std::to_string(limbs));
-  std::size_t cols = 1;
-  for (std::size_t i = shape.size() < 2 ? 0 : 1; i < shape.size(); ++i) cols *= shape[i].cast<std::size_t>();
-  const Batch x = batch_of(x_object, cols, shape);
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
-  py::object out = result_of(x.array, q.rows, out_object);
+  Operands o = operands_of(x, shape, bias, out);
+  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, o.cols, group_size);
+  if (q.rows != o.rows) {
+    fail_value({"codes"}, "expected " + std::to_string(o.rows) + " rows, got " + std::to_string(q.rows));
+  }
+  check_disjoint(o, [&](Disjoint& memory) { reads_weight(memory, q); });
 
   Outliers<std::uint32_t> narrow{};
   Outliers<std::int64_t> wide{};
@@ -163,83 +261,22 @@ py::object linear(const py::object& x_object, const py::array& codes, const py::
   }
 
   const Kernels& k = kernels();
-  Linear io{};
-  io.x = x.data;
-  io.batch = x.batch;
-  io.bias = bias_of(bias, q.rows);
-  io.y = view<float>(out, {"out"}).data;
+  Linear& io = o.io;
   io.limbs = limbs;
-  if (!out_object.is_none()) {
-    Disjoint memory;
-    memory.writes(io.y, io.batch * q.rows * sizeof(float), {"out"});
-    memory.reads(io.x, io.batch * q.cols * sizeof(float), {"x"});
-    if (io.bias) memory.reads(io.bias, q.rows * sizeof(float), {"bias"});
-    reads_weight(memory, q);
-    memory.check();
-  }
-  io.prepared_bytes = k.products.prepared_bytes(q, limbs);
-  const Scratch prepared(io.prepared_bytes * io.batch);
-  io.prepared = prepared.data();
-  const std::size_t in_panels = io.prepared_bytes > 0 ? panel_rows(io.batch) : 0;
-  if (in_panels > 0) io.panel_bytes = k.products.panel_bytes(q, limbs);
-  const Scratch panels(io.panel_bytes * ceil_div(in_panels, kPanelWidth));
-  io.panels = panels.data();
-
+  const PreparedX prepared(k, q, io);
   const py::gil_scoped_release released;
-  if (io.prepared_bytes > 0) {
-    parallel_for(io.batch, 3 * matrix_bytes(io.batch, q.cols), [&](std::size_t begin, std::size_t end) {
-      for (std::size_t b = begin; b < end; ++b) {
-        k.products.prepare_x(q, io.x + b * q.cols, limbs, prepared.data() + b * io.prepared_bytes);
-      }
-    });
-    parallel_for(ceil_div(in_panels, kPanelWidth), matrix_bytes(in_panels, q.cols),
-                 [&](std::size_t begin, std::size_t end) {
-                   for (std::size_t p = begin; p < end; ++p) {
-                     const std::size_t first = p * kPanelWidth;
-                     k.products.prepare_panel(q, io.prepared + first * io.prepared_bytes, io.prepared_bytes,
-                                              std::min(kPanelWidth, in_panels - first), limbs,
-                                              panels.data() + p * io.panel_bytes);
-                   }
-                 });
-  }
-  // In cache and with many rows of x it is arithmetic that takes time: as much a product as a byte or half of one.
+  prepared.fill();
+  // In cache and with many rows of x, arithmetic takes the time: each multiply-add counts as a byte, or as half of one.
   const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
   parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
     k.products.linear_quantized(q, io, begin, end);
     if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
     if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
   });
-  return out;
+  return o.out;
 }
 
-// What a product reads and writes beside the weight: x [batch, cols], bias [rows] or None, out [batch, rows].
-struct LinearOperands {
-  const float* x;
-  const float* bias;
-  float* y;
-  std::size_t batch;
-};
-
-LinearOperands linear_operands(py::handle x, py::handle bias, py::handle out, std::size_t rows) {
-  LinearOperands io{};
-  const View<const float> from = view<const float>(x, {"x"});
-  const View<float> to = view<float>(out, {"out"});
-  io.x = from.data;
-  io.y = to.data;
-  io.batch = dimension(x, 0);
-  require_shape(out, io.batch, rows, {"out"});
-  Disjoint memory;
-  memory.writes(to.data, to.size * sizeof(float), {"out"});
-  memory.reads(from.data, from.size * sizeof(float), {"x"});
-  if (!bias.is_none()) {
-    const View<const float> b = view<const float>(bias, {"bias"});
-    require_size(b.size, rows, {"bias"});
-    memory.reads(b.data, b.size * sizeof(float), {"bias"});
-    io.bias = b.data;
-  }
-  memory.check();
-  return io;
-}
+// ---- sparse weights ------------------------------------------------------------------------------------------
 
 constexpr std::size_t kFewVectors = 5;  // below, each x is multiplied for itself
 
@@ -274,7 +311,7 @@ class Shares {
   std::size_t parts_, per_row_;
 };
 
-void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
+void multiply_few(const Sparse& w, const Linear& io, const Kernels& k) {
   const std::size_t stride = ceil_div(w.cols, kBlockLength) * kBlockLength;
   const Scratch padded(io.batch * stride * sizeof(float));
   float* const x = reinterpret_cast<float*>(padded.data());
@@ -290,7 +327,7 @@ void multiply_few(const Sparse& w, const LinearOperands& io, const Kernels& k) {
   });
 }
 
-void multiply_many(const Sparse& w, const LinearOperands& io, const Kernels& k) {
+void multiply_many(const Sparse& w, const Linear& io, const Kernels& k) {
   constexpr std::size_t widest = 64;
   const Scratch memory(w.cols * widest * sizeof(float));
   float* const tile = reinterpret_cast<float*>(memory.data());
@@ -310,63 +347,73 @@ void multiply_many(const Sparse& w, const LinearOperands& io, const Kernels& k) 
   }
 }
 
-void multiply(const Sparse& w, const py::array& x, const py::object& bias, const py::array& out) {
-  const LinearOperands io = linear_operands(x, bias, out, w.rows);
+// `add_values` adds the memory of the values to that which must not overlap `out`.
+template <class AddValues>
+py::object multiply(const Sparse& w, const Operands& o, std::size_t entries, const AddValues& add_values) {
+  if (w.rows != o.rows) {
+    fail_value({"row_offsets"}, "expected " + std::to_string(o.rows) + " rows, got " + std::to_string(w.rows));
+  }
+  check_disjoint(o, [&](Disjoint& memory) {
+    const std::size_t width = w.layout == Layout::index16 ? 2 : 1;
+    memory.reads(w.positions, is_mask(w.layout) ? w.rows * w.row_bytes : entries * width, {"positions"});
+    memory.reads(w.row_offsets, (w.rows + 1) * sizeof(std::int64_t), {"row_offsets"});
+    add_values(memory);
+  });
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  io.batch < kFewVectors ? multiply_few(w, io, k) : multiply_many(w, io, k);
+  o.io.batch < kFewVectors ? multiply_few(w, o.io, k) : multiply_many(w, o.io, k);
+  return o.out;
 }
 
-std::size_t entries_of(const std::string& layout, std::size_t numbers) {
-  return layout == "block" ? numbers / kBlockLength : numbers;
+std::size_t entries_of(const std::string& layout, std::size_t values) {
+  return layout == "block" ? values / kBlockLength : values;
 }
 
-void linear_sparse(const py::array& x, const std::string& layout, const py::array& positions,
-                   const py::array& row_offsets, const py::array& values, const py::object& bias,
-                   const py::array& out) {
-  require_2d(x, {"x"});
-  const Elements v = elements(values, Access::read, {"values"});
-  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, v.size));
+py::object linear_sparse(const py::object& x, const std::string& layout, const py::array& positions,
+                         const py::array& row_offsets, const py::array& values, const py::tuple& shape,
+                         const py::object& bias, const py::object& out) {
+  const Operands o = operands_of(x, shape, bias, out);
   const auto* array = array_of(values, {"values"});
-  w.values = v.data;
-  w.count = v.size;
-  if (has_dtype(array, py::dtype::of<float>())) {
-    w.type = Float::f32;
-  } else if (has_dtype(array, py::dtype("e"))) {
-    w.type = Float::f16;
-  } else if (has_dtype(array, bfloat16())) {
-    w.type = Float::bf16;
-  } else {
-    fail_type({"values"}, "expected float32, float16 or bfloat16, got " + dtype_name(array));
-  }
-  multiply(w, x, bias, out);
+  const Float type = float_of(array, {"values"});
+  if (type == Float::f64) fail_type({"w"}, "expected values of float32, float16 or bfloat16, got float64");
+  check_layout(values, array, Access::read, {"values"});
+  const std::size_t count = size_of(array), entries = entries_of(layout, count);
+  Sparse w = sparse_of(layout, positions, row_offsets, o.cols, entries);
+  w.values = array->data;
+  w.type = type;
+  w.count = count;
+  return multiply(w, o, entries,
+                  [&](Disjoint& memory) { memory.reads(array->data, count * width_of(type), {"values"}); });
 }
 
-// The numbers as one quantized row of `count` codes.
-void linear_sparse_quantized(const py::array& x, const std::string& layout, const py::array& positions,
-                             const py::array& row_offsets, const py::array& codes, const py::array& scale,
-                             const py::array& minimum, int bits, std::size_t group_size, std::size_t count,
-                             const py::object& bias, const py::array& out) {
-  require_2d(x, {"x"});
+// The values are the `count` codes of one quantized row.
+py::object linear_sparse_quantized(const py::object& x, const std::string& layout, const py::array& positions,
+                                   const py::array& row_offsets, const py::array& codes, const py::array& scale,
+                                   const py::array& minimum, int bits, std::size_t group_size, std::size_t count,
+                                   const py::tuple& shape, const py::object& bias, const py::object& out) {
+  const Operands o = operands_of(x, shape, bias, out);
   const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, count, group_size);
   if (q.rows != 1) fail_value({"codes"}, "expected one row of values, got " + std::to_string(q.rows));
-  Sparse w = sparse_of(layout, positions, row_offsets, dimension(x, 1), entries_of(layout, count));
+  const std::size_t entries = entries_of(layout, count);
+  Sparse w = sparse_of(layout, positions, row_offsets, o.cols, entries);
   w.quantized = &q;
   w.count = count;
-  multiply(w, x, bias, out);
+  return multiply(w, o, entries, [&](Disjoint& memory) { reads_weight(memory, q); });
 }
 
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.def("linear_quantized", &linear, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
+  m.def("check_linear", &check_linear, py::arg("x"), py::arg("shape"), py::arg("bias"), py::arg("out"),
+        py::arg("weight"));
+  m.def("linear_quantized", &linear_quantized, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
         py::arg("bits"), py::arg("group_size"), py::arg("shape"), py::arg("bias"), py::arg("out"), py::arg("limbs"),
         py::arg("outliers") = py::none());
   m.def("linear_sparse", &linear_sparse, py::arg("x"), py::arg("layout"), py::arg("positions"), py::arg("row_offsets"),
-        py::arg("values"), py::arg("bias"), py::arg("out"));
+        py::arg("values"), py::arg("shape"), py::arg("bias"), py::arg("out"));
   m.def("linear_sparse_quantized", &linear_sparse_quantized, py::arg("x"), py::arg("layout"), py::arg("positions"),
         py::arg("row_offsets"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
-        py::arg("group_size"), py::arg("count"), py::arg("bias"), py::arg("out"));
+        py::arg("group_size"), py::arg("count"), py::arg("shape"), py::arg("bias"), py::arg("out"));
 }
 
 }  // namespace fastopt

@@ -59,17 +59,6 @@ Hyper hyper_of(const py::tuple& t) {
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10] != 0};
 }
 
-// Which of the float types an array has.
-Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
-  if (has_dtype(array, py::dtype::of<float>())) return Float::f32;
-  if (has_dtype(array, py::dtype::of<double>())) return Float::f64;
-  if (has_dtype(array, float16())) return Float::f16;
-  if (has_dtype(array, bfloat16())) return Float::bf16;
-  fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
-}
-
-std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
-
 const char* name_of(Float type) {
   return type == Float::f64 ? "float64" : type == Float::f32 ? "float32" : type == Float::f16 ? "float16" : "bfloat16";
 }

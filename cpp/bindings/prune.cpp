@@ -24,19 +24,9 @@ struct Weights {
 
 Weights weights(py::handle object, Access access, const Label& label) {
   const auto* array = array_of(object, label);
-  Weights w{array->data, size_of(array), Float::f32, 32};
-  if (has_dtype(array, py::dtype::of<float>())) {
-  } else if (has_dtype(array, py::dtype::of<double>())) {
-    w.type = Float::f64, w.width = 64;
-  } else if (has_dtype(array, float16())) {
-    w.type = Float::f16, w.width = 16;
-  } else if (has_dtype(array, bfloat16())) {
-    w.type = Float::bf16, w.width = 16;
-  } else {
-    fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
-  }
+  const Float type = float_of(array, label);
   check_layout(object, array, access, label);
-  return w;
+  return {array->data, size_of(array), type, 8 * static_cast<int>(width_of(type))};
 }
 
 // Whether arrays can be changed in place, together; asked before the first of them is.

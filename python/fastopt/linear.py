@@ -78,47 +78,25 @@ def linear(
     limbs = _LIMBS.get(precision)
     if limbs is None:
         raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
-    if isinstance(w, QuantizedTensor) and (limbs == 1 or not _pays_for_panels(x, w)):
-        return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
-    if not isinstance(w, np.ndarray | QuantizedTensor | SparseTensor):
-        raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or a float32 array, got {type(w).__name__}")
-    x = np.asarray(x)
-    if x.dtype != np.float32:
-        raise TypeError(f"x: expected float32, got {x.dtype}")
-    rows, cols = as_matrix(w.shape)
-    if x.ndim == 0 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected shape (..., {cols}) for w of shape {w.shape}, got {x.shape}")
-    shape = (*x.shape[:-1], rows)
-    if out is None:
-        out = np.empty(shape, np.float32)
-    elif not isinstance(out, np.ndarray) or out.dtype != np.float32:
-        raise TypeError(f"out: expected a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-    elif out.shape != shape or not out.flags.c_contiguous:
-        raise ValueError(f"out: expected a C-contiguous array of shape {shape}, got shape {out.shape}")
-    else:
-        parts = ("codes", "scale", "minimum") if isinstance(w, QuantizedTensor) else ()
-        for name, array in (("x", x), ("w", w), ("bias", bias), *((part, getattr(w, part)) for part in parts)):
-            if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
-                raise ValueError(f"out: shares memory with {name}")
-    if bias is not None and (not isinstance(bias, np.ndarray) or bias.dtype != np.float32):
-        raise TypeError(f"bias: expected a float32 array, got {getattr(bias, 'dtype', type(bias).__name__)}")
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bias: expected shape {(rows,)}, got {bias.shape}")
-    batch = math.prod(shape[:-1])
-    if not (x.flags.c_contiguous and x.flags.aligned):
-        x = np.require(x, requirements=["C", "A"])
-    x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
-
+    if isinstance(w, QuantizedTensor):
+        if limbs == 1 or not _pays_for_panels(x, w):
+            return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
+        parts = {"codes": w.codes, "scale": w.scale, "minimum": w.minimum}
+        x, out = _core.check_linear(x, w.shape, bias, out, parts)
+        _by_panels(x, w, bias, out)
+        return out
     if isinstance(w, SparseTensor):
-        multiply(x2, w, bias, out2)
-    elif isinstance(w, QuantizedTensor):
-        _by_panels(x2, w, bias, out2)
-    else:
-        if w.dtype != np.float32:
-            raise TypeError(f"w: expected float32, got {w.dtype}")
-        np.matmul(x2, w.reshape(rows, cols).T, out=out2)
-        if bias is not None:
-            np.add(out2, bias, out=out2)
+        return multiply(x, w, bias, out)
+    if not isinstance(w, np.ndarray):
+        raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or a float32 array, got {type(w).__name__}")
+    x, out = _core.check_linear(x, w.shape, bias, out, {"w": w})
+    if w.dtype != np.float32:
+        raise TypeError(f"w: expected float32, got {w.dtype}")
+    (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
+    out2 = out.reshape(batch, rows)
+    np.matmul(x.reshape(batch, cols), w.reshape(rows, cols).T, out=out2)
+    if bias is not None:
+        np.add(out2, bias, out=out2)
     return out
 
 
@@ -136,7 +114,8 @@ def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:
 
 def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array) -> None:
     """Decode some rows of `w` at a time and leave each panel to BLAS."""
-    rows, cols = as_matrix(w.shape)
+    (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
+    x, out = x.reshape(batch, cols), out.reshape(batch, rows)
     step = max(1, _PANEL_SIZE // max(cols, 1))
     memory = np.empty((min(step, rows), cols), np.float32)
     for begin in range(0, rows, step):

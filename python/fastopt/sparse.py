@@ -562,15 +562,12 @@ class Transposed:
         return linear(x, self.T)
 
 
-def multiply(x: Array, s: SparseTensor, bias: Array | None, out: Array) -> None:
-    """Write ``x @ s.T + bias`` to `out`; all are matrices that `linear` has checked."""
+def multiply(x: Array, s: SparseTensor, bias: Array | None, out: Array | None) -> Array:
+    """Return ``x @ s.T + bias``, in `out` if that is given; the kernels check x, bias and out."""
     if isinstance(s.values, QuantizedTensor):
         args = (s._kernel_layout, s.positions, s.row_offsets, *s.values.kernel_args, s.nnz)
-        _core.linear_sparse_quantized(x, *args, bias, out)
-        return
-    if s.dtype == np.float64:
-        raise TypeError("w: expected values of float32, float16 or bfloat16, got float64")
-    _core.linear_sparse(x, s._kernel_layout, s.positions, s.row_offsets, s.values, bias, out)
+        return _core.linear_sparse_quantized(x, *args, s.shape, bias, out)
+    return _core.linear_sparse(x, s._kernel_layout, s.positions, s.row_offsets, s.values, s.shape, bias, out)
 
 
 def _fill_groups(mask: NDArray[np.uint8], cols: int, layout: str) -> NDArray[np.uint8]:
