@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 import signal
 import threading
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from reference import Hyper
 
 import fastopt as fo
-from fastopt import _core
+from fastopt import _core, optim
 
 RULES = {name: len(positive) for name, positive in reference.POSITIVE.items()}
 PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, eps=1e-8)
@@ -43,9 +44,36 @@ def run(rule, hyper, params, grads, states, *, stochastic=False, noise=0):
     names = [str(i) for i in range(len(params))]
     states = [tuple(s) for s in states]
     counts, steps = [0] * len(params), [0]
-    _core.step([(rule, tuple(hyper), stochastic, noise, names, params, grads, states, counts, None)], steps)
+    *numbers, grad_scale, shrink, keep_zeros = hyper
+    job = optim.job(
+        rule=_core.rule(rule),
+        hyper=tuple(numbers),
+        grad_scale=grad_scale,
+        shrink=shrink,
+        keep_zeros=keep_zeros,
+        stochastic=stochastic,
+        noise=noise,
+        names=names,
+        params=params,
+        grads=grads,
+        states=states,
+        counts=counts,
+        indices=None,
+    )
+    _core.step([job], steps)
     assert counts == [1] * len(params)
     assert steps == [1]
+
+
+def test_python_and_the_kernels_name_the_same_numbers():
+    assert tuple(inspect.signature(optim.hyper).parameters) == _core.HYPER_FIELDS
+    assert tuple(inspect.signature(optim.job).parameters) == _core.JOB_FIELDS
+    assert Hyper._fields == (*_core.HYPER_FIELDS, "grad_scale", "shrink", "keep_zeros")
+    for name in (*_core.HYPER_FIELDS[1:], "grad_scale", "shrink"):  # every number arrives where its name says
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite number, got inf"):
+            run("sgd", PLAIN._replace(**{name: np.inf}), [np.ones(3)], [np.ones(3)], [()])
+    with pytest.raises(ValueError, match="rule: no optimizer is called 'adamax'"):
+        _core.rule("adamax")
 
 
 CASES = [(name, "float32") for name in HYPERS] + [("plain", "float64"), ("all", "float64")]

@@ -3,7 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <iterator>
+#include <string>
 #include <vector>
 
 #include "bindings/arrays.hpp"
@@ -39,24 +40,76 @@ void for_chunks(const Tensors& tensors, std::size_t begin, std::size_t end, cons
   }
 }
 
-const Rule& find_rule(const char* name) {
+// The number of a rule in the table, which has the same order on every instruction set.
+std::size_t rule(const std::string& name) {
   const Kernels& table = kernels();
   for (std::size_t i = 0; i < table.rule_count; ++i) {
-    if (std::strcmp(name, table.rules[i].name) == 0) return table.rules[i];
+    if (name == table.rules[i].name) return i;
   }
-  throw py::value_error(std::string("rule: no optimizer is called '") + name + "'");
+  throw py::value_error("rule: no optimizer is called '" + name + "'");
 }
 
-Hyper hyper_of(const py::tuple& t) {
-  constexpr std::size_t count = 11;
-  if (t.size() != count) throw py::value_error("hyper: expected 11 numbers, got " + std::to_string(t.size()));
-  double v[count];
-  for (std::size_t i = 0; i < count; ++i) {
-    v[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(t.ptr(), static_cast<py::ssize_t>(i)));
-    if (v[i] == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    if (!std::isfinite(v[i])) throw py::value_error("hyper: expected finite numbers, got " + std::string(py::str(t)));
+// The numbers that an optimizer computes for a step, in the order of the function `hyper` in Python.
+struct HyperField {
+  const char* name;
+  double Hyper::* member;
+};
+constexpr HyperField kHyperFields[] = {
+    {"step_size", &Hyper::step_size}, {"weight_decay", &Hyper::weight_decay},
+    {"decay", &Hyper::decay},         {"decay1", &Hyper::decay1},
+    {"blend1", &Hyper::blend1},       {"decay2", &Hyper::decay2},
+    {"blend2", &Hyper::blend2},       {"eps", &Hyper::eps},
+};
+
+// The fields of a job, in the order of the function `job` in Python. Lists are over the tensors of a parameter group;
+// those at `indices` are stepped, or all where that is None, and their `counts` are raised by one.
+namespace job_field {
+enum : std::size_t {
+  rule,
+  hyper,
+  grad_scale,
+  shrink,
+  keep_zeros,
+  stochastic,
+  noise,
+  names,
+  params,
+  grads,
+  states,
+  counts,
+  indices,
+  end
+};
+}  // namespace job_field
+constexpr const char* kJobFields[] = {"rule",  "hyper",  "grad_scale", "shrink", "keep_zeros", "stochastic", "noise",
+                                      "names", "params", "grads",      "states", "counts",     "indices"};
+static_assert(std::size(kJobFields) == job_field::end);
+
+py::handle item_of(py::handle tuple, std::size_t i) {
+  return PyTuple_GET_ITEM(tuple.ptr(), static_cast<py::ssize_t>(i));
+}
+
+double finite(py::handle number, const char* name) {
+  const double value = PyFloat_AsDouble(number.ptr());
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  if (!std::isfinite(value)) fail_value({name}, "expected a finite number, got " + std::string(py::str(number)));
+  return value;
+}
+
+Hyper hyper_of(py::handle job) {
+  const py::handle numbers = item_of(job, job_field::hyper);
+  constexpr std::size_t count = std::size(kHyperFields);
+  if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != static_cast<py::ssize_t>(count)) {
+    throw py::value_error("hyper: expected a tuple of " + std::to_string(count) + " numbers");
   }
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10] != 0};
+  Hyper hyper{};
+  for (std::size_t i = 0; i < count; ++i) {
+    hyper.*kHyperFields[i].member = finite(item_of(numbers, i), kHyperFields[i].name);
+  }
+  hyper.grad_scale = finite(item_of(job, job_field::grad_scale), "grad_scale");
+  hyper.shrink = finite(item_of(job, job_field::shrink), "shrink");
+  hyper.keep_zeros = item_of(job, job_field::keep_zeros).cast<bool>();
+  return hyper;
 }
 
 const char* name_of(Float type) {
@@ -152,9 +205,6 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
   return tensor;
 }
 
-// A job is (rule, hyper, stochastic, noise, names, params, grads, states, counts, indices): lists over the tensors of
-// a parameter group, of which `indices`, or all where it is None, are stepped, and their `counts` raised by one.
-//
 // Everything is checked before anything is written: a call that raises has changed nothing. Counts, and the one number
 // in `steps`, are raised in the same call as the weights are, so that no interrupt comes between.
 void step(const py::list& jobs, const py::list& steps) {
@@ -163,30 +213,32 @@ void step(const py::list& jobs, const py::list& steps) {
   std::vector<Hyper> hypers;
   hypers.reserve(jobs.size());
   Disjoint memory;
-  const auto field = [](py::handle job, py::ssize_t i) { return py::handle(PyTuple_GET_ITEM(job.ptr(), i)); };
   const auto item = [](py::handle list, std::size_t i) {
     return py::handle(PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)));
   };
   const auto length = [](py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); };
   const auto for_indices = [&](py::handle job, const auto& body) {
-    const py::handle indices = field(job, 9);
-    const std::size_t count = length(indices.is_none() ? field(job, 5) : indices);
+    const py::handle indices = item_of(job, job_field::indices);
+    const std::size_t count = length(indices.is_none() ? item_of(job, job_field::params) : indices);
     for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
   };
   for (const py::handle job : jobs) {
-    if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != 10) {
-      throw py::value_error("jobs: expected tuples of 10");
+    if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != job_field::end) {
+      throw py::value_error("jobs: expected tuples of " + std::to_string(job_field::end));
     }
-    for (py::ssize_t i = 4; i < 9; ++i) {
-      if (!PyList_Check(field(job, i).ptr()) || length(field(job, i)) != length(field(job, 4))) {
+    const py::handle names = item_of(job, job_field::names), params = item_of(job, job_field::params),
+                     grads = item_of(job, job_field::grads), states = item_of(job, job_field::states);
+    for (const py::handle list : {names, params, grads, states, item_of(job, job_field::counts)}) {
+      if (!PyList_Check(list.ptr()) || length(list) != length(names)) {
         throw py::value_error("jobs: expected lists of one length");
       }
     }
-    const Rule& rule = find_rule(PyUnicode_AsUTF8(field(job, 0).ptr()));
-    hypers.push_back(hyper_of(py::reinterpret_borrow<py::tuple>(field(job, 1))));
-    const bool stochastic = field(job, 2).cast<bool>();
-    const std::uint32_t noise = field(job, 3).cast<std::uint32_t>();
-    const py::handle names = field(job, 4), params = field(job, 5), grads = field(job, 6), states = field(job, 7);
+    const std::size_t index = item_of(job, job_field::rule).cast<std::size_t>();
+    if (index >= kernels().rule_count) throw py::value_error("rule: no optimizer has number " + std::to_string(index));
+    const Rule& rule = kernels().rules[index];
+    hypers.push_back(hyper_of(job));
+    const bool stochastic = item_of(job, job_field::stochastic).cast<bool>();
+    const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
     tensors.reserve(tensors.size() + length(params));
     memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
@@ -218,7 +270,7 @@ void step(const py::list& jobs, const py::list& steps) {
     PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
   };
   for (const py::handle job : jobs) {
-    for_indices(job, [&](std::size_t i) { raise(field(job, 8), i); });
+    for_indices(job, [&](std::size_t i) { raise(item_of(job, job_field::counts), i); });
   }
   raise(steps, 0);
 }
@@ -262,6 +314,12 @@ double sum_squares(const py::list& names, const py::list& grads) {
 }  // namespace
 
 void bind_optim(py::module_& m) {
+  py::tuple hyper_fields(std::size(kHyperFields)), job_fields(std::size(kJobFields));
+  for (std::size_t i = 0; i < hyper_fields.size(); ++i) hyper_fields[i] = kHyperFields[i].name;
+  for (std::size_t i = 0; i < job_fields.size(); ++i) job_fields[i] = kJobFields[i];
+  m.attr("HYPER_FIELDS") = hyper_fields;
+  m.attr("JOB_FIELDS") = job_fields;
+  m.def("rule", &rule, py::arg("name"));
   m.def("step", &step, py::arg("jobs"), py::arg("steps"));
   m.def("sum_squares", &sum_squares, py::arg("names"), py::arg("grads"));
 }

@@ -33,7 +33,8 @@ Array: TypeAlias = NDArray[Any]
 Leaf: TypeAlias = Array | _HasArray | _HasDlpack
 Params: TypeAlias = Leaf | Iterable[Leaf] | Mapping[str, Leaf] | Iterable[Mapping[str, Any]]
 LearningRate: TypeAlias = float | Callable[[int], float]
-Hyper: TypeAlias = tuple[float, ...]  # the numbers of one step: struct Hyper of cpp/kernels/contract.hpp
+Hyper: TypeAlias = tuple[float, ...]  # made by `hyper`
+Job: TypeAlias = tuple[Any, ...]  # made by `job`
 
 # Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
 STATE_BLOCK = 256
@@ -61,6 +62,49 @@ class Common(TypedDict, total=False):
     master_weights: bool
     stochastic_rounding: bool
     seed: int
+
+
+# The two functions below name what crosses into C++: a NamedTuple would take as long as the step of a small tensor.
+
+
+def hyper(
+    *,
+    step_size: float,
+    weight_decay: float = 0.0,
+    decay: float = 1.0,
+    decay1: float = 0.0,
+    blend1: float = 1.0,
+    decay2: float = 0.0,
+    blend2: float = 1.0,
+    eps: float = 0.0,
+) -> Hyper:
+    """Return the numbers of one step in the order of ``_core.HYPER_FIELDS``: struct Hyper of cpp/kernels/contract.hpp."""
+    return (step_size, weight_decay, decay, decay1, blend1, decay2, blend2, eps)
+
+
+def job(
+    *,
+    rule: int,
+    hyper: Hyper,
+    grad_scale: float,
+    shrink: float,
+    keep_zeros: bool,
+    stochastic: bool,
+    noise: int,
+    names: list[str],
+    params: list[Any],
+    grads: list[Any],
+    states: list[tuple[Array, ...]],
+    counts: list[int],
+    indices: list[int] | None,
+) -> Job:
+    """Return what `_core.step` takes for the tensors of a group, in the order of ``_core.JOB_FIELDS``.
+
+    Of the lists, the tensors at `indices` are stepped, or all if that is None.
+    """
+    return (
+        rule, hyper, grad_scale, shrink, keep_zeros, stochastic, noise, names, params, grads, states, counts, indices
+    )  # fmt: skip
 
 
 def _require(condition: bool, name: str, needed: str, got: object) -> None:
@@ -168,7 +212,7 @@ class _Group:
         common: Mapping[str, Any],
     ) -> None:
         self.checked = dict(options)  # as they were when they were found to be right
-        self.rule = rule
+        self.rule = _core.rule(rule)
         self.rule_states = keys
         self.tree = tree = options["params"]
         # What gradients come in: what the parameters came in.
@@ -229,11 +273,13 @@ class _Group:
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
         counts = self.counts
+        if len(counts) == 1 and grads[0] is not None:
+            return ((counts[0], None),)
         for grad in grads:
             if grad is None:
                 break
         else:
-            if counts and (len(counts) == 1 or counts.count(counts[0]) == len(counts)):
+            if counts and counts.count(counts[0]) == len(counts):
                 return ((counts[0], None),)
         by_count: dict[int, list[int]] = {}
         for i, (count, grad) in enumerate(zip(counts, grads, strict=True)):
@@ -344,8 +390,8 @@ class Optimizer(abc.ABC):
         """Return the names of the states that the rule keeps, in its order."""
 
     @abc.abstractmethod
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
-        """Return the numbers of step number `step`, counted from 1, of which the last three are `common`."""
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+        """Return the numbers of step number `step`, counted from 1."""
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
@@ -482,7 +528,7 @@ class Optimizer(abc.ABC):
                 self.skipped += 1
                 return norm
 
-        jobs: list[tuple[Any, ...]] = []
+        jobs: list[Job] = []
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
             if (
@@ -498,24 +544,26 @@ class Optimizer(abc.ABC):
                 self._check_options(options)
                 states = self._states(options)
                 _require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
-                group.checked, group.rule = dict(options), self._rule(options)
+                group.checked, group.rule = dict(options), _core.rule(self._rule(options))
             lr = options["lr"]
             if callable(lr):
                 lr = _number({"lr": lr(self._steps[0])}, "lr")
-            common = (-scale if options["maximize"] else scale, lr * options["l1"], options["keep_zeros"])
             for count, indices in group.jobs(grads_of_group):
                 jobs.append(
-                    (
-                        group.rule,
-                        self._hyper(options, lr, count + 1, common),
-                        self._common["stochastic_rounding"],
-                        _mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
-                        group.names,
-                        group.params,
-                        grads_of_group,
-                        group.states,
-                        group.counts,
-                        indices,
+                    job(
+                        rule=group.rule,
+                        hyper=self._hyper(options, lr, count + 1),
+                        grad_scale=-scale if options["maximize"] else scale,
+                        shrink=lr * options["l1"],
+                        keep_zeros=options["keep_zeros"],
+                        stochastic=self._common["stochastic_rounding"],
+                        noise=_mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
+                        names=group.names,
+                        params=group.params,
+                        grads=grads_of_group,
+                        states=group.states,
+                        counts=group.counts,
+                        indices=indices,
                     )
                 )
         if self._common["master_weights"]:
@@ -779,9 +827,9 @@ class SGD(Optimizer):
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if options["momentum"] > 0 else ()
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
         blend = 1.0 if step == 1 else 1.0 - options["dampening"]
-        return (lr, options["weight_decay"], 1.0, options["momentum"], blend, 0.0, 1.0, 0.0, *common)
+        return hyper(step_size=lr, weight_decay=options["weight_decay"], decay1=options["momentum"], blend1=blend)
 
 
 class Adagrad(Optimizer):
@@ -864,9 +912,9 @@ class Adagrad(Optimizer):
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
         size = lr / (1 + (step - 1) * options["lr_decay"])
-        return (size, options["weight_decay"], 1.0, 0.0, 1.0, 0.0, 1.0, options["eps"], *common)
+        return hyper(step_size=size, weight_decay=options["weight_decay"], eps=options["eps"])
 
 
 class RMSprop(Optimizer):
@@ -954,9 +1002,16 @@ class RMSprop(Optimizer):
         momentum = ("momentum_buffer",) if options["momentum"] > 0 else ()
         return ("square_avg", *momentum, *(("grad_avg",) if options["centered"] else ()))
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
         alpha, momentum, eps = options["alpha"], options["momentum"], options["eps"]
-        return (lr, options["weight_decay"], 1.0, momentum, 1.0, alpha, 1 - alpha, eps, *common)
+        return hyper(
+            step_size=lr,
+            weight_decay=options["weight_decay"],
+            decay1=momentum,
+            decay2=alpha,
+            blend2=1 - alpha,
+            eps=eps,
+        )
 
 
 class Adam(Optimizer):
@@ -1039,12 +1094,21 @@ class Adam(Optimizer):
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if options["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
         beta1, beta2 = options["betas"]
         unbias = math.sqrt(1 - beta2**step)
         size, eps = lr * unbias / (1 - beta1**step), options["eps"] * unbias
         coupled, decay = self._decay(options["weight_decay"], lr)
-        return (size, coupled, decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, *common)
+        return hyper(
+            step_size=size,
+            weight_decay=coupled,
+            decay=decay,
+            decay1=beta1,
+            blend1=1 - beta1,
+            decay2=beta2,
+            blend2=1 - beta2,
+            eps=eps,
+        )
 
     @staticmethod
     def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
@@ -1170,7 +1234,7 @@ class Lion(Optimizer):
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int, common: tuple[float, float, bool]) -> Hyper:
+    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
         beta1, beta2 = options["betas"]
         decay = 1 - lr * options["weight_decay"]
-        return (lr, 0.0, decay, beta1, 1 - beta1, beta2, 1 - beta2, 0.0, *common)
+        return hyper(step_size=lr, decay=decay, decay1=beta1, blend1=1 - beta1, decay2=beta2, blend2=1 - beta2)
