@@ -72,7 +72,7 @@ def test_whole_numbers_equal_reference(isa, bits, group_size, precision, rng):
 @pytest.mark.parametrize("group_size", [16, 48, 32, 128, 1024, -1, None])
 def test_panels_of_x_equal_reference(isa, bits, group_size, precision, rng):
     """Whole panels of 16 rows and short ones, rows left over, more panels than go together; rows of W by 32."""
-    for batch, rows, cols in [(12, 3, 1100), (27, 33, 200), (16, 1, 31), (83, 5, 70), (16, 70, 1024)]:
+    for batch, rows, cols in [(12, 3, 1100), (27, 33, 200), (16, 1, 31), (83, 5, 70), (16, 70, 1024), (130, 2, 40)]:
         w = rng.standard_normal((rows, cols)).astype("f4")
         x = rng.standard_normal((batch, cols)).astype("f4")
         x[1] *= np.float32(1e-40)
@@ -81,6 +81,11 @@ def test_panels_of_x_equal_reference(isa, bits, group_size, precision, rng):
         bias = rng.standard_normal(rows).astype("f4") if rows > 1 else None
         q = fo.quantize(w, bits, group_size=group_size, param_dtype="float16" if rows != 5 else "float32")
         assert same_bits(fo.linear(x, q, bias, precision=precision), expected(x, q, bias, precision)), (batch, cols)
+
+
+def test_blas_of_a_weight_of_one_axis(rng):
+    q, x = fo.quantize(rng.standard_normal(100).astype("f4")), rng.standard_normal((3, 100)).astype("f4")
+    np.testing.assert_allclose(fo.linear(x, q, precision="blas"), fo.linear(x, q), rtol=1e-4, atol=1e-5)
 
 
 def test_huge_weights_equal_reference(isa, rng):
@@ -194,7 +199,7 @@ def test_bad_arguments(make, rng):
         (lambda: fo.linear(x.astype("f8"), w), TypeError, "x: expected float32, got float64"),
         (lambda: fo.linear(x[:, 1:], w), ValueError, r"x: expected shape \(..., 40\) for w of shape \(6, 40\)"),
         (lambda: fo.linear(np.float32(1), w), ValueError, "x: expected shape"),
-        (lambda: fo.linear(x, w, precision="int4"), ValueError, "precision: expected 'exact' or 'int8', got 'int4'"),
+        (lambda: fo.linear(x, w, precision="int4"), ValueError, "precision: expected 'exact', 'int8' or 'blas', got"),
         (lambda: fo.linear(x, w, out=np.empty((2, 7), "f4")), ValueError, r"out: expected a C-contiguous array of"),
         (lambda: fo.linear(x, w, out=np.empty((2, 6))), TypeError, "out: expected a float32 array"),
         (lambda: fo.linear(x, w, np.zeros(5, "f4")), ValueError, r"bias: expected shape \(6,\), got \(5,\)"),
@@ -248,7 +253,10 @@ def test_many_rows_of_x(shape, rng):
     assert got.shape == (2, 70, shape[0])
     assert np.linalg.norm(got - want) <= 5e-7 * np.linalg.norm(want)
     assert np.linalg.norm(fo.linear(x, q, bias, precision="int8") - want) <= 1.5e-2 * np.linalg.norm(want)
+    assert np.linalg.norm(fo.linear(x, q, bias, precision="blas") - want) <= 5e-7 * np.linalg.norm(want)
     out = np.empty_like(got)
+    assert fo.linear(x, q, bias, out=out, precision="blas") is out
+    assert np.linalg.norm(out - want) <= 5e-7 * np.linalg.norm(want)
     assert fo.linear(x, q, bias, out=out) is out
     assert same_bits(out, got)
     if shape[0] > 5 and cols == 1000:
@@ -267,15 +275,18 @@ def test_out_shares_memory_with_nothing(pack, rng):
             fo.linear(x, pack(w), bias, out=alias)
 
 
+@pytest.mark.parametrize("precision", ["exact", "blas"])
 @pytest.mark.parametrize("batch", [1, 200])
 @pytest.mark.parametrize("name", ["codes", "scale", "minimum"])
-def test_out_shares_no_memory_with_the_weight(isa, batch, name, rng):
+def test_out_shares_no_memory_with_the_weight(isa, batch, name, precision, rng):
     q = fo.quantize(rng.standard_normal((64, 64)).astype("f4"), param_dtype="float32")
     memory = np.zeros(1 << 16, "u1")
     array = getattr(q, name)
     q = replace(q, **{name: memory[: array.nbytes].view(array.dtype).reshape(array.shape)})
     with pytest.raises(ValueError, match=f"{name}: shares memory with out|out: shares memory with {name}"):
-        fo.linear(np.ones((batch, 64), "f4"), q, out=memory.view("f4")[: batch * 64].reshape(batch, 64))
+        fo.linear(
+            np.ones((batch, 64), "f4"), q, out=memory.view("f4")[: batch * 64].reshape(batch, 64), precision=precision
+        )
 
 
 def test_out_shares_no_memory_with_a_sparse_or_a_transposed_weight(rng):

@@ -15,10 +15,7 @@ Weight: TypeAlias = "Array | QuantizedTensor | SparseTensor"
 
 
 _LIMBS = {"exact": 3, "int8": 1}
-# From as many rows of x on, decoding panels of the weight for BLAS pays where whole numbers are slow; a panel stays in
-# the outer cache.
-_PANEL_BATCH = 128
-_PANEL_SIZE = 1 << 19
+_PANEL_SIZE = 1 << 19  # weights decoded at a time for BLAS: they stay in the outer cache
 
 
 def linear(
@@ -27,7 +24,7 @@ def linear(
     bias: Array | None = None,
     *,
     out: Array | None = None,
-    precision: Literal["exact", "int8"] = "exact",
+    precision: Literal["exact", "int8", "blas"] = "exact",
 ) -> Array:
     """Return ``x @ w.T + bias``, straight from packed weights.
 
@@ -39,11 +36,18 @@ def linear(
     bias : float32 array, shape (out,), optional
     out : float32 array, shape (..., out), optional
         Written and returned; C-contiguous.
-    precision : "exact" or "int8"
-        With a quantized `w`, what `x` is rounded to: whole numbers of 24 bits, or of 8, times a scale for every 32
-        columns. "exact" is within 5e-7 of float64 (relative, L2), which is what float32 gives; "int8" mostly within
-        1e-2, within 2e-2 where a few values of `x` dwarf all others, and up to twice as fast. Other weights are
-        always multiplied exactly. Magnitudes of `x` below some 1e-36 lose accuracy, with "int8" all of it.
+    precision : "exact", "int8" or "blas"
+        How to multiply by a quantized `w`; other weights are always multiplied in float32.
+
+        - "exact" rounds `x` to whole numbers of 24 bits times a scale for every 32 columns. The result is within
+          5e-7 of float64 (relative, L2), as a product in float32 is.
+        - "int8" rounds `x` to whole numbers of 8 bits. It is up to twice as fast, and mostly within 1e-2 of float64;
+          within 2e-2 where a few values of `x` dwarf all others.
+        - "blas" decodes `w` to float32, a panel of rows at a time, and leaves the products to NumPy's BLAS. It is as
+          close as "exact", but the bits depend on the BLAS and the machine. It is faster for many rows of `x` on
+          CPUs without dot products of bytes (AVX-512 VNNI, NEON dot product).
+
+        Magnitudes of `x` below some 1e-36 lose accuracy with "exact" and all of it with "int8".
 
     Returns
     -------
@@ -58,12 +62,10 @@ def linear(
 
     Notes
     -----
-    The order of sums is fixed: the result is bit for bit the same on every instruction set and for any number of
-    threads. Rows of `x` are taken sixteen at a time (twelve at least), others by themselves: the two add up in another
-    order, as does a sparse weight for five rows or more. On CPUs without dot products of bytes (AVX-512 VNNI, NEON dot
-    product) an exact product of 128 rows or more with a quantized weight is left to NumPy's BLAS, a decoded panel at a
-    time: then its order of sums counts. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse
-    weight, see `SparseTensor`.
+    The order of sums is fixed: but for "blas" and plain arrays, the result is bit for bit the same on every
+    instruction set and for any number of threads. Rows of `x` are multiplied sixteen at a time, and the remainder one
+    at a time if there are fewer than twelve: the two add up in a different order, as does a sparse weight for five
+    rows or more. NaN and infinity in a row of `x` give what NumPy gives, but for a sparse weight, see `SparseTensor`.
     Groups of more than one a row whose size is no multiple of 16 are multiplied in float32, which is slower. With a
     plain array the product is NumPy's.
 
@@ -75,16 +77,12 @@ def linear(
     >>> fo.linear(np.array([1, 2, 3], dtype=np.float32), w)
     array([15., 30., 45.], dtype=float32)
     """
-    limbs = _LIMBS.get(precision)
-    if limbs is None:
-        raise ValueError(f"precision: expected 'exact' or 'int8', got {precision!r}")
+    if precision not in ("exact", "int8", "blas"):
+        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
     if isinstance(w, QuantizedTensor):
-        if limbs == 1 or not _pays_for_panels(x, w):
-            return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, limbs, w.outliers)
-        parts = {"codes": w.codes, "scale": w.scale, "minimum": w.minimum}
-        x, out = _core.check_linear(x, w.shape, bias, out, parts)
-        _by_panels(x, w, bias, out)
-        return out
+        if precision == "blas":
+            return _by_panels(x, w, bias, out)
+        return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, _LIMBS[precision], w.outliers)
     if isinstance(w, SparseTensor):
         return multiply(x, w, bias, out)
     if not isinstance(w, np.ndarray):
@@ -106,23 +104,19 @@ def matmul(w: Weight, x: Array) -> Array:
     return linear(x, w) if x.ndim < 2 else linear(x.swapaxes(-1, -2), w).swapaxes(-1, -2)
 
 
-def _pays_for_panels(x: Array, w: QuantizedTensor) -> bool:
-    if not isinstance(x, np.ndarray) or x.ndim < 2 or math.prod(x.shape[:-1]) < _PANEL_BATCH:
-        return False
-    return _core.isa() not in ("vnni", "dotprod") and len(w.shape) > 1
-
-
-def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array) -> None:
+def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array | None) -> Array:
     """Decode some rows of `w` at a time and leave each panel to BLAS."""
+    x, out = _core.check_linear(x, w.shape, bias, out, {"codes": w.codes, "scale": w.scale, "minimum": w.minimum})
     (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
-    x, out = x.reshape(batch, cols), out.reshape(batch, rows)
+    x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
     step = max(1, _PANEL_SIZE // max(cols, 1))
     memory = np.empty((min(step, rows), cols), np.float32)
     for begin in range(0, rows, step):
-        part = w[begin : begin + step]
-        panel = memory[: len(part)]
+        part = w[begin : begin + step] if len(w.shape) > 1 else w
+        panel = memory[: min(step, rows - begin)]
         part.dequantize(out=panel.reshape(part.shape))
         with np.errstate(all="ignore"):
-            np.matmul(x, panel.T, out=out[:, begin : begin + step])
+            np.matmul(x2, panel.T, out=out2[:, begin : begin + step])
     if bias is not None:
-        np.add(out, bias, out=out)
+        np.add(out2, bias, out=out2)
+    return out

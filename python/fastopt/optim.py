@@ -78,7 +78,7 @@ def hyper(
     blend2: float = 1.0,
     eps: float = 0.0,
 ) -> Hyper:
-    """Return the numbers of one step in the order of ``_core.HYPER_FIELDS``: struct Hyper of cpp/kernels/contract.hpp."""
+    """Return the numbers of one step, which cpp/kernels/contract.hpp explains, in the order of `_core.HYPER_FIELDS`."""
     return (step_size, weight_decay, decay, decay1, blend1, decay2, blend2, eps)
 
 
