@@ -1,4 +1,4 @@
-// The only file that knows threads.
+// Threads: no other file knows how the work is spread.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,8 @@
 #endif
 
 namespace fastopt {
+
+constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
 #if defined(_OPENMP)
 inline constexpr bool kOpenMP = true;
@@ -50,8 +52,8 @@ inline int num_threads() {
 inline void set_num_threads(int n) { threads::wanted.store(n); }
 
 // Calls body(begin, end) on adjoining ranges that cover [0, n), one a thread; on one range where the work, which
-// moves about `bytes`, does not pay for waking threads. Body must not throw. Where its results depend on how the
-// range is cut, let it work in fixed chunks and pass their number as n: then any number of threads gives the same.
+// moves about `bytes`, does not pay for waking threads. Body must not throw. Use for_chunks where the results depend on
+// how the range is cut.
 template <class Body>
 void parallel_for(std::size_t n, double bytes, const Body& body) noexcept {
   if (n == 0) return;
@@ -73,6 +75,22 @@ void parallel_for(std::size_t n, double bytes, const Body& body) noexcept {
     if (begin < end) body(begin, end);
   }
 #endif
+}
+
+// parallel_for on ranges of [0, n) that begin at multiples of `chunk`.
+template <class Body>
+void parallel_chunks(std::size_t n, std::size_t chunk, double bytes, const Body& body) noexcept {
+  parallel_for(ceil_div(n, chunk), bytes,
+               [&](std::size_t begin, std::size_t end) { body(begin * chunk, std::min(end * chunk, n)); });
+}
+
+// Calls body(i, begin, end) for every chunk of [0, n), the last of which may be shorter. The chunks are the same for
+// any number of threads, and so are results that are combined in their order.
+template <class Body>
+void for_chunks(std::size_t n, std::size_t chunk, double bytes, const Body& body) noexcept {
+  parallel_for(ceil_div(n, chunk), bytes, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) body(i, i * chunk, std::min((i + 1) * chunk, n));
+  });
 }
 
 }  // namespace fastopt

@@ -1,8 +1,8 @@
-// Checked views of NumPy arrays: every array that Python passes goes through here, once. A kernel may then trust
-// dtype, byte order, contiguity, alignment, writability, size and disjointness.
+// Checked views of NumPy arrays. Every array that Python passes is checked here, once; kernels then rely on its dtype,
+// byte order, contiguity, alignment, writability and size, and on memory that does not overlap.
 //
-// TypeError: not an array, or the wrong dtype. ValueError: the wrong layout, size or overlap, or read-only. Nothing
-// is ever copied to make it fit: what is to be changed in place must be the caller's own memory.
+// TypeError: not an array, or the wrong dtype. ValueError: the wrong layout or size, overlap, or read-only memory.
+// These functions never copy an array to make it fit, because the kernels change the caller's own memory.
 #pragma once
 
 #include <pybind11/gil_safe_call_once.h>
@@ -22,7 +22,7 @@ namespace fastopt {
 
 namespace py = pybind11;
 
-// What to call an array in a message: "codes", or "gradient of 'fc1.weight'". Made into text only to complain.
+// The name of an array in a message: "codes", or "gradient of 'fc1.weight'". The text is built only for an error.
 struct Label {
   const char* what;
   py::handle of = {};
@@ -40,7 +40,7 @@ struct Label {
   throw py::value_error(label.text() + ": " + message);
 }
 
-// A borrowed view. It owns nothing: the reference that the caller holds keeps the memory alive.
+// A view that owns nothing: the caller's reference to the array keeps the memory alive.
 template <class T>
 struct View {
   T* data = nullptr;
@@ -168,7 +168,7 @@ inline void require_same_shape(py::handle object, py::handle model, const Label&
   }
 }
 
-// Collects the memory that a call reads and writes, and refuses it if any that is written is used twice.
+// Collects the memory that a call reads and writes. `check` fails if memory that is written is used twice.
 class Disjoint {
  public:
   void reserve(std::size_t spans) { spans_.reserve(spans); }
@@ -182,8 +182,8 @@ class Disjoint {
       std::sort(spans_.begin(), spans_.end(),
                 [](const Span& a, const Span& b) { return std::less<>()(a.begin, b.begin); });
     }
-    const Span* last = nullptr;          // reaches furthest of those before
-    const Span* last_written = nullptr;  // likewise, of those that are written
+    const Span* last = nullptr;          // of the spans before, the one that ends last
+    const Span* last_written = nullptr;  // the same of those that are written
     for (const Span& span : spans_) {
       const Span* other = span.written ? last : last_written;
       if (other && std::less<>()(span.begin, other->end)) {

@@ -1,4 +1,4 @@
-// Memory limits, for bench/.
+// Loops that measure what the memory allows, for bench/.
 #include <pybind11/pybind11.h>
 
 #include <atomic>
@@ -13,17 +13,13 @@ namespace {
 
 constexpr std::size_t kChunk = 4096;
 
-std::size_t chunks_of(std::size_t n) { return (n + kChunk - 1) / kChunk; }
-
 float limit_read(const py::array& x) {
   const View<const float> v = view<const float>(x, {"x"});
   const Kernels& k = kernels();
   std::atomic<float> sink{0};
   const py::gil_scoped_release released;
-  parallel_for(chunks_of(v.size), 4.0 * static_cast<double>(v.size), [&](std::size_t begin, std::size_t end) {
-    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, v.size);
-    sink.store(k.limit_read(v.data + first, last - first));
-  });
+  parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
+                  [&](std::size_t begin, std::size_t end) { sink.store(k.limit_read(v.data + begin, end - begin)); });
   return sink.load();
 }
 
@@ -31,10 +27,8 @@ void limit_write(const py::array& x) {
   const View<float> v = view<float>(x, {"x"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(chunks_of(v.size), 4.0 * static_cast<double>(v.size), [&](std::size_t begin, std::size_t end) {
-    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, v.size);
-    k.limit_write(v.data + first, last - first);
-  });
+  parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
+                  [&](std::size_t begin, std::size_t end) { k.limit_write(v.data + begin, end - begin); });
 }
 
 void limit_update(const py::list& streams, std::size_t writes) {
@@ -52,8 +46,8 @@ void limit_update(const py::list& streams, std::size_t writes) {
   }
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(chunks_of(size), 4.0 * static_cast<double>(size * data.size()), [&](std::size_t begin, std::size_t end) {
-    k.limit_update(data.data(), data.size(), writes, begin * kChunk, std::min(end * kChunk, size));
+  parallel_chunks(size, kChunk, 4.0 * static_cast<double>(size * data.size()), [&](std::size_t begin, std::size_t end) {
+    k.limit_update(data.data(), data.size(), writes, begin, end);
   });
 }
 

@@ -125,7 +125,7 @@ py::tuple check_linear(const py::object& x, const py::tuple& shape, const py::ob
 
 // ---- quantized weights ---------------------------------------------------------------------------------------
 
-// What is added to some weights after decoding: rising places, which were checked when the tensor was made.
+// Values that are added to some weights after decoding. Their places rise, which was checked when the tensor was made.
 template <class Index>
 struct Outliers {
   const Index* index;
@@ -133,8 +133,8 @@ struct Outliers {
   std::size_t count;
 };
 
-// Product of x with one row, whose outliers are [at, next): for an x that is not finite where one of them is. What a
-// code stands for and what is added to it may differ in sign; times infinity the two would then cancel.
+// The product of x with one row, whose outliers are [at, next), for an x that is not finite at one of them. The decoded
+// weight and the value added to it may differ in sign: multiplied by infinity one by one, they would give NaN.
 template <class Index>
 double product_of_row(const Kernels& k, const Quantized& q, const Outliers<Index>& o, const Index* at,
                       const Index* next, std::size_t row, const float* x) {
@@ -152,13 +152,13 @@ double product_of_row(const Kernels& k, const Quantized& q, const Outliers<Index
   return sum;
 }
 
-// Adds to rows [begin, end) of y what outliers add; each element in double, in the order of their places.
+// Adds the products with outliers to rows [begin, end) of y: each element in double, in the order of the places.
 template <class Index>
 void add_outliers(const Kernels& k, const Quantized& q, const Outliers<Index>& o, const Linear& io, std::size_t begin,
                   std::size_t end) {
   const std::size_t rows = q.rows, cols = q.cols;
   const Index* const last = o.index + o.count;
-  const auto from = [&](const Index* first, std::size_t row) {  // the first that is not before this row
+  const auto from = [&](const Index* first, std::size_t row) {  // the first outlier in this row or a later one
     return std::lower_bound(first, last, row * cols,
                             [](Index place, std::size_t limit) { return static_cast<std::size_t>(place) < limit; });
   };
@@ -278,10 +278,10 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
 
 // ---- sparse weights ------------------------------------------------------------------------------------------
 
-constexpr std::size_t kFewVectors = 5;  // below, each x is multiplied for itself
+constexpr std::size_t kFewVectors = 5;  // with fewer rows of x, each is multiplied by itself
 
-// Cuts the rows between `parts` threads so that each has as much work, where some rows have many more entries than
-// others. A row costs its entries, and looking at its mask.
+// Divides the rows between `parts` threads so that all have the same work, although some rows may have many more
+// entries than others. A row costs its entries and the reading of its mask.
 class Shares {
  public:
   Shares(const Sparse& s, std::size_t parts) : s_(s), parts_(parts) {

@@ -1,4 +1,4 @@
-// One call steps every tensor of an optimizer in one parallel region.
+// The step of an optimizer: one call steps all tensors in one parallel region.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 4096;  // elements that a thread takes at a time; whole blocks of 8-bit states
+constexpr std::size_t kChunk = 4096;  // elements; whole blocks of 8-bit states
 static_assert(kChunk % kStateBlock == 0);
 
 struct Tensor {
@@ -25,11 +25,10 @@ struct Tensor {
   std::size_t first_chunk;
 };
 
-std::size_t chunks_of(std::size_t n) { return (n + kChunk - 1) / kChunk; }
-
-// Calls body(tensor, begin, end) for every chunk of every tensor, which is cut at multiples of kChunk alone.
+// Chunks are numbered through all tensors. Calls body(tensor, begin, end) for the part of each tensor that lies in
+// the chunks [begin, end).
 template <class Tensors, class Body>
-void for_chunks(const Tensors& tensors, std::size_t begin, std::size_t end, const Body& body) {
+void for_tensor_chunks(const Tensors& tensors, std::size_t begin, std::size_t end, const Body& body) {
   auto t = std::upper_bound(tensors.begin(), tensors.end(), begin,
                             [](std::size_t chunk, const auto& tensor) { return chunk < tensor.first_chunk; }) -
            1;
@@ -116,7 +115,8 @@ const char* name_of(Float type) {
   return type == Float::f64 ? "float64" : type == Float::f32 ? "float32" : type == Float::f16 ? "float16" : "bfloat16";
 }
 
-// State arrays of one tensor: the rule's states, for 8-bit ones their exponents, then the master weights if any.
+// The state arrays of one tensor: the states of the rule, the exponents of 8-bit states, then the master weights if
+// any.
 void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoint& memory, const Label& label) {
   const bool narrow_param = tensor.args.param_type == Float::f16 || tensor.args.param_type == Float::bf16;
   const auto item = [&](std::size_t i) {
@@ -149,8 +149,7 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
     switch (tensor.args.state_type) {
       case StateType::u8:
         tensor.args.state[s] = add(std::uint8_t{}, item(s), tensor.size);
-        tensor.args.exponent[s] =
-            add(std::uint8_t{}, item(rule.states + s), (tensor.size + kStateBlock - 1) / kStateBlock);
+        tensor.args.exponent[s] = add(std::uint8_t{}, item(rule.states + s), ceil_div(tensor.size, kStateBlock));
         break;
       case StateType::bf16: {
         const auto* array = array_of(item(s), label);
@@ -255,14 +254,15 @@ void step(const py::list& jobs, const py::list& steps) {
   double bytes = 0;
   for (Tensor& t : tensors) {
     t.first_chunk = chunks;
-    chunks += chunks_of(t.size);
+    chunks += ceil_div(t.size, kChunk);
     bytes += 16.0 * static_cast<double>(t.size);
   }
   {
     const py::gil_scoped_release released;
     parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
-      for_chunks(tensors, begin, end,
-                 [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });
+      for_tensor_chunks(tensors, begin, end, [](const Tensor& t, std::size_t from, std::size_t to) {
+        t.kernel(*t.hyper, t.args, from, to);
+      });
     });
   }
   const auto raise = [&](py::handle counts, std::size_t i) {
@@ -293,14 +293,14 @@ double sum_squares(const py::list& names, const py::list& grads) {
     const Float type = float_of(array, label);
     check_layout(grad, array, Access::read, label);
     parts.push_back({type, array->data, size_of(array), chunks});
-    chunks += chunks_of(parts.back().size);
+    chunks += ceil_div(parts.back().size, kChunk);
     bytes += static_cast<double>(parts.back().size * width_of(type));
   }
   std::vector<double> sums(chunks);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
-    for_chunks(parts, begin, end, [&](const Part& part, std::size_t from, std::size_t to) {
+    for_tensor_chunks(parts, begin, end, [&](const Part& part, std::size_t from, std::size_t to) {
       for (std::size_t at = from; at < to; at += kChunk) {
         sums[part.first_chunk + at / kChunk] = k.sum_squares(part.type, part.data, at, std::min(at + kChunk, to));
       }

@@ -1,4 +1,4 @@
-// Magnitude pruning: the exact k-th magnitude by counting, then one pass that writes zeros.
+// Magnitude pruning: find the exact k-th magnitude by counting, then write zeros in one pass.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,7 +29,7 @@ Weights weights(py::handle object, Access access, const Label& label) {
   return {array->data, size_of(array), type, 8 * static_cast<int>(width_of(type))};
 }
 
-// Whether arrays can be changed in place, together; asked before the first of them is.
+// Checks that all arrays can be changed in place together, before the first of them is changed.
 void check_weights(const py::list& names, const py::list& arrays) {
   Disjoint memory;
   for (std::size_t i = 0; i < arrays.size(); ++i) {
@@ -46,7 +46,7 @@ struct Rank {
   std::uint64_t key, below, ties;
 };
 
-// The k-th smallest magnitude by counting digits of 16 bits, from the highest: one pass for each.
+// The k-th smallest magnitude by counting digits of 16 bits, the highest first: one pass for each digit.
 Rank count_digits(const std::vector<Weights>& all, std::uint64_t k) {
   const Kernels& table = kernels();
   Rank rank{0, 0, 0};
@@ -78,8 +78,8 @@ class Selection {
  public:
   Selection(const std::vector<Weights>& all, std::size_t total) : all_(all), total_(total) {}
 
-  // The k-th smallest magnitude: a sample gives a bracket, one pass counts what is below it and collects what is in it.
-  // False where the sample misled; a sorted or clustered weight does that.
+  // The k-th smallest magnitude: a sample gives a bracket, and one pass counts the magnitudes below it and collects
+  // those in it. Returns false if the sample was misleading, as that of a sorted or clustered weight can be.
   bool find(std::uint64_t k, Rank& rank) {
     bracket(k);
     std::uint64_t below = 0;
@@ -98,9 +98,9 @@ class Selection {
 
  private:
   static constexpr std::size_t kSlices = 4096;
-  static constexpr std::size_t kRun = 16, kRuns = 4096;  // a sample takes lines of cache, not single elements
+  static constexpr std::size_t kRun = 16, kRuns = 4096;  // a sample takes cache lines, not single elements
 
-  // The k-th smallest of what is in the bracket: the right one of equal slices of it, and then in that.
+  // The k-th smallest magnitude in the bracket: find its slice among equal slices of the bracket, then select in that.
   Key select(const std::vector<Key>& found, std::uint64_t k) const {
     int shift = 0;
     while ((high_ - low_) >> shift >= kSlices) ++shift;
@@ -142,7 +142,7 @@ class Selection {
     const auto pick = [&](double place) {
       const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(place);
       std::nth_element(from, nth, sample.end());
-      from = nth;  // what is smaller lies before it
+      from = nth;  // smaller ones lie before it
       return *nth;
     };
     if (at - margin > 0) low_ = pick(at - margin);
@@ -175,7 +175,7 @@ class Selection {
   std::uint64_t low_ = 0, high_ = 0;
 };
 
-// The k-th smallest magnitude (k from 1) over all arrays: its bits, how many are smaller, how many equal.
+// The k-th smallest magnitude (k from 1) of all arrays: its bits, and how many magnitudes are smaller and equal.
 py::tuple kth_magnitude(const py::list& arrays, std::uint64_t k) {
   std::vector<Weights> all;
   std::size_t total = 0;
@@ -205,35 +205,31 @@ std::uint8_t* flags_of(py::handle kept, std::size_t size) {
   return reinterpret_cast<std::uint8_t*>(v.data);
 }
 
-// Writes +0 where the magnitude is below `key`, or equal to it but for the first `keep_ties`; where not `write`, only
-// tells. `kept`, an array of bool or None, tells what stayed. Returns how many of those equal to it are kept.
+// Prunes elements whose magnitude is below `key`, and all but the first `keep_ties` of those equal to it. Writes +0 to
+// them if `write` is set, and the mask of the others to `kept` if that is not None. Returns how many ties are kept.
 std::size_t prune(const py::array& w, bool write, const py::object& kept, std::uint64_t key, std::size_t keep_ties) {
   const Weights to = weights(w, write ? Access::write : Access::read, {"w"});
   std::uint8_t* flags = kept.is_none() ? nullptr : flags_of(kept, to.size);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  const std::size_t chunks = ceil_div(to.size, kChunk);
-  const auto chunk_end = [&](std::size_t i) { return std::min((i + 1) * kChunk, to.size); };
-  std::vector<std::size_t> ties(chunks);
+  std::vector<std::size_t> ties(ceil_div(to.size, kChunk));
   std::size_t total = 0;
   if (keep_ties > 0) {
-    parallel_for(chunks, bytes_of(to), [&](std::size_t begin, std::size_t end) {
-      for (std::size_t i = begin; i < end; ++i) ties[i] = k.count_ties(to.type, to.data, i * kChunk, chunk_end(i), key);
+    for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
+      ties[i] = k.count_ties(to.type, to.data, begin, end, key);
     });
-    for (std::size_t& count : ties) {  // from how many there are to how many stay
+    for (std::size_t& count : ties) {  // the first `keep_ties` of them stay
       count = std::min(count, keep_ties - total);
       total += count;
     }
   }
-  parallel_for(chunks, bytes_of(to), [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) {
-      k.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, i * kChunk, chunk_end(i));
-    }
+  for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
+    k.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, begin, end);
   });
   return total;
 }
 
-// Of every m elements of a row the n largest.
+// Writes to `kept` the mask of the n largest of every m elements of a row.
 void keep_largest(const py::array& w, std::size_t n, std::size_t m, const py::array& kept) {
   require_2d(w, {"w"});
   const Weights from = weights(w, Access::read, {"w"});

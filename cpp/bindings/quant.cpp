@@ -15,9 +15,8 @@ constexpr std::size_t kChunk = 1 << 16;  // elements
 unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
   std::vector<Range> parts(ceil_div(n, kChunk));
   std::atomic<unsigned> flags{0};
-  parallel_for(parts.size(), matrix_bytes(1, n), [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i)
-      flags |= k.range(x + i * kChunk, std::min(kChunk, n - i * kChunk), &parts[i]);
+  for_chunks(n, kChunk, matrix_bytes(1, n), [&](std::size_t i, std::size_t begin, std::size_t end) {
+    flags |= k.range(x + begin, end - begin, &parts[i]);
   });
   *out = parts[0];
   for (const Range& part : parts) {
@@ -47,15 +46,15 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   const py::gil_scoped_release released;
   if (from.size == 0) {
     if (group_size == 0) {
-      std::fill_n(static_cast<char*>(const_cast<void*>(q.scale)), param_bytes(q), '\0');
-      std::fill_n(static_cast<char*>(const_cast<void*>(q.minimum)), param_bytes(q), '\0');
+      std::fill_n(py::detail::array_proxy(scale.ptr())->data, param_bytes(q), '\0');
+      std::fill_n(py::detail::array_proxy(minimum.ptr())->data, param_bytes(q), '\0');
     }
     return 0;
   }
   Shared all{};
   std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all.range) : 0};
   if (group_size == 0 && refit && flags == 0) all.pair = k.fit(from.data, from.size, bits, all.range);
-  const double passes = refit ? 16 : 1;  // least squares is arithmetic, eight times over
+  const double passes = refit ? 16 : 1;  // least squares takes far more arithmetic than one pass over memory
   parallel_for(rows, passes * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
   });
@@ -74,10 +73,9 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   memory.check();
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  if (q.rows == 1) {  // a vector: cut it by columns
-    parallel_for(ceil_div(q.cols, kChunk), matrix_bytes(1, q.cols), [&](std::size_t begin, std::size_t end) {
-      k.dequantize(q, 0, begin * kChunk, std::min(end * kChunk, q.cols), to.data + begin * kChunk);
-    });
+  if (q.rows == 1) {  // the threads share the columns of a single row
+    parallel_chunks(q.cols, kChunk, matrix_bytes(1, q.cols),
+                    [&](std::size_t begin, std::size_t end) { k.dequantize(q, 0, begin, end, to.data + begin); });
     return;
   }
   parallel_for(q.rows, matrix_bytes(q.rows, q.cols), [&](std::size_t begin, std::size_t end) {
@@ -85,7 +83,7 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   });
 }
 
-// Along one dimension: n codes of one byte to and from packed bytes.
+// Codes of one byte each, in one dimension, to and from packed bytes.
 void pack(const py::array& codes, int bits, const py::array& packed) {
   require_bits(bits);
   const View<const std::uint8_t> from = view<const std::uint8_t>(codes, {"codes"});
@@ -93,9 +91,8 @@ void pack(const py::array& codes, int bits, const py::array& packed) {
   require_size(to.size, ceil_div(from.size, static_cast<std::size_t>(8 / bits)), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(ceil_div(from.size, kChunk), static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
-    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, from.size);
-    k.pack(bits, from.data + first, last - first, to.data + first * static_cast<std::size_t>(bits) / 8);
+  parallel_chunks(from.size, kChunk, static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
+    k.pack(bits, from.data + begin, end - begin, to.data + begin * static_cast<std::size_t>(bits) / 8);
   });
 }
 
@@ -106,9 +103,8 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
   require_size(from.size, ceil_div(to.size, static_cast<std::size_t>(8 / bits)), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_for(ceil_div(to.size, kChunk), static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
-    const std::size_t first = begin * kChunk, last = std::min(end * kChunk, to.size);
-    k.unpack(bits, from.data + first * static_cast<std::size_t>(bits) / 8, last - first, to.data + first);
+  parallel_chunks(to.size, kChunk, static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
+    k.unpack(bits, from.data + begin * static_cast<std::size_t>(bits) / 8, end - begin, to.data + begin);
   });
 }
 

@@ -1,4 +1,4 @@
-// Sparse storage: dense to positions and numbers and back.
+// Sparse storage: from dense arrays to positions and values, and back.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +12,7 @@
 namespace fastopt {
 namespace {
 
-// ---- what is stored, checked ---------------------------------------------------------------------------------
+// ---- checks of stored positions ------------------------------------------------------------------------------
 
 void check_mask_row(const Sparse& s, std::size_t row) {
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(s.positions) + row * s.row_bytes;
@@ -27,11 +27,11 @@ void check_mask_row(const Sparse& s, std::size_t row) {
   }
 }
 
-// Whether columns rise and stay below `cols`, in loops that compilers vectorise.
+// Whether columns rise and stay below `cols`. Compilers vectorize these loops.
 bool index_row_fits(const Sparse& s, std::size_t row) {
   const std::size_t begin = row_begin(s, row), end = row_begin(s, row + 1);
   if (begin == end) return true;
-  if (s.layout == Layout::index8) {  // these rise by themselves
+  if (s.layout == Layout::index8) {  // gaps always rise
     const auto* gaps = static_cast<const std::uint8_t*>(s.positions);
     std::size_t columns = end - begin;
     for (std::size_t i = begin; i < end; ++i) columns += gaps[i];
@@ -46,7 +46,7 @@ bool index_row_fits(const Sparse& s, std::size_t row) {
 void check_index_row(const Sparse& s, std::size_t row) {
   if (index_row_fits(s, row)) return;
   std::size_t next = 0;
-  for (std::size_t i = row_begin(s, row); i < row_begin(s, row + 1); ++i) {  // what to complain of
+  for (std::size_t i = row_begin(s, row); i < row_begin(s, row + 1); ++i) {  // find the first fault for the message
     const std::size_t column = s.layout == Layout::index16 ? static_cast<const std::uint16_t*>(s.positions)[i]
                                                            : next + static_cast<const std::uint8_t*>(s.positions)[i];
     if (column < next) {
@@ -61,7 +61,7 @@ void check_index_row(const Sparse& s, std::size_t row) {
   }
 }
 
-// All that a kernel trusts beyond what sparse_of looks at in each call; asked once.
+// Checks the rest of what kernels rely on. Every call runs sparse_of; this runs once, when a tensor is made.
 void check_sparse(const std::string& layout, const py::array& positions, const py::array& row_offsets, std::size_t cols,
                   std::size_t entries) {
   const Sparse s = sparse_of(layout, positions, row_offsets, cols, entries);
@@ -70,7 +70,7 @@ void check_sparse(const std::string& layout, const py::array& positions, const p
 
 // ---- dense to sparse and back --------------------------------------------------------------------------------
 
-// Mask of the non-zeros, and how many each row has.
+// The mask of the non-zeros, and their number in each row.
 void nonzero_mask(const py::array& x, const py::array& mask, const py::array& counts) {
   require_2d(x, {"x"});
   const Elements from = elements(x, Access::read, {"x"});
@@ -89,7 +89,7 @@ void nonzero_mask(const py::array& x, const py::array& mask, const py::array& co
   });
 }
 
-// The elements of x under a mask, of which row_offsets must be the running count.
+// Copies the elements of x that a mask selects. `row_offsets` must be the running count of its bits.
 void compress(const py::array& x, const py::array& mask, const py::array& row_offsets, const py::array& values) {
   require_2d(x, {"x"});
   const Elements from = elements(x, Access::read, {"x"});
@@ -111,12 +111,12 @@ void compress(const py::array& x, const py::array& mask, const py::array& row_of
   });
 }
 
-// Scratch for the columns of a row: the kernels write whole vectors.
+// Memory for the columns of a row, with room behind them: the kernels write whole vectors.
 std::unique_ptr<std::uint16_t[]> column_scratch(std::size_t cols) {
   return std::unique_ptr<std::uint16_t[]>(new std::uint16_t[cols + 8]);
 }
 
-// The columns of a mask's set bits, as index16 stores them.
+// The columns of the set bits of a mask, as index16 stores them.
 void mask_columns(const py::array& mask, const py::array& row_offsets, std::size_t cols, const py::array& columns) {
   const View<std::uint16_t> to = view<std::uint16_t>(columns, {"columns"});
   const Sparse s = sparse_of("mask", mask, row_offsets, cols, to.size);
@@ -133,7 +133,7 @@ void mask_columns(const py::array& mask, const py::array& row_offsets, std::size
   });
 }
 
-// How many entries each row of index16 takes as index8.
+// Counts the entries that each row of index16 needs as index8.
 void count_gaps(const py::array& columns, const py::array& row_offsets, std::size_t cols, const py::array& counts) {
   const View<const std::uint16_t> from = view<const std::uint16_t>(columns, {"columns"});
   const Sparse s = sparse_of("index16", columns, row_offsets, cols, from.size);
@@ -150,8 +150,8 @@ void count_gaps(const py::array& columns, const py::array& row_offsets, std::siz
   });
 }
 
-// index16 to index8, whose offsets are the running sum of what count_gaps gave. Values move along; those of entries
-// that only step on stay as they are.
+// Converts index16 to index8, whose offsets are the running sum of the counts of count_gaps. Values move to their new
+// places; those of entries that only fill a distance above 255 are left as they are.
 void column_gaps(const py::array& columns, const py::array& row_offsets, std::size_t cols, const py::array& values,
                  const py::array& gap_offsets, const py::array& gaps, const py::array& gap_values) {
   const View<const std::uint16_t> from = view<const std::uint16_t>(columns, {"columns"});
@@ -191,7 +191,7 @@ void column_gaps(const py::array& columns, const py::array& row_offsets, std::si
   });
 }
 
-// The columns of index8.
+// The columns of the entries of index8.
 void gap_columns(const py::array& gaps, const py::array& row_offsets, std::size_t cols, const py::array& columns) {
   const View<std::uint16_t> to = view<std::uint16_t>(columns, {"columns"});
   const Sparse s = sparse_of("index8", gaps, row_offsets, cols, to.size);
@@ -206,7 +206,7 @@ void gap_columns(const py::array& gaps, const py::array& row_offsets, std::size_
   }
 }
 
-// Positions have been checked by check_sparse; not for blocks.
+// From sparse to dense, for every layout but blocks. check_sparse has checked the positions.
 void expand(const std::string& layout, const py::array& positions, const py::array& row_offsets,
             const py::array& values, const py::array& out) {
   require_2d(out, {"out"});

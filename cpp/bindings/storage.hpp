@@ -6,12 +6,11 @@
 
 #include "bindings/arrays.hpp"
 #include "kernels/contract.hpp"
+#include "parallel.hpp"
 
 namespace fastopt {
 
-inline std::size_t ceil_div(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
-
-// Memory for a call, not initialized, aligned to a cache line: a vector that crosses two takes twice as long.
+// Uninitialized memory for one call. It is aligned to a cache line: a vector that crosses two takes twice as long.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes)
@@ -26,7 +25,7 @@ class Scratch {
   std::uint8_t* data_;
 };
 
-// What a float32 matrix takes, as parallel_for wants it.
+// The size of a float32 matrix, in the type that parallel_for takes.
 inline double matrix_bytes(std::size_t rows, std::size_t cols) {
   return 4.0 * static_cast<double>(rows) * static_cast<double>(cols);
 }
@@ -54,7 +53,8 @@ inline void require_bits(int bits) {
   }
 }
 
-// `group_size` 0 means one scale and minimum for all. Pass const uint8_t to read codes, uint8_t to write them.
+// `group_size` 0 means one scale and minimum for the whole matrix. Pass const uint8_t to read codes, uint8_t to write
+// them.
 template <class Byte>
 Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
                        std::size_t group_size) {
@@ -98,7 +98,7 @@ inline void reads_weight(Disjoint& memory, const Quantized& q) {
   memory.reads(q.minimum, param_bytes(q), {"minimum"});
 }
 
-// Memory of any float type, seen as integers of its width.
+// The elements of an array of any float type, seen as integers of the same width.
 struct Elements {
   char* data;
   std::size_t size;
@@ -123,7 +123,8 @@ inline Layout layout_of(const std::string& name) {
 
 inline bool is_mask(Layout layout) { return layout == Layout::mask || layout == Layout::block; }
 
-// Positions and offsets of `entries` entries. Offsets must rise from 0 to that: a kernel follows them without looking.
+// Positions and row offsets for `entries` entries. Offsets must rise from 0 to `entries`: the kernels do not check
+// them.
 inline Sparse sparse_of(const std::string& layout, py::handle positions, py::handle row_offsets, std::size_t cols,
                         std::size_t entries) {
   Sparse s{};
