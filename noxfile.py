@@ -9,8 +9,10 @@ nox.options.sessions = ["lint", "typing", "tests"]
 
 # What a sanitizer, another instruction set or one thread can break; the rest of the tests is plain Python.
 KERNEL_TESTS = [
-    f"tests/test_{topic}.py"
-    for topic in ("optim", "checkpoint", "quant", "prune", "sparse", "linear", "sparse_linear", "model")
+    "tests/tensors",
+    "tests/train/test_optim.py",
+    "tests/train/test_checkpoint.py",
+    "tests/models/test_model.py",
 ]
 # Tests that take the fixture `isa` go through all tables by themselves: enough in one session.
 ONE_TABLE = ["-q", "-k", "not (baseline or v3 or v4 or vnni or neon or dotprod)"]
@@ -78,7 +80,7 @@ def asan(session):
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     # The profile of Hypothesis for CI has no deadline.
-    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, "tests/test_hostile.py", env=environment)
+    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, "tests/files/test_hostile.py", env=environment)
 
 
 @nox.session
@@ -103,14 +105,14 @@ def lower_bounds(session):
     dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     oldest = [dependency.replace(">=", "==") + ".*" for dependency in dependencies]
     session.install(*oldest, ".[test]")
-    session.run("pytest", *ONE_TABLE, "--ignore=tests/test_isa.py", "--ignore=tests/test_edge.py")
+    session.run("pytest", *ONE_TABLE, "--ignore=tests/core/test_isa.py", "--ignore=tests/edge")
 
 
 @nox.session
 def peers(session):
     """Test beside PyTorch and SciPy, which take part in no other session."""
     session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, ".")
-    files = [f"tests/test_{topic}.py" for topic in ("torch", "sparse", "files")]
+    files = ["tests/train/test_torch.py", "tests/tensors/test_sparse.py", "tests/files/test_files.py"]
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", *files)
 
 

@@ -15,7 +15,7 @@ import common
 import numpy as np
 
 import fastopt as fo
-from fastopt.bench import FASTOPT, Call, Case, linear_case, normal
+from fastopt.cli.bench import FASTOPT, Call, Case, linear_case, normal
 
 FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (("gguf", {}), ("mlx", {}), ("onnx", {}), ("onnx", {"fast": True}))
 GROUPS = {8: -1, 4: 32, 2: 32}  # for 2 bits in groups of 16 ONNX Runtime has no fast kernel

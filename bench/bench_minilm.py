@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
 import fastopt as fo
-from fastopt.linear import Weight
+from fastopt.tensors.packed import Weight
 
 Floats = NDArray[np.float32]
 Pairs = list[tuple[str, str, float]]

@@ -11,7 +11,19 @@ import ml_dtypes
 import numpy as np
 
 import fastopt as fo
-from fastopt.bench import FASTOPT, NUMPY, OPTIMIZERS, Array, Call, Case, Step, limit, normal, numpy_adam, optimizer_case
+from fastopt._types import Array
+from fastopt.cli.bench import (
+    FASTOPT,
+    NUMPY,
+    OPTIMIZERS,
+    Call,
+    Case,
+    Step,
+    limit,
+    normal,
+    numpy_adam,
+    optimizer_case,
+)
 
 TORCH = "torch fused"
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from sklearn import datasets
 
 import fastopt as fo
-from fastopt import demo
+from fastopt.demo import run as demo
 
 STATES = ("float32", "bfloat16", "uint8")
 CONTEXT, EMBEDDING = 8, 24

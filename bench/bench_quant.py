@@ -11,7 +11,7 @@ import common
 import numpy as np
 
 import fastopt as fo
-from fastopt.bench import (
+from fastopt.cli.bench import (
     FASTOPT,
     NUMPY,
     Case,

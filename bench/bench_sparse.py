@@ -10,7 +10,8 @@ import common
 import numpy as np
 
 import fastopt as fo
-from fastopt.bench import FASTOPT, NUMPY, Array, Case, copies, limit, linear_case, normal, prune_case
+from fastopt._types import Array
+from fastopt.cli.bench import FASTOPT, NUMPY, Case, copies, limit, linear_case, normal, prune_case
 
 SCIPY, TORCH, TORCH_CSR, CT = "scipy", "torch dense", "torch csr int32", "compressed-tensors"
 OWN = "fastopt dense 8 bits"

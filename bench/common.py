@@ -1,4 +1,4 @@
-"""What the scripts share over `fastopt.bench`: threads, pinning, peers, a JSON file, a picture.
+"""What the scripts share over `fastopt.cli.bench`: threads, pinning, peers, a JSON file, a picture.
 
 A script yields cases; `main` measures them in one child process per number of threads. The environment that OpenMP
 and BLAS read when they are loaded is thus set before that, and no contender's idle threads disturb another's run.
@@ -22,8 +22,8 @@ from typing import Any
 # before, which binds this thread to one core, they would all share that core.
 import numpy as np  # noqa: F401
 
-from fastopt import bench
-from fastopt.bench import FASTOPT, LIMIT, NUMPY, Case, Result
+from fastopt.cli import bench
+from fastopt.cli.bench import FASTOPT, LIMIT, NUMPY, Case, Result
 
 COLORS = {FASTOPT: "#c2410c", NUMPY: "#4d77cf", "numpy blocked": "#94b5ee"}
 OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f"]

@@ -12,23 +12,27 @@ array([0.9, 0.9, 0.9, 0.9], dtype=float32)
 from fastopt import _threads as _threads  # first: it loads the extension
 from fastopt import schedules
 from fastopt._core import __version__
-from fastopt.checkpoint import restore, save
-from fastopt.choose import choose_bits
 from fastopt.config import get_num_threads, set_num_threads, show_config
-from fastopt.examine import Difference, TensorDifference, TensorFacts, diff, inspect
-from fastopt.export import export
-from fastopt.export.onnx_pack import pack_onnx
-from fastopt.files import Weights
-from fastopt.linear import linear
-from fastopt.model import PackedModel, Report, TensorReport, load, pack
-from fastopt.optim import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop, l1_penalty, l2_penalty
-from fastopt.prune import cubic_sparsity, prune, prune_
-from fastopt.quant import QuantizedTensor, embedding, pack_bits, quantize, unpack_bits
-from fastopt.recipe import Options, Recipe
-from fastopt.shrink import Add, Concat, Layer, Shrunk, drop_layers, shrink
-from fastopt.sparse import SparseTensor, sparsity
-from fastopt.stream import pack_file, plan, prune_file, unpack_file
-from fastopt.weights import open_weights
+from fastopt.files.sources import open_weights
+from fastopt.files.weights import Weights
+from fastopt.formats import export
+from fastopt.formats.onnx_pack import pack_onnx
+from fastopt.models.choose import choose_bits
+from fastopt.models.examine import Difference, TensorDifference, TensorFacts, diff, inspect
+from fastopt.models.model import PackedModel, load, pack
+from fastopt.models.recipe import Options, Recipe
+from fastopt.models.report import Report, TensorReport
+from fastopt.models.shrinking import Add, Concat, Layer, Shrunk, drop_layers, shrink
+from fastopt.models.stream import pack_file, plan, prune_file, unpack_file
+from fastopt.tensors.products import embedding, linear
+from fastopt.tensors.pruning import cubic_sparsity, prune, prune_
+from fastopt.tensors.quantization import pack_bits, quantize, unpack_bits
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor, sparsity
+from fastopt.train.checkpoint import restore, save
+from fastopt.train.optimizer import Optimizer
+from fastopt.train.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from fastopt.train.param_tree import l1_penalty, l2_penalty
 
 __all__ = [
     "SGD",

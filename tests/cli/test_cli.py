@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import fastopt as fo
 from fastopt import stream
-from fastopt.commands import app
+from fastopt.cli.show_commands import app
 
-ENTRY = [sys.executable, "-c", "from fastopt.cli import main; main()"]
+ENTRY = [sys.executable, "-c", "from fastopt.cli.__main__ import main; main()"]
 
 
 def run(*args, code=0):
@@ -545,7 +545,7 @@ def test_version():
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_without_the_extra(module):
-    code = f"import sys; sys.modules[{module!r}] = None; from fastopt.cli import main; main()"
+    code = f"import sys; sys.modules[{module!r}] = None; from fastopt.cli.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     # An editable install may report its build before.

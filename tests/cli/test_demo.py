@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import fastopt as fo
 from fastopt import demo
-from fastopt.commands import app
+from fastopt.cli.show_commands import app
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastopt import _core
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ISAS = _core.available_isas()
 
 CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")

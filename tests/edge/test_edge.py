@@ -18,7 +18,7 @@ from conftest import same_bits
 
 import fastopt as fo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EDGE = ROOT / "cpp" / "edge"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
 
@@ -68,7 +68,7 @@ def build(tmp_path_factory):
         if name not in built:
             compiler, options, emulator = BUILDS[name]
             need(compiler, *emulator[:1])
-            run(compiler, *options, *STRICT, ROOT / "tests" / "edge_driver.c", "-o", folder / name)
+            run(compiler, *options, *STRICT, ROOT / "tests" / "edge" / "edge_driver.c", "-o", folder / name)
             built[name] = [*emulator, folder / name]
         return built[name]
 
@@ -499,7 +499,9 @@ def checked(tmp_path_factory):
 @pytest.mark.parametrize("target", ["host", "cortex-m3", "cortex-m4", "cortex-m7"])
 def test_exported_tensors(checked, target, tmp_path):
     folder, weights, x = checked
-    lines = make("run", target, BUILD=tmp_path, MODEL=folder, MAIN=ROOT / "tests" / "edge_check.c").splitlines()
+    lines = make(
+        "run", target, BUILD=tmp_path, MODEL=folder, MAIN=ROOT / "tests" / "edge" / "edge_check.c"
+    ).splitlines()
     for (name, tensor), line in zip(weights.items(), lines[: len(weights)], strict=True):
         w = matrix(tensor)
         rows, cols = w.shape

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fastopt as fo
-from fastopt.files import ALIGNMENT, PAD, MappedFile, part_of, write
+from fastopt.files.safetensors_file import ALIGNMENT, PAD, MappedFile, part_of, write
 
 RECIPE = fo.Recipe(
     bits=4,
@@ -103,7 +103,7 @@ def test_any_array_is_written(tmp_path, monkeypatch):
         assert np.array_equal(back[name], array)
     with safe_open(path, "numpy") as file:
         assert file.metadata() == {"a": "ä"}
-    monkeypatch.setattr("fastopt.files._LONGEST_HEADER", 1000)
+    monkeypatch.setattr("fastopt.files.safetensors_file._LONGEST_HEADER", 1000)
     with pytest.raises(ValueError, match=r"tensors: names make a header of 1\d\d\d bytes, expected at most 1000"):
         write(path, [part_of("x" * 1000, np.zeros(3))], {})
     with pytest.raises(ValueError, match=r"tensors: 'fastopt\.pad\.0' is a name that the format keeps for itself"):

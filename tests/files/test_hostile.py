@@ -343,7 +343,7 @@ def test_mutated_files_load_or_raise(whole, tmp_path, changes, length, in_header
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent / "fuzz" / "corpus").iterdir()), ids=lambda path: path.name
+    "path", sorted((Path(__file__).parents[1] / "fuzz" / "corpus").iterdir()), ids=lambda path: path.name
 )
 def test_what_the_fuzzer_found(path):
     """Its corpus: sound files, files that once were trouble, and those that reach far into the checks."""

@@ -6,7 +6,7 @@ import pytest
 from conftest import same_bits
 
 import fastopt as fo
-from fastopt.export import onnx as exporter
+from fastopt.formats import onnx as exporter
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -118,7 +118,7 @@ def chain(rng, width=48):
 
 def compute(model, graph, x):
     """The graph in float64."""
-    from fastopt.shrink import _activate
+    from fastopt.models.shrinking import _activate
 
     values, last = {}, x.astype("f8")
     w = {name: array.astype("f8") for name, array in fo.PackedModel(model).unpack().items()}

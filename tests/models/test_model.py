@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fastopt as fo
-from fastopt.model import FORMAT_VERSION
+from fastopt.files.container import FORMAT_VERSION
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fastopt as fo
-from fastopt.choose import parse_size
-from fastopt.quant import quantized_nbytes
+from fastopt.models.choose import parse_size
+from fastopt.tensors.quantization import quantized_nbytes
 
 
 def test_the_first_match_wins_and_the_reason_is_told():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import fastopt as fo
-from fastopt.shrink import ACTIVATIONS
+from fastopt.models.shrinking import ACTIVATIONS
 
 
 def conv(x, w, depthwise=False):

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; without its extra, say so in one line and exit with status 1."""
     try:
-        from fastopt.commands import app
+        from fastopt.cli.show_commands import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fastopt as fo
 from fastopt import _core
+from fastopt._types import Array
 
-Array: TypeAlias = NDArray[Any]
 Call: TypeAlias = Callable[[], object]
 Step: TypeAlias = Callable[[Array, Array], Call]  # from weights and gradients to what takes one step
 

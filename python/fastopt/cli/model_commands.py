@@ -9,17 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastopt import page, report
-from fastopt.console import Json, app, byte_progress
-from fastopt.examine import diff as difference_of
-from fastopt.examine import inspect as facts_of
-from fastopt.export import TARGETS
-from fastopt.export import export as export_to
-from fastopt.export.onnx_pack import pack_onnx
-from fastopt.files import Weights, read_index
-from fastopt.linear import Weight
-from fastopt.model import PackedModel, Report, load
-from fastopt.options import (
+from fastopt.cli import page, tables
+from fastopt.cli.app import Json, app, byte_progress
+from fastopt.cli.options import (
     AccuracyLevel,
     DryRun,
     Exclude,
@@ -39,9 +31,19 @@ from fastopt.options import (
     override_of,
     usage,
 )
-from fastopt.recipe import Recipe
-from fastopt.stream import pack_file, unpack_file
-from fastopt.weights import open_weights
+from fastopt.files.shards import read_index
+from fastopt.files.sources import open_weights
+from fastopt.files.weights import Weights
+from fastopt.formats import TARGETS
+from fastopt.formats import export as export_to
+from fastopt.formats.onnx_pack import pack_onnx
+from fastopt.models.examine import diff as difference_of
+from fastopt.models.examine import inspect as facts_of
+from fastopt.models.model import PackedModel, load
+from fastopt.models.recipe import Recipe
+from fastopt.models.report import Report
+from fastopt.models.stream import pack_file, unpack_file
+from fastopt.tensors.packed import Weight
 
 
 @app.command(
@@ -64,9 +66,9 @@ def inspect(model: Source, as_json: Json = False) -> None:
     recipe = opened.recipe if isinstance(opened, PackedModel) else None
     if as_json:
         told = {"file": str(model), "recipe": recipe and recipe.to_dict(), "tensors": facts}
-        typer.echo(report.to_json(told))
+        typer.echo(tables.to_json(told))
     else:
-        report.print_facts(model, facts, recipe)
+        tables.print_facts(model, facts, recipe)
 
 
 @app.command(
@@ -229,9 +231,9 @@ def unpack(model: Source, output: Target, as_json: Json = False) -> None:
         unpack_file(model, output, notify=notify)
     size = _file_bytes(output)
     if as_json:
-        typer.echo(report.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
+        typer.echo(tables.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
     else:
-        typer.echo(f"{output}: {report.size_text(size)}")
+        typer.echo(f"{output}: {tables.size_text(size)}")
 
 
 @app.command(
@@ -284,9 +286,9 @@ def export(
     size = _file_bytes(output)
     if as_json:
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
-        typer.echo(report.to_json(about))
+        typer.echo(tables.to_json(about))
     else:
-        typer.echo(f"{output}: {report.size_text(size)}")
+        typer.echo(f"{output}: {tables.size_text(size)}")
 
 
 @app.command(
@@ -323,9 +325,9 @@ def diff(
         with byte_progress("page") as notify:
             page.write(html, page.of_difference(first, second, found, _Watched(one, notify), other))
     if as_json:
-        typer.echo(report.to_json({"first": str(first), "second": str(second), **report.plain(found)}))
+        typer.echo(tables.to_json({"first": str(first), "second": str(second), **tables.plain(found)}))
     else:
-        report.print_difference(found)
+        tables.print_difference(found)
     if max_error is not None:
         apart = [t.name for t in found.tensors if not t.relative <= max_error]
         apart += [*found.missing, *found.extra, *(name for name, *_ in found.reshaped)]
@@ -365,10 +367,10 @@ def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: b
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
-        typer.echo(report.to_json({**about, "recipe": recipe.to_dict(), **packed.to_dict()}))
+        typer.echo(tables.to_json({**about, "recipe": recipe.to_dict(), **packed.to_dict()}))
     else:
-        report.print_report(packed)
-        typer.echo(f"{target}: {'not written' if size is None else report.size_text(size)}")
+        tables.print_report(packed)
+        typer.echo(f"{target}: {'not written' if size is None else tables.size_text(size)}")
 
 
 def _file_bytes(path: Path) -> int:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastopt.recipe import Options
-from fastopt.shrink import Layer
+from fastopt.models.recipe import Options
+from fastopt.models.shrinking import Layer
 
 
 class Fit(str, Enum):

@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt.examine import Difference
-from fastopt.files import write_text
-from fastopt.linear import Array, Weight
-from fastopt.model import PackedModel, Report, storage_of, unpacked
-from fastopt.quant import Error, QuantizedTensor, as_matrix
-from fastopt.recipe import Recipe
-from fastopt.report import decibel_text, percent_text, size_text, storage_text, to_json
-from fastopt.sparse import SparseTensor
+from fastopt._checks import as_matrix
+from fastopt._types import Array
+from fastopt.cli.tables import decibel_text, percent_text, size_text, storage_text, to_json
+from fastopt.files.atomic import write_text
+from fastopt.models.examine import Difference
+from fastopt.models.model import PackedModel
+from fastopt.models.recipe import Recipe
+from fastopt.models.report import Report
+from fastopt.tensors.error import Error
+from fastopt.tensors.packed import Weight, storage_of, unpacked
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 
 def of_packing(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fastopt import model_commands as model_commands  # it adds its own to the application
-from fastopt.console import Json, progress
-from fastopt.console import app as app
+from fastopt.cli import model_commands as model_commands
+from fastopt.cli.app import Json, progress
+from fastopt.cli.app import app as app
 
 
 @app.command(
@@ -30,25 +30,25 @@ def demo(
 
     Writes fastopt-demo.safetensors (the packed model) and fastopt-demo.png (the comparison).
     """
-    from fastopt import demo, demo_report
+    from fastopt.demo import run, show
 
-    demo_report.require_matplotlib()  # before the work, not after it
-    dataset = demo.load_digits() if data is None else demo.load_idx_folder(data)
+    show.require_matplotlib()  # before the work, not after it
+    dataset = run.load_digits() if data is None else run.load_idx_folder(data)
     out.mkdir(parents=True, exist_ok=True)
     with progress() as notify:
-        result = demo.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
+        result = run.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
     picture = out / "fastopt-demo.png"
-    demo_report.draw(result, picture)
+    show.draw(result, picture)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(result.summary), "picture": str(picture)}))
     else:
-        demo_report.print_table(result.summary)
+        show.print_table(result.summary)
         typer.echo(f"\nmodel    {result.summary.file}\npicture  {picture}")
 
 
 @app.command()
 def bench(as_json: Json = False) -> None:
     """Measure optimizer steps, quantization and products against NumPy and the limit of the memory."""
-    from fastopt import bench
+    from fastopt.cli import bench
 
     bench.run(json=as_json)

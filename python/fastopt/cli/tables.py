@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastopt.examine import Difference, TensorFacts
-from fastopt.model import Report
-from fastopt.quant import Error
-from fastopt.recipe import Recipe
+from fastopt.models.examine import Difference, TensorFacts
+from fastopt.models.recipe import Recipe
+from fastopt.models.report import Report
+from fastopt.tensors.error import Error
 
 # ---- numbers as texts --------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastopt as fo
-from fastopt.model import unpacked
+from fastopt.tensors.packed import unpacked
 
 Floats: TypeAlias = NDArray[np.float32]
 Labels: TypeAlias = NDArray[np.int64]

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastopt.demo import Result, Summary
-from fastopt.files import replacing
+from fastopt.demo.run import Result, Summary
+from fastopt.files.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,27 +4,21 @@ Every tensor of a file that is written here starts at a multiple of 64 bytes. Th
 of zeros whose name starts with ``fastopt.pad.`` fills what another leaves to the next multiple.
 """
 
-import contextlib
-import errno
-import hashlib
 import json
 import math
 import mmap
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-Array: TypeAlias = NDArray[Any]
-PathLike: TypeAlias = str | os.PathLike[str]
+from fastopt._types import Array, PathLike
+from fastopt.files.atomic import replacing
 
 ALIGNMENT = 64
 PAD = "fastopt.pad."
@@ -170,24 +164,6 @@ def read_arrays(path: PathLike) -> tuple[dict[str, Array], dict[str, str]]:
     return {name: file.array(name) for name in file.stored}, file.metadata
 
 
-def read_index(path: PathLike) -> dict[str, list[str]]:
-    """Return the files that an index of shards names, each with its tensors."""
-    path = Path(path)
-    try:
-        parsed = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not an index of shards: {error}") from error
-    placed = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise ValueError(f"{path}: not an index of shards: expected a 'weight_map' from tensors to files")
-    shards: dict[str, list[str]] = {}
-    for name, file in placed.items():
-        if Path(file).name != file or file in ("", ".."):
-            raise ValueError(f"{path}: {name!r} is in {file!r:.100}, expected the name of a file beside the index")
-        shards.setdefault(file, []).append(name)
-    return shards
-
-
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -276,120 +252,6 @@ def write_array(file: IO[bytes], array: Array) -> None:
     file.write(plain.reshape(-1).view(np.uint8).data)
 
 
-def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[Part]]) -> None:
-    """Write files beside an index, and the index last.
-
-    Names of files tell their content, so files of an older model stay as they are until the index has been replaced;
-    then those that were written here, and only the old index named, are removed.
-
-    Parameters
-    ----------
-    index : Path
-        ``NAME.index.json`` or ``NAME.safetensors.index.json``.
-    count : int
-        How many files there are.
-    write_one : callable
-        Writes file number i, from 0 on, to a path; returns what is in it.
-    """
-    index = index.resolve()
-    stem = index.name.removesuffix(".index.json").removesuffix(".safetensors")
-    try:
-        old = set(read_index(index))
-    except (OSError, ValueError):
-        old = set()
-    placed: dict[str, str] = {}
-    total, made, text = 0, [], ""
-    try:
-        with naming(index):
-            for i in range(count):
-                number = f"{stem}-{i + 1:05}-of-{count:05}"
-                temporary = index.with_name(f".{number}.part")
-                made.append(temporary)
-                parts = write_one(temporary, i)
-                name = f"{number}-{_digest(temporary)}.safetensors"
-                if name not in old:
-                    made.append(index.with_name(name))
-                temporary.replace(index.with_name(name))
-                placed |= {part.name: name for part in parts}
-                total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-            _sync(index.parent)  # no index before what it names
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
-            write_text(index, text)
-    except BaseException:
-        if not index.exists() or index.read_text(encoding="utf-8") != text:  # nothing names them
-            for path in made:
-                path.unlink(missing_ok=True)
-        raise
-    ours = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
-    for name in old - set(placed.values()):
-        if ours.fullmatch(name):
-            index.with_name(name).unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def write_text(path: PathLike, text: str) -> None:
-    """Write a text, which takes the place of `path` when it is whole and on the disk."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; on success move it there, durably, else remove it."""
-    target = Path(path).resolve()
-    with naming(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            try:
-                yield temporary
-            except SafetensorError as error:  # what the library makes of a full disk
-                raise OSError(f"{target}: {error}") from error
-            temporary.chmod(mode)
-            _sync(temporary)
-            temporary.replace(target)
-            _sync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def naming(target: Path) -> Iterator[None]:
-    """Let an error of the system name the file that cannot be written, and no temporary one beside it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or (error.filename is not None and Path(error.filename).parent != target.parent):
-            raise
-        raise type(error)(error.errno, error.strerror, str(target)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Scratch:
     """Arrays on the disk that are needed once more: an unnamed file, which vanishes with the process.
 
@@ -419,99 +281,3 @@ class Scratch:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-class Weights(Mapping[str, Array]):
-    """The arrays of files by name; each is read when it is asked for, and not kept.
-
-    Made by `open_weights`.
-
-    Parameters
-    ----------
-    sources : mapping from name to Source
-    shards : mapping from file name to names, optional
-        Which arrays are together in a file, where there are several.
-    """
-
-    def __init__(self, sources: Mapping[str, "Source"], shards: Mapping[str, Sequence[str]] | None = None) -> None:
-        self._sources = dict(sources)
-        self.shards = shards
-
-    def __getitem__(self, name: str) -> Array:
-        return self._sources[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __repr__(self) -> str:
-        return f"Weights({len(self)} arrays, {self.nbytes:,} bytes)"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(source.nbytes for source in self._sources.values())
-
-    def spec(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Return the shape and the dtype of an array without reading it.
-
-        Parameters
-        ----------
-        name : str
-
-        Returns
-        -------
-        shape : tuple of int
-        dtype : numpy.dtype
-        """
-        source = self._sources[name]
-        return source.shape, source.dtype
-
-    def nbytes_of(self, name: str) -> int:
-        """Return the bytes of an array without reading it.
-
-        Parameters
-        ----------
-        name : str
-
-        Returns
-        -------
-        int
-        """
-        return self._sources[name].nbytes
-
-    def release(self, name: str) -> None:
-        """Give back the memory of an array that was read and is not needed any more.
-
-        Parameters
-        ----------
-        name : str
-        """
-        self._sources[name].release()
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an array comes from."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[], Array]
-    release: Callable[[], None] = _nothing
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def spec_of(weights: Mapping[str, Array], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and the dtype of an array, which is not read where that can be avoided."""
-    if isinstance(weights, Weights):
-        return weights.spec(name)
-    array = weights[name]
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
-    return array.shape, array.dtype

@@ -10,9 +10,12 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from fastopt.files import Array, MappedFile, PathLike, Source, Weights, read_index
-from fastopt.linear import Weight
-from fastopt.model import assemble, disassemble, unpacked
+from fastopt._types import Array, PathLike
+from fastopt.files.container import assemble, disassemble
+from fastopt.files.safetensors_file import MappedFile
+from fastopt.files.shards import read_index
+from fastopt.files.weights import Source, Weights
+from fastopt.tensors.packed import Weight, unpacked
 
 _TORCH = (".pt", ".pth", ".bin")
 
@@ -98,10 +101,10 @@ def _open_folder(path: Path) -> Weights:
 def _of_safetensors(file: MappedFile) -> dict[str, Source]:
     if "fastopt" not in file.metadata:
         return {name: _of_mapped(file, name) for name in file.stored}
-    model = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
+    content = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
     return {
         name: _of_mapped(file, name) if name in file.stored else _of_packed(file, name, tensor)
-        for name, tensor in model.items()
+        for name, tensor in content.tensors.items()
     }
 
 

@@ -2,22 +2,21 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt.files import Weights
-from fastopt.linear import Weight
-from fastopt.model import Array
-from fastopt.quant import QuantizedTensor, as_matrix
-
-# Called with the bytes that are done, those of all, and the name of the tensor that comes next.
-Notify: TypeAlias = Callable[[int, int, str], None]
+from fastopt._checks import as_matrix
+from fastopt._types import Array, Notify
+from fastopt.files.weights import Weights
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import QuantizedTensor
 
 # Each is a module here with a function `write(model, path, progress, **options)`.
 TARGETS = ("c", "gguf", "mlx", "npz", "onnx")
@@ -78,33 +77,15 @@ def export(
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
-    write = import_module(f"fastopt.export.{to}").write
+    write = import_module(f"fastopt.formats.{to}").write
     known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    progress = Progress(model, notify)
+    sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
+    progress = Progress(sizes, notify)
     write(model, Path(path), progress, **options)
     progress.next("")
-
-
-class Progress:
-    """Tells how many bytes of a model are done."""
-
-    def __init__(self, model: Mapping[str, Weight], notify: Notify | None) -> None:
-        self._model, self._notify = model, notify
-        self._done, self._total, self._name = 0, sum(map(self._nbytes, model)), ""
-
-    def _nbytes(self, name: str) -> int:
-        return self._model.nbytes_of(name) if isinstance(self._model, Weights) else self._model[name].nbytes
-
-    def next(self, name: str) -> None:
-        """Tell that the tensor that was named before is done, and this one is next."""
-        if self._name:
-            self._done += self._nbytes(self._name)
-        self._name = name
-        if self._notify is not None:
-            self._notify(self._done, self._total, name)
 
 
 def require_package(name: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from fastopt.export import Progress
-from fastopt.files import replacing
-from fastopt.linear import Weight
-from fastopt.model import Array
-from fastopt.quant import QuantizedTensor, as_matrix
-from fastopt.sparse import SparseTensor
+from fastopt._checks import as_matrix
+from fastopt._types import Array
+from fastopt.files.atomic import replacing
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 _TYPES = {"float32": "FO_F32", "float16": "FO_F16", "bfloat16": "FO_BF16"}
 _LAYOUTS = {"1x16": "FO_BLOCK", "index16": "FO_INDEX16", "index8": "FO_INDEX8"}

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt.export import Progress, cast_exactly, regroup, require_package
-from fastopt.files import replacing
-from fastopt.linear import Weight
-from fastopt.model import Array, unpacked
-from fastopt.quant import QuantizedTensor, pack_bits, unpack_bits
-from fastopt.sparse import SparseTensor
+from fastopt._types import Array
+from fastopt.files.atomic import replacing
+from fastopt.formats import cast_exactly, regroup, require_package
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight, unpacked
+from fastopt.tensors.quantization import pack_bits, unpack_bits
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
 _PANEL = 1 << 13  # blocks that are worked on at a time, in cache

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from fastopt.export import Progress, cast_exactly, regroup
-from fastopt.files import replacing
-from fastopt.linear import Weight
-from fastopt.model import Array
-from fastopt.quant import QuantizedTensor
-from fastopt.sparse import SparseTensor
+from fastopt._types import Array
+from fastopt.files.atomic import replacing
+from fastopt.formats import cast_exactly, regroup
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 _GROUP_SIZES = (128, 64, 32)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastopt.export import Progress
-from fastopt.files import replacing
-from fastopt.linear import Weight
-from fastopt.model import Array, unpacked
-from fastopt.quant import QuantizedTensor, as_matrix, unpack_bits
-from fastopt.sparse import SparseTensor
+from fastopt._checks import as_matrix
+from fastopt._types import Array
+from fastopt.files.atomic import replacing
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight, unpacked
+from fastopt.tensors.quantization import unpack_bits
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 
 def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:

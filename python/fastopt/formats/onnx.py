@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastopt.export import Progress, regroup, require_package
-from fastopt.files import ALIGNMENT, replacing
-from fastopt.linear import Weight
-from fastopt.model import Array, unpacked
-from fastopt.quant import QuantizedTensor, as_matrix, pack_bits, unpack_bits
-from fastopt.shrink import Concat, Layer, Node
-from fastopt.sparse import SparseTensor
+from fastopt._checks import as_matrix
+from fastopt._types import Array
+from fastopt.files.atomic import replacing
+from fastopt.files.safetensors_file import ALIGNMENT
+from fastopt.formats import regroup, require_package
+from fastopt.models.shrinking import Concat, Layer, Node
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight, unpacked
+from fastopt.tensors.quantization import pack_bits, unpack_bits
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

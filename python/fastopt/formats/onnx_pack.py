@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastopt.choose import choose_bits
-from fastopt.export import Notify, Progress, require_package
-from fastopt.export.onnx import Builder, Constant, opset_of, save
-from fastopt.files import PathLike
-from fastopt.linear import Weight
-from fastopt.model import Array, Report, Reporter
-from fastopt.quant import QuantizedTensor
-from fastopt.recipe import Recipe, pack_tensor
+from fastopt._types import Array, Notify, PathLike
+from fastopt.formats import require_package
+from fastopt.formats.onnx import Builder, Constant, opset_of, save
+from fastopt.models.choose import choose_bits
+from fastopt.models.recipe import Recipe, pack_tensor
+from fastopt.models.report import Report, Reporter
+from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
@@ -88,7 +89,7 @@ def pack_onnx(
     recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
     packed: dict[str, Weight] = {}
     reporter = Reporter()
-    progress = Progress(weights, notify)
+    progress = Progress({name: weights[name].nbytes for name in weights}, notify)
     for name, array in weights.items():
         progress.next(name)
         tensor, reason = pack_tensor(name, array, recipe)

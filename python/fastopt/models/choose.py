@@ -6,18 +6,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastopt.files import ALIGNMENT, Weights, spec_of
-from fastopt.prune import prune
-from fastopt.quant import ErrorSums, QuantizedTensor, quantized_nbytes
-from fastopt.recipe import Options, Recipe, naming_tensor, pack_tensor
-from fastopt.sparse import SparseTensor
-
-Array: TypeAlias = NDArray[Any]
+from fastopt._types import Array
+from fastopt.files.safetensors_file import ALIGNMENT
+from fastopt.files.weights import Weights, spec_of
+from fastopt.models.recipe import Options, Recipe, naming_tensor, pack_tensor
+from fastopt.tensors.error import ErrorSums
+from fastopt.tensors.pruning import prune
+from fastopt.tensors.quantization import quantized_nbytes
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 # What is tried where the recipe leaves the group size open, by bits.
 _GROUP_SIZES = {2: (16, 32, 64, 128, -1), 4: (16, 32, 64, 128, -1), 8: (128, -1)}

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt.linear import Array, Weight
-from fastopt.model import storage_of, unpacked
-from fastopt.quant import DEFAULT_GROUP_SIZE, FLOATS, Error, ErrorSums, as_matrix, quantize
+from fastopt._checks import DEFAULT_GROUP_SIZE, as_matrix
+from fastopt._types import FLOATS, Array
+from fastopt.tensors.error import Error, ErrorSums
+from fastopt.tensors.packed import Weight, storage_of, unpacked
+from fastopt.tensors.quantization import quantize
 
 # Further than so many standard deviations from the mean is an outlier: one in 500 million normal values is.
 _OUTLIER = 6

@@ -8,18 +8,18 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-from fastopt.files import PathLike
-from fastopt.linear import Weight
-from fastopt.prune import check_selection, prune
-from fastopt.quant import FLOATS, GroupSize, QuantizedTensor, quantize, require_bits, require_group_size
-from fastopt.sparse import SparseTensor
-
-Array: TypeAlias = NDArray[Any]
+from fastopt._checks import require_bits, require_group_size
+from fastopt._types import FLOATS, Array, GroupSize, PathLike
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.pruning import check_selection, prune
+from fastopt.tensors.quantization import quantize
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
 
 _PRUNING = ("threshold", "sparsity", "pattern")
 

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[Any]
+from fastopt._types import Array
+
 Activation: TypeAlias = "str | Callable[[Array], Array] | None"
 Criterion: TypeAlias = Literal["l1", "l2", "activity", "taylor"]
 

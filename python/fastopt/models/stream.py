@@ -3,17 +3,21 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from fastopt.choose import choose_bits
-from fastopt.files import Array, Part, PathLike, Scratch, Weights, naming, require_dtype, spec_of, write, write_shards
-from fastopt.model import Report, Reporter, describe, disassemble
-from fastopt.quant import quantized_nbytes, require_group_size
-from fastopt.recipe import Recipe, pack_tensor
-from fastopt.weights import open_weights
-
-# Called with the bytes that are done, those of all, and the name of the tensor that comes next.
-Notify: TypeAlias = Callable[[int, int, str], None]
+from fastopt._checks import require_group_size
+from fastopt._types import Array, Notify, PathLike
+from fastopt.files.atomic import naming
+from fastopt.files.container import describe, disassemble
+from fastopt.files.safetensors_file import Part, Scratch, require_dtype, write
+from fastopt.files.shards import write_shards
+from fastopt.files.sources import open_weights
+from fastopt.files.weights import Weights, spec_of
+from fastopt.models.choose import choose_bits
+from fastopt.models.recipe import Recipe, pack_tensor
+from fastopt.models.report import Report, Reporter
+from fastopt.progress import Progress
+from fastopt.tensors.quantization import quantized_nbytes
 
 
 def plan(weights: Mapping[str, Array], recipe: Recipe) -> Report:
@@ -119,7 +123,7 @@ def pack_file(
     """
     weights = open_weights(source)
     searches = target_bits is not None or target_size is not None
-    progress = _Progress(weights, notify, passes=searches + (not dry_run))
+    progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
     recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size, notify=progress.next)
     if dry_run:
         return plan(weights, recipe)
@@ -140,7 +144,7 @@ def pack_file(
                     entries[name] = entry
                 del array, tensor, arrays
                 weights.release(name)
-            write(path, parts, describe(names, entries, recipe))
+            write(path, parts, describe(names, entries, recipe.to_dict()))
         return parts
 
     _write_all(weights, Path(target), pack_some)
@@ -223,7 +227,7 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
     PackedModel(1 tensors, 32,768 bytes)
     """
     weights = open_weights(source)
-    progress = _Progress(weights, notify)
+    progress = Progress(weights.sizes, notify)
 
     def part(name: str) -> Part:
         shape, dtype = weights.spec(name)
@@ -241,22 +245,6 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
 
     _write_all(weights, Path(target), unpack_some)
     progress.next("")
-
-
-class _Progress:
-    """Tells how many bytes of the source are done."""
-
-    def __init__(self, weights: Weights, notify: Notify | None, passes: int = 1) -> None:
-        self._weights, self._notify = weights, notify
-        self._done, self._total, self._name = 0, passes * weights.nbytes, ""
-
-    def next(self, name: str) -> None:
-        """Tell that the tensor that was named before is done, and this one is next."""
-        if self._name:
-            self._done += self._weights.nbytes_of(self._name)
-        self._name = name
-        if self._notify is not None:
-            self._notify(self._done, self._total, name)
 
 
 def _write_all(weights: Weights, target: Path, write_some: Callable[[Path, Sequence[str]], list[Part]]) -> None:

@@ -1,18 +1,17 @@
 """Products with packed weights."""
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from fastopt import _core
-from fastopt.quant import QuantizedTensor, as_matrix
-from fastopt.sparse import SparseTensor, multiply
-
-Array: TypeAlias = NDArray[Any]
-Weight: TypeAlias = "Array | QuantizedTensor | SparseTensor"
-
+from fastopt._checks import as_matrix, matrix_of_out
+from fastopt._types import Array
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor, multiply
 
 _LIMBS = {"exact": 3, "int8": 1}
 _PANEL_SIZE = 1 << 19  # weights decoded at a time for BLAS: they stay in the outer cache
@@ -119,4 +118,59 @@ def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array | No
             np.matmul(x2, panel.T, out=out2[:, begin : begin + step])
     if bias is not None:
         np.add(out2, bias, out=out2)
+    return out
+
+
+def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> Array:
+    """Return rows of a quantized matrix, decoded: ``q.dequantize()[ids]`` without the rest of it.
+
+    Parameters
+    ----------
+    q : QuantizedTensor of at least two axes
+    ids : array_like of integers, any shape
+        Each at least 0 and below the number of rows.
+    out : float32 array, shape (*ids.shape, *q.shape[1:]), optional
+        Written and returned; C-contiguous.
+
+    Returns
+    -------
+    array
+        `out`, or a new array of the dtype that the weight had.
+
+    Raises
+    ------
+    TypeError
+        If `q` is not a QuantizedTensor, `ids` are not integers, or `out` is not float32.
+    IndexError
+        If one of `ids` is out of range.
+    ValueError
+        If `q` has one axis, or `out` does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> table = fo.quantize(15 * np.eye(4, dtype=np.float32), bits=4)
+    >>> fo.embedding(table, [2, 0])
+    array([[ 0.,  0., 15.,  0.],
+           [15.,  0.,  0.,  0.]], dtype=float32)
+    """
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
+    if len(q.shape) < 2:
+        raise ValueError(f"q: expected at least two axes, got shape {q.shape}")
+    rows = np.asarray(ids)
+    if rows.size == 0 and not isinstance(ids, np.ndarray):
+        rows = rows.astype(np.int64)
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"ids: expected integers, got {rows.dtype}")
+    if rows.size and not (rows.min() >= 0 and rows.max() < q.shape[0]):
+        wrong = int(rows.min() if rows.min() < 0 else rows.max())
+        raise IndexError(f"ids: expected 0 to {q.shape[0] - 1}, got {wrong}")
+    shape = (*rows.shape, *q.shape[1:])
+    part = q[rows.reshape(-1).astype(np.int64)]
+    if out is None:
+        return part.dequantize().reshape(shape)
+    matrix = matrix_of_out(out, shape)
+    part.dequantize(out=matrix.reshape(part.shape))
     return out

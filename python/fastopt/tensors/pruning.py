@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastopt import _core
-from fastopt.quant import as_float_array, as_matrix
-from fastopt.sparse import BLOCK, SparseTensor, parse_pattern, require_layout
+from fastopt._checks import as_float_array, as_matrix
+from fastopt._types import Array
+from fastopt.tensors.sparse import SparseTensor
+from fastopt.tensors.sparse_layout import BLOCK, parse_pattern, require_layout
 
-Array: TypeAlias = NDArray[Any]
 Mask: TypeAlias = NDArray[np.bool_]
 
 

@@ -1,71 +1,30 @@
 """Sparse storage of pruned weights."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt.quant import (
-    GroupSize,
-    QuantizedTensor,
-    as_float_array,
-    as_matrix,
-    matrix_of_out,
-    quantize,
-    require_bits,
+from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_bits
+from fastopt._types import Array, GroupSize
+from fastopt.tensors.quantization import quantize
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse_layout import (
+    _INDEX_COLUMNS,
+    _INDEX_DENSITY,
+    BLOCK,
+    _blocks,
+    _expand_blocks,
+    _fill_groups,
+    require_layout,
 )
-
-Array: TypeAlias = NDArray[Any]
 
 # Groups of non-zeros that share a scale and minimum, by bits: they run through the rows, so "a row" is no choice.
 _VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
-
-BLOCK = 16  # columns of a block of layout "1x16"
-_INDEX_COLUMNS = 1 << 16  # as many as 16 bits tell apart
-# Up to this density an index is faster than a mask, of which all bits are looked at: see bench/bench_sparse.py.
-_INDEX_DENSITY = 0.18
-
-
-def parse_pattern(pattern: str, name: str = "pattern") -> tuple[int, int] | None:
-    """Return N and M of a pattern "N:M", None for "1x16", or raise."""
-    if pattern == "1x16":
-        return None
-    match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", pattern) if isinstance(pattern, str) else None
-    if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"{name}: expected 'N:M' with N < M, as in '2:4', or '1x16', got {pattern!r}")
-    return int(match[1]), int(match[2])
-
-
-def require_layout(layout: str) -> str:
-    """Return `layout`, or raise."""
-    if layout in ("mask", "index16", "index8", "1x16"):
-        return layout
-    group = re.fullmatch(r"(\d):([248])", layout) if isinstance(layout, str) else None
-    if group is None or not 1 <= int(group[1]) < int(group[2]):
-        raise ValueError(
-            f"layout: expected 'mask', 'index16', 'index8', '1x16', or 'N:M' with M of 2, 4 or 8, got {layout!r}"
-        )
-    return layout
-
-
-@lru_cache
-def _filled_groups(n: int, m: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """For each byte of a mask: the same with n bits set in each group of m, and whether some group had more."""
-    filled, over = np.zeros(256, np.uint8), np.zeros(256, np.bool_)
-    for byte in range(256):
-        for start in range(0, 8, m):
-            places = range(start, start + m)
-            free = [p for p in places if not byte >> p & 1]
-            over[byte] |= len(free) < m - n
-            chosen = [p for p in places if p not in free[n - (m - len(free)) :]] if len(free) >= m - n else places
-            filled[byte] |= sum(1 << p for p in chosen)
-    return filled, over
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -409,7 +368,7 @@ class SparseTensor:
 
     def __matmul__(self, x: Array) -> Array:
         """Return the product with a vector [in], a matrix [in, batch] or a stack of these."""
-        from fastopt.linear import matmul
+        from fastopt.tensors.products import matmul
 
         return matmul(self, x)
 
@@ -557,7 +516,7 @@ class Transposed:
         return cols, rows
 
     def __rmatmul__(self, x: Array) -> Array:
-        from fastopt.linear import linear
+        from fastopt.tensors.products import linear
 
         return linear(x, self.T)
 
@@ -568,41 +527,6 @@ def multiply(x: Array, s: SparseTensor, bias: Array | None, out: Array | None) -
         args = (s._kernel_layout, s.positions, s.row_offsets, *s.values.kernel_args, s.nnz)
         return _core.linear_sparse_quantized(x, *args, s.shape, bias, out)
     return _core.linear_sparse(x, s._kernel_layout, s.positions, s.row_offsets, s.values, s.shape, bias, out)
-
-
-def _fill_groups(mask: NDArray[np.uint8], cols: int, layout: str) -> NDArray[np.uint8]:
-    """Return the mask with N bits set in each group of M, the lowest that are free; those over N removed."""
-    n, m = map(int, layout.split(":"))
-    filled, over = _filled_groups(n, m)
-    if np.any(over[mask]):
-        return np.where(over[mask], np.uint8(0), mask)  # lacks bits of `mask`, and so differs
-    result = filled[mask]
-    if cols % 8:  # a short last group
-        result[:, -1] &= (1 << cols % 8) - 1
-    return result
-
-
-def _blocks(x: Array) -> tuple[NDArray[np.uint8], NDArray[np.int64], Array]:
-    """Return mask, row offsets and values of the blocks that are not all zero."""
-    rows, cols = x.shape
-    count = -(-cols // BLOCK)
-    if cols % BLOCK:
-        x = np.concatenate([x, np.zeros((rows, count * BLOCK - cols), x.dtype)], axis=1)
-    blocks = x.reshape(rows, count, BLOCK)
-    stored = np.any(blocks != 0, axis=2)
-    row_offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(stored, axis=1))]).astype(np.int64)
-    values = blocks[stored].reshape(-1)
-    values[values == 0] = 0  # -0 is not told apart
-    return np.packbits(stored, axis=1, bitorder="little"), row_offsets, values
-
-
-def _expand_blocks(mask: NDArray[np.uint8], values: Array, out: Array) -> None:
-    rows, cols = out.shape
-    count = -(-cols // BLOCK)
-    stored = np.unpackbits(mask, axis=1, count=count, bitorder="little").view(np.bool_)
-    blocks = np.zeros((rows, count, BLOCK), out.dtype)
-    blocks[stored] = values.reshape(-1, BLOCK)
-    out[...] = blocks.reshape(rows, count * BLOCK)[:, :cols]
 
 
 def sparsity(w: Any) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.files import parse_json, part_of, read_arrays, write
+from fastopt.files.safetensors_file import parse_json, part_of, read_arrays, write
 
 _KEY = "fastopt.checkpoint"
 

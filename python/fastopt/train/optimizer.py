@@ -9,29 +9,16 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from fastopt import _core
+from fastopt._checks import as_float, require, require_count, require_flags, require_number
+from fastopt._types import Array
+from fastopt.train.param_tree import Params, addresses_of, as_array, as_gradient, is_tensor, leaves_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-class _HasArray(Protocol):
-    def __array__(self) -> Any: ...
-
-
-class _HasDlpack(Protocol):
-    def __dlpack__(self) -> Any: ...
-
-
-Array: TypeAlias = NDArray[Any]
-Leaf: TypeAlias = Array | _HasArray | _HasDlpack
-Params: TypeAlias = Leaf | Iterable[Leaf] | Mapping[str, Leaf] | Iterable[Mapping[str, Any]]
 LearningRate: TypeAlias = float | Callable[[int], float]
 Hyper: TypeAlias = tuple[float, ...]  # made by `hyper`
 Job: TypeAlias = tuple[Any, ...]  # made by `job`
@@ -39,15 +26,6 @@ Job: TypeAlias = tuple[Any, ...]  # made by `job`
 # Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
 STATE_BLOCK = 256
 
-_FLAGS = {
-    "amsgrad",
-    "centered",
-    "keep_zeros",
-    "master_weights",
-    "maximize",
-    "nesterov",
-    "stochastic_rounding",
-}
 _STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
 
 
@@ -107,98 +85,6 @@ def job(
     )  # fmt: skip
 
 
-def _require(condition: bool, name: str, needed: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {needed}, got {got!r}")
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
-
-
-def _float(value: Any, name: str) -> float:
-    """Return a number as Python's float: NumPy's narrower ones would make the arithmetic between steps narrower."""
-    if not _is_number(value):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _number(options: MutableMapping[str, Any], name: str) -> float:
-    """Return an option that must be a finite number, 0 or more, and keep it as a float."""
-    value = _float(options[name], name)
-    _require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more", options[name])
-    options[name] = value
-    return value
-
-
-def _count(options: Mapping[str, Any], name: str, what: str) -> int:
-    """Return an entry of a saved state that must be a number of steps."""
-    value = options.get(name)
-    fits = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
-    _require(bool(fits), what, "a whole number, 0 or more", value)
-    return operator.index(value)  # type: ignore[arg-type]  # an integer, as was found
-
-
-def _flags(options: Mapping[str, Any]) -> None:
-    """Refuse what is not a bool where only a bool makes sense."""
-    for name in _FLAGS & options.keys():
-        if not isinstance(options[name], bool | np.bool_):
-            raise TypeError(f"{name}: expected a bool, got {type(options[name]).__name__}")
-
-
-def _betas(options: MutableMapping[str, Any]) -> None:
-    betas = options["betas"]
-    if not isinstance(betas, tuple | list) or not all(_is_number(b) for b in betas):
-        raise TypeError(f"betas: expected two numbers, got {betas!r}")
-    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
-    options["betas"] = tuple(float(b) for b in betas)  # no list, which could be changed unseen
-
-
-def _is_tensor(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def _addresses(leaves: list[Any]) -> list[int]:
-    """Return where the memory of each tensor is, which torch may exchange; 0 for what is none."""
-    return [leaf.data_ptr() if _is_tensor(leaf) else 0 for leaf in leaves]
-
-
-def as_array(x: Any) -> Any:
-    """Return `x` as a NumPy array over the same memory, if it can say where that is; else `x` itself.
-
-    Tensors of torch and whatever has ``__array__`` or ``__dlpack__`` are taken; memory is never copied.
-    """
-    if isinstance(x, np.ndarray):
-        return x
-    if _is_tensor(x):
-        torch, x = sys.modules["torch"], x.detach()
-        if x.dtype == torch.bfloat16:  # which NumPy's protocols do not know
-            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return x.numpy()
-    if hasattr(x, "__array__"):
-        array = np.asarray(x)
-        return array if np.may_share_memory(array, np.asarray(x)) else x
-    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else x
-
-
-def _as_gradient(x: Any) -> Any:
-    """Return what `as_array` does, and an array of a scalar: NumPy makes scalars of what has no axes."""
-    return np.asarray(x) if isinstance(x, np.generic) else as_array(x)
-
-
-def _leaves(tree: Any) -> tuple[list[str], list[Any]]:
-    """Return the arrays of a dict, a list or a single array, after the names that messages and states use."""
-    if isinstance(tree, Mapping):
-        return [str(name) for name in tree], list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [str(i) for i in range(len(tree))], list(tree)
-    return ["0"], [tree]
-
-
 class _Group:
     """The tensors of one parameter group: what a step needs, in parallel lists."""
 
@@ -221,7 +107,7 @@ class _Group:
         self.names = names
         self.leaves = leaves
         self.params = params = [as_array(leaf) for leaf in leaves]
-        self.addresses = _addresses(leaves)
+        self.addresses = addresses_of(leaves)
         self.counts = [0] * len(params)  # steps that each has taken
         self.keys = keys
         self.states: list[tuple[Array, ...]] = []
@@ -242,7 +128,7 @@ class _Group:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.params = [as_array(leaf) for leaf in self.leaves]  # a copied tensor has memory of its own
-        self.addresses = _addresses(self.leaves)
+        self.addresses = addresses_of(self.leaves)
 
     def replaced(self) -> bool:
         """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
@@ -254,7 +140,7 @@ class _Group:
     def gradients(self, tree: Any) -> list[Any]:
         """Return the gradients in the order of the parameters."""
         if self.single:
-            return [tree if type(tree) is np.ndarray else _as_gradient(tree)]
+            return [tree if type(tree) is np.ndarray else as_gradient(tree)]
         if self.tree_keys is not None:
             if type(tree) is not dict and not isinstance(tree, Mapping):
                 raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
@@ -267,8 +153,8 @@ class _Group:
         else:
             if not isinstance(tree, list | tuple):
                 raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
-            _require(len(tree) == len(self.params), "grads", f"{len(self.params)} gradients", len(tree))
-        return [grad if type(grad) is np.ndarray else _as_gradient(grad) for grad in tree]
+            require(len(tree) == len(self.params), "grads", f"{len(self.params)} gradients", len(tree))
+        return [grad if type(grad) is np.ndarray else as_gradient(grad) for grad in tree]
 
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
@@ -421,29 +307,29 @@ class Optimizer(abc.ABC):
             if not isinstance(tree, Iterable):
                 raise TypeError(f"params: expected an array, a list or a dict, got {type(tree).__name__}")
             options["params"] = tree if isinstance(tree, list) else list(tree)
-        names, leaves = _leaves(options["params"])
+        names, leaves = leaves_of(options["params"])
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
         names = [prefix + name for name in names]
         params = [as_array(leaf) for leaf in leaves]
         all_names = [name for g in self._groups for name in g.names] + names
         twice = sorted(name for name, count in Counter(all_names).items() if count > 1)
-        _require(not twice, "params", "names that differ", twice)
+        require(not twice, "params", "names that differ", twice)
         _core.check_weights(all_names, [param for g in self._groups for param in g.params] + params)
         self._check_fit(names, params, self._common)
         rule, states = self._rule(options), self._states(options)
         self._groups.append(_Group(options, names, leaves, rule, states, self._common))
-        self._has_tensors |= any(map(_is_tensor, leaves))
+        self._has_tensors |= any(map(is_tensor, leaves))
         self.param_groups.append(options)
 
     @staticmethod
     def _check_common(common: MutableMapping[str, Any]) -> None:
         """Raise if an option of the whole optimizer is out of range."""
         if common["max_norm"] is not None:
-            _require(_number(common, "max_norm") > 0, "max_norm", "more than 0", common["max_norm"])
+            require(require_number(common, "max_norm") > 0, "max_norm", "more than 0", common["max_norm"])
         state_dtype, seed = common["state_dtype"], common["seed"]
         known = isinstance(state_dtype, str) and state_dtype in _STATE_DTYPES
-        _require(known, "state_dtype", f"one of {sorted(_STATE_DTYPES)}", state_dtype)
-        _flags(common)
+        require(known, "state_dtype", f"one of {sorted(_STATE_DTYPES)}", state_dtype)
+        require_flags(common)
         if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
             raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
         common["seed"] = int(seed)
@@ -458,19 +344,19 @@ class Optimizer(abc.ABC):
                 ("master_weights", narrow or not common["master_weights"], "False"),
                 ("stochastic_rounding", narrow or not common["stochastic_rounding"], "False"),
             ):
-                _require(fits, option, f"{needed} for {name!r} of {param.dtype}", common[option])
+                require(fits, option, f"{needed} for {name!r} of {param.dtype}", common[option])
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Raise if the options of a group are not among those of the optimizer, or out of range."""
         unknown = sorted(options.keys() - self._defaults.keys() - {"params"})
-        _require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
+        require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
         missing = sorted(self._defaults.keys() - options.keys())
         if missing:
             raise ValueError(f"group: expected all options, got none for {missing}")
         self._check(options)
-        _flags(options)
+        require_flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
-            _number(options, name)
+            require_number(options, name)
 
     def _note_chance(self) -> None:
         """Note whether a step rounds anything by chance."""
@@ -478,7 +364,7 @@ class Optimizer(abc.ABC):
 
     def _refuse_uint8(self, when: str) -> None:
         dtype = self._common["state_dtype"]
-        _require(dtype != "uint8", "state_dtype", f"'float32' or 'bfloat16' {when}", dtype)
+        require(dtype != "uint8", "state_dtype", f"'float32' or 'bfloat16' {when}", dtype)
 
     # ---- the step --------------------------------------------------------------------------------------------
 
@@ -534,7 +420,7 @@ class Optimizer(abc.ABC):
             if (
                 options.get("params") is not group.tree
                 or (not group.single and group.replaced())
-                or (self._has_tensors and group.addresses != _addresses(group.leaves))
+                or (self._has_tensors and group.addresses != addresses_of(group.leaves))
             ):
                 raise ValueError(
                     "params: expected the arrays that the optimizer was made for, got others in their place; "
@@ -543,11 +429,11 @@ class Optimizer(abc.ABC):
             if options != group.checked:
                 self._check_options(options)
                 states = self._states(options)
-                _require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
+                require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
                 group.checked, group.rule = dict(options), _core.rule(self._rule(options))
             lr = options["lr"]
             if callable(lr):
-                lr = _number({"lr": lr(self._steps[0])}, "lr")
+                lr = require_number({"lr": lr(self._steps[0])}, "lr")
             for count, indices in group.jobs(grads_of_group):
                 jobs.append(
                     job(
@@ -585,13 +471,13 @@ class Optimizer(abc.ABC):
         graph = sys.modules["torch"].autograd.graph
         for group, grads in zip(self._groups, gradients, strict=True):
             for leaf, grad in zip(group.leaves, grads, strict=True):
-                if grad is not None and _is_tensor(leaf):
+                if grad is not None and is_tensor(leaf):
                     graph.increment_version(leaf)
 
     def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
         """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
-        scale = 1.0 if grad_scale is None else _float(grad_scale, "grad_scale")
-        _require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
+        scale = 1.0 if grad_scale is None else as_float(grad_scale, "grad_scale")
+        require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
         names = [name for group in self._groups for name in group.names]
         norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for those in gradients for grad in those]))
         max_norm = self._common["max_norm"]
@@ -646,39 +532,39 @@ class Optimizer(abc.ABC):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         for key in ("optimizer", "steps", "state", "param_groups", *self._common):
-            _require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict))
-        _require(state_dict["optimizer"] == name, "optimizer", f"{name!r}", state_dict["optimizer"])
+            require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict))
+        require(state_dict["optimizer"] == name, "optimizer", f"{name!r}", state_dict["optimizer"])
         for key in ("state_dtype", "master_weights"):
-            _require(state_dict[key] == self._common[key], key, repr(self._common[key]), state_dict[key])
+            require(state_dict[key] == self._common[key], key, repr(self._common[key]), state_dict[key])
         common = {key: state_dict[key] for key in self._common}
         self._check_common(common)
-        steps, skipped = (_count({"skipped": 0, **state_dict}, key, key) for key in ("steps", "skipped"))
+        steps, skipped = (require_count({"skipped": 0, **state_dict}, key, key) for key in ("steps", "skipped"))
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
-        _require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
+        require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
 
         todo: list[tuple[Array, Array]] = []
         counts: list[list[int]] = []
         options_of: list[dict[str, Any]] = []
         for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
-            _require(saved.get("params") == group.names, "params", str(group.names), saved.get("params"))
+            require(saved.get("params") == group.names, "params", str(group.names), saved.get("params"))
             options_of.append({**options, **saved, "params": options["params"]})
             self._check_options(options_of[-1])
             states = self._states(options_of[-1])
-            _require(states == group.rule_states, "state", str(group.rule_states), states)
+            require(states == group.rule_states, "state", str(group.rule_states), states)
             self._check_fit(group.names, group.params, common)
             for param, array in zip(group.names, group.params, strict=True):
-                _require(param in saved_states, "state", f"one of {param!r}", sorted(saved_states))
+                require(param in saved_states, "state", f"one of {param!r}", sorted(saved_states))
                 about = saved_states[param]
                 dtype, shape = about.get("dtype"), tuple(about.get("shape", ()))
-                _require(dtype == array.dtype.name, f"dtype of {param!r}", repr(array.dtype.name), dtype)
-                _require(shape == array.shape, f"shape of {param!r}", str(array.shape), shape)
-            counts.append([_count(saved_states[param], "step", f"step of {param!r}") for param in group.names])
+                require(dtype == array.dtype.name, f"dtype of {param!r}", repr(array.dtype.name), dtype)
+                require(shape == array.shape, f"shape of {param!r}", str(array.shape), shape)
+            counts.append([require_count(saved_states[param], "step", f"step of {param!r}") for param in group.names])
             for param, arrays in zip(group.names, group.states, strict=True):
                 for key, mine in zip(group.keys, arrays, strict=True):
                     what, theirs = f"{key} of {param!r}", saved_states[param].get(key)
-                    _require(isinstance(theirs, np.ndarray), what, "an array", theirs)
-                    _require(theirs.dtype == mine.dtype, what, str(mine.dtype), str(theirs.dtype))
-                    _require(theirs.shape == mine.shape, what, str(mine.shape), theirs.shape)
+                    require(isinstance(theirs, np.ndarray), what, "an array", theirs)
+                    require(theirs.dtype == mine.dtype, what, str(mine.dtype), str(theirs.dtype))
+                    require(theirs.shape == mine.shape, what, str(mine.shape), theirs.shape)
                     todo.append((mine, theirs))
 
         for mine, theirs in todo:
@@ -704,537 +590,3 @@ def _mixed(seed: int, step: int, job: int) -> int:
     return (
         (seed + 1) * 0x9E3779B97F4A7C15 ^ (step + 1) * 0xC2B2AE3D27D4EB4F ^ (job + 1) * 0x165667B19E3779F9
     ) >> 24 & 0xFFFFFFFF
-
-
-def l1_penalty(params: Params, l1: float) -> float:
-    """Return ``l1 * sum(abs(w))``, what the option `l1` adds to the loss.
-
-    Parameters
-    ----------
-    params : array, list or dict of arrays
-    l1 : float
-
-    Returns
-    -------
-    float
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> fo.l1_penalty([np.array([1.0, -2.0]), np.array([3.0])], l1=0.5)
-    3.0
-    """
-    return l1 * sum(float(np.abs(as_array(w)).sum(dtype=np.float64)) for w in _leaves(params)[1])
-
-
-def l2_penalty(params: Params, weight_decay: float) -> float:
-    """Return ``weight_decay / 2 * sum(w**2)``, what the option `weight_decay` (not `AdamW`'s) adds to the loss.
-
-    Parameters
-    ----------
-    params : array, list or dict of arrays
-    weight_decay : float
-
-    Returns
-    -------
-    float
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> fo.l2_penalty([np.array([1.0, -2.0]), np.array([3.0])], weight_decay=0.5)
-    3.5
-    """
-    return weight_decay / 2 * sum(float(np.square(as_array(w), dtype=np.float64).sum()) for w in _leaves(params)[1])
-
-
-class SGD(Optimizer):
-    r"""Gradient descent, with momentum and Nesterov's variant.
-
-    .. math::
-        b &= \mu b + (1 - \tau) g \\
-        w &= w - \mathrm{lr} \cdot b \qquad (\text{Nesterov: } w - \mathrm{lr} (g + \mu b))
-
-    with ``momentum`` :math:`\mu` and ``dampening`` :math:`\tau`; without momentum :math:`b = g`. The first step
-    takes :math:`b = g`, as ``torch.optim.SGD`` does.
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    momentum, dampening : float
-        See the formula.
-    weight_decay : float
-        L2 penalty: ``weight_decay * w`` is added to the gradient.
-    nesterov : bool
-        Needs ``momentum > 0`` and ``dampening == 0``.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    References
-    ----------
-    Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> w = np.zeros(3, dtype=np.float32)
-    >>> opt = fo.SGD(w, lr=0.5)
-    >>> opt.step(np.array([1, 2, 3], dtype=np.float32))
-    >>> w
-    array([-0.5, -1. , -1.5], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-3,
-        *,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-        }
-        super().__init__(params, defaults, common)
-
-    def _check(self, options: dict[str, Any]) -> None:
-        momentum, dampening = _number(options, "momentum"), _number(options, "dampening")
-        if options["nesterov"]:
-            _require(momentum > 0, "momentum", "more than 0 with nesterov", momentum)
-            _require(dampening == 0, "dampening", "0 with nesterov", dampening)
-
-    def _rule(self, options: dict[str, Any]) -> str:
-        if options["nesterov"]:
-            return "nesterov"
-        return "momentum" if options["momentum"] > 0 else "sgd"
-
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if options["momentum"] > 0 else ()
-
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        blend = 1.0 if step == 1 else 1.0 - options["dampening"]
-        return hyper(step_size=lr, weight_decay=options["weight_decay"], decay1=options["momentum"], blend1=blend)
-
-
-class Adagrad(Optimizer):
-    r"""Adagrad: steps that shrink with the squares of the gradients so far.
-
-    .. math::
-        s &= s + g^2 \\
-        w &= w - \frac{\mathrm{lr}}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \varepsilon}
-
-    with ``lr_decay`` :math:`\eta`. States of 8 bits are refused: they cannot hold a sum that only grows.
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    lr_decay : float
-        See the formula.
-    weight_decay : float
-        L2 penalty: ``weight_decay * w`` is added to the gradient.
-    initial_accumulator_value : float
-        What :math:`s` starts from.
-    eps : float
-        Keeps the denominator from zero.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    References
-    ----------
-    Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning", 2011.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> w = np.ones(2, dtype=np.float32)
-    >>> opt = fo.Adagrad(w, lr=0.5)
-    >>> opt.step(np.array([3, -4], dtype=np.float32))
-    >>> w
-    array([0.5, 1.5], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-2,
-        *,
-        lr_decay: float = 0.0,
-        weight_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-        eps: float = 1e-10,
-        **common: Unpack[Common],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-        }
-        super().__init__(params, defaults, common)
-
-    def add_param_group(self, group: Mapping[str, Any]) -> None:  # noqa: D102 - as in Optimizer
-        super().add_param_group(group)
-        for (total,) in (state[:1] for state in self._groups[-1].states):
-            total.fill(self.param_groups[-1]["initial_accumulator_value"])
-
-    def _check(self, options: dict[str, Any]) -> None:
-        for name in ("lr_decay", "initial_accumulator_value", "eps"):
-            _number(options, name)
-        self._refuse_uint8("for Adagrad")
-
-    def _rule(self, options: dict[str, Any]) -> str:
-        return "adagrad"
-
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        return ("sum",)
-
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        size = lr / (1 + (step - 1) * options["lr_decay"])
-        return hyper(step_size=size, weight_decay=options["weight_decay"], eps=options["eps"])
-
-
-class RMSprop(Optimizer):
-    r"""RMSprop: steps divided by the running root mean square of the gradient.
-
-    .. math::
-        v &= \alpha v + (1 - \alpha) g^2 \\
-        b &= \mu b + \frac{g}{\sqrt{v} + \varepsilon} \\
-        w &= w - \mathrm{lr} \cdot b
-
-    Centered, the variance :math:`v - \bar g^2` takes the place of :math:`v` in the root, with the running mean
-    :math:`\bar g` of the gradient; states of 8 bits are refused then, as rounding would swallow the difference.
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    alpha : float
-        Decay of the running means, at least 0 and below 1.
-    eps : float
-        Keeps the denominator from zero.
-    weight_decay : float
-        L2 penalty: ``weight_decay * w`` is added to the gradient.
-    momentum : float
-        :math:`\mu`.
-    centered : bool
-        See above.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    References
-    ----------
-    Tieleman and Hinton, "Lecture 6.5", 2012; Graves, "Generating sequences with recurrent neural networks", 2013.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> w = np.ones(2, dtype=np.float32)
-    >>> opt = fo.RMSprop(w, lr=0.05)
-    >>> opt.step(np.array([3, -4], dtype=np.float32))
-    >>> w.round(4)
-    array([0.5, 1.5], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-2,
-        *,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        centered: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-        }
-        super().__init__(params, defaults, common)
-
-    def _check(self, options: dict[str, Any]) -> None:
-        for name in ("eps", "momentum", "alpha"):
-            _number(options, name)
-        _require(options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
-        if options["centered"]:
-            self._refuse_uint8("if centered")
-
-    def _rule(self, options: dict[str, Any]) -> str:
-        centered = "_centered" if options["centered"] else ""
-        return f"rmsprop{centered}_momentum" if options["momentum"] > 0 else f"rmsprop{centered}"
-
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        momentum = ("momentum_buffer",) if options["momentum"] > 0 else ()
-        return ("square_avg", *momentum, *(("grad_avg",) if options["centered"] else ()))
-
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        alpha, momentum, eps = options["alpha"], options["momentum"], options["eps"]
-        return hyper(
-            step_size=lr,
-            weight_decay=options["weight_decay"],
-            decay1=momentum,
-            decay2=alpha,
-            blend2=1 - alpha,
-            eps=eps,
-        )
-
-
-class Adam(Optimizer):
-    r"""Adam, with bias correction.
-
-    .. math::
-        m &= m + (1 - \beta_1)(g - m) \\
-        v &= \beta_2 v + (1 - \beta_2) g^2 \\
-        w &= w - \frac{\mathrm{lr}}{1 - \beta_1^t} \cdot
-             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \varepsilon}
-
-    AMSGrad puts the largest :math:`v` so far in the root; states of 8 bits are refused then, as chance would only
-    ever raise it.
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    betas : (float, float)
-        Decay of the running means of the gradient and of its square, each at least 0 and below 1.
-    eps : float
-        Keeps the denominator from zero.
-    weight_decay : float
-        L2 penalty: ``weight_decay * w`` is added to the gradient.
-    amsgrad : bool
-        See above.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    Notes
-    -----
-    Two states of the size of the parameters, ``exp_avg`` and ``exp_avg_sq``. Subnormal numbers are treated as
-    zero, so that units whose gradients have died do not slow the step down.
-
-    References
-    ----------
-    Kingma and Ba, "Adam: a method for stochastic optimization", 2015, algorithm 1; Reddi et al., "On the
-    convergence of Adam and beyond", 2018.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> params = {"w": np.ones((2, 2), dtype=np.float32), "b": np.zeros(2, dtype=np.float32)}
-    >>> opt = fo.Adam(params, lr=0.1)
-    >>> opt.step({"w": np.ones((2, 2), dtype=np.float32), "b": None})  # None: leave b alone
-    >>> params["w"]
-    array([[0.9, 0.9],
-           [0.9, 0.9]], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, common)
-
-    def _check(self, options: dict[str, Any]) -> None:
-        _number(options, "eps")
-        _betas(options)
-        if options["amsgrad"]:
-            self._refuse_uint8("with amsgrad")
-
-    def _rule(self, options: dict[str, Any]) -> str:
-        return "amsgrad" if options["amsgrad"] else "adam"
-
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if options["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        beta1, beta2 = options["betas"]
-        unbias = math.sqrt(1 - beta2**step)
-        size, eps = lr * unbias / (1 - beta1**step), options["eps"] * unbias
-        coupled, decay = self._decay(options["weight_decay"], lr)
-        return hyper(
-            step_size=size,
-            weight_decay=coupled,
-            decay=decay,
-            decay1=beta1,
-            blend1=1 - beta1,
-            decay2=beta2,
-            blend2=1 - beta2,
-            eps=eps,
-        )
-
-    @staticmethod
-    def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
-        """Return what is added to the gradient for each weight, and what the weight is multiplied by."""
-        return weight_decay, 1.0
-
-
-class AdamW(Adam):
-    r"""Adam with decoupled weight decay.
-
-    Before the step of `Adam`, the weights shrink by themselves: :math:`w = w (1 - \mathrm{lr} \cdot \lambda)` with
-    ``weight_decay`` :math:`\lambda`; the gradient, and so the states, know nothing of it.
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    betas : (float, float)
-        Decay of the running means of the gradient and of its square, each at least 0 and below 1.
-    eps : float
-        Keeps the denominator from zero.
-    weight_decay : float
-        Decoupled, :math:`\lambda`.
-    amsgrad : bool
-        See `Adam`.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    References
-    ----------
-    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> w = np.ones(2, dtype=np.float32)
-    >>> opt = fo.AdamW(w, lr=0.1, weight_decay=0.5)
-    >>> opt.step(np.zeros(2, dtype=np.float32))
-    >>> w
-    array([0.95, 0.95], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(params, lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **common)
-
-    @staticmethod
-    def _decay(weight_decay: float, lr: float) -> tuple[float, float]:
-        return 0.0, 1 - lr * weight_decay
-
-
-class Lion(Optimizer):
-    r"""Lion: the sign of a blend of momentum and gradient.
-
-    .. math::
-        w &= w (1 - \mathrm{lr} \cdot \lambda)
-             - \mathrm{lr} \cdot \mathrm{sign}(\beta_1 m + (1 - \beta_1) g) \\
-        m &= \beta_2 m + (1 - \beta_2) g
-
-    Parameters
-    ----------
-    params, lr
-        See `Optimizer`.
-    betas : (float, float)
-        Of the blend and of the running mean, each at least 0 and below 1.
-    weight_decay : float
-        Decoupled, :math:`\lambda`.
-    **common
-        See `Optimizer`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `Optimizer.add_param_group`.
-
-    References
-    ----------
-    Chen et al., "Symbolic discovery of optimization algorithms", 2023.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> w = np.ones(3, dtype=np.float32)
-    >>> opt = fo.Lion(w, lr=0.25)
-    >>> opt.step(np.array([3, -4, 0], dtype=np.float32))
-    >>> w
-    array([0.75, 1.25, 1.  ], dtype=float32)
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: LearningRate = 1e-4,
-        *,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, common)
-
-    def _check(self, options: dict[str, Any]) -> None:
-        _betas(options)
-
-    def _rule(self, options: dict[str, Any]) -> str:
-        return "lion"
-
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
-        beta1, beta2 = options["betas"]
-        decay = 1 - lr * options["weight_decay"]
-        return hyper(step_size=lr, decay=decay, decay1=beta1, blend1=1 - beta1, decay2=beta2, blend2=1 - beta2)

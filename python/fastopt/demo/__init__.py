@@ -1,0 +1,1 @@
+"""The demo: train, prune and pack a small classifier, and compare it with NumPy."""

@@ -1,0 +1,1 @@
+"""Files: safetensors containers, shards, sources and atomic writing."""

@@ -1,0 +1,151 @@
+"""Packed tensors as arrays of a file, and back."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastopt._checks import require_bits, require_group_size
+from fastopt._types import FLOATS, Array
+from fastopt.files.safetensors_file import DTYPES, PAD, parse_json, require_shape
+from fastopt.tensors.packed import Weight
+from fastopt.tensors.quantized import Outliers, QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
+from fastopt.tensors.sparse_layout import BLOCK, require_layout
+
+FORMAT_VERSION = 2  # 1 had no tensors that only fill, and no recipe
+_FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
+
+
+class Content(NamedTuple):
+    """Everything that a file holds: its tensors, and the recipe that made them if one is stored."""
+
+    tensors: dict[str, Weight]
+    recipe: dict[str, Any] | None
+
+
+def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, Any] | None]:
+    """Return the arrays that a file holds of a tensor, and what its metadata say of it: None if it is an array."""
+    if isinstance(tensor, QuantizedTensor):
+        arrays, entry = _disassemble_quantized(name, tensor)
+        return arrays, {**entry, "shape": tensor.shape}
+    if not isinstance(tensor, SparseTensor):
+        return {name: tensor}, None
+    arrays = {f"{name}.positions": tensor.positions, f"{name}.row_offsets": tensor.row_offsets}
+    entry = {"kind": "sparse", "layout": tensor.layout, "shape": tensor.shape}
+    if not isinstance(tensor.values, QuantizedTensor):
+        return {**arrays, f"{name}.values": tensor.values}, entry
+    values, entry["values"] = _disassemble_quantized(f"{name}.values", tensor.values)
+    return {**arrays, **values}, entry
+
+
+def _disassemble_quantized(name: str, q: QuantizedTensor) -> tuple[dict[str, Array], dict[str, Any]]:
+    arrays = {f"{name}.codes": q.codes, f"{name}.scale": q.scale, f"{name}.minimum": q.minimum}
+    entry = {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
+    if q.outliers is not None:
+        arrays |= {f"{name}.outlier_index": q.outliers.indices, f"{name}.outlier_value": q.outliers.values}
+        entry["outliers"] = len(q.outliers.indices)
+    return arrays, entry
+
+
+def describe(order: Iterable[str], entries: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the metadata of a file: what order tensors have, and what those are that are not arrays."""
+    about = {"version": FORMAT_VERSION, "order": list(order), "tensors": entries}
+    if recipe is not None:
+        about["recipe"] = dict(recipe)
+    return {"fastopt": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
+
+
+def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Content:
+    """Return the tensors and the recipe that the arrays and the metadata of a file make; raise as `load` does."""
+    if "fastopt" not in metadata:
+        return Content(dict(arrays), None)
+    try:
+        return _assemble(metadata["fastopt"], arrays)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _assemble(text: str, arrays: Mapping[str, Array]) -> Content:
+    """Put the tensors together that the metadata describes."""
+    description = _Object(parse_json(text), "metadata")
+    version = description.get("version", int)
+    if not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"metadata: expected format version 1 to {FORMAT_VERSION}, got {version}")
+    recipe = description.get("recipe", dict) if "recipe" in description else None
+    rest = {name: array for name, array in arrays.items() if version == 1 or not name.startswith(PAD)}
+
+    def take(name: str) -> Array:
+        if name not in rest:
+            raise ValueError(f"{name!r} is missing, or belongs to two tensors")
+        return rest.pop(name)
+
+    def quantized(name: str, entry: _Object, shape: tuple[int, ...]) -> QuantizedTensor:
+        group_size = entry.get("group_size", int, type(None))
+        bits = require_bits(entry.get("bits", int))
+        dtype = entry.get("dtype", str)
+        if dtype not in _FLOATS:
+            raise ValueError(f"dtype: expected one of {sorted(_FLOATS)}, got {dtype!r}")
+        codes, scale, minimum = take(f"{name}.codes"), take(f"{name}.scale"), take(f"{name}.minimum")
+        group = require_group_size(group_size, bits)
+        outliers = None
+        if "outliers" in entry:
+            outliers = Outliers(take(f"{name}.outlier_index"), take(f"{name}.outlier_value"))
+            if outliers.indices.shape != (entry.get("outliers", int),):
+                raise ValueError(f"outliers: expected {entry.get('outliers', int)}, got shape {outliers.indices.shape}")
+        return QuantizedTensor(codes, scale, minimum, bits, group, shape, _FLOATS[dtype], outliers)
+
+    def sparse(name: str, entry: _Object, shape: tuple[int, ...]) -> SparseTensor:
+        layout = require_layout(entry.get("layout", str))
+        positions, row_offsets = take(f"{name}.positions"), take(f"{name}.row_offsets")
+        values: Array | QuantizedTensor
+        if "values" in entry:
+            if row_offsets.dtype != np.int64 or row_offsets.size == 0:
+                raise ValueError("row_offsets: expected int64, at least one")
+            count = int(row_offsets[-1]) * (BLOCK if layout == "1x16" else 1)
+            if not 0 <= count < 1 << 59:
+                raise ValueError("row_offsets: expected to rise from 0")
+            values = quantized(f"{name}.values", _Object(entry.get("values", dict), "values"), (count,))
+        else:
+            values = take(f"{name}.values")
+        return SparseTensor(layout, positions, row_offsets, values, shape)
+
+    kinds: dict[str, Callable[..., Weight]] = {"quantized": quantized, "sparse": sparse}
+    packed: dict[str, Weight] = {}
+    for name, raw in description.get("tensors", dict).items():
+        try:
+            entry = _Object(raw, "entry")
+            kind = entry.get("kind", str)
+            if kind not in kinds:
+                raise ValueError(f"kind: expected one of {sorted(kinds)}, got {kind!r}")
+            packed[name] = kinds[kind](name, entry, require_shape(entry.get("shape", list), "shape"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name!r}: {error}") from error
+    both = sorted(packed.keys() & rest.keys())
+    if both:
+        raise ValueError(f"{both[0]!r} is stored both packed and plain")
+    tensors = {**rest, **packed}
+    order = description.get("order", list)
+    if not all(isinstance(name, str) for name in order) or sorted(order) != sorted(tensors):
+        raise ValueError("metadata: order does not name the tensors of the file")
+    return Content({name: tensors[name] for name in order}, recipe)
+
+
+class _Object:
+    """A JSON object of an untrusted file: every value is asked for with its type."""
+
+    def __init__(self, raw: Any, what: str) -> None:
+        if not isinstance(raw, dict):
+            raise ValueError(f"{what}: expected a JSON object, got {type(raw).__name__}")
+        self._raw = raw
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._raw
+
+    def get(self, key: str, *types: type) -> Any:
+        value = self._raw.get(key)
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise ValueError(f"{key}: expected {' or '.join(t.__name__ for t in types)}, got {value!r:.100}")
+        return value

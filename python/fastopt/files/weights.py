@@ -1,0 +1,112 @@
+"""Weights of a file, read one at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastopt._types import Array
+from fastopt.files.safetensors_file import _nothing
+
+
+class Weights(Mapping[str, Array]):
+    """The arrays of files by name; each is read when it is asked for, and not kept.
+
+    Made by `open_weights`.
+
+    Parameters
+    ----------
+    sources : mapping from name to Source
+    shards : mapping from file name to names, optional
+        Which arrays are together in a file, where there are several.
+    """
+
+    def __init__(self, sources: Mapping[str, "Source"], shards: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._sources = dict(sources)
+        self.shards = shards
+
+    def __getitem__(self, name: str) -> Array:
+        return self._sources[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} arrays, {self.nbytes:,} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(source.nbytes for source in self._sources.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each array."""
+        return {name: source.nbytes for name, source in self._sources.items()}
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Return the shape and the dtype of an array without reading it.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        shape : tuple of int
+        dtype : numpy.dtype
+        """
+        source = self._sources[name]
+        return source.shape, source.dtype
+
+    def nbytes_of(self, name: str) -> int:
+        """Return the bytes of an array without reading it.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        int
+        """
+        return self._sources[name].nbytes
+
+    def release(self, name: str) -> None:
+        """Give back the memory of an array that was read and is not needed any more.
+
+        Parameters
+        ----------
+        name : str
+        """
+        self._sources[name].release()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an array comes from."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+    release: Callable[[], None] = _nothing
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def spec_of(weights: Mapping[str, Array], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the dtype of an array, which is not read where that can be avoided."""
+    if isinstance(weights, Weights):
+        return weights.spec(name)
+    array = weights[name]
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
+    return array.shape, array.dtype

@@ -1,0 +1,1 @@
+"""Whole models: recipes, packing, reports, examination and shrinking."""

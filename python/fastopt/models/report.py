@@ -1,0 +1,176 @@
+"""What packing did to each tensor."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fastopt._types import FLOATS, Array
+from fastopt.tensors.error import Error, ErrorSums
+from fastopt.tensors.packed import Weight, storage_of, unpacked
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.sparse import SparseTensor
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of a tensor.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : str
+        Before it was packed.
+    kind : "dense", "quantized", "sparse" or "sparse+quantized"
+    bits, group_size : int or None
+        Of the codes, as in `QuantizedTensor`.
+    density : float
+        Share of weights that is stored.
+    bits_per_weight : float
+        Bits stored for each weight, all parts included.
+    nbytes_before, nbytes : int
+    error : Error or None
+        Distance from the original, where that was at hand and of a float type.
+    reason : str
+        Which part of the recipe chose this, or why the tensor was kept as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Literal["dense", "quantized", "sparse", "sparse+quantized"]
+    bits: int | None
+    group_size: int | None
+    density: float
+    bits_per_weight: float
+    nbytes_before: int
+    nbytes: int
+    error: Error | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the tensors of a model, one by one and all together.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorReport
+    error : Error or None
+        Over all tensors whose error is known.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    error: Error | None
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of all tensors before they were packed."""
+        return sum(tensor.nbytes_before for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; a file has some more for its header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight of all tensors."""
+        return 8 * self.nbytes / max(sum(math.prod(tensor.shape) for tensor in self.tensors), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as a plain dict; what is not finite, which JSON cannot say, as None.
+
+        Returns
+        -------
+        dict
+        """
+        return {
+            "nbytes_before": self.nbytes_before,
+            "nbytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "error": _plain_error(self.error),
+            "tensors": [
+                {**asdict(tensor), "shape": list(tensor.shape), "error": _plain_error(tensor.error)}
+                for tensor in self.tensors
+            ],
+        }
+
+
+def _plain_error(error: Error | None) -> dict[str, float | None] | None:
+    if error is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in error._asdict().items()}
+
+
+class Reporter:
+    """Collects a `Report`, tensor by tensor."""
+
+    def __init__(self) -> None:
+        self._tensors: list[TensorReport] = []
+        self._sums = ErrorSums()
+        self._measured = False
+
+    def add(self, name: str, tensor: Weight, original: Array | None, reason: str) -> None:
+        """Add a tensor as it was stored; with the original its error is measured."""
+        sums = None if original is None else _error_sums(tensor, original)
+        if sums is not None:
+            self._sums += sums
+            self._measured = True
+        kind, bits, group_size = storage_of(tensor)
+        self.add_planned(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            kind,
+            tensor.nbytes,
+            reason,
+            bits=bits,
+            group_size=group_size,
+            density=tensor.density if isinstance(tensor, SparseTensor) else 1.0,
+            error=None if sums is None else sums.error(),
+        )
+
+    def add_planned(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        kind: Literal["dense", "quantized", "sparse", "sparse+quantized"],
+        nbytes: int,
+        reason: str,
+        *,
+        bits: int | None = None,
+        group_size: int | None = None,
+        density: float = 1.0,
+        error: Error | None = None,
+    ) -> None:
+        """Add a tensor of which only this is known."""
+        size = math.prod(shape)
+        per_weight, before = 8 * nbytes / max(size, 1), size * dtype.itemsize
+        self._tensors.append(
+            TensorReport(
+                name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
+            )
+        )
+
+    def report(self) -> Report:
+        """Return what was collected."""
+        return Report(tuple(self._tensors), self._sums.error() if self._measured else None)
+
+
+def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:
+    """Return the sums of the error of a tensor, None if it is not of a float type."""
+    if tensor.dtype.name not in FLOATS:
+        return None
+    if tensor.shape != original.shape:
+        raise ValueError(f"weights: expected shape {tensor.shape}, got {original.shape}")
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.error_sums(original)
+    sums = ErrorSums()
+    ours, theirs, step = unpacked(tensor).reshape(-1), original.reshape(-1), 1 << 20
+    for at in range(0, theirs.size, step):
+        sums.add(ours[at : at + step], theirs[at : at + step])
+    return sums

@@ -1,0 +1,1 @@
+"""Packed tensors: quantization, pruning, sparse storage and products."""

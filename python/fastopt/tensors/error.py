@@ -1,0 +1,75 @@
+"""How far a packed tensor is from the weights."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from fastopt._types import Array
+
+
+class Error(NamedTuple):
+    """How far a quantized weight is from the original.
+
+    Attributes
+    ----------
+    rmse : float
+        Root of the mean squared error.
+    relative : float
+        `rmse` over the root of the mean square of the weight.
+    max : float
+        Largest absolute error.
+    snr : float
+        Signal to noise ratio in decibels; infinite if there is no error.
+    cosine : float
+        Cosine of the angle between the two, seen as vectors; 1 if both are zero.
+
+    Notes
+    -----
+    All are NaN if a weight is.
+    """
+
+    rmse: float
+    relative: float
+    max: float
+    snr: float
+    cosine: float
+
+
+class ErrorSums:
+    """What `Error` follows from, added up in float64 over pieces of one weight or of many."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.total = self.noise = self.signal = self.dot = self.largest = 0.0
+
+    def add(self, ours: Array, theirs: Array) -> None:
+        """Add a piece of a weight, as it is now and as it was."""
+        ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+        self.size += theirs.size
+        for at in range(0, theirs.size, 1 << 14):  # stays in cache; and no BLAS, whose sums depend on the machine
+            a, b = (x[at : at + (1 << 14)].astype(np.float64) for x in (ours, theirs))
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.total += float(np.square(a).sum())
+                self.signal += float(np.square(b).sum())
+                self.dot += float((a * b).sum())
+                a -= b
+                self.noise += float(np.square(a).sum())
+            self.largest = float(np.maximum(self.largest, np.abs(a, out=a).max()))  # NaN if one is
+
+    def __iadd__(self, other: "ErrorSums") -> "ErrorSums":
+        for name in ("size", "noise", "signal", "total", "dot"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest = float(np.maximum(self.largest, other.largest))
+        return self
+
+    def error(self) -> Error:
+        """Return the error of all that was added."""
+        if math.isnan(self.noise):
+            return Error(*(math.nan,) * 5)
+        rmse = math.sqrt(self.noise / max(self.size, 1))
+        relative = math.sqrt(self.noise / self.signal) if self.signal > 0 else (0.0 if self.noise == 0 else math.inf)
+        snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
+        lengths = math.sqrt(self.total) * math.sqrt(self.signal)
+        cosine = max(min(self.dot / lengths, 1.0), -1.0) if lengths > 0 else float(self.total == self.signal)
+        return Error(rmse, relative, self.largest, snr, cosine)

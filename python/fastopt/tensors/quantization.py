@@ -1,0 +1,311 @@
+"""Quantize arrays, and pack codes into bytes."""
+
+import math
+import numbers
+import operator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastopt import _core
+from fastopt._checks import as_float_array, as_matrix, require_bits, require_group_size
+from fastopt._types import Array, GroupSize
+from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
+
+
+def quantized_nbytes(
+    shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+) -> int:
+    """Return the bytes that `quantize` makes of a weight, if its parameters fit `param_dtype` and all outliers miss."""
+    rows, cols = as_matrix(shape)
+    params = math.prod(_param_shape(require_group_size(group_size, bits), rows, cols))
+    entry = 4 + (4 if rows * cols < 1 << 32 else 8)
+    return (
+        rows * -(-cols * bits // 8)
+        + 2 * params * np.dtype(param_dtype).itemsize
+        + round((outliers or 0) * rows * cols) * entry
+    )
+
+
+def quantize(
+    w: ArrayLike,
+    bits: int = 4,
+    *,
+    group_size: GroupSize = "auto",
+    param_dtype: DTypeLike = "float16",
+    fit: Literal["minmax", "lsq"] = "minmax",
+    outliers: float | None = None,
+    max_error: float | None = None,
+    out: QuantizedTensor | None = None,
+) -> QuantizedTensor:
+    r"""Quantize to `bits` bits between the smallest and the largest value of each group.
+
+    With float32 parameters the codes are
+
+    .. math:: \mathrm{round}\left(\frac{x - \min}{\max - \min} (2^b - 1)\right)
+
+    in float32, half to even, with ``minimum`` :math:`= \min` and ``scale`` :math:`= (\max - \min) / (2^b - 1)`.
+    With float16 parameters the minimum is rounded to float16 first, the scale follows from the rounded minimum, and
+    codes are made against the rounded pair, so that whoever decodes the file gets what was measured here.
+
+    Parameters
+    ----------
+    w : array_like of float32, float64, float16 or bfloat16
+        Any shape; seen as a matrix of its first axis by all others. float64 is rounded to float32 first.
+    bits : 8, 4 or 2
+    group_size : int, -1, None or "auto"
+        How many neighbours in a row share scale and minimum; the last group of a row may be shorter. -1: a row.
+        None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 32 for 4, 16 for 2.
+    param_dtype : "float16" or "float32"
+        Of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
+        step, float32 is taken for the tensor.
+    fit : "minmax" or "lsq"
+        "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
+        format: with 4 bits the error falls by a fifteenth, with 2 bits by a fifth to a half. Values at the ends of
+        their group may then be off by more than half a step: see `outliers`.
+    outliers : float, optional
+        Share of the weights that keep what they are off by (8 bytes each): those that are off furthest, once scale
+        and minimum have been fitted without as many of the largest magnitudes. A handful of large weights then no
+        longer costs all others their accuracy.
+    max_error : float, optional
+        The same for all weights that are off by more than this.
+    out : QuantizedTensor, optional
+        Its arrays are overwritten, also where values are then found to be refused; it is of the same shape and
+        options, and is returned. Not with `outliers`.
+
+    Returns
+    -------
+    QuantizedTensor
+
+    Raises
+    ------
+    TypeError
+        If `w` is not of a float type, or an option is of the wrong kind.
+    ValueError
+        If `w` has NaN or infinity, or an option is out of range.
+
+    Notes
+    -----
+    A constant group has scale 0 and codes 0, and so comes back as its minimum. Every other value comes back
+    within half a step (with float16 parameters within .63 step at 8 bits, at the top of a group).
+
+    What becomes of values that other quantizers lose (measured; a step is one of 4 bits):
+
+    ======================= =========================== ===================================================
+    values                  here                        elsewhere
+    ======================= =========================== ===================================================
+    constant                exact (to the parameters)   0 / 0 in the plain formula; torch per channel: NaN
+    one NaN                 ValueError, with its place  FBGEMM, ggml, ONNX Runtime, MLX: some finite code
+    infinite                ValueError, with its place  the whole group lost, or NaN
+    -3e38 to 3e38           half a step                 NaN; only bitsandbytes NF4 survives
+    beyond 65504            half a step (float32        FBGEMM 4 bits: NaN; ggml Q4_1: infinity
+                            parameters)
+    around 1e-7             half a step                 FBGEMM 16 steps, Q4_1 9, MLX 4
+    around 1e-9             half a step                 FBGEMM, ggml, MLX: a constant
+    subnormal               half a step                 zero, or wrong
+    1000 +- 1e-3            half a step                 FBGEMM, torchao, ONNX Runtime, ggml: a constant
+    5 to 6                  half a step                 integer zero points: 3 steps; NF4 12
+    ======================= =========================== ===================================================
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> q = fo.quantize(np.linspace(-1, 1, 64, dtype=np.float32), bits=4)
+    >>> q
+    QuantizedTensor(shape=(64,), bits=4, group_size=32, float16 parameters, 5.00 bits per weight)
+    >>> float(abs(q.dequantize() - np.linspace(-1, 1, 64)).max()) < 0.035
+    True
+    """
+    bits = require_bits(bits)
+    group = require_group_size(group_size, bits)
+    try:
+        params = np.dtype(param_dtype)
+    except TypeError:
+        raise TypeError(f"param_dtype: expected float16 or float32, got {param_dtype!r}") from None
+    if params not in (np.float16, np.float32):
+        raise ValueError(f"param_dtype: expected float16 or float32, got {params}")
+    if fit not in ("minmax", "lsq"):
+        raise ValueError(f"fit: expected 'minmax' or 'lsq', got {fit!r}")
+    for name, number in (("outliers", outliers), ("max_error", max_error)):
+        if number is not None and not isinstance(number, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    if outliers is not None and not 0 <= outliers <= 1:
+        raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers}")
+    if max_error is not None and not max_error >= 0:
+        raise ValueError(f"max_error: expected at least 0, got {max_error}")
+    array = as_float_array(w, "w")
+    if out is not None:
+        _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)
+        params = out.scale.dtype
+    rows, cols = as_matrix(array.shape)
+    codes = np.empty((rows, -(-cols * bits // 8)), np.uint8) if out is None else out.codes
+    fitted = _without_largest(array, outliers) if outliers else array
+
+    def fill(dtype: np.dtype[Any]) -> tuple[int, Array, Array]:
+        shape = _param_shape(group, rows, cols)
+        scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
+        flags, kernel_group = 0, _kernel_group_size(group, cols)
+        for begin, end in _panels(fitted, group):
+            part = slice(begin, end)
+            x = _float_rows(fitted, begin, end)
+            s, m = (scale, minimum) if group is None else (scale[part], minimum[part])
+            flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq")
+        return flags, scale, minimum
+
+    flags, scale, minimum = fill(params)
+    if flags & _core.NON_FINITE:
+        with np.errstate(over="ignore"):
+            at = np.unravel_index(int(np.argmin(np.isfinite(array.astype(np.float32)))), array.shape)
+        raise ValueError(f"w: expected finite float32 values, got {array[at]} at {tuple(map(int, at))}")
+    if params == np.float16 and flags & _core.HALF_MISFIT:
+        if out is not None:
+            raise ValueError("out: has float16 parameters, which cannot hold those of w; expected float32")
+        _, scale, minimum = fill(np.dtype(np.float32))
+    if out is not None:
+        return out
+    q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, array.dtype)
+    if outliers is None and max_error is None:
+        return q
+    kept = _find_outliers(q, array, outliers, max_error)
+    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, array.dtype, kept)
+
+
+def _check_out(out: QuantizedTensor, shape: tuple[int, ...], bits: int, group_size: int | None, outliers: bool) -> None:
+    if not isinstance(out, QuantizedTensor):
+        raise TypeError(f"out: expected a QuantizedTensor, got {type(out).__name__}")
+    if (out.shape, out.bits, out.group_size) != (shape, bits, group_size):
+        raise ValueError(
+            f"out: expected shape {shape}, {bits} bits and group_size {group_size}, "
+            f"got {out.shape}, {out.bits} and {out.group_size}"
+        )
+    if outliers or out.outliers is not None:
+        raise ValueError("out: cannot be given together with outliers")
+
+
+def _panels(array: Array, group_size: int | None) -> list[tuple[int, int]]:
+    """Return ranges of rows to quantize one after the other: few at a time where they must be converted first."""
+    rows, cols = as_matrix(array.shape)
+    as_it_is = array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned
+    step = max(rows, 1) if as_it_is or group_size is None else max(1, (1 << 20) // max(cols, 1))
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)] or [(0, 0)]
+
+
+def _float_rows(array: Array, begin: int, end: int) -> Array:
+    """Return some rows of the matrix that `array` is seen as, in float32."""
+    cols = as_matrix(array.shape)[1]
+    part = array[begin:end] if array.ndim > 1 else array
+    with np.errstate(over="ignore"):
+        return np.require(part, np.float32, ["C", "A"]).reshape(end - begin, cols)
+
+
+def _without_largest(w: Array, share: float) -> Array:
+    """Return a weight whose largest magnitudes, this share of it, are cut to the next smaller one."""
+    magnitude = np.abs(w).reshape(-1)
+    rest = magnitude.size - round(share * magnitude.size)
+    if not 0 < rest < magnitude.size or not np.isfinite(magnitude).all():  # what is not finite is refused later
+        return w
+    limit = np.partition(magnitude, rest - 1)[rest - 1]
+    return np.clip(w, -limit, limit)
+
+
+def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error: float | None) -> Outliers | None:
+    """Return what the weights that are off furthest are off by; of equal errors the lower index is kept."""
+    with np.errstate(over="ignore"):
+        missing = np.subtract(w, q.dequantize(dtype=np.float32), dtype=np.float32, casting="same_kind").reshape(-1)
+    distance = np.abs(missing)
+    index = np.empty(0, np.int64)
+    if share is not None and (count := round(share * missing.size)):
+        limit = np.partition(distance, missing.size - count)[missing.size - count]
+        above = np.flatnonzero(distance > limit)
+        ties = np.flatnonzero(distance == limit)[: count - above.size]
+        index = np.union1d(above, ties)
+    if max_error is not None:
+        index = np.union1d(index, np.flatnonzero(distance > max_error))
+    index = index[missing[index] != 0]
+    if index.size == 0:
+        return None
+    return Outliers(index.astype(np.uint32 if missing.size < 1 << 32 else np.int64), missing[index])
+
+
+def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
+    """Pack codes of `bits` bits into bytes, lowest bits first.
+
+    Parameters
+    ----------
+    codes : array_like of uint8, any shape
+        Each below ``2**bits``; taken in C order.
+    bits : 8, 4 or 2
+
+    Returns
+    -------
+    uint8 array, shape (ceil(size * bits / 8),)
+        Bits left over in the last byte are 0.
+
+    Raises
+    ------
+    TypeError
+        If `codes` is not uint8.
+    ValueError
+        If a code does not fit, or `bits` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> fo.pack_bits(np.array([1, 2, 3], dtype=np.uint8), bits=4)
+    array([33,  3], dtype=uint8)
+    """
+    bits = require_bits(bits)
+    array = np.asarray(codes)
+    if array.dtype != np.uint8:
+        raise TypeError(f"codes: expected uint8, got {array.dtype}")
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.size and int(flat.max()) >= 1 << bits:
+        raise ValueError(f"codes: expected values below {1 << bits}, got {int(flat.max())}")
+    packed = np.empty(-(-flat.size * bits // 8), np.uint8)
+    _core.pack(flat, bits, packed)
+    return packed
+
+
+def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
+    """Unpack what `pack_bits` packed.
+
+    Parameters
+    ----------
+    packed : array_like of uint8
+    bits : 8, 4 or 2
+    count : int
+        Number of codes.
+
+    Returns
+    -------
+    uint8 array, shape (count,)
+
+    Raises
+    ------
+    TypeError
+        If `packed` is not uint8, or `count` not an integer.
+    ValueError
+        If `packed` does not have ``ceil(count * bits / 8)`` bytes, or `bits` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastopt as fo
+    >>> fo.unpack_bits(np.array([33, 3], dtype=np.uint8), bits=4, count=3)
+    array([1, 2, 3], dtype=uint8)
+    """
+    bits = require_bits(bits)
+    if not hasattr(count, "__index__"):
+        raise TypeError(f"count: expected an integer, got {count!r:.80}")
+    count = operator.index(count)
+    array = np.asarray(packed)
+    if array.dtype != np.uint8:
+        raise TypeError(f"packed: expected uint8, got {array.dtype}")
+    if count < 0 or array.size != -(-count * bits // 8):
+        raise ValueError(f"count: {array.size} bytes do not hold {count} codes of {bits} bits")
+    codes = np.empty(count, np.uint8)
+    _core.unpack(np.ascontiguousarray(array).reshape(-1), bits, codes)
+    return codes
