@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastopt as fo
+from fastopt.train.optimizer import Common
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -49,5 +50,5 @@ def test_optimizers_document_every_option(cls):
         name.strip() for line in sections[0].splitlines() if " : " in line for name in line.split(":")[0].split(",")
     }
     own = set(inspect.signature(cls).parameters) - {"common"}
-    assert listed == own | set(fo.optim.Common.__annotations__)
+    assert listed == own | set(Common.__annotations__)
     assert sections[1].startswith("Raises\n")

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import fastopt as fo
-from fastopt import stream
 from fastopt.cli.show_commands import app
+from fastopt.models import stream
 
 ENTRY = [sys.executable, "-c", "from fastopt.cli.__main__ import main; main()"]
 

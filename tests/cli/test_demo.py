@@ -9,8 +9,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import fastopt as fo
-from fastopt import demo
 from fastopt.cli.show_commands import app
+from fastopt.demo import run as demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastopt as fo
-from fastopt import page, report
+from fastopt.cli import page, tables
 
 
 def model():
@@ -26,11 +26,11 @@ PACKED = fo.pack(model(), bits=4, overrides={"*v_proj*": {"sparsity": 0.5}})
 def test_tables_fit_the_terminal(columns, table, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     if table == "facts":
-        report.print_facts(Path("m.safetensors"), fo.inspect(PACKED))
+        tables.print_facts(Path("m.safetensors"), fo.inspect(PACKED))
     elif table == "report":
-        report.print_report(PACKED.report(model()))
+        tables.print_report(PACKED.report(model()))
     else:
-        report.print_difference(fo.diff(model(), PACKED))
+        tables.print_difference(fo.diff(model(), PACKED))
     shown = capsys.readouterr().out.splitlines()
     rows = [line for line in shown if "_proj.weight" in line]
     assert len(rows) == 9
@@ -41,12 +41,12 @@ def test_tables_fit_the_terminal(columns, table, monkeypatch, capsys):
 
 
 def test_names_are_no_markup(capsys):
-    report.print_facts(Path("m.safetensors"), fo.inspect({"[red]w[/red]": np.zeros(3)}))
+    tables.print_facts(Path("m.safetensors"), fo.inspect({"[red]w[/red]": np.zeros(3)}))
     assert "[red]w[/red]" in capsys.readouterr().out
 
 
 def test_report_tells_totals_and_reasons():
-    lines = report.report_lines(PACKED.report(model()))
+    lines = tables.report_lines(PACKED.report(model()))
     assert lines[0] == "kept as they are: 1 tensors, 36 B (fewer than min_size 4096)"
     told = PACKED.report(model())
     assert f"{told.bits_per_weight:.2f} bits per weight" in lines[1]
@@ -62,7 +62,7 @@ def test_layers_are_in_order(capsys, monkeypatch):
         monkeypatch.delenv("COLUMNS", raising=False)
         if columns:
             monkeypatch.setenv("COLUMNS", columns)
-        report.print_facts(Path("m.safetensors"), facts)
+        tables.print_facts(Path("m.safetensors"), facts)
         shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         assert shown[2 : 2 + len(expected)] == expected
 
@@ -79,7 +79,7 @@ def test_layers_are_in_order(capsys, monkeypatch):
     ],
 )
 def test_layers(name, layer):
-    assert report.layer_of(name) == layer
+    assert tables.layer_of(name) == layer
 
 
 def test_sizes():
@@ -91,12 +91,12 @@ def test_sizes():
         90_858_704: "90.86 MB",
         5 * 10**12: "5.00 TB",
     }
-    assert {count: report.size_text(count) for count in texts} == texts
+    assert {count: tables.size_text(count) for count in texts} == texts
 
 
 def test_json_has_only_what_json_has():
     found = fo.diff({"w": np.ones(3, np.float32)}, {"w": np.ones(3, np.float32)})
-    text = report.to_json({"infinite": math.inf, "nan": math.nan, "nested": [(1.5, None)], "found": found})
+    text = tables.to_json({"infinite": math.inf, "nan": math.nan, "nested": [(1.5, None)], "found": found})
     told = json.loads(text, parse_constant=pytest.fail)
     assert (told["infinite"], told["nan"], told["nested"]) == (None, None, [[1.5, None]])
     assert told["found"]["total"]["snr"] is None

@@ -563,7 +563,7 @@ def test_killed_while_it_writes(target, weights, tmp_path):
         import itertools, os, signal, sys
         from pathlib import Path
         import fastopt as fo
-        from fastopt import files
+        from fastopt.files import safetensors_file as files
 
         source, target = "source.safetensors", sys.argv[1]
         recipes = [fo.Recipe(bits=bits, min_size=1) for bits in (4, 8)]

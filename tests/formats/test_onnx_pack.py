@@ -233,7 +233,7 @@ def test_magika_tells_the_same_types(bits, fast, tmp_path):
     before = model.stat().st_size
     fo.pack_onnx(model, model, fo.Recipe(bits=bits), fast=fast)
     assert model.stat().st_size < before / (3.5 if bits == 8 else 5)
-    here, package = Path(__file__).parent.parent, Path(magika.__file__).parent
+    here, package = Path(__file__).parents[2], Path(magika.__file__).parent
     folders = (here.glob("*.*"), here.glob("cpp/**/*"), here.glob("tests/*"), package.rglob("*"))
     files = {path.suffix: path for folder in folders for path in sorted(folder) if path.is_file()}
     full, small = magika.Magika(), magika.Magika(model_dir=tmp_path / "model")

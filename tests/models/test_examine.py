@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastopt as fo
-from fastopt import examine
+from fastopt.models import examine
 
 
 def normal(*shape, seed=0):

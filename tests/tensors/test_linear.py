@@ -6,7 +6,7 @@ import reference
 from conftest import Guarded, same_bits
 
 import fastopt as fo
-from fastopt import quant
+from fastopt.tensors.quantized import Outliers
 
 
 def packed(w):
@@ -107,7 +107,7 @@ def test_outliers_count(isa, threads, batch, rng):
     for r, c, v in zip(rows, cols, q.outliers.values.astype("f8"), strict=True):
         want[:, r] += x[:, c].astype("f8") * v
     assert same_bits(fo.linear(x, q), want.astype("f4"))
-    wide = quant.Outliers(q.outliers.indices.astype(np.int64), q.outliers.values)
+    wide = Outliers(q.outliers.indices.astype(np.int64), q.outliers.values)
     q = fo.QuantizedTensor(q.codes, q.scale, q.minimum, 2, 16, q.shape, q.dtype, wide)
     assert same_bits(fo.linear(x, q), want.astype("f4"))
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastopt as fo
-from fastopt import _core, quant
+from fastopt import _core
+from fastopt.tensors.quantized import Outliers
 
 BITS = [8, 4, 2]
 GROUPS = [None, -1, 1, 3, 16, 32, 50]
@@ -555,7 +556,7 @@ def test_a_quantized_tensor_checks_its_outliers(rng):
     q = fo.quantize(rng.standard_normal((4, 40)).astype("f4"))
     parts = [q.codes, q.scale, q.minimum, q.bits, q.group_size, q.shape, q.dtype]
     good = np.array([3, 159], np.int64), np.array([1, 2], np.float32)
-    assert fo.QuantizedTensor(*parts, quant.Outliers(*good)).dequantize()[0, 3] == q.dequantize()[0, 3] + 1
+    assert fo.QuantizedTensor(*parts, Outliers(*good)).dequantize()[0, 3] == q.dequantize()[0, 3] + 1
     for indices, values, error, message in [
         (good[0].astype("i4"), good[1], TypeError, "outlier_index: expected uint32 or int64, got int32"),
         (good[0], good[1].astype("f8"), TypeError, "outlier_value: expected float32, got float64"),
@@ -565,4 +566,4 @@ def test_a_quantized_tensor_checks_its_outliers(rng):
         (good[0] - 4, good[1], ValueError, "outlier_index: expected rising"),
     ]:
         with pytest.raises(error, match=message):
-            fo.QuantizedTensor(*parts, quant.Outliers(indices, values))
+            fo.QuantizedTensor(*parts, Outliers(indices, values))

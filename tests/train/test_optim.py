@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from reference import Hyper
 
 import fastopt as fo
-from fastopt import _core, optim
+from fastopt import _core
+from fastopt.train import optimizer as optim
 
 RULES = {name: len(positive) for name, positive in reference.POSITIVE.items()}
 PLAIN = Hyper(step_size=0.01, decay1=0.9, blend1=0.1, decay2=0.999, blend2=0.001, eps=1e-8)

@@ -227,6 +227,6 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     OSError
         If the file cannot be written.
     """
-    template = files("fastopt").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("fastopt.cli").joinpath("page.html").read_text(encoding="utf-8")
     data = to_json(content).replace("<", "\\u003c")  # so that no name can end the script that holds it
     write_text(path, template.replace("{{data}}", data))
