@@ -18,17 +18,17 @@
 namespace fastopt {
 namespace {
 
-#include "kernels/simd.hpp"
+#include "kernels/simd/simd.hpp"
 //
-#include "kernels/quant.inl"
+#include "kernels/quant/quant.inl"
 //
-#include "kernels/linear.inl"
+#include "kernels/linear/linear.inl"
 #if !defined(FASTOPT_PRODUCTS_ONLY)
-#include "kernels/optim.inl"
+#include "kernels/optim/optim.inl"
 //
 #include "kernels/prune.inl"
 //
-#include "kernels/sparse.inl"
+#include "kernels/sparse/sparse.inl"
 //
 #include "kernels/limits.inl"
 #endif
