@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -27,12 +29,23 @@ Kernels with_products(const char* isa, const Products& products, const Kernels& 
   return table;
 }
 
-// In rising order of preference.
+#if defined(__x86_64__)
+// F16C, MOVBE and LZCNT, which x86-64-v3 includes. The oldest compilers that we support do not know them by name in
+// __builtin_cpu_supports(), and a hypervisor can hide any of them from a CPU that has AVX2.
+bool has_f16c_movbe_lzcnt() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned f16c = 1u << 29, movbe = 1u << 22, lzcnt = 1u << 5;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & f16c) == 0 || (ecx & movbe) == 0) return false;
+  return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) != 0 && (ecx & lzcnt) != 0;
+}
+#endif
+
+// In rising order of preference; the first one always runs.
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2");
+                  __builtin_cpu_supports("bmi2") && has_f16c_movbe_lzcnt();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
@@ -53,6 +66,14 @@ std::vector<Candidate> candidates() {
 #endif
 }
 
+const Kernels* best() {
+  const Kernels* table = nullptr;
+  for (const Candidate& c : candidates()) {
+    if (c.runs) table = c.table;
+  }
+  return table;
+}
+
 const Kernels* find(const std::string& name) {
   std::string names;
   for (const Candidate& c : candidates()) {
@@ -71,7 +92,7 @@ const Kernels& kernels() {
   const Kernels* table = current.load(std::memory_order_acquire);
   if (!table) {
     const char* forced = std::getenv("FASTOPT_ISA");
-    table = forced && *forced ? find(forced) : find(available_isas().back());
+    table = forced && *forced ? find(forced) : best();
     current.store(table, std::memory_order_release);
   }
   return *table;

@@ -9,7 +9,7 @@
 namespace fastopt {
 
 // The table in use. The first call chooses the best that this CPU runs, or the one that the environment variable
-// FASTOPT_ISA names; throws std::invalid_argument if that is not to be had.
+// FASTOPT_ISA names; throws std::invalid_argument if this CPU cannot run it.
 const Kernels& kernels();
 
 // Names of the tables that this CPU runs, the best last.

@@ -193,8 +193,8 @@ void digest_narrow(const Rule& rule, std::size_t n, Float param_type, StateType 
 }
 
 void digest_optimizers(const Kernels& k) {
-  for (std::size_t r = 0; r < k.rule_count; ++r) {
-    const Rule& rule = k.rules[r];
+  for (std::size_t r = 0; r < k.optim.rule_count; ++r) {
+    const Rule& rule = k.optim.rules[r];
     for (std::size_t n : kSizes) {
       for (std::size_t offset : kOffsets) {
         for (Kind kind : kAll) {
@@ -214,7 +214,7 @@ void digest_optimizers(const Kernels& k) {
       }
       Case c(std::string("sum_squares n=") + text(n));
       const std::vector<float> x = numbers<float>(c, n + 1, plain);
-      c.add(k.sum_squares(Float::f32, x.data(), 1, n + 1));
+      c.add(k.optim.sum_squares(Float::f32, x.data(), 1, n + 1));
     }
   }
 }
@@ -225,7 +225,7 @@ void digest_range(const Kernels& k, std::size_t n, std::size_t offset, Kind kind
   Case c("range n=" + text(n) + " offset=" + text(offset) + " " + kKindNames[kind]);
   const std::vector<float> x = numbers<float>(c, offset + n, kind);
   Range range = {};
-  c.add(k.range(x.data() + offset, n, &range));
+  c.add(k.quant.range(x.data() + offset, n, &range));
   c.add(range.min);
   c.add(range.max);
 }
@@ -234,8 +234,8 @@ void digest_packing(const Kernels& k, int bits, std::size_t n, std::size_t offse
   Case c("pack bits=" + text(static_cast<std::size_t>(bits)) + " n=" + text(n) + " offset=" + text(offset));
   Bytes codes(offset + n), packed(offset + n + kGuard), unpacked(offset + n + kGuard);
   for (auto& code : codes) code = static_cast<std::uint8_t>(c.random() % (1u << bits));
-  k.pack(bits, codes.data() + offset, n, packed.data() + offset);
-  k.unpack(bits, packed.data() + offset, n, unpacked.data() + offset);
+  k.quant.pack(bits, codes.data() + offset, n, packed.data() + offset);
+  k.quant.unpack(bits, packed.data() + offset, n, unpacked.data() + offset);
   c.add(packed);
   c.add(unpacked);
 }
@@ -278,16 +278,16 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
                        length,       groups,       group ? groups : 0};
 
   Shared shared = {};
-  unsigned flags = group ? 0 : k.range(x.data(), x.size(), &shared.range);
-  if (!group && refit && !flags) shared.pair = k.fit(x.data(), x.size(), bits, shared.range);
-  flags |= k.quantize(x.data(), q, group ? nullptr : &shared, refit, 0, rows);
+  unsigned flags = group ? 0 : k.quant.range(x.data(), x.size(), &shared.range);
+  if (!group && refit && !flags) shared.pair = k.quant.fit(x.data(), x.size(), bits, shared.range);
+  flags |= k.quant.quantize(x.data(), q, group ? nullptr : &shared, refit, 0, rows);
   c.add(flags);
   if (flags) return;  // nobody looks at the rest
   c.add(codes);
   c.add(scale.data(), scale.size() * sizeof(float));
   c.add(minimum.data(), minimum.size() * sizeof(float));
   for (std::size_t begin : {std::size_t{0}, cols / 3}) {
-    k.dequantize(q, rows - 1, begin, cols, out.data());
+    k.quant.dequantize(q, rows - 1, begin, cols, out.data());
     c.add(out);
   }
   if (kind == plain && !refit) digest_linear(c, k, q);
@@ -329,19 +329,19 @@ void digest_prune(const Kernels& k, Float type, const std::string& type_name, st
   std::vector<std::uint64_t> bins(kHistogramBins);
   for (int shift = static_cast<int>(8 * sizeof(U)) - 16; shift >= 0; shift -= 16) {
     const std::uint64_t prefix = shift + 16 < static_cast<int>(8 * sizeof(U)) ? 1u : 0u;
-    k.magnitude_histogram(type, w.data(), offset, offset + n, prefix, shift, bins.data());
+    k.prune.magnitude_histogram(type, w.data(), offset, offset + n, prefix, shift, bins.data());
   }
   c.add(bins.data(), bins.size() * sizeof bins[0]);
 
   const std::uint64_t key = std::uint64_t{1} << (8 * sizeof(U) - 3);  // the magnitude that `patterns` repeats
-  const std::size_t ties = k.count_ties(type, w.data(), offset, offset + n, key);
+  const std::size_t ties = k.prune.count_ties(type, w.data(), offset, offset + n, key);
   c.add(ties);
   for (std::size_t keep : {std::size_t{0}, ties / 2, ties}) {
     for (bool want_kept : {false, true}) {
       std::vector<U> pruned = w;
       Bytes kept(w.size());
       const PruneArgs args = {pruned.data(), pruned.data(), want_kept ? kept.data() : nullptr, key, keep};
-      k.prune(type, args, offset, offset + n);
+      k.prune.prune(type, args, offset, offset + n);
       c.add(pruned);
       c.add(kept);
     }
@@ -356,15 +356,15 @@ void digest_bracket(const Kernels& k, Float type, std::size_t n, std::size_t off
   for (const U low : {U{0}, static_cast<U>(high / 2)}) {
     std::vector<U> found(n + kGuard);
     const Collected some =
-        k.collect_magnitudes(type, w.data(), offset, offset + n, low, low + high / 8, found.data(), n);
+        k.prune.collect_magnitudes(type, w.data(), offset, offset + n, low, low + high / 8, found.data(), n);
     c.add(some.below);
     c.add(some.found);
     c.add(found);
   }
   Bytes kept(offset + n + kGuard);
   std::vector<U> cleared = w;
-  k.keep_largest(type, w.data() + offset, n, 2, 5, kept.data() + offset);
-  k.clear(sizeof(U), cleared.data(), kept.data(), offset, offset + n);
+  k.prune.keep_largest(type, w.data() + offset, n, 2, 5, kept.data() + offset);
+  k.prune.clear(sizeof(U), cleared.data(), kept.data(), offset, offset + n);
   c.add(kept);
   c.add(cleared);
 }
@@ -374,10 +374,10 @@ void digest_rows(const Kernels& k, std::size_t n, std::size_t offset) {
   Case c("compress width=" + text(sizeof(U)) + " n=" + text(n) + " offset=" + text(offset));
   const std::vector<U> x = patterns<U>(c, offset + n);
   Bytes mask((n + 7) / 8 + kGuard);
-  const std::size_t count = k.nonzero_mask(sizeof(U), x.data() + offset, n, mask.data());
+  const std::size_t count = k.sparse.nonzero_mask(sizeof(U), x.data() + offset, n, mask.data());
   std::vector<U> values(count + kGuard), out(offset + n + kGuard);
-  k.compress_row(sizeof(U), x.data() + offset, mask.data(), n, count, values.data());
-  k.expand_row(sizeof(U), mask.data(), values.data(), count, n, out.data() + offset);
+  k.sparse.compress_row(sizeof(U), x.data() + offset, mask.data(), n, count, values.data());
+  k.sparse.expand_row(sizeof(U), mask.data(), values.data(), count, n, out.data() + offset);
   c.add(count);
   c.add(mask);
   c.add(values);
@@ -385,11 +385,11 @@ void digest_rows(const Kernels& k, std::size_t n, std::size_t offset) {
   if (n > kIndexColumns) return;
   std::vector<std::uint16_t> columns(n + 8), back(n + 8);
   Bytes gaps(n);
-  c.add(k.mask_columns(mask.data(), n, columns.data()));
-  const std::size_t entries = k.column_gaps(columns.data(), count, gaps.data());
+  c.add(k.sparse.mask_columns(mask.data(), n, columns.data()));
+  const std::size_t entries = k.sparse.column_gaps(columns.data(), count, gaps.data());
   c.add(entries);
-  k.gap_columns(gaps.data(), entries, 0, back.data());
-  k.scatter_row(sizeof(U), columns.data(), values.data(), count, n, out.data() + offset);
+  k.sparse.gap_columns(gaps.data(), entries, 0, back.data());
+  k.sparse.scatter_row(sizeof(U), columns.data(), values.data(), count, n, out.data() + offset);
   c.add(columns.data(), count * sizeof columns[0]);
   c.add(gaps);
   c.add(back.data(), entries * sizeof back[0]);
@@ -416,7 +416,7 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
         row.push_back(static_cast<std::uint16_t>(i));
       }
       Bytes row_gaps(cols + 1);
-      const std::size_t entries = k.column_gaps(row.data(), row.size(), row_gaps.data());
+      const std::size_t entries = k.sparse.column_gaps(row.data(), row.size(), row_gaps.data());
       gaps.insert(gaps.end(), row_gaps.begin(), row_gaps.begin() + static_cast<std::ptrdiff_t>(entries));
       columns.insert(columns.end(), row.begin(), row.end());
       offsets.push_back(static_cast<std::int64_t>(layout == Layout::index8 ? gaps.size() : columns.size()));
@@ -432,7 +432,7 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
     const std::vector<float> x = numbers<float>(c, batch * cols, plain);
     std::vector<float> padded(3 * stride), tile(cols * 32), y(batch * rows);
     for (std::size_t b = 0; b < 3; ++b) std::memcpy(&padded[b * stride], &x[b * cols], cols * sizeof(float));
-    k.transpose_tile(x.data(), batch, cols, 0, 32, 0, cols, tile.data());
+    k.sparse.transpose_tile(x.data(), batch, cols, 0, 32, 0, cols, tile.data());
     c.add(tile);
     const void* positions = layout == Layout::index16  ? static_cast<const void*>(columns.data())
                             : layout == Layout::index8 ? static_cast<const void*>(gaps.data())
@@ -444,9 +444,9 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
                                                 : static_cast<const void*>(halves.data());
       const Sparse w = {layout, positions, offsets.data(), numbers_of_kind, types[kind], kind == 3 ? &q : nullptr,
                         count,  rows,      cols,           row_bytes};
-      k.linear_sparse(w, padded.data(), stride, 3, bias.data(), y.data(), 0, rows);
+      k.sparse.linear(w, padded.data(), stride, 3, bias.data(), y.data(), 0, rows);
       c.add(y);
-      k.linear_sparse_tile(w, tile.data(), 32, batch, 0, nullptr, y.data(), 0, rows);
+      k.sparse.linear_tile(w, tile.data(), 32, batch, 0, nullptr, y.data(), 0, rows);
       c.add(y);
     }
   }

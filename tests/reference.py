@@ -427,7 +427,7 @@ def whole_numbers(x, block, precision):
 
 
 def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exact"):
-    """x @ w.T for codes of one byte each. See cpp/kernels/linear.inl for why in this order."""
+    """x @ w.T for codes of one byte each. See cpp/kernels/linear/ for why in this order."""
     rows, cols = codes.shape
     size = cols if group_size in (None, -1) else group_size
     groups = -(-cols // size) if cols else 0

@@ -19,7 +19,7 @@ float limit_read(const py::array& x) {
   std::atomic<float> sink{0};
   const py::gil_scoped_release released;
   parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
-                  [&](std::size_t begin, std::size_t end) { sink.store(k.limit_read(v.data + begin, end - begin)); });
+                  [&](std::size_t begin, std::size_t end) { sink.store(k.limits.read(v.data + begin, end - begin)); });
   return sink.load();
 }
 
@@ -28,7 +28,7 @@ void limit_write(const py::array& x) {
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
-                  [&](std::size_t begin, std::size_t end) { k.limit_write(v.data + begin, end - begin); });
+                  [&](std::size_t begin, std::size_t end) { k.limits.write(v.data + begin, end - begin); });
 }
 
 void limit_update(const py::list& streams, std::size_t writes) {
@@ -47,7 +47,7 @@ void limit_update(const py::list& streams, std::size_t writes) {
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(size, kChunk, 4.0 * static_cast<double>(size * data.size()), [&](std::size_t begin, std::size_t end) {
-    k.limit_update(data.data(), data.size(), writes, begin, end);
+    k.limits.update(data.data(), data.size(), writes, begin, end);
   });
 }
 

@@ -143,7 +143,7 @@ double product_of_row(const Kernels& k, const Quantized& q, const Outliers<Index
   double sum = 0;
   for (std::size_t begin = 0; begin < q.cols; begin += block) {
     const std::size_t n = std::min(block, q.cols - begin);
-    k.dequantize(q, row, begin, begin + n, w);
+    k.quant.dequantize(q, row, begin, begin + n, w);
     for (; at < next && static_cast<std::size_t>(*at) - row * q.cols - begin < n; ++at) {
       w[static_cast<std::size_t>(*at) - row * q.cols - begin] += o.value[at - o.index];
     }
@@ -323,7 +323,7 @@ void multiply_few(const Sparse& w, const Linear& io, const Kernels& k) {
   const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
                        static_cast<double>(io.batch);
   parallel_for(static_cast<std::size_t>(num_threads()), bytes, [&](std::size_t begin, std::size_t end) {
-    k.linear_sparse(w, x, stride, io.batch, io.bias, io.y, shares.begin(begin), shares.begin(end));
+    k.sparse.linear(w, x, stride, io.batch, io.bias, io.y, shares.begin(begin), shares.begin(end));
   });
 }
 
@@ -335,13 +335,13 @@ void multiply_many(const Sparse& w, const Linear& io, const Kernels& k) {
   const Shares shares(w, parts);
   for (std::size_t first = 0; first < io.batch;) {
     const std::size_t left = io.batch - first, width = left > 32 ? 64 : left > 16 ? 32 : 16;
-    parallel_for(ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width),
-                 [&](std::size_t begin, std::size_t end) {
-                   k.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile);
-                 });
+    parallel_for(
+        ceil_div(w.cols, 16), 4.0 * static_cast<double>(w.cols * width), [&](std::size_t begin, std::size_t end) {
+          k.sparse.transpose_tile(io.x, io.batch, w.cols, first, width, 16 * begin, std::min(16 * end, w.cols), tile);
+        });
     const double bytes = static_cast<double>(w.count + w.rows * 16) * static_cast<double>(width);
     parallel_for(parts, bytes, [&](std::size_t begin, std::size_t end) {
-      k.linear_sparse_tile(w, tile, width, io.batch, first, io.bias, io.y, shares.begin(begin), shares.begin(end));
+      k.sparse.linear_tile(w, tile, width, io.batch, first, io.bias, io.y, shares.begin(begin), shares.begin(end));
     });
     first += width;
   }

@@ -42,8 +42,8 @@ void for_tensor_chunks(const Tensors& tensors, std::size_t begin, std::size_t en
 // The number of a rule in the table, which has the same order on every instruction set.
 std::size_t rule(const std::string& name) {
   const Kernels& table = kernels();
-  for (std::size_t i = 0; i < table.rule_count; ++i) {
-    if (name == table.rules[i].name) return i;
+  for (std::size_t i = 0; i < table.optim.rule_count; ++i) {
+    if (name == table.optim.rules[i].name) return i;
   }
   throw py::value_error("rule: no optimizer is called '" + name + "'");
 }
@@ -233,8 +233,9 @@ void step(const py::list& jobs, const py::list& steps) {
       }
     }
     const std::size_t index = item_of(job, job_field::rule).cast<std::size_t>();
-    if (index >= kernels().rule_count) throw py::value_error("rule: no optimizer has number " + std::to_string(index));
-    const Rule& rule = kernels().rules[index];
+    if (index >= kernels().optim.rule_count)
+      throw py::value_error("rule: no optimizer has number " + std::to_string(index));
+    const Rule& rule = kernels().optim.rules[index];
     hypers.push_back(hyper_of(job));
     const bool stochastic = item_of(job, job_field::stochastic).cast<bool>();
     const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
@@ -302,7 +303,7 @@ double sum_squares(const py::list& names, const py::list& grads) {
   parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
     for_tensor_chunks(parts, begin, end, [&](const Part& part, std::size_t from, std::size_t to) {
       for (std::size_t at = from; at < to; at += kChunk) {
-        sums[part.first_chunk + at / kChunk] = k.sum_squares(part.type, part.data, at, std::min(at + kChunk, to));
+        sums[part.first_chunk + at / kChunk] = k.optim.sum_squares(part.type, part.data, at, std::min(at + kChunk, to));
       }
     });
   });

@@ -56,8 +56,8 @@ Rank count_digits(const std::vector<Weights>& all, std::uint64_t k) {
     std::fill(bins.begin(), bins.end(), 0);
     for (const Weights& w : all) {
       parallel_for(slices, bytes_of(w), [&](std::size_t begin, std::size_t end) {
-        table.magnitude_histogram(w.type, w.data, w.size * begin / slices, w.size * end / slices, rank.key, shift,
-                                  bins.data() + begin * kHistogramBins);
+        table.prune.magnitude_histogram(w.type, w.data, w.size * begin / slices, w.size * end / slices, rank.key, shift,
+                                        bins.data() + begin * kHistogramBins);
       });
     }
     for (std::size_t digit = 0;; ++digit) {
@@ -130,7 +130,7 @@ class Selection {
                                                         static_cast<double>(kRuns));
       for (std::size_t i = 0; i < want; ++i) {
         const std::size_t at = kRun * (runs * i / want);
-        n += kernels().collect_magnitudes(w.type, w.data, at, at + kRun, 0, high_, sample.data() + n, kRun).found;
+        n += kernels().prune.collect_magnitudes(w.type, w.data, at, at + kRun, 0, high_, sample.data() + n, kRun).found;
       }
     }
     if (n < kRun * kRuns / 2) return;
@@ -158,8 +158,8 @@ class Selection {
     for (auto& part : keys) part.reset(new Key[room]);
     parallel_for(slices, bytes_of(w), [&](std::size_t begin, std::size_t end) {
       for (std::size_t s = begin; s < end; ++s) {
-        counts[s] = kernels().collect_magnitudes(w.type, w.data, w.size * s / slices, w.size * (s + 1) / slices, low_,
-                                                 high_, keys[s].get(), room);
+        counts[s] = kernels().prune.collect_magnitudes(w.type, w.data, w.size * s / slices, w.size * (s + 1) / slices,
+                                                       low_, high_, keys[s].get(), room);
       }
     });
     for (std::size_t s = 0; s < slices; ++s) {
@@ -216,7 +216,7 @@ std::size_t prune(const py::array& w, bool write, const py::object& kept, std::u
   std::size_t total = 0;
   if (keep_ties > 0) {
     for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
-      ties[i] = k.count_ties(to.type, to.data, begin, end, key);
+      ties[i] = k.prune.count_ties(to.type, to.data, begin, end, key);
     });
     for (std::size_t& count : ties) {  // the first `keep_ties` of them stay
       count = std::min(count, keep_ties - total);
@@ -224,7 +224,7 @@ std::size_t prune(const py::array& w, bool write, const py::object& kept, std::u
     }
   }
   for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
-    k.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, begin, end);
+    k.prune.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, begin, end);
   });
   return total;
 }
@@ -241,7 +241,7 @@ void keep_largest(const py::array& w, std::size_t n, std::size_t m, const py::ar
   const py::gil_scoped_release released;
   parallel_for(rows, bytes_of(from), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
-      k.keep_largest(from.type, from.data + r * row_bytes, cols, n, m, flags + r * cols);
+      k.prune.keep_largest(from.type, from.data + r * row_bytes, cols, n, m, flags + r * cols);
     }
   });
 }
@@ -253,7 +253,7 @@ void clear(const py::array& w, const py::array& kept) {
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_for(to.size, bytes_of(to),
-               [&](std::size_t begin, std::size_t end) { k.clear(to.width / 8, to.data, flags, begin, end); });
+               [&](std::size_t begin, std::size_t end) { k.prune.clear(to.width / 8, to.data, flags, begin, end); });
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
   std::vector<Range> parts(ceil_div(n, kChunk));
   std::atomic<unsigned> flags{0};
   for_chunks(n, kChunk, matrix_bytes(1, n), [&](std::size_t i, std::size_t begin, std::size_t end) {
-    flags |= k.range(x + begin, end - begin, &parts[i]);
+    flags |= k.quant.range(x + begin, end - begin, &parts[i]);
   });
   *out = parts[0];
   for (const Range& part : parts) {
@@ -53,10 +53,10 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   }
   Shared all{};
   std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all.range) : 0};
-  if (group_size == 0 && refit && flags == 0) all.pair = k.fit(from.data, from.size, bits, all.range);
+  if (group_size == 0 && refit && flags == 0) all.pair = k.quant.fit(from.data, from.size, bits, all.range);
   const double passes = refit ? 16 : 1;  // least squares takes far more arithmetic than one pass over memory
   parallel_for(rows, passes * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
-    flags |= k.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
+    flags |= k.quant.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
   });
   return flags;
 }
@@ -75,11 +75,11 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   const py::gil_scoped_release released;
   if (q.rows == 1) {  // the threads share the columns of a single row
     parallel_chunks(q.cols, kChunk, matrix_bytes(1, q.cols),
-                    [&](std::size_t begin, std::size_t end) { k.dequantize(q, 0, begin, end, to.data + begin); });
+                    [&](std::size_t begin, std::size_t end) { k.quant.dequantize(q, 0, begin, end, to.data + begin); });
     return;
   }
   parallel_for(q.rows, matrix_bytes(q.rows, q.cols), [&](std::size_t begin, std::size_t end) {
-    for (std::size_t r = begin; r < end; ++r) k.dequantize(q, r, 0, q.cols, to.data + r * q.cols);
+    for (std::size_t r = begin; r < end; ++r) k.quant.dequantize(q, r, 0, q.cols, to.data + r * q.cols);
   });
 }
 
@@ -92,7 +92,7 @@ void pack(const py::array& codes, int bits, const py::array& packed) {
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(from.size, kChunk, static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
-    k.pack(bits, from.data + begin, end - begin, to.data + begin * static_cast<std::size_t>(bits) / 8);
+    k.quant.pack(bits, from.data + begin, end - begin, to.data + begin * static_cast<std::size_t>(bits) / 8);
   });
 }
 
@@ -104,7 +104,7 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(to.size, kChunk, static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
-    k.unpack(bits, from.data + begin * static_cast<std::size_t>(bits) / 8, end - begin, to.data + begin);
+    k.quant.unpack(bits, from.data + begin * static_cast<std::size_t>(bits) / 8, end - begin, to.data + begin);
   });
 }
 

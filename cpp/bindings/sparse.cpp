@@ -17,7 +17,7 @@ namespace {
 void check_mask_row(const Sparse& s, std::size_t row) {
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(s.positions) + row * s.row_bytes;
   const std::size_t bits = s.layout == Layout::mask ? s.cols : ceil_div(s.cols, kBlockLength);
-  const std::size_t count = kernels().count_bits(mask, 8 * s.row_bytes);
+  const std::size_t count = kernels().sparse.count_bits(mask, 8 * s.row_bytes);
   if (count != row_begin(s, row + 1) - row_begin(s, row)) {
     fail_value({"positions"}, "row " + std::to_string(row) + " has " + std::to_string(count) + " bits set, but " +
                                   std::to_string(row_begin(s, row + 1) - row_begin(s, row)) + " entries");
@@ -84,7 +84,7 @@ void nonzero_mask(const py::array& x, const py::array& mask, const py::array& co
   parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const char* row = from.data + r * cols * static_cast<std::size_t>(from.width);
-      to.data[r] = static_cast<std::int64_t>(k.nonzero_mask(from.width, row, cols, bits.data + r * row_bytes));
+      to.data[r] = static_cast<std::int64_t>(k.sparse.nonzero_mask(from.width, row, cols, bits.data + r * row_bytes));
     }
   });
 }
@@ -105,8 +105,8 @@ void compress(const py::array& x, const py::array& mask, const py::array& row_of
   parallel_for(rows, matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r);
-      k.compress_row(from.width, from.data + r * cols * width, bits + r * s.row_bytes, cols,
-                     row_begin(s, r + 1) - first, to.data + first * width);
+      k.sparse.compress_row(from.width, from.data + r * cols * width, bits + r * s.row_bytes, cols,
+                            row_begin(s, r + 1) - first, to.data + first * width);
     }
   });
 }
@@ -127,7 +127,7 @@ void mask_columns(const py::array& mask, const py::array& row_offsets, std::size
   parallel_for(s.rows, matrix_bytes(s.rows, cols) / 4, [&](std::size_t begin, std::size_t end) {
     const auto scratch = column_scratch(cols);
     for (std::size_t r = begin; r < end; ++r) {
-      const std::size_t n = k.mask_columns(bits + r * s.row_bytes, cols, scratch.get());
+      const std::size_t n = k.sparse.mask_columns(bits + r * s.row_bytes, cols, scratch.get());
       std::copy_n(scratch.get(), n, to.data + row_begin(s, r));
     }
   });
@@ -145,7 +145,8 @@ void count_gaps(const py::array& columns, const py::array& row_offsets, std::siz
   parallel_for(s.rows, 8.0 * static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r);
-      to.data[r] = static_cast<std::int64_t>(k.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr));
+      to.data[r] =
+          static_cast<std::int64_t>(k.sparse.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr));
     }
   });
 }
@@ -168,7 +169,8 @@ void column_gaps(const py::array& columns, const py::array& row_offsets, std::si
   for (std::size_t r = 0; r < s.rows; ++r) {
     check_index_row(s, r);
     const std::size_t first = row_begin(s, r);
-    if (k.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr) != row_begin(t, r + 1) - row_begin(t, r))
+    if (k.sparse.column_gaps(from.data + first, row_begin(s, r + 1) - first, nullptr) !=
+        row_begin(t, r + 1) - row_begin(t, r))
       fail_value({"gap_offsets"}, "do not match the columns");
   }
   const std::size_t width = static_cast<std::size_t>(v.width);
@@ -177,7 +179,7 @@ void column_gaps(const py::array& columns, const py::array& row_offsets, std::si
     for (std::size_t r = begin; r < end; ++r) {
       const std::size_t first = row_begin(s, r), n = row_begin(s, r + 1) - first;
       std::size_t at = row_begin(t, r), next = 0;
-      if (k.column_gaps(from.data + first, n, to.data + at) == n) {
+      if (k.sparse.column_gaps(from.data + first, n, to.data + at) == n) {
         std::memcpy(tv.data + at * width, v.data + first * width, n * width);
         continue;
       }
@@ -201,7 +203,7 @@ void gap_columns(const py::array& gaps, const py::array& row_offsets, std::size_
   const auto scratch = column_scratch(cols);
   for (std::size_t r = 0; r < s.rows; ++r) {
     const std::size_t first = row_begin(s, r), n = std::min(row_begin(s, r + 1) - first, cols);
-    k.gap_columns(from + first, n, 0, scratch.get());
+    k.sparse.gap_columns(from + first, n, 0, scratch.get());
     std::copy_n(scratch.get(), n, to.data + first);
   }
 }
@@ -226,12 +228,12 @@ void expand(const std::string& layout, const py::array& positions, const py::arr
       const char* v = from.data + first * width;
       char* row = to.data + r * cols * width;
       if (s.layout == Layout::mask) {
-        k.expand_row(to.width, static_cast<const std::uint8_t*>(s.positions) + r * s.row_bytes, v, n, cols, row);
+        k.sparse.expand_row(to.width, static_cast<const std::uint8_t*>(s.positions) + r * s.row_bytes, v, n, cols, row);
       } else if (s.layout == Layout::index8) {
-        k.gap_columns(static_cast<const std::uint8_t*>(s.positions) + first, n, 0, scratch.get());
-        k.scatter_row(to.width, scratch.get(), v, n, cols, row);
+        k.sparse.gap_columns(static_cast<const std::uint8_t*>(s.positions) + first, n, 0, scratch.get());
+        k.sparse.scatter_row(to.width, scratch.get(), v, n, cols, row);
       } else {
-        k.scatter_row(to.width, static_cast<const std::uint16_t*>(s.positions) + first, v, n, cols, row);
+        k.sparse.scatter_row(to.width, static_cast<const std::uint16_t*>(s.positions) + first, v, n, cols, row);
       }
     }
   });

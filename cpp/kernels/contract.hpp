@@ -161,6 +161,30 @@ struct PruneArgs {
 
 // ---- the table -----------------------------------------------------------------------------------------------
 
+struct OptimKernels {
+  const Rule* rules;
+  std::size_t rule_count;
+  // Sum of squares in double: element i of a range goes to partial sum i % 16, the sixteen are added as a tree. Of
+  // float16 and bfloat16 each block of kStateBlock is a range of its own, added in order.
+  double (*sum_squares)(Float, const void* x, std::size_t begin, std::size_t end);
+};
+
+struct QuantKernels {
+  // Smallest and largest of n > 0 values; returns kNonFinite or 0.
+  unsigned (*range)(const float* x, std::size_t n, Range*);
+  // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is to be kept.
+  Pair (*fit)(const float* x, std::size_t n, int bits, Range);
+  // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 `shared` is
+  // given, otherwise null; `refit` fits every group. Returns flags.
+  unsigned (*quantize)(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                       std::size_t end);
+  // Columns [col_begin, col_end) of one row.
+  void (*dequantize)(const Quantized& q, std::size_t row, std::size_t col_begin, std::size_t col_end, float* out);
+  // n codes of one byte each, to and from packed bytes.
+  void (*pack)(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* packed);
+  void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
+};
+
 // Products with quantized weights. An instruction set that adds nothing but dot products of bytes to another brings
 // these alone.
 struct Products {
@@ -175,52 +199,16 @@ struct Products {
   void (*linear_quantized)(const Quantized& w, const Linear&, std::size_t begin, std::size_t end);
 };
 
-struct Kernels {
-  const char* isa;
-
-  const Rule* rules;
-  std::size_t rule_count;
-  // Sum of squares in double: element i of a range goes to partial sum i % 16, the sixteen are added as a tree. Of
-  // float16 and bfloat16 each block of kStateBlock is a range of its own, added in order.
-  double (*sum_squares)(Float, const void* x, std::size_t begin, std::size_t end);
-
-  // Smallest and largest of n > 0 values; returns kNonFinite or 0.
-  unsigned (*range)(const float* x, std::size_t n, Range*);
-  // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is to be kept.
-  Pair (*fit)(const float* x, std::size_t n, int bits, Range);
-  // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 `shared` is
-  // given, otherwise null; `refit` fits every group. Returns flags.
-  unsigned (*quantize)(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
-                       std::size_t end);
-  // Columns [col_begin, col_end) of one row.
-  void (*dequantize)(const Quantized& q, std::size_t row, std::size_t col_begin, std::size_t col_end, float* out);
-  // n codes of one byte each, to and from packed bytes.
-  void (*pack)(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* packed);
-  void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
-
-  Products products;
+struct SparseKernels {
   // The same y for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
-  void (*linear_sparse)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias,
-                        float* y, std::size_t begin, std::size_t end);
+  void (*linear)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
+                 std::size_t begin, std::size_t end);
   // `width` (64, 32 or 16) rows of x from `first`, transposed to [cols][width], zero behind the last: columns
   // [begin, end) of it, and the product with rows [begin, end) of a weight.
   void (*transpose_tile)(const float* x, std::size_t batch, std::size_t cols, std::size_t first, std::size_t width,
                          std::size_t begin, std::size_t end, float* tile);
-  void (*linear_sparse_tile)(const Sparse& w, const float* tile, std::size_t width, std::size_t batch,
-                             std::size_t first, const float* bias, float* y, std::size_t begin, std::size_t end);
-
-  // Counts, by the 16 bits above `shift`, the magnitudes whose bits above those equal `prefix`.
-  void (*magnitude_histogram)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t prefix, int shift,
-                              std::uint64_t* bins);
-  std::size_t (*count_ties)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t key);
-  // Copies the magnitudes from `low` to `high` to `out`. Float32 and float64 only, fewer than 2^32.
-  Collected (*collect_magnitudes)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
-                                  std::uint64_t high, void* out, std::size_t room);
-  void (*prune)(Float, const PruneArgs&, std::size_t begin, std::size_t end);
-  // For one row: keeps the n largest of every m.
-  void (*keep_largest)(Float, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept);
-  // Writes +0 to w, of elements of `width` bytes, where kept is 0.
-  void (*clear)(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end);
+  void (*linear_tile)(const Sparse& w, const float* tile, std::size_t width, std::size_t batch, std::size_t first,
+                      const float* bias, float* y, std::size_t begin, std::size_t end);
 
   // Elements are taken as integers of `width` bytes; zero of either sign is not stored. A row has `count` entries.
   std::size_t (*nonzero_mask)(int width, const void* x, std::size_t n, std::uint8_t* mask);  // returns the count
@@ -236,12 +224,39 @@ struct Kernels {
   void (*gap_columns)(const std::uint8_t* gaps, std::size_t count, std::uint16_t next, std::uint16_t* columns);
   // Gaps of a row from its columns; returns how many entries it takes. `gaps` may be null.
   std::size_t (*column_gaps)(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps);
+};
 
+struct PruneKernels {
+  // Counts, by the 16 bits above `shift`, the magnitudes whose bits above those equal `prefix`.
+  void (*magnitude_histogram)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t prefix, int shift,
+                              std::uint64_t* bins);
+  std::size_t (*count_ties)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t key);
+  // Copies the magnitudes from `low` to `high` to `out`. Float32 and float64 only, fewer than 2^32.
+  Collected (*collect_magnitudes)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
+                                  std::uint64_t high, void* out, std::size_t room);
+  void (*prune)(Float, const PruneArgs&, std::size_t begin, std::size_t end);
+  // For one row: keeps the n largest of every m.
+  void (*keep_largest)(Float, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept);
+  // Writes +0 to w, of elements of `width` bytes, where kept is 0.
+  void (*clear)(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end);
+};
+
+struct LimitKernels {
   // What the memory allows; the benchmarks print their share of it.
-  float (*limit_read)(const float* x, std::size_t n);
-  void (*limit_write)(float* x, std::size_t n);
+  float (*read)(const float* x, std::size_t n);
+  void (*write)(float* x, std::size_t n);
   // Reads x[0..reads) and writes back the first `writes` of them, one multiply-add for each stream.
-  void (*limit_update)(float* const* x, std::size_t reads, std::size_t writes, std::size_t begin, std::size_t end);
+  void (*update)(float* const* x, std::size_t reads, std::size_t writes, std::size_t begin, std::size_t end);
+};
+
+struct Kernels {
+  const char* isa;
+  OptimKernels optim;
+  QuantKernels quant;
+  Products products;
+  SparseKernels sparse;
+  PruneKernels prune;
+  LimitKernels limits;
 };
 
 }  // namespace fastopt

@@ -33,8 +33,6 @@ namespace {
 #include "kernels/limits.inl"
 #endif
 
-constexpr Products kProducts = {prepared_bytes, prepare_x_any, panel_bytes, prepare_panel_any, linear_quantized};
-
 }  // namespace
 
 #define FASTOPT_TEXT(x) #x
@@ -54,37 +52,13 @@ const Products FASTOPT_TABLE(FASTOPT_ISA) = kProducts;
 
 extern const Kernels FASTOPT_TABLE(FASTOPT_ISA);
 const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
-    FASTOPT_NAME(FASTOPT_ISA),
-    kRules,
-    sizeof kRules / sizeof kRules[0],
-    sum_squares_any,
-    range,
-    fit_any,
-    quantize_any,
-    dequantize_any,
-    pack_any,
-    unpack_any,
-    kProducts,
-    linear_sparse,
-    transpose_tile,
-    linear_sparse_tile,
-    magnitude_histogram_any,
-    count_ties_any,
-    collect_magnitudes_any,
-    prune_any,
-    keep_largest_any,
-    clear_any,
-    nonzero_mask_any,
-    count_bits,
-    compress_row_any,
-    expand_row_any,
-    scatter_row_any,
-    mask_columns,
-    gap_columns,
-    column_gaps,
-    limit_read,
-    limit_write,
-    limit_update,
+    .isa = FASTOPT_NAME(FASTOPT_ISA),
+    .optim = kOptim,
+    .quant = kQuant,
+    .products = kProducts,
+    .sparse = kSparse,
+    .prune = kPrune,
+    .limits = kLimits,
 };
 
 #endif

@@ -44,3 +44,9 @@ void limit_update(float* const* x, std::size_t reads, std::size_t writes, std::s
   if (reads == 4 && writes == 3) update<4, 3>(x, begin, end);
   if (reads == 1 && writes == 1) update<1, 1>(x, begin, end);
 }
+
+constexpr LimitKernels kLimits = {
+    .read = limit_read,
+    .write = limit_write,
+    .update = limit_update,
+};

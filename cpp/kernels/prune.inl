@@ -211,3 +211,12 @@ void clear_any(int width, void* w, const std::uint8_t* kept, std::size_t begin, 
       return clear<std::uint64_t>(w, kept, begin, end);
   }
 }
+
+constexpr PruneKernels kPrune = {
+    .magnitude_histogram = magnitude_histogram_any,
+    .count_ties = count_ties_any,
+    .collect_magnitudes = collect_magnitudes_any,
+    .prune = prune_any,
+    .keep_largest = keep_largest_any,
+    .clear = clear_any,
+};

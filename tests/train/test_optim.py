@@ -109,7 +109,7 @@ def fused(a, b, c):
 
 
 def test_square_roots_by_products_are_proven():
-    """`sqrt_by_products` (cpp/kernels/simd.hpp) is the square root for any approximation within its specification.
+    """`sqrt_by_products` (cpp/kernels/simd/math.hpp) is the square root for any approximation within its specification.
 
     It takes y = a / sqrt(x), |a - 1| < 2**-14, and in floats root = x * y, error = 1 / 2 - root * y / 2,
     root1 = root + root * error, half1 = y / 2 + y / 2 * error. With root = (1 + u) * x * y, |u| <= 2**-24, before their

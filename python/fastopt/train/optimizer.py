@@ -269,7 +269,7 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def _rule(self, options: dict[str, Any]) -> str:
-        """Return the name of the rule in cpp/kernels/optim.inl."""
+        """Return the name of the rule in cpp/kernels/optim/rules.inl."""
 
     @abc.abstractmethod
     def _states(self, options: dict[str, Any]) -> tuple[str, ...]:

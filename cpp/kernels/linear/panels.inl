@@ -1,0 +1,304 @@
+// Products for many rows of x.
+
+// Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
+// block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
+// panels. The order of sums is another than above: blocks in order within a group; their sum times its scale and, with
+// its first block, what it adds beside its codes; groups in order within stretches of kPanelStretch columns, stretches
+// in order.
+
+constexpr std::size_t kPanelRows = 8, kPanelStretch = 1024;  // rows and columns of W unpacked at a time
+constexpr std::size_t kPanels = 4;                           // panels of x that use them
+constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
+#if defined(__AVX512VNNI__)
+constexpr int kUnrolled = 8;
+#else
+constexpr int kUnrolled = 1;  // a dot product is many instructions
+#endif
+
+// Sixteen rows of x, in the memory that the caller gave.
+template <int Bits, int Limbs>
+struct Panel {
+  // For each block of columns: the bytes of n of every 4 columns, in the order of unpacked codes, limb by limb.
+  std::int8_t* limbs;
+  float* scale;          // [block][row], times the step in which codes count
+  std::int32_t* offset;  // [block][sum][row], minus the sum of middle * n
+  float* group_sum;      // [group][row]; or, where a row of W is one group, a double for each row
+  std::size_t bytes;
+
+  Panel(const Quantized& w, std::uint8_t* memory) {
+    const std::size_t columns = (w.row_bytes + kRun - 1) / kRun * kRunColumns<Bits>;
+    const std::size_t blocks = columns / block_columns(w);
+    std::size_t at = 0;
+    const auto take = [&](std::size_t size) {
+      std::uint8_t* part = memory + at;
+      at += size;
+      return part;
+    };
+    limbs = reinterpret_cast<std::int8_t*>(take(columns * Limbs * kPanelWidth));
+    scale = reinterpret_cast<float*>(take(blocks * sizeof(float) * kPanelWidth));
+    offset = reinterpret_cast<std::int32_t*>(take(blocks * kSums<Bits, Limbs> * sizeof(std::int32_t) * kPanelWidth));
+    group_sum = reinterpret_cast<float*>(take((w.groups == 1 ? 2 : w.groups) * sizeof(float) * kPanelWidth));
+    bytes = at;
+  }
+};
+
+// From `count` rows that were prepared one by one.
+template <int Bits, int Limbs>
+void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
+                   std::uint8_t* memory) {
+  constexpr std::size_t parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  const Panel<Bits, Limbs> to(w, memory);
+  if (count < kPanelWidth) std::memset(memory, 0, to.bytes);
+  const std::size_t words = block_columns(w) * Bits / 32, runs = (w.row_bytes + kRun - 1) / kRun;
+  for (std::size_t b = 0; b < count; ++b) {
+    const Prepared<Bits, Limbs> from(w, const_cast<std::uint8_t*>(rows) + b * row_bytes);
+    std::int8_t* limbs = to.limbs + 4 * b;
+    std::size_t block = 0;
+    for (std::size_t run = 0; run < runs; ++run) {
+      const Run<Bits, Limbs>& x = from.runs[run];
+      for (std::size_t first = 0; first < kWords; first += words, ++block) {
+        to.scale[block * kPanelWidth + b] = x.scale[first];
+        for (std::size_t s = 0; s < sums; ++s) {
+          std::uint32_t offset = 0;  // modulo 2^32, as what it is added to
+          for (std::size_t i = 0; i < words; ++i) offset += static_cast<std::uint32_t>(x.offset[s][first + i]);
+          to.offset[(block * sums + s) * kPanelWidth + b] = static_cast<std::int32_t>(offset);
+        }
+        for (std::size_t p = 0; p < parts; ++p) {
+          for (std::size_t i = first; i < first + words; ++i) {
+            for (int l = 0; l < Limbs; ++l, limbs += 4 * kPanelWidth) std::memcpy(limbs, &x.limbs[l][p][4 * i], 4);
+          }
+        }
+      }
+    }
+    if (w.groups == 1) {
+      std::memcpy(to.group_sum + 2 * b, from.group_sum, sizeof(double));
+    } else {
+      for (std::size_t g = 0; g < w.groups; ++g) to.group_sum[g * kPanelWidth + b] = from.group_sum[g];
+    }
+  }
+}
+
+// A stretch of kPanelRows rows of W: codes of one byte each, in the order that split() gives, and of each group that
+// has some of these columns its scale and the value in its middle. Blocks and groups count from the first ones of a
+// row.
+struct Unpacked {
+  alignas(64) std::uint8_t codes[kPanelRows][kPanelStretch];
+  alignas(64) float scale[kPanelRows][kMaxGroups], middle[kPanelRows][kMaxGroups];
+  std::size_t block, block_end, group, group_end;
+  std::size_t group_blocks;  // as many as a group has; 0 where a row is one, whose scale and middle are not of its sums
+  std::size_t runs, row_bytes;
+  const std::uint8_t* packed;  // codes of the first row, only whose first run is unpacked yet; null where all are
+};
+
+template <int Bits>
+inline void unpack_run(const std::uint8_t* from, std::uint8_t* to) {
+  for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
+    Vec<std::uint8_t> parts[8 / Bits];
+    split<Bits>(load<Vec<std::uint8_t>>(from + i), parts);
+    for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
+  }
+}
+
+template <int Bits>
+[[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
+                                      Unpacked* out) {
+  const std::size_t block = block_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
+  const bool one_group = w.groups == 1;
+  out->block = begin / block;
+  out->block_end = (stop + block - 1) / block;
+  out->group = one_group ? 0 : begin / w.group;
+  out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
+  out->group_blocks = one_group ? 0 : w.group / block;
+  constexpr std::size_t bytes = kPanelStretch * Bits / 8;
+  const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
+  const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
+  out->runs = (exist + kRun - 1) / kRun;
+  out->row_bytes = w.row_bytes;
+  const std::uint8_t* const first = w.codes + row * w.row_bytes + begin * Bits / 8;
+  const bool all_exist = static_cast<std::size_t>(codes_end - first) >= (kPanelRows - 1) * w.row_bytes + bytes;
+  out->packed = kUnrolled > 1 && all_exist ? first : nullptr;
+  const std::size_t runs = out->packed ? 1 : out->runs;
+  for (std::size_t r = 0; r < kPanelRows; ++r) {
+    const std::size_t from = row + r < end ? row + r : end - 1;  // the last one again where there are fewer
+    const std::uint8_t* codes = w.codes + from * w.row_bytes + begin * Bits / 8;
+    std::uint8_t copy[bytes];
+    if (static_cast<std::size_t>(codes_end - codes) < bytes) {
+      std::memset(copy, 0, sizeof copy);
+      std::memcpy(copy, codes, exist);
+      codes = copy;
+    }
+    for (std::size_t run = 0; run < runs; ++run) {
+      unpack_run<Bits>(codes + run * kRun, out->codes[r] + run * kRunColumns<Bits>);
+    }
+    if (one_group) {
+      out->scale[r][0] = 1.0f;
+      out->middle[r][0] = 0.0f;
+      continue;
+    }
+    const std::size_t param = from * w.param_stride + out->group, groups = out->group_end - out->group;
+    fetch_params(w, param + kPanelRows * w.param_stride);
+    for (std::size_t g = 0; g < groups; g += kWords) {
+      const std::size_t n = groups - g < kWords ? groups - g : kWords;
+      Vec<float> scale[kWordVectors], middle[kWordVectors];
+      load_sixteen(w, w.scale, param + g, n, scale);
+      load_sixteen(w, w.minimum, param + g, n, middle);
+      for (std::size_t i = 0; i < kWordVectors; ++i) middle[i] += scale[i] * (kMiddle<Bits> * kStep<Bits>);
+      std::memcpy(out->scale[r] + g, scale, sizeof scale);
+      std::memcpy(out->middle[r] + g, middle, sizeof middle);
+    }
+  }
+}
+
+// Totals are double: a stretch more or less costs no accuracy.
+inline void add_to(double* total, const float* sums) {
+  constexpr std::size_t lanes = kVectorBytes / sizeof(double);
+  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
+    store(total + i, load<Vec<double>>(total + i) + convert<double, lanes>(load<Vec<float, lanes>>(sums + i)));
+  }
+}
+
+// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block. Codes
+// that are still packed are unpacked by the way, a run ahead of the products, which leave the units for it idle.
+template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
+[[gnu::noinline]] void add_stretch(Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
+                                   const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
+  using V = Vec<float>;
+  using Ints = Vec<std::int32_t>;
+  using Words32 = Vec<std::uint32_t>;
+  constexpr std::size_t lanes = kLanes<float>, parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  constexpr std::size_t block_bytes = Words * parts * Limbs * 4 * kPanelWidth;
+  const auto horner = [](Ints high, Ints low) {  // modulo 2^32
+    return bit_cast<Ints>((bit_cast<Words32>(high) << 8) + bit_cast<Words32>(low));
+  };
+  alignas(64) float stretch[Rows][kPanelWidth];
+  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
+    V sum[Rows] = {};
+    std::size_t block = w.block;
+    for (std::size_t group = w.group; group < w.group_end; ++group) {
+      const bool begins = w.group_blocks > 0 && block == group * w.group_blocks;
+      const std::size_t end = group + 1 < w.group_end ? (group + 1) * w.group_blocks : w.block_end;
+      V group_sum[Rows] = {};
+      for (; block < end; ++block) {
+        const std::size_t at = (block - w.block) * Words;
+        const std::uint8_t* codes = w.codes[first_row] + at / kWords * kRunColumns<Bits> + at % kWords * 4;
+        const std::int8_t* limbs = x.limbs + block * block_bytes + 4 * i;
+        const Ints offset = load<Ints>(x.offset + block * sums * kPanelWidth + i);
+        if (i == 0) fetch_codes<Bits / 2>(next_codes, block - w.block);
+        if constexpr (kUnrolled > 1) {
+          constexpr std::size_t rows = Words > 1 ? Words / 2 : 1;
+          const std::size_t next = at / kWords + 1, first = at % kWords / Words * rows;
+          if (w.packed && next < w.runs && first < kPanelRows) {
+            for (std::size_t r = first; r < first + rows; ++r) {
+              unpack_run<Bits>(w.packed + r * w.row_bytes + next * kRun, w.codes[r] + next * kRunColumns<Bits>);
+            }
+          }
+        }
+        Ints part[Limbs][Rows] = {};
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
+        if constexpr (sums == 2) {
+          const Ints low = load<Ints>(x.offset + (block * sums + 1) * kPanelWidth + i);
+#pragma GCC unroll 8
+          for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
+        }
+#pragma GCC unroll kUnrolled
+        for (std::size_t p = 0; p < parts; ++p) {
+#pragma GCC unroll kUnrolled
+          for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
+#pragma GCC unroll 8
+            for (std::size_t r = 0; r < Rows; ++r) {
+              const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kRun + 4 * j);
+              for (int l = 0; l < Limbs; ++l) {
+                part[l][r] = dot<Bits>(part[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
+              }
+            }
+          }
+        }
+        const V scale = load<V>(x.scale + block * kPanelWidth + i);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < Rows; ++r) {
+          Ints whole = part[0][r];
+          for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
+          V product = convert<float, lanes>(whole);
+          if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
+          group_sum[r] += product * scale;
+        }
+      }
+      const V x_sum = begins ? load<V>(x.group_sum + group * kPanelWidth + i) : V{};
+      const std::size_t g = group - w.group;
+#pragma GCC unroll 8
+      for (std::size_t r = 0; r < Rows; ++r) {
+        sum[r] += group_sum[r] * w.scale[first_row + r][g] + x_sum * w.middle[first_row + r][g];
+      }
+    }
+    for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
+  }
+  for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
+}
+
+// Where a row of W is one group.
+template <int Bits>
+[[gnu::noinline]] void one_group_products(const Quantized& w, std::size_t row, std::size_t end, const float* group_sum,
+                                          double (*total)[kPanelWidth]) {
+  for (std::size_t r = 0; row + r < end; ++r) {
+    for (std::size_t b = 0; b < kPanelWidth; ++b) {
+      total[r][b] = one_group_product<Bits>(w, row + r, total[r][b], group_sum + 2 * b);
+    }
+  }
+}
+
+// The products of rows [row, end) of W with rows [first, last) of x.
+[[gnu::noinline]] void store_panel(const Quantized& w, const Linear& io, std::size_t first, std::size_t last,
+                                   std::size_t row, std::size_t end, const double (*total)[kPanelWidth]) {
+  using Row = Vec<float, kPanelRows>;
+  float sums[kPanelWidth][kPanelRows];
+  for (std::size_t r = 0; r < kPanelRows; ++r) {
+    for (std::size_t b = 0; b < kPanelWidth; ++b) sums[b][r] = static_cast<float>(total[r][b]);
+  }
+  for (std::size_t b = 0; first + b < last; ++b) {
+    float* y = io.y + (first + b) * w.rows + row;
+    const Row sum = load<Row>(sums[b]);
+    const bool finite = fold_lanes<int, kPanelRows>(sum - sum == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
+    if (finite && end - row == kPanelRows) {
+      store(y, io.bias ? sum + load<Row>(io.bias + row) : sum);
+      continue;
+    }
+    for (std::size_t r = 0; row + r < end; ++r) {
+      y[r] = io.bias ? sum[r] + io.bias[row + r] : sum[r];
+      if (!(sum[r] - sum[r] == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+    }
+  }
+}
+
+// Rows [row, end), kPanelRows at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
+template <int Bits, int Limbs>
+void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
+                   std::size_t row, std::size_t end) {
+  constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // as many as there are registers for
+  double total[kPanels][kPanelRows][kPanelWidth];
+  std::memset(total, 0, panels * sizeof *total);
+  const auto panel = [&](std::size_t p) {
+    return Panel<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.panels) + (batch / kPanelWidth + p) * io.panel_bytes);
+  };
+  const std::uint8_t* next_codes = w.codes + (row + kPanelRows) * w.row_bytes;
+  for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
+    Unpacked unpacked;
+    unpack_stretch<Bits>(w, row, end, begin, &unpacked);
+    for (std::size_t p = 0; p < panels; ++p) {
+      const Panel<Bits, Limbs> x = panel(p);
+      for (std::size_t r = 0; r < kPanelRows && row + r < end; r += rows_at_once) {
+        const auto add = [&](auto words) {
+          add_stretch<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, next_codes, total[p] + r);
+        };
+        block_columns(w) == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
+        if (p == 0) next_codes += (unpacked.block_end - unpacked.block) * (Bits / 2) * kRun;
+      }
+      unpacked.packed = nullptr;
+    }
+  }
+  for (std::size_t p = 0; p < panels; ++p) {
+    const std::size_t first = batch + p * kPanelWidth, left = batch + count - first;
+    if (w.groups == 1) one_group_products<Bits>(w, row, end, panel(p).group_sum, total[p]);
+    store_panel(w, io, first, first + (left < kPanelWidth ? left : kPanelWidth), row, end, total[p]);
+  }
+}

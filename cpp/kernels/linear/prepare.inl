@@ -1,0 +1,225 @@
+// Whole numbers: how x is rounded, laid out and multiplied with codes.
+
+template <int Bits>
+constexpr std::size_t kRunColumns = kRun * 8 / Bits;
+
+// Codes count from the middle, which makes both their sums and what the minimum adds small: little cancels when the
+// two are added. Two bits have their middle between two codes, so these count in half steps.
+template <int Bits>
+constexpr std::uint8_t kMiddle = Bits == 2 ? 3 : 1 << (Bits - 1);
+template <int Bits>
+constexpr float kStep = Bits == 2 ? 0.5f : 1.0f;
+
+// With three limbs, codes of 8 bits give sums of more than 32 bits: the lowest limb is summed apart.
+template <int Bits, int Limbs>
+constexpr std::size_t kSums = Bits == 8 && Limbs == 3 ? 2 : 1;
+
+// What a run of codes meets of x.
+template <int Bits, int Limbs>
+struct Run {
+  std::int8_t limbs[Limbs][8 / Bits][kRun];  // bytes of n, the highest first, in the order of the codes
+  float scale[kWords];                       // of the block that the word is in, times the step in which codes count
+  std::int32_t offset[kSums<Bits, Limbs>][kWords];  // minus the sum of middle * n over the columns of the word
+};
+
+// One row of x, in the memory that the caller gave.
+template <int Bits, int Limbs>
+struct Prepared {
+  Run<Bits, Limbs>* runs;
+  float* group_sum;  // for each group of W the sum of scale * n over its columns, filled up with zeros to 16; or, where
+                     // a row of W is one group, one double
+  std::uint8_t (*lane)[kWords];  // of each word of each run, where its group is among the sixteen that it belongs to
+  std::size_t bytes;
+
+  Prepared() = default;
+  Prepared(const Quantized& w, std::uint8_t* memory) {
+    const std::size_t count = (w.row_bytes + kRun - 1) / kRun, sixteens = (w.groups + kWords - 1) / kWords;
+    runs = reinterpret_cast<Run<Bits, Limbs>*>(memory);
+    group_sum = reinterpret_cast<float*>(memory + count * sizeof *runs);
+    lane = reinterpret_cast<std::uint8_t (*)[kWords]>(group_sum + sixteens * kWords);
+    bytes = count * sizeof *runs + sixteens * kWords * sizeof(float) + (count + 3) / 4 * 4 * kWords;
+  }
+};
+
+// ---- the sums of a word --------------------------------------------------------------------------------------
+
+// For words [at, at + lanes) of a run of each row, the sum of (code - middle) * n over the columns of each, exact but
+// for one rounding to float32. Rows side by side: none waits for its own last step.
+template <int Bits, int Limbs, std::size_t Rows>
+inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Run<Bits, Limbs>& x, std::size_t at,
+                      Vec<float> (&out)[Rows]) {
+  using Ints = Vec<std::int32_t>;
+  constexpr std::size_t lanes = kLanes<float>;
+  constexpr bool two_sums = kSums<Bits, Limbs> == 2;
+  // Limbs above the last one by Horner's rule; the last one apart, so that sums wait less for each other.
+  const auto dots = [&](Ints(&sum)[Rows], int l) {
+    for (std::size_t r = 0; r < Rows; ++r) sum[r] = dot_words<Bits>(sum[r], codes[r], x.limbs[l][0] + 4 * at);
+  };
+  Ints last[Rows], sum[Rows] = {};
+  for (Ints& row : last) row = load<Ints>(x.offset[kSums<Bits, Limbs> - 1] + at);
+  for (int l = 0; l < Limbs - 1; ++l) {
+    for (std::size_t r = 0; l > 0 && r < Rows; ++r) sum[r] <<= 8;
+    dots(sum, l);
+  }
+  dots(last, Limbs - 1);
+  for (std::size_t r = 0; r < Rows; ++r) {
+    if constexpr (two_sums) {
+      out[r] = convert<float, lanes>(sum[r] + load<Ints>(x.offset[0] + at)) * 256.0f + convert<float, lanes>(last[r]);
+    } else {
+      out[r] = convert<float, lanes>(Limbs == 1 ? last[r] : (sum[r] << 8) + last[r]);
+    }
+  }
+}
+
+// Codes in bytes of their own, as many steps as they count: those of two bits are doubled.
+template <int Bits>
+inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]) {
+  constexpr int up = Bits == 2 ? 1 : 0;  // doubled
+  constexpr std::uint8_t mask = static_cast<std::uint8_t>(((1 << Bits) - 1) << up);
+  const Vec<std::uint16_t> pairs = bit_cast<Vec<std::uint16_t>>(packed);  // no set shifts bytes
+  codes[0] = Bits == 8 ? packed : bit_cast<Vec<std::uint8_t>>(pairs << up) & mask;
+  for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> (p * Bits - up)) & mask;
+}
+
+// ---- preparing x ---------------------------------------------------------------------------------------------
+
+// Not a number where the block has no finite scale; that makes every result of the row NaN, and then it is computed
+// in another way.
+template <int Limbs>
+inline float block_scale(float largest) {
+  constexpr float nan = __builtin_nanf("");
+  if constexpr (Limbs == 1) {
+    const float scale = largest / 127.0f;
+    return !(largest < __builtin_inff()) ? nan : scale > kSmallestNormal ? scale : kSmallestNormal;
+  } else {
+    // A power of two: what is exact in 24 bits stays so. A little is left free, as |n| <= 0x7f7f7f in three bytes.
+    const std::uint32_t exponent = bit_cast<std::uint32_t>(largest * 1.0078125f) >> 23;
+    if (exponent >= 255) return nan;
+    return bit_cast<float>((exponent > 0 ? exponent : 1) << 23) * 0x1p-22f;
+  }
+}
+
+// How many columns of x share a scale.
+inline std::size_t block_columns(const Quantized& w) {
+  return w.groups == 1 || w.group % (2 * kGrain) == 0 ? 2 * kGrain : kGrain;
+}
+
+using Grain = Vec<float>[kWordVectors];
+
+inline void load_grain(const float* x, std::size_t left, Grain& to) {
+  if (left >= kGrain) {
+    std::memcpy(to, x, sizeof to);
+  } else {
+    std::memset(to, 0, sizeof to);
+    std::memcpy(to, x, left * sizeof(float));
+  }
+}
+
+// The scale of `n` columns of x, of which `left` exist.
+template <int Limbs>
+inline float scale_of_columns(const float* x, std::size_t n, std::size_t left) {
+  using Ints = Vec<std::int32_t>;
+  Ints largest = {};
+  for (std::size_t at = 0; at < n; at += kGrain) {
+    Grain v;
+    load_grain(x + at, at < left ? left - at : 0, v);
+    for (Vec<float> part : v) {
+      const Ints bits = bit_cast<Ints>(part) & 0x7fffffff;  // ordered like the magnitudes, NaN last
+      largest = bits > largest ? bits : largest;
+    }
+  }
+  return block_scale<Limbs>(bit_cast<float>(fold(largest, [](auto a, auto b) { return a > b ? a : b; })));
+}
+
+// Rounds 16 columns of x, of which `left` exist; writes the bytes of n, each limb to its own row of `bytes`, and
+// returns the sum of n.
+template <int Limbs, std::size_t Columns>
+inline std::int32_t round_grain(const float* x, std::size_t left, float scale, std::uint8_t (&bytes)[Limbs][Columns],
+                                std::size_t at) {
+  using Ints = Vec<std::int32_t>;
+  constexpr std::size_t lanes = kLanes<float>;
+  Grain v;
+  load_grain(x, left, v);
+  const bool finite = scale == scale;  // otherwise the row goes another way, and these numbers are not looked at
+  Ints total = {};
+  for (std::size_t i = 0; i < kWordVectors; ++i) {
+    const Ints n = finite ? round_to_int(v[i] / scale) : Ints{};
+    total += n;
+    // Each limb is signed, so what is above it is rounded.
+    const Ints limbs[3] = {Limbs == 1 ? n : (n + 0x8080) >> 16, (n + 0x80) >> 8, n};
+    for (int l = 0; l < Limbs; ++l) {
+      store(bytes[l] + at + i * lanes, convert<std::uint8_t, lanes>(limbs[l]));
+    }
+  }
+  return fold(total, [](auto a, auto b) { return a + b; });
+}
+
+// Minus what codes in the middle would give.
+template <int Bits, int Limbs>
+inline void set_offsets(Run<Bits, Limbs>& run) {
+  using Ints = Vec<std::int32_t>;
+  Vec<std::uint8_t> middle[8 / Bits];
+  for (auto& part : middle) part = Vec<std::uint8_t>{} + kMiddle<Bits>;
+  for (std::size_t i = 0; i < kWords; i += kLanes<float>) {
+    Ints sum = {};
+    for (int l = 0; l < Limbs; ++l) {
+      const bool apart = kSums<Bits, Limbs> == 2 && l == 2;
+      if (apart) store(run.offset[0] + i, -sum);
+      sum = dot_words<Bits>(apart ? Ints{} : sum << 8, middle, run.limbs[l][0] + 4 * i);
+    }
+    store(run.offset[kSums<Bits, Limbs> - 1] + i, -sum);
+  }
+}
+
+template <int Bits, int Limbs>
+void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
+  const Prepared<Bits, Limbs> to(w, memory);
+  Run<Bits, Limbs>* run = to.runs;
+  float* group_sum = to.group_sum;
+  std::uint8_t* lane = to.lane[0];
+  std::size_t word = 0, group = 0;
+  for (std::size_t g = w.groups; g % kWords != 0; ++g) group_sum[g] = 0.0f;
+  const std::size_t block = block_columns(w);
+  std::size_t group_end = w.group;
+  double sum_so_far = 0;
+  float scale = 0.0f;
+
+  for (std::size_t first = 0; first < w.cols; first += kRunColumns<Bits>, ++run) {
+    std::uint8_t bytes[Limbs][kRunColumns<Bits>];
+    for (std::size_t b = 0; b < kRunColumns<Bits>; b += kGrain) {
+      const std::size_t at = first + b, left = at < w.cols ? w.cols - at : 0;
+      if (at % block == 0) scale = scale_of_columns<Limbs>(x + at, block, left);
+      const std::int32_t sum = round_grain<Limbs>(x + at, left, scale, bytes, b);
+      constexpr std::size_t words = kGrain * Bits / 32;
+      for (std::size_t i = 0; i < words; ++i) run->scale[b * Bits / 32 + i] = scale * kStep<Bits>;
+      if (left == 0) continue;
+      sum_so_far += static_cast<double>(sum) * static_cast<double>(scale);
+      if (w.groups == 1) {
+        std::memcpy(group_sum, &sum_so_far, sizeof sum_so_far);
+      } else if (at + kGrain >= group_end || left <= kGrain) {
+        *group_sum++ = static_cast<float>(sum_so_far);
+        group_end += w.group;
+        sum_so_far = 0;
+      }
+    }
+    // Byte j of a run holds the codes of columns j * 8 / Bits and on: their first, second ... in 64 bytes each.
+    using Word = typename Packing<Bits>::Word;
+    constexpr std::size_t lanes = kLanes<Word>;
+    for (int l = 0; l < Limbs; ++l) {
+      for (std::size_t p = 0; p < 8 / Bits; ++p) {
+        for (std::size_t j = 0; j < kRun; j += lanes) {
+          const Vec<Word> words = load<Vec<Word>>(bytes[l] + j * sizeof(Word)) >> static_cast<Word>(8 * p);
+          store(run->limbs[l][p] + j, convert<std::uint8_t, lanes>(words));
+        }
+      }
+    }
+    set_offsets(*run);
+    for (std::size_t i = 0; i < kWords; ++i) {
+      *lane++ = static_cast<std::uint8_t>(group);
+      if (w.groups > 1 && ++word == w.group * Bits / 32) {
+        word = 0;
+        group = (group + 1) % kWords;
+      }
+    }
+  }
+}

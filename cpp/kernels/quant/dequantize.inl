@@ -1,0 +1,75 @@
+// Packed codes, scales and minima to floats.
+
+inline float param_at(const Quantized& q, const void* params, std::size_t at) {
+  return q.half ? float_of_half(static_cast<const std::uint16_t*>(params)[at]) : static_cast<const float*>(params)[at];
+}
+
+// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
+// memory does not exist.
+[[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
+  const std::uint16_t* halves = static_cast<const std::uint16_t*>(params) + at;
+  const float* floats = static_cast<const float*>(params) + at;
+  std::size_t i = 0;
+  for (; i < n && at + i + lanes <= all; i += lanes) {
+    Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
+    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
+    store(out + i, v);
+  }
+  for (; i < n; ++i) out[i] = param_at(q, params, at + i);
+  for (; i % 16 != 0; ++i) out[i] = 0.0f;
+}
+
+// minimum + scale * code. Where scale * code could overflow although the sum does not, both are halved: that changes
+// no bit of the result.
+inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float minimum, float* out) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const float twice = scale > 0x1p119f ? 2.0f : 1.0f, half = scale > 0x1p119f ? 0.5f : 1.0f;
+  scale *= half;
+  minimum *= half;
+  std::size_t i = 0;
+  if (twice == 1.0f) {
+    for (; i + lanes <= n; i += lanes) store(out + i, minimum + scale * float_of_bytes(codes + i));
+  }
+  for (; i + lanes <= n; i += lanes) store(out + i, (minimum + scale * float_of_bytes(codes + i)) * twice);
+  for (; i < n; ++i) out[i] = (minimum + scale * static_cast<float>(codes[i])) * twice;
+}
+
+template <int Bits>
+void dequantize(const Quantized& q, std::size_t row, std::size_t begin, std::size_t end, float* out) {
+  constexpr std::size_t per_byte = 8 / Bits;
+  const std::uint8_t* packed = q.codes + row * q.row_bytes;
+  std::uint8_t block[kBlock];
+  PerGroup scale, minimum;
+  std::size_t group = begin / q.group, group_end = (group + 1) * q.group, first = group, known = group;
+  for (std::size_t at = begin; at < end;) {
+    const std::size_t skip = at % per_byte;
+    const std::size_t n = end - at < kBlock - skip ? end - at : kBlock - skip;
+    unpack<Bits>(packed + at / per_byte, skip + n, block);
+    const std::uint8_t* codes = block + skip;
+    for (const std::size_t stop = at + n; at < stop;) {
+      if (group == known) {
+        first = group;
+        known = q.groups - group < kGroupsAtOnce ? q.groups : group + kGroupsAtOnce;
+        load_params(q, q.scale, row * q.param_stride + group, known - group, scale);
+        load_params(q, q.minimum, row * q.param_stride + group, known - group, minimum);
+      }
+      const std::size_t size = (group_end < stop ? group_end : stop) - at;
+      decode(codes, size, scale[group - first], minimum[group - first], out);
+      codes += size;
+      out += size;
+      at += size;
+      if (at == group_end) {
+        ++group;
+        group_end += q.group;
+      }
+    }
+  }
+}
+
+void dequantize_any(const Quantized& q, std::size_t row, std::size_t begin, std::size_t end, float* out) {
+  q.bits == 8   ? dequantize<8>(q, row, begin, end, out)
+  : q.bits == 4 ? dequantize<4>(q, row, begin, end, out)
+                : dequantize<2>(q, row, begin, end, out);
+}

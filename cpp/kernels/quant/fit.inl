@@ -1,0 +1,111 @@
+// Scale and minimum by least squares.
+
+// With u = (x - minimum) / scale, d the code counted from the middle and r = u - code: what the line r ~ a + b * d is
+// fitted from. Sums run over sixteen partial ones, element i to number i % 16, added as a tree; here, its first steps
+// down to a vector. Not inlined, as the compiler then runs out of registers.
+struct Sums {
+  Vec<float> d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
+};
+
+[[gnu::noinline]] void fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse, Sums* sums,
+                                std::size_t g) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, chunk = 16, vectors = chunk / lanes;
+  const float middle = top * 0.5f;
+  const V one = repeat(1.0f);
+  V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
+  const auto take = [&](std::size_t j, V v, std::size_t left) {
+    const V u = (v - minimum) * inverse;
+    const V code = positive_part(smaller(round_even(u), repeat(top)));
+    V d = code - middle, r = u - code;
+    if (left < lanes) {
+      const auto exists = lane_numbers() < static_cast<std::int32_t>(left);
+      d = exists ? d : V{};
+      r = exists ? r : V{};
+    }
+    sum_d[j] = add_product(sum_d[j], d, one);
+    sum_dd[j] = add_product(sum_dd[j], d, d);
+    sum_r[j] = add_product(sum_r[j], r, one);
+    sum_rd[j] = add_product(sum_rd[j], r * d, one);
+  };
+  std::size_t i = 0;
+  for (; i + chunk <= n; i += chunk) {
+    for (std::size_t j = 0; j < vectors; ++j) take(j, load<V>(x + i + j * lanes), lanes);
+  }
+  for (std::size_t j = 0; i < n; ++j, i += lanes) {
+    const std::size_t left = n - i < lanes ? n - i : lanes;
+    take(j, load_part<V>(x + i, left * sizeof(float)), left);
+  }
+  const auto total = [&](const V(&v)[vectors]) {
+    if constexpr (vectors == 4) return (v[0] + v[2]) + (v[1] + v[3]);
+    return vectors == 2 ? v[0] + v[vectors - 1] : v[0];
+  };
+  sums->d[g] = total(sum_d);
+  sums->dd[g] = total(sum_dd);
+  sums->r[g] = total(sum_r);
+  sums->rd[g] = total(sum_rd);
+}
+
+// Eight times: codes of the pair, then the pair that fits these codes best, which the line changes a little: nothing
+// cancels. `n` values in groups of `group`, side by side so that one does not wait for the other, and without branches,
+// which the compiler makes vectors of; a pair of scale 0 is left alone, and one whose codes are all equal. A pair that
+// a step has not changed, the next one would not change either.
+inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
+                       PerGroup& minimum) {
+  const double middle = static_cast<double>(top * 0.5f);
+  const std::size_t groups = (n + group - 1) / group;
+  Sums sums;
+  PerGroup d = {}, dd = {}, r = {}, rd = {}, scale, inverse, least;
+  double count[kGroupsAtOnce], share[kGroupsAtOnce];
+  std::int32_t moving[kGroupsAtOnce];
+  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // the same, a bit for each group
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+    scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
+    least[g] = scale[g] * 0x1p-20f;
+    count[g] = static_cast<double>(group);
+    moving[g] = 1;
+  }
+  count[groups - 1] = static_cast<double>(n - (groups - 1) * group);
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
+  for (int step = 0; step < 8 && left != 0; ++step) {
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / scale[g];
+    for (std::uint32_t rest = left; rest != 0; rest &= rest - 1) {
+      const std::size_t g = static_cast<std::size_t>(__builtin_ctz(rest)), at = g * group;
+      fit_sums(x + at, n - at < group ? n - at : group, top, minimum[g], inverse[g], &sums, g);
+    }
+    const auto plus = [](auto a, auto b) { return a + b; };
+    fold_groups(sums.d, groups, &d, plus);
+    fold_groups(sums.dd, groups, &dd, plus);
+    fold_groups(sums.r, groups, &r, plus);
+    fold_groups(sums.rd, groups, &rd, plus);
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+      const double sum_d = static_cast<double>(d[g]), sum_dd = static_cast<double>(dd[g]);
+      const double sum_r = static_cast<double>(r[g]), sum_rd = static_cast<double>(rd[g]);
+      const double spread = count[g] * sum_dd - sum_d * sum_d, s = static_cast<double>(scale[g]);
+      const double b = (count[g] * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) * share[g];
+      const float better = static_cast<float>(s * (1 + b));
+      const float moved = static_cast<float>(static_cast<double>(minimum[g]) + s * (a - b * middle));
+      const bool good = (moving[g] != 0) & (spread > 0) & (better >= least[g]) & (better <= 0x1p100f);
+      moving[g] = good & ((better != scale[g]) | (moved != minimum[g]));
+      scale[g] = good ? better : scale[g];
+      minimum[g] = good ? moved : minimum[g];
+    }
+    left = 0;
+    for (std::size_t g = 0; g < groups; ++g) left |= static_cast<std::uint32_t>(moving[g]) << g;
+  }
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
+}
+
+// Where scale and inverse are numbers of full precision; elsewhere the pair of the range stays.
+inline bool can_fit(Range r, float scale) {
+  return r.max - r.min <= 0x1.fffffep127f && scale >= 0x1p-100f && scale <= 0x1p100f;
+}
+
+Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  const Grid exact = grid_f32(r, top);
+  if (!can_fit(r, exact.scale)) return {};
+  PerGroup scale = {exact.scale}, minimum = {exact.minimum};
+  fit_groups(x, n, n, top, scale, minimum);
+  return {scale[0], minimum[0]};
+}

@@ -1,0 +1,194 @@
+// Ranges of groups, and the grids that follow from them: which numbers the codes of a group stand for.
+
+// Groups are worked at side by side: what costs as much for one as for a vector of them is done for all at once.
+constexpr std::size_t kGroupsAtOnce = 32;
+using PerGroup = float[kGroupsAtOnce];
+
+// The folds of n groups, of which each vector holds `Folded`.
+template <std::size_t Folded = 1, class Op>
+inline void fold_groups(const Vec<float>* v, std::size_t n, PerGroup* result, Op op) {
+  constexpr std::size_t lanes = kLanes<float>, vectors = lanes / Folded;
+  std::size_t g = 0;
+  for (; g + (Folded == 1 ? lanes : 1) <= n; g += lanes) {
+    Vec<float> some[vectors];
+    for (std::size_t i = 0; i < vectors; ++i) some[i] = v[g / Folded + i];
+    store(*result + g, fold_each<Folded>(some, op));
+  }
+  for (; g < n; ++g) (*result)[g] = fold(v[g], op);
+}
+
+// ---- range ---------------------------------------------------------------------------------------------------
+
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+
+// Smallest and largest of n > 0 values, some in each lane; `magnitude` grows to the largest bits of any |x|, ordered
+// like the numbers with NaN last.
+struct Extremes {
+  Vec<float> low, high;
+};
+
+inline Extremes extremes(const float* x, std::size_t n, Vec<std::int32_t>* magnitude) {
+  using V = Vec<float>;
+  using Ints = Vec<std::int32_t>;
+  constexpr std::size_t lanes = kLanes<float>;
+  constexpr float inf = __builtin_inff();
+  V low = V{} + inf, high = V{} - inf;
+  Ints largest = *magnitude;
+  const auto take = [&](V v) {
+    low = smaller(v, low);
+    high = larger(v, high);
+    const Ints bits = bit_cast<Ints>(v) & 0x7fffffff;
+    largest = larger(bits, largest);
+  };
+  std::size_t i = 0;
+  for (; i + lanes <= n; i += lanes) take(load<V>(x + i));
+  if (n < lanes) {
+    V v = V{} + x[0];
+    std::memcpy(&v, x, n * sizeof(float));
+    take(v);
+  } else if (i < n) {
+    take(load<V>(x + n - lanes));
+  }
+  *magnitude = largest;
+  return {low, high};
+}
+
+// -0 and +0 are equal, so which of them comes out depends on the order: + 0 makes it +0.
+inline Range range_of(Extremes e) { return {fold(e.low, smaller) + 0.0f, fold(e.high, larger) + 0.0f}; }
+
+inline unsigned non_finite(Vec<std::int32_t> magnitude) {
+  return fold(magnitude, larger) >= 0x7f800000 ? kNonFinite : 0;
+}
+
+unsigned range(const float* x, std::size_t n, Range* out) {
+  Vec<std::int32_t> magnitude = {};
+  *out = range_of(extremes(x, n, &magnitude));
+  return non_finite(magnitude);
+}
+
+// ---- quantize ------------------------------------------------------------------------------------------------
+
+// code = round((x * half - offset) / divisor * levels), clamped to [0, top]; `half` is 1, or 1/2 where max - min
+// would overflow.
+struct Grid {
+  float scale, minimum;  // as stored
+  float half, offset, divisor, levels;
+};
+
+constexpr float kSmallestNormal = 0x1p-126f, kSmallestHalf = 0x1p-14f;
+
+inline float next_up(float f) { return bit_cast<float>(bit_cast<std::uint32_t>(f) + 1u); }
+
+inline Grid grid_f32(Range r, float top) {
+  if (!(r.max > r.min)) return {0.0f, r.min, 0.0f, 0.0f, 1.0f, 0.0f};
+  const float width = r.max - r.min;
+  if (width > 0x1.fffffep127f) {
+    const float half_width = r.max * 0.5f - r.min * 0.5f;
+    return {r.max / top - r.min / top, r.min, 0.5f, r.min * 0.5f, half_width, top};
+  }
+  const float scale = width / top;
+  if (scale < kSmallestNormal) {  // too coarse to stand for width / top: round up, and code against what is stored
+    const float up = scale * top < width ? next_up(scale) : scale;
+    return {up, r.min, 1.0f, r.min, up, 1.0f};
+  }
+  return {scale, r.min, 1.0f, r.min, width, top};
+}
+
+// The minimum is rounded to float16 first, the scale follows from it, and codes are made against the rounded pair.
+// Sets `misfit` where that would move a value by more than half a step.
+inline Grid grid_f16(Range r, float top, bool* misfit) {
+  const float minimum = float_of_half(half_of_float(r.min));
+  const Grid exact = grid_f32(r, top);
+  if (exact.scale == 0.0f) {
+    *misfit |= !(minimum >= -65504.0f && minimum <= 65504.0f);
+    *misfit |= r.min != 0.0f && minimum < kSmallestHalf && minimum > -kSmallestHalf;
+    return {0.0f, minimum, 0.0f, 0.0f, 1.0f, 0.0f};
+  }
+  const float scale = float_of_half(half_of_float((r.max - minimum) / top));
+  const float moved = minimum > r.min ? minimum - r.min : r.min - minimum;
+  *misfit |= !(scale >= kSmallestHalf && scale <= 65504.0f && moved <= exact.scale * 0.5f);
+  return {scale, minimum, 1.0f, minimum, scale, 1.0f};
+}
+
+// Codes against a pair that is stored as it is here.
+inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
+  if (half) {
+    const Pair exact = p;
+    p = {float_of_half(half_of_float(p.scale)), float_of_half(half_of_float(p.minimum))};
+    const float moved = p.minimum > exact.minimum ? p.minimum - exact.minimum : exact.minimum - p.minimum;
+    *misfit |= !(p.scale >= kSmallestHalf && p.scale <= 65504.0f && moved <= exact.scale * 0.5f);
+  }
+  return {p.scale, p.minimum, 1.0f, p.minimum, p.scale, 1.0f};
+}
+
+// Grids of so many groups.
+struct Grids {
+  float scale[kGroupsAtOnce], minimum[kGroupsAtOnce];  // as stored
+  float factor[kGroupsAtOnce], offset[kGroupsAtOnce], divisor[kGroupsAtOnce], inverse[kGroupsAtOnce];
+  float levels[kGroupsAtOnce];
+  bool plain;  // factor and levels are 1
+
+  // A power of two brings the divisor to where divide() is exact, and changes no code: what is rounded off where x is
+  // so small that x * factor is subnormal is nothing beside the width of a group that is shifted down.
+  void set(std::size_t g, const Grid& grid) {
+    const float shift = grid.divisor < 0x1p-60f ? 0x1p64f : grid.divisor > 0x1p60f ? 0x1p-64f : 1.0f;
+    scale[g] = grid.scale;
+    minimum[g] = grid.minimum;
+    factor[g] = grid.half * shift;
+    offset[g] = grid.offset * shift;
+    divisor[g] = grid.divisor * shift;
+    inverse[g] = 1.0f / divisor[g];
+    levels[g] = grid.levels;
+    plain &= factor[g] == 1.0f && levels[g] == 1.0f;
+  }
+};
+
+// As float16 would store it.
+inline Vec<float> rounded_to_half(Vec<float> v) {
+  std::uint16_t halves[kLanes<float>];
+  store_halves(halves, v);
+  return float_of_halves(halves);
+}
+
+// Grids of ranges, and of the pairs that were fitted where a scale is not 0. They are made side by side, unless one of
+// them is unusual. divide() by these tops was tried with all significands.
+inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup* fitted_scale,
+                       const PerGroup* fitted_minimum, bool half, float top, Grids* grids, bool* misfit) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>;
+  bool usual = true;
+  const V tops = repeat(top), inverse_top = repeat(1.0f / top);
+  grids->plain = half || fitted_scale;
+  for (std::size_t i = 0; i < kGroupsAtOnce && usual; i += lanes) {
+    const V l = load<V>(low + i) + 0.0f, h = load<V>(high + i) + 0.0f, width = h - l;
+    const V lowest = fitted_scale ? load<V>(*fitted_minimum + i) : l;
+    const V minimum = half ? rounded_to_half(lowest) : lowest;
+    const V exact = fitted_scale ? load<V>(*fitted_scale + i) : divide(h - minimum, tops, inverse_top);
+    const V scale = half ? rounded_to_half(exact) : exact;
+    auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f);
+    if (half) {
+      const V step = fitted_scale ? exact : width * (0.999f / top);  // what it surely is
+      good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= step * 0.5f);
+    }
+    usual = all(good);
+    const V divisor = grids->plain ? scale : width;
+    store(grids->scale + i, scale);
+    store(grids->minimum + i, minimum);
+    store(grids->offset + i, minimum);
+    store(grids->divisor + i, divisor);
+    store(grids->inverse + i, 1.0f / divisor);
+    if (grids->plain) continue;
+    store(grids->factor + i, repeat(1.0f));
+    store(grids->levels + i, tops);
+  }
+  if (usual) return;
+  grids->plain = true;
+  for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+    const Range r = {low[i] + 0.0f, high[i] + 0.0f};
+    grids->set(i, fitted_scale && (*fitted_scale)[i] > 0
+                      ? grid_of_pair({(*fitted_scale)[i], (*fitted_minimum)[i]}, half, misfit)
+                  : half ? grid_f16(r, top, misfit)
+                         : grid_f32(r, top));
+  }
+}

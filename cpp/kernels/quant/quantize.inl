@@ -1,0 +1,309 @@
+// Floats to packed codes, scales and minima.
+
+// Codes of values that share a grid; what is read next, `ahead` of them, comes from memory meanwhile.
+template <bool Plain>
+inline void encode(const float* x, std::size_t n, int top, const Grids& grids, std::size_t g, std::size_t ahead,
+                   std::uint8_t* codes) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>;
+  const V offset = repeat(grids.offset[g]), divisor = repeat(grids.divisor[g]), inverse = repeat(grids.inverse[g]);
+  const float factor = grids.factor[g], levels = grids.levels[g];
+  const auto code = [&](V v) {
+    v = divide((Plain ? v : v * factor) - offset, divisor, inverse);
+    return smaller(round_to_int(Plain ? v : v * levels), Vec<std::int32_t>{} + top);
+  };
+  std::size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_prefetch(x + i + ahead);
+    store_bytes(codes + i, code(load<V>(x + i)));
+  }
+  if (i < n) {
+    std::uint8_t last[lanes];
+    store_bytes(last, code(load_part<V>(x + i, (n - i) * sizeof(float))));
+    std::memcpy(codes + i, last, n - i);
+  }
+}
+
+// Scale and minimum of n groups.
+inline void store_params(const Quantized& q, std::size_t at, const Grids& grids, std::size_t n) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const auto to = [&](const void* params, const PerGroup& from) {
+    if (q.half) {
+      std::uint16_t* halves = static_cast<std::uint16_t*>(const_cast<void*>(params)) + at;
+      std::size_t i = 0;
+      for (; i + lanes <= n; i += lanes) store_halves(halves + i, load<Vec<float>>(from + i));
+      std::uint16_t last[lanes];
+      if (i < n) store_halves(last, load<Vec<float>>(from + i));
+      for (std::size_t j = 0; i < n; ++i, ++j) halves[i] = last[j];
+    } else {
+      float* floats = static_cast<float*>(const_cast<void*>(params)) + at;
+      std::size_t i = 0;
+      for (; i + lanes <= n; i += lanes) store(floats + i, load<Vec<float>>(from + i));
+      for (; i < n; ++i) floats[i] = from[i];
+    }
+  };
+  to(q.scale, grids.scale);
+  to(q.minimum, grids.minimum);
+}
+
+// Codes of a row on their way into its bytes.
+class Packer {
+ public:
+  Packer(int bits, std::uint8_t* to, std::size_t ahead) : bits_(bits), to_(to), ahead_(ahead) {}
+
+  // Of n values in groups of `group`.
+  void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
+    grids.plain ? add<true>(x, n, group, grids) : add<false>(x, n, group, grids);
+  }
+
+  void flush() {
+    pack_any(bits_, block_, filled_, to_);
+    to_ += filled_ * static_cast<std::size_t>(bits_) / 8;
+    filled_ = 0;
+  }
+
+ private:
+  template <bool Plain>
+  void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
+    if (n > kBlock - filled_) flush();
+    for (std::size_t g = 0, at = 0; at < n; ++g) {
+      const std::size_t end = n - at < group ? n : at + group;
+      while (at < end) {
+        const std::size_t take = end - at < kBlock - filled_ ? end - at : kBlock - filled_;
+        encode<Plain>(x + at, take, (1 << bits_) - 1, grids, g, ahead_, block_ + filled_);
+        at += take;
+        filled_ += take;
+        if (filled_ == kBlock) flush();
+      }
+    }
+  }
+
+  int bits_;
+  std::uint8_t* to_;
+  std::size_t ahead_, filled_ = 0;
+  std::uint8_t block_[kBlock];
+};
+
+// Extremes of groups, one or more in each vector, and what extremes() calls their magnitude.
+struct Ranges {
+  Vec<float> low[kGroupsAtOnce], high[kGroupsAtOnce];
+  Vec<std::int32_t> magnitude;
+};
+
+// Of groups of a row, `size` values, from group `first` on.
+inline void measure_groups(const float* x, std::size_t size, std::size_t group, std::size_t first, Ranges* ranges) {
+  for (std::size_t i = first, at = first * group; at < size; ++i, at += group) {
+    const Extremes e = extremes(x + at, size - at < group ? size - at : group, &ranges->magnitude);
+    ranges->low[i] = e.low;
+    ranges->high[i] = e.high;
+  }
+}
+
+// Grids of the next groups of a row, `size` values, of which each vector of the ranges holds `folded`; the same for all
+// widths of codes, and not inlined, as it is long.
+[[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
+                                      const Ranges& ranges, std::size_t folded, Grids* grids, bool* misfit) {
+  const std::size_t n = (size + q.group - 1) / q.group;
+  PerGroup low, high;
+  const auto fold_all = [&](auto held) {
+    fold_groups<held.value>(ranges.low, n, &low, smaller);
+    fold_groups<held.value>(ranges.high, n, &high, larger);
+  };
+  folded == 4 ? fold_all(Int<4>{}) : folded == 2 ? fold_all(Int<2>{}) : fold_all(Int<1>{});
+  for (std::size_t i = n; i < kGroupsAtOnce; ++i) {
+    low[i] = 0.0f;
+    high[i] = 1.0f;
+  }
+  make_grids(low, high, nullptr, nullptr, q.half && !refit, top, grids, misfit);
+  if (refit) {
+    PerGroup scale, minimum;
+    for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+      scale[i] = can_fit({low[i], high[i]}, grids->scale[i]) ? grids->scale[i] : 0.0f;
+      minimum[i] = grids->minimum[i];
+    }
+    fit_groups(x, size, q.group, top, scale, minimum);
+    make_grids(low, high, &scale, &minimum, q.half, top, grids, misfit);
+  }
+}
+
+// Encodes groups of a row, `size` values, the first of them with grid number g, and takes the ranges of as many values
+// at `next` meanwhile: one waits for memory, the other calculates. Codes of four vectors of values leave as one vector;
+// groups are of one or two vectors, or (0) of any number of fours; of the small ones, four vectors' ranges go into one.
+// What is to be read is asked for twice: far ahead for the second cache, as the first cannot wait for so many lines at
+// once, and from there for the first; what is to be written, once.
+template <int Vectors, bool Plain>
+[[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
+                                          std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, far = 16384 / sizeof(float);
+  constexpr float inf = __builtin_inff();
+  const int bits = q.bits;
+  const std::size_t bytes = kVectorBytes * static_cast<std::size_t>(bits) / 8;
+  const Vec<std::uint8_t> top = repeat<std::uint8_t>(static_cast<std::uint8_t>((1 << bits) - 1));
+  V *lows = ranges->low, *highs = ranges->high;
+  Vec<std::int32_t> largest = ranges->magnitude;
+  for (std::size_t i = 0; i < size;) {
+    const std::size_t end = Vectors == 0 ? i + q.group : size;
+    V offset, divisor, inverse, factor, levels, low = V{} + inf, high = V{} - inf;
+    const auto choose = [&](std::size_t n) {
+      offset = repeat(grids.offset[n]);
+      divisor = repeat(grids.divisor[n]);
+      inverse = repeat(grids.inverse[n]);
+      factor = repeat(grids.factor[n]);
+      levels = repeat(grids.levels[n]);
+    };
+    choose(g);
+    for (; i < end; i += 4 * lanes) {
+      Vec<std::int32_t> code[4];
+      __builtin_prefetch(codes + 2048, 1, 2);
+      V seen[4];
+      repeat<4>([&](auto j) {
+        if constexpr (Vectors != 0) choose(g + j.value / Vectors);
+        const V v = load<V>(x + i + j.value * lanes);
+        const V quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
+        code[j.value] = round_to_int(Plain ? quotient : quotient * levels);
+        const float* from = next + i + j.value * lanes;
+        if constexpr (j.value * kVectorBytes % 64 == 0) {
+          prefetch<2048>(from);
+          __builtin_prefetch(from + far, 0, 2);
+        }
+        seen[j.value] = load<V>(from);
+        largest = larger(bit_cast<Vec<std::int32_t>>(seen[j.value]) & 0x7fffffff, largest);
+        if constexpr (Vectors == 0) {
+          low = smaller(seen[j.value], low);
+          high = larger(seen[j.value], high);
+        }
+      });
+      if constexpr (Vectors == 1) {
+        *lows++ =
+            fold_pair<1>(fold_pair<2>(seen[0], seen[2], smaller), fold_pair<2>(seen[1], seen[3], smaller), smaller);
+        *highs++ = fold_pair<1>(fold_pair<2>(seen[0], seen[2], larger), fold_pair<2>(seen[1], seen[3], larger), larger);
+        g += 4;
+      }
+      if constexpr (Vectors == 2) {
+        *lows++ = fold_pair<1>(smaller(seen[0], seen[1]), smaller(seen[2], seen[3]), smaller);
+        *highs++ = fold_pair<1>(larger(seen[0], seen[1]), larger(seen[2], seen[3]), larger);
+        g += 2;
+      }
+      const Vec<std::uint8_t> unclamped =
+          unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
+      const Vec<std::uint8_t> clamped = smaller(unclamped, top);
+      bits == 8 ? store(codes, clamped) : bits == 4 ? pack_vector<4>(clamped, codes) : pack_vector<2>(clamped, codes);
+      codes += bytes;
+    }
+    if constexpr (Vectors == 0) {
+      *lows++ = low;
+      *highs++ = high;
+      ++g;
+    }
+  }
+  ranges->magnitude = largest;
+}
+
+// Whether all groups are such, and rows of vectors too.
+inline bool fills_vectors(const Quantized& q) {
+  constexpr std::size_t lanes = kLanes<float>;
+  return q.cols % (4 * lanes) == 0 &&
+         (q.group == lanes || q.group == 2 * lanes || (q.group % (4 * lanes) == 0 && q.cols % q.group == 0));
+}
+
+// Groups of a row that are worked at side by side.
+struct Groups {
+  const float* x;
+  std::size_t size;  // values
+  std::uint8_t* codes;
+  std::size_t param;  // where their scale and minimum lie
+};
+
+inline Grid shared_grid(const Shared& shared, const Quantized& q, float top, bool* misfit) {
+  if (shared.pair.scale > 0) return grid_of_pair(shared.pair, q.half, misfit);
+  return q.half ? grid_f16(shared.range, top, misfit) : grid_f32(shared.range, top);
+}
+
+// While some groups are encoded, the next ones get their grids and those after them are measured.
+unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                          std::size_t end) {
+  const std::size_t bits = static_cast<std::size_t>(q.bits);
+  const float top = static_cast<float>((1 << q.bits) - 1);
+  bool misfit = false;
+  Grids grids[2] = {};
+  Ranges ranges = {}, ignored = {};
+  const std::size_t folded = q.group == kLanes<float> ? 4 : q.group == 2 * kLanes<float> ? 2 : 1;
+  std::uint8_t nowhere[2 * kGroupsAtOnce * kLanes<float>];
+  if (shared) {
+    grids[0].plain = true;
+    grids[0].set(0, shared_grid(*shared, q, top, &misfit));
+    grids[1] = grids[0];
+    if (begin == 0) store_params(q, 0, grids[0], 1);
+  }
+  const auto encode = [&](const Groups& groups, std::size_t from, std::size_t to, const Grids& of, const float* next,
+                          Ranges* measured) {
+    const auto run = [&](auto vectors) {
+      (of.plain ? encode_and_measure<vectors.value, true>
+                : encode_and_measure<vectors.value, false>)(groups.x + from, to - from, q, of, from / q.group,
+                                                            groups.codes + from * bits / 8, next, measured);
+    };
+    q.group == kLanes<float> ? run(Int<1>{}) : q.group == 2 * kLanes<float> ? run(Int<2>{}) : run(Int<0>{});
+  };
+  Groups encoded, prepared = {}, measured = {};
+  std::size_t row = begin, first = 0, turn = 0;
+  do {
+    encoded = prepared;
+    prepared = measured;
+    measured = {};
+    if (row < end) {
+      const std::size_t at = first * q.group, left = q.cols - at, most = kGroupsAtOnce * q.group;
+      std::uint8_t* codes = const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes + at * bits / 8;
+      measured = {x + row * q.cols + at, left < most ? left : most, codes, row * q.param_stride + first};
+      first = left > most ? first + kGroupsAtOnce : 0;
+      row += first == 0;
+    }
+    Grids& next_grids = grids[turn];
+    turn = 1 - turn;
+    if (prepared.size != 0 && !shared) {
+      prepare_groups(prepared.x, prepared.size, q, refit, top, ranges, folded, &next_grids, &misfit);
+      store_params(q, prepared.param, next_grids, prepared.size / q.group);
+    }
+    const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
+    if (both != 0) encode(encoded, 0, both, grids[turn], measured.x, &ranges);
+    if (both < encoded.size) encode(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
+    if (both < measured.size && folded == 1) {
+      measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
+    } else if (both < measured.size) {
+      encode({measured.x, measured.size, nowhere, 0}, 0, measured.size, grids[turn], measured.x, &ranges);
+    }
+  } while (prepared.size + measured.size != 0);
+  return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
+}
+
+// Groups of any size, one after the other.
+unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+                      std::size_t end) {
+  if (fills_vectors(q)) return quantize_vectors(x, q, shared, refit, begin, end);
+  const float top = static_cast<float>((1 << q.bits) - 1);
+  const std::size_t ahead = q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols;
+  bool misfit = false;
+  Grids grids = {};
+  Ranges ranges = {};
+  for (std::size_t row = begin; row < end; ++row) {
+    const float* from = x + row * q.cols;
+    Packer packer(q.bits, const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
+    if (shared) {
+      grids.plain = true;
+      grids.set(0, shared_grid(*shared, q, top, &misfit));
+      if (row == 0) store_params(q, 0, grids, 1);
+      packer.add(from, q.cols, q.cols, grids);
+    }
+    for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
+      const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
+      const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
+      measure_groups(from, size, q.group, 0, &ranges);
+      prepare_groups(from, size, q, refit, top, ranges, 1, &grids, &misfit);
+      store_params(q, row * q.param_stride + g, grids, n);
+      packer.add(from, size, q.group, grids);
+      from += size;
+    }
+    packer.flush();
+  }
+  return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
+}

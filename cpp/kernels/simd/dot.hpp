@@ -1,0 +1,88 @@
+// Dot products of unsigned codes with signed bytes, summed in lanes of 32 bits.
+
+// sums[l] + codes[4l .. 4l + 3] . x[4l .. 4l + 3]; `codes` are unsigned, below 2^Bits, x is signed.
+template <int Bits>
+inline Vec<std::int32_t> dot(Vec<std::int32_t> sums, Vec<std::uint8_t> codes, const std::int8_t* x) {
+#if defined(__AVX512VNNI__)
+  return bit_cast<Vec<std::int32_t>>(
+      _mm512_dpbusd_epi32(bit_cast<__m512i>(sums), bit_cast<__m512i>(codes), load<__m512i>(x)));
+#elif defined(__SSE2__)
+  using Pairs = Vec<std::int16_t>;
+#if defined(__AVX512BW__)
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  };
+  if constexpr (Bits < 8) {  // sums of two products stay below 2^15
+    const __m512i pairs = _mm512_maddubs_epi16(bit_cast<__m512i>(codes), load<__m512i>(x));
+    return sums + add_products(bit_cast<Pairs>(pairs), Pairs{} + std::int16_t{1});
+  }
+#elif defined(__AVX2__)
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+  };
+  if constexpr (Bits < 8) {
+    const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(codes), load<__m256i>(x));
+    return sums + add_products(bit_cast<Pairs>(pairs), Pairs{} + std::int16_t{1});
+  }
+#else
+  const auto add_products = [](Pairs a, Pairs b) {
+    return bit_cast<Vec<std::int32_t>>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+  };
+#endif
+  const Pairs both = bit_cast<Pairs>(codes), xs = load<Pairs>(x);
+  const Pairs odd = bit_cast<Pairs>(bit_cast<Vec<std::uint16_t>>(both) >> 8);
+  return sums + add_products(both & std::int16_t{0xff}, xs << 8 >> 8) + add_products(odd, xs >> 8);
+#elif defined(__aarch64__)
+  // Signed by signed: codes of 8 bits lose 128 first, and get back 128 * x, as twice 64 * x.
+  int32x4_t s = bit_cast<int32x4_t>(sums);
+  const int8x16_t xs = vld1q_s8(x);
+  const int8x16_t c = bit_cast<int8x16_t>(Bits == 8 ? codes ^ std::uint8_t{0x80} : codes);
+  const int8x16_t half = vdupq_n_s8(64);
+#if defined(__ARM_FEATURE_DOTPROD)
+  s = vdotq_s32(s, c, xs);
+  if (Bits == 8) s = vdotq_s32(vdotq_s32(s, xs, half), xs, half);
+#else
+  const auto add = [&](int8x16_t a) {
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(xs)));
+    s = vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(a, xs))));
+  };
+  add(c);
+  if (Bits == 8) {
+    add(half);
+    add(half);
+  }
+#endif
+  return bit_cast<Vec<std::int32_t>>(s);
+#else
+  for (std::size_t i = 0; i < kVectorBytes; ++i) sums[i / 4] += codes[i] * x[i];
+  return sums;
+#endif
+}
+
+// The same of 8 / Bits vectors of codes with 64 bytes of x each.
+template <int Bits>
+inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[8 / Bits],
+                                   const std::int8_t* x) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  if constexpr (Bits < 8) {  // the pairs of all parts also stay below 2^15
+    Vec<std::int16_t> pairs = {};
+    for (std::size_t p = 0; p < 8 / Bits; ++p) {
+#if defined(__AVX512BW__)
+      pairs +=
+          bit_cast<Vec<std::int16_t>>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p)));
+#else
+      pairs +=
+          bit_cast<Vec<std::int16_t>>(_mm256_maddubs_epi16(bit_cast<__m256i>(codes[p]), load<__m256i>(x + 64 * p)));
+#endif
+    }
+    const Vec<std::int16_t> ones = Vec<std::int16_t>{} + std::int16_t{1};
+#if defined(__AVX512BW__)
+    return sums + bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(pairs), bit_cast<__m512i>(ones)));
+#else
+    return sums + bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(pairs), bit_cast<__m256i>(ones)));
+#endif
+  }
+#endif
+  for (std::size_t p = 0; p < 8 / Bits; ++p) sums = dot<Bits>(sums, codes[p], x + 64 * p);
+  return sums;
+}

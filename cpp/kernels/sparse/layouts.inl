@@ -1,0 +1,291 @@
+// Dense rows to the positions and numbers of their entries, and back.
+
+// For a byte of a mask: where its set bits are, and for each bit how many are set below it, kNone if it is not set.
+constexpr std::uint8_t kNone = 0x80;
+
+struct BitTables {
+  std::uint8_t place[256][8], rank[256][8];
+};
+
+constexpr BitTables make_bit_tables() {
+  BitTables tables = {};
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    std::uint8_t count = 0;
+    for (std::uint8_t j = 0; j < 8; ++j) {
+      const bool set = bits >> j & 1;
+      tables.rank[bits][j] = set ? count : kNone;
+      if (set) tables.place[bits][count++] = j;
+    }
+  }
+  return tables;
+}
+
+alignas(64) constexpr BitTables kBits = make_bit_tables();
+
+inline std::size_t popcount(unsigned bits) { return static_cast<std::size_t>(__builtin_popcount(bits)); }
+
+// Set bits among the first n of a mask.
+std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
+  std::size_t count = 0, i = 0;
+  for (; i + 64 <= n; i += 64)
+    count += static_cast<std::size_t>(__builtin_popcountll(load<std::uint64_t>(mask + i / 8)));
+  const std::uint64_t rest = load_part<std::uint64_t>(mask + i / 8, (n - i + 7) / 8);
+  return count + static_cast<std::size_t>(__builtin_popcountll(rest & ((std::uint64_t{1} << (n - i)) - 1)));
+}
+
+using Eight = Vec<float, 8>;
+
+// Eight columns under a byte of a mask: the next of eight numbers where its bits are set, zero elsewhere.
+inline Eight spread(Eight next, unsigned bits) {
+#if defined(__AVX2__)
+  const __m256i rank = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.rank[bits])));
+  const __m256 all = _mm256_permutevar8x32_ps(bit_cast<__m256>(next), rank);
+  return bit_cast<Eight>(_mm256_blendv_ps(all, _mm256_setzero_ps(), _mm256_castsi256_ps(rank)));
+#elif defined(__aarch64__)
+  const uint8x16_t low = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  const uint8x16_t byte = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+  const uint8x16_t rank = vcombine_u8(vld1_u8(kBits.rank[bits]), vdup_n_u8(0));
+  const uint8x16x2_t all = bit_cast<uint8x16x2_t>(next);
+  struct {
+    uint8x16_t half[2];
+  } out;
+  for (int i = 0; i < 2; ++i) {  // saturated, an index is beyond the table, which gives zero
+    const uint8x16_t lane = vqtbl1q_u8(rank, vaddq_u8(low, vdupq_n_u8(static_cast<std::uint8_t>(4 * i))));
+    out.half[i] = vqtbl2q_u8(all, vqaddq_u8(vqshlq_n_u8(lane, 2), byte));
+  }
+  return bit_cast<Eight>(out);
+#else
+  Eight out;
+  for (int j = 0; j < 8; ++j) {
+    const std::uint8_t rank = kBits.rank[bits][j];
+    const float value = next[rank & 7];
+    out[j] = rank == kNone ? 0.0f : value;
+  }
+  return out;
+#endif
+}
+
+// ---- dense to sparse and back --------------------------------------------------------------------------------
+
+// Whatever the float type, an element is zero when all bits but the sign are.
+template <class U>
+inline bool nonzero(U bits) {
+  return static_cast<U>(bits << 1) != 0;
+}
+
+// Which of eight elements are not zero.
+template <class U>
+inline unsigned nonzero_bits(const U* x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(U) == 4) {
+    const __m256i v = load<__m256i>(x);
+    const __m256i zero = _mm256_cmpeq_epi32(_mm256_add_epi32(v, v), _mm256_setzero_si256());
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(zero))) ^ 0xffu;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(U) == 2) {
+    const __m128i v = load<__m128i>(x);
+    const __m128i zero = _mm_cmpeq_epi16(_mm_add_epi16(v, v), _mm_setzero_si128());
+    return ~static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(zero, zero))) & 0xffu;
+  }
+#endif
+  unsigned bits = 0;
+  for (unsigned j = 0; j < 8; ++j) bits |= static_cast<unsigned>(nonzero(x[j])) << j;
+  return bits;
+}
+
+template <class U>
+std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
+  const U* x = static_cast<const U*>(from);
+  std::size_t count = 0, i = 0;
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(U) == 4) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    for (; i + 64 <= n; i += 64) {
+      std::uint64_t bits = 0;
+      for (std::size_t j = 0; j < 4; ++j)
+        bits |= std::uint64_t{_mm512_test_epi32_mask(load<__m512i>(x + i + 16 * j), magnitude)} << (16 * j);
+      store(mask + i / 8, bits);
+      count += static_cast<std::size_t>(__builtin_popcountll(bits));
+    }
+  }
+#endif
+  for (; i + 8 <= n; i += 8) {
+    const unsigned bits = nonzero_bits(x + i);
+    mask[i / 8] = static_cast<std::uint8_t>(bits);
+    count += popcount(bits);
+  }
+  if (i < n) {
+    unsigned bits = 0;
+    for (std::size_t j = 0; i + j < n; ++j) bits |= static_cast<unsigned>(nonzero(x[i + j])) << j;
+    mask[i / 8] = static_cast<std::uint8_t>(bits);
+    count += popcount(bits);
+  }
+  return count;
+}
+
+// The elements of eight that a byte of a mask names, to the front.
+template <class U>
+inline void gather_eight(const U* x, unsigned bits, U* to) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(U) == 4) {
+    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.place[bits])));
+    store(to, _mm256_permutevar8x32_epi32(load<__m256i>(x), place));
+    return;
+  }
+#endif
+  U all[8];
+  std::memcpy(all, x, sizeof all);
+  for (int j = 0; j < 8; ++j) to[j] = all[kBits.place[bits][j]];
+}
+
+// `count` elements under the mask. Eight are written at a time while there is room for them.
+template <class U>
+void compress_row(const void* from, const std::uint8_t* mask, std::size_t cols, std::size_t count, void* values) {
+  const U* x = static_cast<const U*>(from);
+  U* to = static_cast<U*>(values);
+  const U* const end = to + count;
+  std::size_t i = 0;
+  for (; i + 8 <= cols && end - to >= 8; i += 8) {
+    const unsigned bits = mask[i / 8];
+    gather_eight(x + i, bits, to);
+    to += popcount(bits);
+  }
+  for (; i < cols; ++i) {
+    if (mask[i / 8] >> (i % 8) & 1) *to++ = x[i];
+  }
+}
+
+template <class U>
+void expand_row(const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols, void* out) {
+  const U* from = static_cast<const U*>(values);
+  const U* const end = from + count;
+  U* x = static_cast<U*>(out);
+  std::size_t i = 0;
+  for (; i + 8 <= cols && end - from >= 8; i += 8) {
+    const unsigned bits = mask[i / 8];
+    if constexpr (sizeof(U) == 4) {
+      store(x + i, spread(load<Eight>(from), bits));
+    } else {
+      for (int j = 0; j < 8; ++j) {
+        const std::uint8_t rank = kBits.rank[bits][j];
+        const U value = from[rank & 7];
+        x[i + static_cast<std::size_t>(j)] = rank == kNone ? U{0} : value;
+      }
+    }
+    from += popcount(bits);
+  }
+  for (; i < cols; ++i) x[i] = mask[i / 8] >> (i % 8) & 1 ? *from++ : U{0};
+}
+
+template <class U>
+void scatter_row(const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols, void* out) {
+  const U* from = static_cast<const U*>(values);
+  U* x = static_cast<U*>(out);
+  std::memset(x, 0, cols * sizeof(U));
+  for (std::size_t i = 0; i < count; ++i) x[columns[i]] = from[i];
+}
+
+template <class Call>
+auto by_width(int width, Call call) {
+  switch (width) {
+    case 2:
+      return call(std::uint16_t{});
+    case 4:
+      return call(std::uint32_t{});
+    default:
+      return call(std::uint64_t{});
+  }
+}
+
+std::size_t nonzero_mask_any(int width, const void* x, std::size_t n, std::uint8_t* mask) {
+  return by_width(width, [&](auto u) { return nonzero_mask<decltype(u)>(x, n, mask); });
+}
+
+void compress_row_any(int width, const void* x, const std::uint8_t* mask, std::size_t cols, std::size_t count,
+                      void* values) {
+  by_width(width, [&](auto u) { compress_row<decltype(u)>(x, mask, cols, count, values); });
+}
+
+void expand_row_any(int width, const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols,
+                    void* out) {
+  by_width(width, [&](auto u) { expand_row<decltype(u)>(mask, values, count, cols, out); });
+}
+
+void scatter_row_any(int width, const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols,
+                     void* out) {
+  by_width(width, [&](auto u) { scatter_row<decltype(u)>(columns, values, count, cols, out); });
+}
+
+// ---- columns -------------------------------------------------------------------------------------------------
+
+using Columns = Vec<std::uint16_t, 8>;
+
+inline Columns widen_bytes(const std::uint8_t* from) {
+#if defined(__SSE2__)
+  return bit_cast<Columns>(
+      _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
+#else
+  return convert<std::uint16_t, 8>(load<Vec<std::uint8_t, 8> >(from));
+#endif
+}
+
+// The columns of a mask's set bits; there must be room for 7 more. Returns how many.
+std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16_t* columns) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < cols; i += 8) {
+    const unsigned bits = mask[i / 8];
+    store(columns + count, widen_bytes(kBits.place[bits]) + static_cast<std::uint16_t>(i));
+    count += popcount(bits);
+  }
+  return count;
+}
+
+// Of each entry the distance from the one before, less one; from column -1 for the first. Where it is more than a
+// byte holds, entries with the value zero step in between. Returns the number of entries; `gaps` may be null.
+std::size_t column_gaps(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps) {
+  if (count == 0) return 0;
+  std::size_t steps = columns[0] / 256u;
+  for (std::size_t i = 1; i < count; ++i) steps += static_cast<std::uint16_t>(columns[i] - columns[i - 1] - 1) / 256u;
+  if (!gaps) return count + steps;
+  if (steps == 0) {
+    gaps[0] = static_cast<std::uint8_t>(columns[0]);
+    for (std::size_t i = 1; i < count; ++i) gaps[i] = static_cast<std::uint8_t>(columns[i] - columns[i - 1] - 1);
+    return count;
+  }
+  std::size_t next = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t gap = columns[i] - next;
+    next = columns[i] + std::size_t{1};
+    for (; gap > 255; gap -= 256) *gaps++ = 255;
+    *gaps++ = static_cast<std::uint8_t>(gap);
+  }
+  return count + steps;
+}
+
+// The first `left` of eight columns from their gaps and, in all lanes, the column before. The carry from eight to eight
+// stays in a vector.
+inline Columns columns_of_gaps(const std::uint8_t* gaps, std::size_t left, Columns before) {
+  std::uint8_t part[8] = {};
+  if (left < 8) {
+    std::memcpy(part, gaps, left);
+    gaps = part;
+  }
+  const Columns zero = {};
+  Columns c = widen_bytes(gaps) + std::uint16_t{1};
+  c += __builtin_shufflevector(zero, c, 0, 8, 9, 10, 11, 12, 13, 14);
+  c += __builtin_shufflevector(zero, c, 0, 1, 8, 9, 10, 11, 12, 13);
+  c += __builtin_shufflevector(zero, c, 0, 1, 2, 3, 8, 9, 10, 11);
+  return c + before;
+}
+
+inline Columns last_column(Columns c) { return __builtin_shufflevector(c, c, 7, 7, 7, 7, 7, 7, 7, 7); }
+
+void gap_columns(const std::uint8_t* gaps, std::size_t count, std::uint16_t next, std::uint16_t* columns) {
+  Columns c = Columns{} + static_cast<std::uint16_t>(next - 1);
+  for (std::size_t i = 0; i < count; i += 8) {
+    c = columns_of_gaps(gaps + i, count - i, last_column(c));
+    store(columns + i, c);
+  }
+}
