@@ -5,6 +5,23 @@
 // Python. Pointers are valid, naturally aligned for their type and, where one of them is written, do not overlap;
 // cpp/bindings/arrays.hpp has checked that. Every result is bit for bit that of tests/reference.py, on every
 // instruction set and however a range is cut.
+//
+// Glossary of the words that the kernels share:
+//   code       the small integer that stands for a weight; `bits` wide, packed lowest bits first
+//   scale, minimum   the parameters of a group: weight ~ minimum + scale * code
+//   group      the neighbouring columns of a row that share a scale and a minimum
+//   grid       the numbers that the codes of a group can stand for, ready to encode against
+//   entry      one stored element of a sparse row: its position and its number
+//   mask       one bit for each column of a row, or for each block of kBlockLength columns
+//   gap        the distance from one entry to the next, less one
+//   state      what an optimizer keeps for each parameter from step to step
+//   magnitude  the bits of a float without its sign, compared as an integer
+//   key, tie   the magnitude at which pruning cuts, and an element that has exactly this magnitude
+//   limb       one byte of an integer that x was rounded to
+//   run, word  64 bytes of packed codes, and the 32 bits of them that one lane multiplies
+//   panel      kPanelWidth rows of x that are multiplied together
+//   tile       rows of x, transposed, that are multiplied with sparse rows
+//   lane       one element of a vector
 #pragma once
 
 #include <cstddef>

@@ -2,9 +2,9 @@
 
 // Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
 // block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
-// panels. The order of sums is another than above: blocks in order within a group; their sum times its scale and, with
-// its first block, what it adds beside its codes; groups in order within stretches of kPanelStretch columns, stretches
-// in order.
+// panels. Sums are in a different order than in rows.inl: blocks in order within a group; their sum times its scale
+// and, with its first block, what it adds beside its codes; groups in order within stretches of kPanelStretch columns,
+// stretches in order.
 
 constexpr std::size_t kPanelRows = 8, kPanelStretch = 1024;  // rows and columns of W unpacked at a time
 constexpr std::size_t kPanels = 4;                           // panels of x that use them
