@@ -1,11 +1,13 @@
-"""Learning rates as functions of the step: what an optimizer takes as ``lr``.
+"""Learning-rate schedules: functions of the step that an optimizer takes as ``lr``.
 
-Steps are counted from 0. Each function returns a function; they have no state, so resuming needs nothing saved.
+Steps are counted from 0. Each function here returns a schedule. A schedule has no state, so a resumed run needs nothing
+saved, and it can be pickled and copied with its optimizer.
 """
 
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -33,7 +35,7 @@ def constant(lr: float) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If `lr` is negative or not finite.
 
@@ -44,7 +46,11 @@ def constant(lr: float) -> Schedule:
     0.1
     """
     _check("lr", lr)
-    return lambda step: lr
+    return partial(_constant, lr)
+
+
+def _constant(lr: float, step: int) -> float:
+    return lr
 
 
 def step(lr: float, *, step_size: int, gamma: float = 0.1) -> Schedule:
@@ -63,7 +69,7 @@ def step(lr: float, *, step_size: int, gamma: float = 0.1) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If a number is negative or not finite, or `step_size` is below 1.
 
@@ -77,7 +83,11 @@ def step(lr: float, *, step_size: int, gamma: float = 0.1) -> Schedule:
     _check("lr", lr)
     _check("step_size", step_size, 1)
     _check("gamma", gamma)
-    return lambda step: lr * gamma ** (step // step_size)
+    return partial(_step, lr, step_size, gamma)
+
+
+def _step(lr: float, step_size: int, gamma: float, step: int) -> float:
+    return float(lr * gamma ** (step // step_size))
 
 
 def exponential(lr: float, *, gamma: float) -> Schedule:
@@ -95,7 +105,7 @@ def exponential(lr: float, *, gamma: float) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If a number is negative or not finite.
 
@@ -107,11 +117,15 @@ def exponential(lr: float, *, gamma: float) -> Schedule:
     """
     _check("lr", lr)
     _check("gamma", gamma)
-    return lambda step: lr * gamma**step
+    return partial(_exponential, lr, gamma)
+
+
+def _exponential(lr: float, gamma: float, step: int) -> float:
+    return float(lr * gamma**step)
 
 
 def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
-    """Half a cosine from `lr` down to `final` at step `steps`, and `final` from there on.
+    """Fall along half a cosine from `lr` to `final` at step `steps`, and stay there.
 
     Parameters
     ----------
@@ -126,7 +140,7 @@ def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If a number is negative or not finite, or `steps` is below 1.
 
@@ -144,11 +158,20 @@ def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
     _check("lr", lr)
     _check("steps", steps, 1)
     _check("final", final)
-    return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+    return partial(_cosine, lr, steps, final)
+
+
+def _cosine(lr: float, steps: int, final: float, step: int) -> float:
+    return _between(lr, final, min(step / steps, 1.0))
+
+
+def _between(start: float, end: float, fraction: float) -> float:
+    """Return the rate on half a cosine from `start` (fraction 0) to `end` (fraction 1)."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def linear(lr: float, *, steps: int, start: float = 0.0) -> Schedule:
-    """Go in a line from `start` to `lr` at step `steps`, and stay: a warm-up, or with `start` above a decay.
+    """Go in a straight line from `start` to `lr` at step `steps`, and stay: a warm-up, or a decay if `start` is higher.
 
     Parameters
     ----------
@@ -163,7 +186,7 @@ def linear(lr: float, *, steps: int, start: float = 0.0) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If a number is negative or not finite, or `steps` is below 1.
 
@@ -177,22 +200,26 @@ def linear(lr: float, *, steps: int, start: float = 0.0) -> Schedule:
     _check("lr", lr)
     _check("steps", steps, 1)
     _check("start", start)
-    return lambda step: start + (lr - start) * min(step / steps, 1.0)
+    return partial(_linear, lr, steps, start)
+
+
+def _linear(lr: float, steps: int, start: float, step: int) -> float:
+    return start + (lr - start) * min(step / steps, 1.0)
 
 
 def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.04, final: float = 4e-6) -> Schedule:
-    """Rise to `lr` and fall again, both along half a cosine.
+    """Rise to `lr` and fall again, each along half a cosine.
 
     Parameters
     ----------
     lr : float
-        The highest.
+        The highest rate.
     steps : int
-        Of the whole cycle; the last rate stays.
+        Length of the cycle: step ``steps - 1`` has the last rate, and so have all steps after it.
     warmup : float
-        Share of the steps that rise.
+        Fraction of the steps that rise.
     initial, final : float
-        First and last rate, as shares of `lr`.
+        First and last rate, as fractions of `lr`.
 
     Returns
     -------
@@ -201,19 +228,20 @@ def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.
     Raises
     ------
     TypeError
-        If something is no number.
+        If an argument is not a number.
     ValueError
         If a number is out of range.
 
     References
     ----------
-    Smith and Topin, "Super-convergence", 2019; with the defaults of ``torch.optim.lr_scheduler.OneCycleLR``.
+    Smith and Topin, "Super-convergence", 2019; the rates and defaults of
+    ``torch.optim.lr_scheduler.OneCycleLR(total_steps=steps)``.
 
     Examples
     --------
     >>> from fastopt import schedules
     >>> rate = schedules.one_cycle(1.0, steps=100)
-    >>> [round(rate(s), 3) for s in (0, 30, 100)]
+    >>> [round(rate(s), 3) for s in (0, 29, 99)]
     [0.04, 1.0, 0.0]
     """
     _check("lr", lr)
@@ -221,16 +249,16 @@ def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.
     _check("warmup", warmup, 0, 1)
     _check("initial", initial, 0, 1)
     _check("final", final, 0, 1)
-    top = warmup * steps
+    return partial(_one_cycle, lr, steps, warmup, lr * initial, lr * final)
 
-    def rate(step: int) -> float:
-        if step < top:
-            return lr * (initial + (1 - initial) * (1 - math.cos(math.pi * step / top)) / 2)
-        if step >= steps:
-            return lr * final
-        return lr * (final + (1 - final) * (1 + math.cos(math.pi * (step - top) / (steps - top))) / 2)
 
-    return rate
+def _one_cycle(lr: float, steps: int, warmup: float, first: float, last: float, step: int) -> float:
+    top, end = warmup * steps - 1, steps - 1  # the last step is `end`, as in OneCycleLR
+    if top > 0 and step <= top:
+        return _between(first, lr, step / top)
+    if step >= end:
+        return last
+    return _between(lr, last, (step - top) / (end - top))
 
 
 def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
@@ -240,7 +268,7 @@ def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
     ----------
     parts : sequence of (steps, schedule)
     last : schedule
-        From when the parts are over.
+        Used after all parts, from its own step 0.
 
     Returns
     -------
@@ -249,7 +277,7 @@ def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
     Raises
     ------
     TypeError
-        If something is no schedule.
+        If an argument is not a schedule.
     ValueError
         If a part has less than one step.
 
@@ -269,11 +297,12 @@ def chain(parts: Sequence[tuple[int, Schedule]], last: Schedule) -> Schedule:
     if not callable(last):
         raise TypeError(f"last: expected a schedule, got {type(last).__name__}")
 
-    def rate(step: int) -> float:
-        for steps, schedule in parts:
-            if step < steps:
-                return schedule(step)
-            step -= steps
-        return last(step)
+    return partial(_chain, parts, last)
 
-    return rate
+
+def _chain(parts: Sequence[tuple[int, Schedule]], last: Schedule, step: int) -> float:
+    for steps, schedule in parts:
+        if step < steps:
+            return schedule(step)
+        step -= steps
+    return last(step)

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -29,18 +31,49 @@ def test_one_cycle_rises_and_falls():
     rate = schedules.one_cycle(2.0, steps=100)
     rates = [rate(s) for s in range(120)]
     assert rates[0] == pytest.approx(0.08)
-    assert rates[30] == max(rates) == pytest.approx(2.0)
-    assert rates[100] == rates[119] == pytest.approx(8e-6)
-    assert all(np.diff(rates[:31]) > 0)
-    assert all(np.diff(rates[30:101]) < 0)
-    assert schedules.one_cycle(1.0, steps=1, warmup=0.0)(0) == 1.0
-    for steps, warmup in ((15, 0.3), (7, 0.5), (1, 0.3), (4, 1.0), (10, 0.99)):
-        rates = [schedules.one_cycle(1.0, steps=steps, warmup=warmup)(s) for s in range(steps + 2)]
-        top = warmup * steps
-        want = [0.04 + 0.96 * (1 - math.cos(math.pi * s / top)) / 2 for s in range(math.ceil(top))]
-        down = [(s - top) / (steps - top) for s in range(math.ceil(top), steps)]
-        want += [4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * d)) / 2 for d in down] + [4e-6, 4e-6]
-        np.testing.assert_allclose(rates, want, rtol=1e-9)
+    assert rates[29] == max(rates) == pytest.approx(2.0)
+    assert rates[99] == rates[119] == pytest.approx(8e-6)
+    assert all(np.diff(rates[:30]) > 0)
+    assert all(np.diff(rates[29:100]) < 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rates"),  # as OneCycleLR(max_lr=1.0, total_steps=steps, pct_start=warmup) prints them
+    [
+        (5, 0.4, [0.04, 1.0, 0.750001, 0.250003, 4e-6, 4e-6]),
+        (4, 0.5, [0.04, 1.0, 0.500002, 4e-6, 4e-6]),
+        (2, 0.5, [1.0, 4e-6, 4e-6]),
+        (3, 1.0, [0.04, 0.52, 1.0, 4e-6]),
+        (1, 0.3, [4e-6, 4e-6]),
+    ],
+)
+def test_one_cycle_is_that_of_torch(steps, warmup, rates):
+    rate = schedules.one_cycle(1.0, steps=steps, warmup=warmup)
+    np.testing.assert_allclose([rate(s) for s in range(len(rates))], rates, rtol=1e-6)
+
+
+SCHEDULES = [
+    schedules.constant(0.5),
+    schedules.step(0.5, step_size=7),
+    schedules.exponential(0.5, gamma=0.9),
+    schedules.cosine(0.5, steps=39),
+    schedules.linear(0.5, steps=10),
+    schedules.one_cycle(0.5, steps=20),
+    schedules.chain([(3, schedules.linear(1.0, steps=3))], schedules.cosine(1.0, steps=9)),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_is_pickled_with_its_optimizer(schedule):
+    for again in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
+        assert [again(s) for s in range(50)] == [schedule(s) for s in range(50)]
+    w = np.zeros(1)
+    opt = fo.SGD(w, lr=schedule)
+    w2, opt2 = pickle.loads(pickle.dumps((w, opt)))
+    for _ in range(5):
+        opt.step(np.ones(1))
+        opt2.step(np.ones(1))
+    assert w[0] == w2[0] != 0
 
 
 def test_a_chain_keeps_what_it_was_given():

@@ -132,3 +132,15 @@ def test_tensors_that_were_given_other_memory_are_refused(dtype):
         with pytest.raises(ValueError, match="params: expected the arrays that the optimizer was made for"):
             opt.step(grads)
         assert not w.any()
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0.3), (5, 0.4), (10, 0.3), (100, 0.05), (7, 0.9)])
+def test_one_cycle_is_that_of_torch(steps, warmup):
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.1, total_steps=steps, pct_start=warmup)
+    ours = fo.schedules.one_cycle(0.1, steps=steps, warmup=warmup)
+    for s in range(steps):
+        assert ours(s) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        theirs.step()
+        if s + 1 < steps:
+            schedule.step()
