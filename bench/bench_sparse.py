@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import common
+import harness
 import numpy as np
 
 import fastopt as fo
 from fastopt._types import Array
-from fastopt.cli.bench import FASTOPT, NUMPY, Case, copies, limit, linear_case, normal, prune_case
+from fastopt.cli.bench import linear_case, normal, prune_case
+from fastopt.cli.timing import FASTOPT, NUMPY, Case, copies, limit
 
 SCIPY, TORCH, TORCH_CSR, CT = "scipy", "torch dense", "torch csr int32", "compressed-tensors"
 OWN = "fastopt dense 8 bits"
@@ -38,7 +39,7 @@ def threshold_case(side: int, threshold: float) -> Case:
         NUMPY: [lambda: w * (np.abs(w) > threshold)],
         "numpy, out=": [without_temporaries],
     }
-    torch = common.peer("torch")
+    torch = harness.peer("torch")
     if torch:
         torch.set_num_threads(fo.get_num_threads())
         tensor = torch.from_numpy(w)
@@ -57,7 +58,7 @@ def threshold_case(side: int, threshold: float) -> Case:
 def share_case(side: int, sparsity: float, with_torch: bool) -> Case:
     """Pruning to an exact share; torch takes seconds for a large weight."""
     case = prune_case(side, side, sparsity)
-    torch = common.peer("torch") if with_torch else None
+    torch = harness.peer("torch") if with_torch else None
     if torch:
         torch.set_num_threads(fo.get_num_threads())
         w = torch.from_numpy(normal(side, side))
@@ -92,12 +93,12 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
         NUMPY: [numpy_from_dense],
     }
     back: dict[str, list[Any]] = {FASTOPT: [lambda: s.to_dense(out=dense)], NUMPY: [numpy_to_dense]}
-    scipy, ct = common.peer("scipy.sparse"), common.peer("compressed_tensors.compressors")
+    scipy, ct = harness.peer("scipy.sparse"), harness.peer("compressed_tensors.compressors")
     if scipy:
         csr = scipy.csr_array(w)
         to[SCIPY] = [lambda: scipy.csr_array(w)]
         back[SCIPY] = [lambda: csr.toarray(out=dense)]
-    torch = common.peer("torch")
+    torch = harness.peer("torch")
     if torch and ct and hasattr(ct, "BitmaskTensor"):  # until 0.14
         tensor = torch.from_numpy(w)
         packed = ct.BitmaskTensor.from_dense(tensor)
@@ -121,7 +122,7 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
 
 def torch_peers(w: Array, batch: int) -> dict[str, list[Any]]:
     """Dense and CSR products of torch, if it is there."""
-    torch = common.peer("torch")
+    torch = harness.peer("torch")
     if torch is None:
         return {}
     torch.set_num_threads(fo.get_num_threads())
@@ -161,7 +162,7 @@ def product_case(what: str, w: Array, batch: int, layout: str = "auto", bits: in
         case.contenders[OWN] = copies(own, wide.size, True)
         return case
     case.contenders |= torch_peers(wide, batch)
-    scipy = common.peer("scipy.sparse")
+    scipy = harness.peer("scipy.sparse")
     if scipy:
         columns = normal(batch, wide.shape[1], seed=2).T.copy()
         blocks = layout == "1x16"
@@ -215,4 +216,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    common.main(cases)
+    harness.main(cases)

@@ -16,6 +16,7 @@ LAYERS = [
     ["formats"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

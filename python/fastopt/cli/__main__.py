@@ -1,10 +1,10 @@
-"""The command line's door: what runs before its extra is known to be installed."""
+"""The entry point, which runs without the packages of the extra ``cli``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line; without its extra, say so in one line and exit with status 1."""
+    """Run the command line; if its extra is not installed, print so in one line and exit with code 1."""
     try:
         from fastopt.cli.show_commands import app
     except ModuleNotFoundError as error:
@@ -12,3 +12,7 @@ def main() -> None:
             raise
         sys.exit("fastopt: the command line needs its extra: pip install 'fastopt[cli]'")
     app(prog_name="fastopt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,263 +1,23 @@
-"""A short benchmark against NumPy, and the harness that the scripts in ``bench/`` of the repository share.
+"""``fastopt bench``: optimizer steps, quantization, products and pruning beside NumPy and the memory limit."""
 
-What is compared runs interleaved, A B A B, in one process, next to loops that do nothing but move the same bytes:
-the memory limit of this minute. Only ratios of neighbours are to be trusted; a machine drifts.
-"""
-
-import itertools
 import math
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from json import dumps
-from pathlib import Path
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 import fastopt as fo
-from fastopt import _core
 from fastopt._types import Array
+from fastopt.cli.timing import FASTOPT, NUMPY, Call, Case, copies, header, limit, machine, measure_all, show
 
-Call: TypeAlias = Callable[[], object]
-Step: TypeAlias = Callable[[Array, Array], Call]  # from weights and gradients to what takes one step
-
-LIMIT, FASTOPT, NUMPY = "memory limit", "fastopt", "numpy"
-ROUNDS = 9
-# Threads of BLAS and OpenMP spin for up to some 30 ms after a call: that would take a core from who comes next.
-PAUSE = 0.04  # seconds
-
-
-# ---- harness -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """One comparison.
-
-    Attributes
-    ----------
-    name : str
-    size : int
-        Number of elements.
-    nbytes : int
-        Bytes that must be read and written, each counted once.
-    contenders : dict of str to list of callables
-        Where there are several, they do the same to different copies, and calls cycle through them: so operands
-        come from memory instead of cache.
-    limit : list of callables
-        Moves `nbytes`, and nothing else.
-    errors : dict of str to callable
-        What to print as error, by contender.
-    reset : callable, optional
-        Called before each timed call, untimed.
-    """
-
-    name: str
-    size: int
-    nbytes: int
-    contenders: dict[str, list[Call]]
-    limit: list[Call]
-    errors: dict[str, Callable[[], SupportsFloat]] = field(default_factory=dict)
-    reset: Call | None = None
-
-
-@dataclass
-class Result:
-    """What one contender of a case did; medians of all rounds.
-
-    Attributes
-    ----------
-    case, contender : str
-    seconds : float
-        Of a call.
-    spread : float
-        The distance of the quartiles of `seconds`, relative to it: how far to believe.
-    ns_per_element, gb_per_second : float
-    of_limit : float
-        Time of the memory limit over its own: 1 is as fast as memory allows.
-    vs_numpy : float or None
-        Time of NumPy over its own.
-    error : float or None
-    """
-
-    case: str
-    contender: str
-    seconds: float
-    spread: float
-    ns_per_element: float
-    gb_per_second: float
-    of_limit: float
-    vs_numpy: float | None
-    error: float | None
-
-
-def measure(case: Case, seconds: float = 1.0) -> list[Result]:
-    """Return the results of one case, the memory limit first, after about so many seconds."""
-    calls = {LIMIT: case.limit, **case.contenders}
-    cycles = {name: itertools.cycle(those) for name, those in calls.items()}
-
-    def burst(name: str, count: int) -> float:
-        """Return the mean time of `count` calls."""
-        todo = list(itertools.islice(cycles[name], count))
-        total = 0.0
-        if case.reset is None:
-            start = time.perf_counter()
-            for call in todo:
-                call()
-            total = time.perf_counter() - start
-        else:
-            for call in todo:
-                case.reset()
-                start = time.perf_counter()
-                call()
-                total += time.perf_counter() - start
-        return total / count
-
-    counts = {}
-    for name, those in calls.items():
-        burst(name, len(those))  # touch all pages
-        counts[name] = max(1, int(seconds / ROUNDS / len(calls) / burst(name, 3)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, count in counts.items():
-            if fo.get_num_threads() > 1:
-                time.sleep(PAUSE)
-            burst(name, 1)  # wake the threads, and fill the cache
-            times[name].append(burst(name, count))
-
-    def ratio(name: str, to: str) -> float:
-        return statistics.median(b / a for a, b in zip(times[name], times[to], strict=True))
-
-    results = []
-    for name in calls:
-        low, median, high = statistics.quantiles(times[name], n=4)
-        results.append(
-            Result(
-                case=case.name,
-                contender=name,
-                seconds=median,
-                spread=(high - low) / median,
-                ns_per_element=1e9 * median / case.size,
-                gb_per_second=case.nbytes / median / 1e9,
-                of_limit=ratio(name, LIMIT),
-                vs_numpy=ratio(name, NUMPY) if NUMPY in calls else None,
-                error=float(case.errors[name]()) if name in case.errors else None,
-            )
-        )
-    return results
-
-
-def measure_all(cases: Iterable[Case], seconds: float = 1.0) -> list[Result]:
-    """Return the results of all cases, so many seconds each; progress goes to stderr if that is a terminal."""
-    results = []
-    for case in cases:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{case.name} ...", end="", file=sys.stderr, flush=True)
-        results += measure(case, seconds)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return results
-
-
-def cache_sizes() -> dict[str, int]:
-    """Return the sizes of the data caches in KiB, as far as the system tells."""
-    sizes = {}
-    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
-        if kind != "Instruction":
-            sizes[f"L{level}"] = int(size.removesuffix("K"))
-    return sizes
-
-
-def machine() -> dict[str, Any]:
-    """Return what figures depend on: CPU, caches, threads, versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "isa": _core.isa(),
-        "threads": fo.get_num_threads(),
-        "caches": cache_sizes(),
-        "fastopt": fo.__version__,
-        "numpy": np.__version__,
-        "compiler": _core.compiler,
-    }
-
-
-def header(facts: dict[str, Any]) -> str:
-    """Return `machine`'s facts in two lines."""
-    caches = ", ".join(f"{level} {size} KiB" for level, size in facts["caches"].items())
-    return (
-        f"{facts['cpu']}, {facts['threads']} thread(s), {caches}\n"
-        f"fastopt {facts['fastopt']} ({facts['isa']}, compiler {facts['compiler']}), numpy {facts['numpy']}"
-    )
-
-
-def show(results: list[Result], title: str) -> None:
-    """Print results as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="")
-    for column in ("case", "who"):
-        table.add_column(column, no_wrap=True)
-    for column in ("time", "+-", "ns/element", "GB/s", "of limit", "vs NumPy", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for case, group in itertools.groupby(results, lambda result: result.case):
-        for i, r in enumerate(group):
-            table.add_row(
-                case if i == 0 else "",
-                r.contender,
-                f"{1e3 * r.seconds:.3f} ms" if r.seconds >= 1e-3 else f"{1e6 * r.seconds:.2f} us",
-                f"{50 * r.spread:.0f} %",
-                f"{r.ns_per_element:.3f}",
-                f"{r.gb_per_second:.1f}",
-                f"{r.of_limit:.2f}",
-                "" if r.vs_numpy is None or r.contender == LIMIT else f"{r.vs_numpy:.1f}x",
-                "" if r.error is None else f"{r.error:.1e}" if r.error else "0",
-                style="dim" if r.contender == LIMIT else "bold" if r.contender == FASTOPT else "",
-            )
-        table.add_section()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
-
-
-# ---- parts of cases ------------------------------------------------------------------------------------------
-
-
-def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> list[Call]:
-    """Return one callable; if `cold` so many, each with operands of its own, that they do not fit into the cache."""
-    cache = 1024 * max(cache_sizes().values(), default=2**15)
-    return [make() for _ in range(math.ceil(4 * cache / nbytes) if cold else 1)]
-
-
-def limit(*, read: int = 0, update: int = 0, streams: int = 1, write: int = 0, cold: bool = False) -> list[Call]:
-    """Return what reads, updates in place and writes so many bytes, one after the other."""
-
-    def make() -> Call:
-        steps: list[Call] = []
-        if read:
-            steps.append(partial(_core.limit_read, np.ones(read // 4, np.float32)))
-        if update:
-            arrays = [np.ones(update // 4, np.float32) for _ in range(streams)]
-            steps.append(partial(_core.limit_update, arrays, max(1, streams - 1)))
-        if write:
-            steps.append(partial(_core.limit_write, np.ones(write // 4, np.float32)))
-        return steps[0] if len(steps) == 1 else lambda: [step() for step in steps]
-
-    return copies(make, read + update * streams + write, cold)
+Step: TypeAlias = Callable[[Array, Array], Call]  # from weights and gradients to a call that takes one step
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
-    """Return normally distributed float32."""
+    """Return normally distributed float32 values."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -266,7 +26,7 @@ def relative_error(got: Array, exact: Array) -> float:
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
-# ---- optimizers ----------------------------------------------------------------------------------------------
+# ---- optimizers -----------------------------------------------------------------------------------------------
 
 
 def numpy_sgd(w: Array, g: Array, lr: float = 1e-3, momentum: float = 0.0) -> Call:
@@ -319,77 +79,20 @@ def numpy_adam(w: Array, g: Array, lr: float = 1e-3, weight_decay: float = 0.0, 
     return step
 
 
-def _fastopt_step(make: Callable[[Array], fo.Optimizer]) -> Step:
+def fastopt_step(make: Callable[[Array], fo.Optimizer]) -> Step:
+    """Return what takes a step of an optimizer of fastopt."""
     return lambda w, g: partial(make(w).step, g)
 
 
-def numpy_accumulated(
-    w: Array, g: Array, decay: float = 1.0, blend: float = 1.0, lr: float = 1e-3, eps: float = 1e-8
-) -> Call:
-    """Adagrad, and RMSprop with `decay` and `blend`."""
-    squares, scratch, root = np.zeros_like(w), np.empty_like(w), np.empty_like(w)
-
-    def step() -> None:
-        np.multiply(g, g, out=scratch)
-        np.multiply(scratch, blend, out=scratch)
-        np.multiply(squares, decay, out=squares)
-        np.add(squares, scratch, out=squares)
-        np.sqrt(squares, out=root)
-        np.add(root, eps, out=root)
-        np.divide(g, root, out=scratch)
-        np.multiply(scratch, lr, out=scratch)
-        np.subtract(w, scratch, out=w)
-
-    return step
-
-
-def numpy_lion(w: Array, g: Array, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> Call:
-    """Lion."""
-    mean, scratch, blend = np.zeros_like(w), np.empty_like(w), np.empty_like(w)
-
-    def step() -> None:
-        np.multiply(mean, betas[0], out=blend)
-        np.multiply(g, 1 - betas[0], out=scratch)
-        np.add(blend, scratch, out=blend)
-        np.sign(blend, out=blend)
-        np.multiply(blend, lr, out=blend)
-        np.subtract(w, blend, out=w)
-        np.multiply(mean, betas[1], out=mean)
-        np.multiply(g, 1 - betas[1], out=scratch)
-        np.add(mean, scratch, out=mean)
-
-    return step
-
-
-# By name: how many arrays a step reads, of which it writes all but the gradient; and who takes it.
-OPTIMIZERS: dict[str, tuple[int, dict[str, Step]]] = {
-    "SGD": (2, {FASTOPT: _fastopt_step(fo.SGD), NUMPY: numpy_sgd}),
-    "SGD momentum": (
-        3,
-        {FASTOPT: _fastopt_step(partial(fo.SGD, momentum=0.9)), NUMPY: partial(numpy_sgd, momentum=0.9)},
-    ),
-    "Adagrad": (
-        3,
-        {FASTOPT: _fastopt_step(partial(fo.Adagrad, lr=1e-3)), NUMPY: partial(numpy_accumulated, eps=1e-10)},
-    ),
-    "RMSprop": (
-        3,
-        {
-            FASTOPT: _fastopt_step(partial(fo.RMSprop, lr=1e-3)),
-            NUMPY: partial(numpy_accumulated, decay=0.99, blend=0.01),
-        },
-    ),
-    "Lion": (3, {FASTOPT: _fastopt_step(partial(fo.Lion, lr=1e-3)), NUMPY: numpy_lion}),
-    "Adam": (4, {FASTOPT: _fastopt_step(fo.Adam), NUMPY: numpy_adam}),
-    "AdamW": (
-        4,
-        {FASTOPT: _fastopt_step(partial(fo.AdamW, weight_decay=0.01)), NUMPY: partial(numpy_adam, weight_decay=0.01)},
-    ),
-}
+ADAM: tuple[int, dict[str, Step]] = (4, {FASTOPT: fastopt_step(fo.Adam), NUMPY: numpy_adam})
+SGD_MOMENTUM: tuple[int, dict[str, Step]] = (
+    3,
+    {FASTOPT: fastopt_step(partial(fo.SGD, momentum=0.9)), NUMPY: partial(numpy_sgd, momentum=0.9)},
+)
 
 
 def optimizer_error(make: Step, exact: Step) -> float:
-    """Return the error of ten steps against float64, relative to the way that the weights went."""
+    """Return the error of ten steps against float64, relative to the change of the weights."""
     start, g = normal(10_000), normal(10_000, seed=1)
     w, w64 = start.copy(), start.astype(np.float64)
     step, step64 = make(w, g), exact(w64, g.astype(np.float64))
@@ -399,10 +102,8 @@ def optimizer_error(make: Step, exact: Step) -> float:
     return relative_error(w - start, w64 - start)
 
 
-def optimizer_case(name: str, size: int, peers: dict[str, Step] | None = None, gradient: Array | None = None) -> Case:
-    """Return one optimizer on one tensor."""
-    streams, steps = OPTIMIZERS[name]
-    steps = {**steps, **(peers or {})}
+def optimizer_case(name: str, size: int, streams: int, steps: dict[str, Step], gradient: Array | None = None) -> Case:
+    """Return one optimizer on one tensor, a step of which reads `streams` arrays and writes all but the gradient."""
     g = normal(size, seed=1) if gradient is None else gradient
     return Case(
         name=f"{name}, {size:,}",
@@ -414,7 +115,7 @@ def optimizer_case(name: str, size: int, peers: dict[str, Step] | None = None, g
     )
 
 
-# ---- quantization --------------------------------------------------------------------------------------------
+# ---- quantization ---------------------------------------------------------------------------------------------
 
 
 def pack_into(codes: Array, bits: int, packed: Array) -> None:
@@ -452,7 +153,7 @@ class NumpyQuantizer:
         self.packed = np.empty((*self.x.shape[:2], group * bits // 8), np.uint8) if bits < 8 else self.codes
 
     def quantize(self) -> None:
-        """From weights to packed codes."""
+        """Quantize the weights and pack the codes."""
         top, t = (1 << self.bits) - 1, self.t
         np.min(self.x, axis=-1, keepdims=True, out=self.minimum)
         np.max(self.x, axis=-1, keepdims=True, out=self.scale)
@@ -466,7 +167,7 @@ class NumpyQuantizer:
             pack_into(self.codes, self.bits, self.packed)
 
     def dequantize(self) -> Array:
-        """From packed codes to what is returned, always the same array."""
+        """Unpack and decode the codes, into an array that every call returns."""
         if self.bits < 8:
             unpack_into(self.packed, self.bits, self.codes)
         np.multiply(self.codes, self.scale, out=self.t)
@@ -475,7 +176,7 @@ class NumpyQuantizer:
 
 
 def quantize_cases(rows: int, cols: int, bits: int, group_size: int) -> Iterator[Case]:
-    """Yield quantize and dequantize."""
+    """Yield a case for quantize and one for dequantize."""
     w = normal(rows, cols)
     rival = NumpyQuantizer(w, bits, cols if group_size == -1 else group_size)
     q = fo.quantize(w, bits, group_size=group_size)
@@ -510,11 +211,11 @@ def quantize_cases(rows: int, cols: int, bits: int, group_size: int) -> Iterator
     )
 
 
-# ---- products ------------------------------------------------------------------------------------------------
+# ---- products -------------------------------------------------------------------------------------------------
 
 
 def linear_case(name: str, pack: Callable[[], Any], w: Array, batch: int, cold: bool = True) -> Case:
-    """Return ``x @ w.T`` from packed weights, against NumPy with the same weights in float32."""
+    """Return ``x @ w.T`` with packed weights, beside NumPy with the same weights in float32."""
     rows, cols = w.shape
     x, y = normal(batch, cols, seed=2), np.empty((batch, rows), np.float32)
     nbytes = pack().nbytes
@@ -542,11 +243,11 @@ def linear_case(name: str, pack: Callable[[], Any], w: Array, batch: int, cold: 
     )
 
 
-# ---- pruning -------------------------------------------------------------------------------------------------
+# ---- pruning --------------------------------------------------------------------------------------------------
 
 
 def prune_case(rows: int, cols: int, sparsity: float) -> Case:
-    """Return pruning in place to an exact sparsity; the error is how many weights too many or too few went."""
+    """Return pruning in place to an exact sparsity; the error counts weights too many or too few."""
     start = normal(rows, cols)
     w, t, u, mask = start.copy(), np.empty_like(start), np.empty_like(start), np.empty(start.shape, np.bool_)
     count = round(sparsity * w.size)
@@ -578,14 +279,14 @@ def prune_case(rows: int, cols: int, sparsity: float) -> Case:
     )
 
 
-# ---- the short version ---------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------
 
 
 def short_cases() -> Iterator[Case]:
-    """Yield one case or two of each topic."""
-    yield optimizer_case("Adam", 10_000)
-    yield optimizer_case("Adam", 1_000_000)
-    yield optimizer_case("SGD momentum", 1_000_000)
+    """Yield one or two cases for each topic."""
+    yield optimizer_case("Adam", 10_000, *ADAM)
+    yield optimizer_case("Adam", 1_000_000, *ADAM)
+    yield optimizer_case("SGD momentum", 1_000_000, *SGD_MOMENTUM)
     yield from quantize_cases(2048, 2048, 4, 32)
     w = normal(2048, 2048)
     for bits in (8, 4):

@@ -1,7 +1,7 @@
-"""What the scripts share over `fastopt.cli.bench`: threads, pinning, peers, a JSON file, a picture.
+"""Run the cases of a script: options, threads, pinning, a JSON file, a picture.
 
-A script yields cases; `main` measures them in one child process per number of threads. The environment that OpenMP
-and BLAS read when they are loaded is thus set before that, and no contender's idle threads disturb another's run.
+A script yields cases, and `main` measures them in one child process for each number of threads. OpenMP and BLAS read
+their environment when they are loaded, so it must be set before, and idle threads of one run must not disturb the next.
 """
 
 import argparse
@@ -18,23 +18,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# NumPy first: its BLAS starts its threads on import, and they inherit the mask of this one. Were OpenMP loaded
-# before, which binds this thread to one core, they would all share that core.
+# NumPy comes first: its BLAS starts threads on import, and they inherit the affinity of this thread. OpenMP binds this
+# thread to one core when it is loaded; the threads of BLAS would then all share that core.
 import numpy as np  # noqa: F401
 
-from fastopt.cli import bench
-from fastopt.cli.bench import FASTOPT, LIMIT, NUMPY, Case, Result
+from fastopt.cli.timing import FASTOPT, LIMIT, NUMPY, Case, Result, header, machine, measure_all, show
 
 COLORS = {FASTOPT: "#c2410c", NUMPY: "#4d77cf", "numpy blocked": "#94b5ee"}
 OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f"]
 
 
-CORES = os.environ.get("BENCH_CORES", "")  # of a child, all that it may use
+CORES = os.environ.get("BENCH_CORES", "")  # all cores that a child may use
 
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """Let threads that start meanwhile run on all cores, not on the one that OpenMP has bound this thread to."""
+    """Let threads that start here run on all cores, although OpenMP has bound this thread to one."""
     if not CORES:
         yield
         return
@@ -47,7 +46,7 @@ def all_cores() -> Iterator[None]:
 
 
 def peer(name: str) -> ModuleType | None:
-    """Return a module to compare with, or say that it is missing."""
+    """Import a module to compare with, or print that it is missing and return None."""
     try:
         with all_cores():
             return importlib.import_module(name)
@@ -73,18 +72,18 @@ def parse() -> argparse.Namespace:
 
 
 def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
-    """Measure what `cases` yields for the command line's options, and show it."""
+    """Measure the cases that `cases` yields for the options of the command line, and print the results."""
     options = parse()
     if options.child:
         chosen = (case for case in cases(options) if options.only in case.name)
-        results = [asdict(result) for result in bench.measure_all(chosen, options.seconds)]
-        options.child.write_text(json.dumps({"machine": bench.machine(), "results": results}))
+        results = [asdict(result) for result in measure_all(chosen, options.seconds)]
+        options.child.write_text(json.dumps({"machine": machine(), "results": results}))
         return
     runs = []
     for threads in dict.fromkeys(int(n) for n in options.threads.split(",")):
         run = measure_in_child(threads)
         runs.append(run)
-        bench.show([Result(**result) for result in run["results"]], bench.header(run["machine"]))
+        show([Result(**result) for result in run["results"]], header(run["machine"]))
     if options.json:
         options.json.write_text(json.dumps(runs, indent=1))
     if options.png:
@@ -154,7 +153,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes[0][0].set_ylim(at + 1, -1)
     handles = [Patch(color=colors[name]) for name in who]
     figure.legend(handles, who, loc="outside lower center", ncols=len(who), frameon=False, fontsize=8)
-    machine = runs[0]["machine"]
-    caption = f"{machine['cpu']} ({machine['isa']}), fastopt {machine['fastopt']}, numpy {machine['numpy']}"
+    facts = runs[0]["machine"]
+    caption = f"{facts['cpu']} ({facts['isa']}), fastopt {facts['fastopt']}, numpy {facts['numpy']}"
     figure.suptitle(f"Share of the memory limit, longer is faster\n{caption}", fontsize=10)
     figure.savefig(path, dpi=150)

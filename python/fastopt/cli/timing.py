@@ -1,0 +1,247 @@
+"""Time calls side by side, and print the results as a table.
+
+Contenders run interleaved, A B A B, in one process, next to loops that only move the same bytes: the memory limit of
+this minute. Trust ratios of neighbours alone, since the speed of a machine drifts.
+"""
+
+import itertools
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, SupportsFloat, TypeAlias
+
+import numpy as np
+
+import fastopt as fo
+from fastopt import _core
+
+Call: TypeAlias = Callable[[], object]
+
+LIMIT, FASTOPT, NUMPY = "memory limit", "fastopt", "numpy"
+ROUNDS = 9
+# Threads of BLAS and OpenMP spin for up to about 30 ms after a call, which takes a core from the next contender.
+PAUSE = 0.04  # seconds
+
+
+@dataclass
+class Case:
+    """Calls to compare.
+
+    Attributes
+    ----------
+    name : str
+    size : int
+        Number of elements.
+    nbytes : int
+        Bytes that must be read and written, each counted once.
+    contenders : dict of str to list of callables
+        Several callables do the same work on different copies; calls cycle through them, so that operands come
+        from memory instead of cache.
+    limit : list of callables
+        Move `nbytes` and do nothing else.
+    errors : dict of str to callable
+        Return the error to print for a contender.
+    reset : callable, optional
+        Called before each timed call, untimed.
+    """
+
+    name: str
+    size: int
+    nbytes: int
+    contenders: dict[str, list[Call]]
+    limit: list[Call]
+    errors: dict[str, Callable[[], SupportsFloat]] = field(default_factory=dict)
+    reset: Call | None = None
+
+
+@dataclass
+class Result:
+    """The medians of all rounds of one contender of a case.
+
+    Attributes
+    ----------
+    case, contender : str
+    seconds : float
+        Time of a call.
+    spread : float
+        The interquartile range of `seconds`, relative to the median.
+    ns_per_element, gb_per_second : float
+    of_limit : float
+        Time of the memory limit divided by its own: 1 is as fast as memory allows.
+    vs_numpy : float or None
+        Time of NumPy divided by its own.
+    error : float or None
+    """
+
+    case: str
+    contender: str
+    seconds: float
+    spread: float
+    ns_per_element: float
+    gb_per_second: float
+    of_limit: float
+    vs_numpy: float | None
+    error: float | None
+
+
+def measure(case: Case, seconds: float = 1.0) -> list[Result]:
+    """Measure one case for about `seconds`, and return the results, the memory limit first."""
+    calls = {LIMIT: case.limit, **case.contenders}
+    cycles = {name: itertools.cycle(those) for name, those in calls.items()}
+
+    def burst(name: str, count: int) -> float:
+        """Return the mean time of `count` calls."""
+        todo = list(itertools.islice(cycles[name], count))
+        total = 0.0
+        if case.reset is None:
+            start = time.perf_counter()
+            for call in todo:
+                call()
+            total = time.perf_counter() - start
+        else:
+            for call in todo:
+                case.reset()
+                start = time.perf_counter()
+                call()
+                total += time.perf_counter() - start
+        return total / count
+
+    counts = {}
+    for name, those in calls.items():
+        burst(name, len(those))  # touches all pages
+        counts[name] = max(1, int(seconds / ROUNDS / len(calls) / burst(name, 3)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, count in counts.items():
+            if fo.get_num_threads() > 1:
+                time.sleep(PAUSE)
+            burst(name, 1)  # wakes the threads and fills the cache
+            times[name].append(burst(name, count))
+
+    def ratio(name: str, to: str) -> float:
+        return statistics.median(b / a for a, b in zip(times[name], times[to], strict=True))
+
+    results = []
+    for name in calls:
+        low, median, high = statistics.quantiles(times[name], n=4)
+        results.append(
+            Result(
+                case=case.name,
+                contender=name,
+                seconds=median,
+                spread=(high - low) / median,
+                ns_per_element=1e9 * median / case.size,
+                gb_per_second=case.nbytes / median / 1e9,
+                of_limit=ratio(name, LIMIT),
+                vs_numpy=ratio(name, NUMPY) if NUMPY in calls else None,
+                error=float(case.errors[name]()) if name in case.errors else None,
+            )
+        )
+    return results
+
+
+def measure_all(cases: Iterable[Case], seconds: float = 1.0) -> list[Result]:
+    """Measure each case for about `seconds`; print progress to stderr if that is a terminal."""
+    results = []
+    for case in cases:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{case.name} ...", end="", file=sys.stderr, flush=True)
+        results += measure(case, seconds)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return results
+
+
+def cache_sizes() -> dict[str, int]:
+    """Return the sizes of the data caches in KiB, if the system reports them."""
+    sizes = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[f"L{level}"] = int(size.removesuffix("K"))
+    return sizes
+
+
+def machine() -> dict[str, Any]:
+    """Return the facts that figures depend on: CPU, caches, threads, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "isa": _core.isa(),
+        "threads": fo.get_num_threads(),
+        "caches": cache_sizes(),
+        "fastopt": fo.__version__,
+        "numpy": np.__version__,
+        "compiler": _core.compiler,
+    }
+
+
+def header(facts: dict[str, Any]) -> str:
+    """Format the facts of `machine` in two lines."""
+    caches = ", ".join(f"{level} {size} KiB" for level, size in facts["caches"].items())
+    return (
+        f"{facts['cpu']}, {facts['threads']} thread(s), {caches}\n"
+        f"fastopt {facts['fastopt']} ({facts['isa']}, compiler {facts['compiler']}), numpy {facts['numpy']}"
+    )
+
+
+def show(results: list[Result], title: str) -> None:
+    """Print results as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="")
+    for column in ("case", "who"):
+        table.add_column(column, no_wrap=True)
+    for column in ("time", "+-", "ns/element", "GB/s", "of limit", "vs NumPy", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case, group in itertools.groupby(results, lambda result: result.case):
+        for i, r in enumerate(group):
+            table.add_row(
+                case if i == 0 else "",
+                r.contender,
+                f"{1e3 * r.seconds:.3f} ms" if r.seconds >= 1e-3 else f"{1e6 * r.seconds:.2f} us",
+                f"{50 * r.spread:.0f} %",
+                f"{r.ns_per_element:.3f}",
+                f"{r.gb_per_second:.1f}",
+                f"{r.of_limit:.2f}",
+                "" if r.vs_numpy is None or r.contender == LIMIT else f"{r.vs_numpy:.1f}x",
+                "" if r.error is None else f"{r.error:.1e}" if r.error else "0",
+                style="dim" if r.contender == LIMIT else "bold" if r.contender == FASTOPT else "",
+            )
+        table.add_section()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
+
+
+def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> list[Call]:
+    """Return one callable, or if `cold`, enough with operands of their own to exceed the cache four times."""
+    cache = 1024 * max(cache_sizes().values(), default=2**15)
+    return [make() for _ in range(math.ceil(4 * cache / nbytes) if cold else 1)]
+
+
+def limit(*, read: int = 0, update: int = 0, streams: int = 1, write: int = 0, cold: bool = False) -> list[Call]:
+    """Return calls that read, update in place and write that many bytes, one after the other."""
+
+    def make() -> Call:
+        steps: list[Call] = []
+        if read:
+            steps.append(partial(_core.limit_read, np.ones(read // 4, np.float32)))
+        if update:
+            arrays = [np.ones(update // 4, np.float32) for _ in range(streams)]
+            steps.append(partial(_core.limit_update, arrays, max(1, streams - 1)))
+        if write:
+            steps.append(partial(_core.limit_write, np.ones(write // 4, np.float32)))
+        return steps[0] if len(steps) == 1 else lambda: [step() for step in steps]
+
+    return copies(make, read + update * streams + write, cold)
