@@ -1,4 +1,4 @@
-// Optimizers: every rule with every type of parameter, gradient and state, and the norm of gradients.
+// Optimizers: the table of all rules, for every type of parameter, gradient and state; and the norm of gradients.
 
 #include "kernels/optim/rules.inl"
 //
@@ -6,6 +6,7 @@
 //
 #include "kernels/optim/step_narrow.inl"
 
+// The kernel of one rule: chooses the loop for the types of the arrays. Subnormals are flushed to zero meanwhile.
 template <class R, unsigned Positive>
 void step(const Hyper& hyper, const StepArgs& a, std::size_t begin, std::size_t end) {
   const FlushSubnormals flush;
@@ -28,7 +29,7 @@ void step(const Hyper& hyper, const StepArgs& a, std::size_t begin, std::size_t 
   }
 }
 
-// `Positive`: a bit for each state that is never negative.
+// A row of the table. `Positive` has a bit for each state that is never negative: its 8-bit codes need no sign.
 template <class R, unsigned Positive = 0>
 constexpr Rule rule(const char* name) {
   return {name, R::states, Positive, step<R, Positive>};
@@ -52,6 +53,11 @@ constexpr Rule kRules[] = {
 
 constexpr std::size_t kNormPartials = 16;
 
+// The order of the sum is part of the contract: kNormPartials partial sums, whatever the width of a vector, then a
+// tree.
+//
+//   x         x0 x1 ... x15 | x16 x17 ... x31 | ...      element i goes to partial sum i % 16
+//   partial   p0 p1 ... p15                              p[j] += p[j + 8], then + 4, + 2, + 1
 template <class T>
 double sum_squares(const T* x, std::size_t n) {
   using V = Vec<double>;
@@ -73,19 +79,19 @@ double sum_squares(const T* x, std::size_t n) {
   return partial[0];
 }
 
-// Narrow types pass through a block of floats.
+// Float16 and bfloat16 are widened to a buffer of floats, a block of kStateBlock at a time.
 double sum_squares_any(Float type, const void* x, std::size_t begin, std::size_t end) {
   if (type == Float::f64) return sum_squares(static_cast<const double*>(x) + begin, end - begin);
   if (type == Float::f32) return sum_squares(static_cast<const float*>(x) + begin, end - begin);
   double sum = 0;
-  float block[kStateBlock];
+  float buffer[kStateBlock];
   for (std::size_t at = begin; at < end; at += kStateBlock) {
     const std::size_t n = end - at < kStateBlock ? end - at : kStateBlock;
     const std::uint16_t* part = static_cast<const std::uint16_t*>(x) + at;
     std::uint16_t last[kStateBlock] = {};
     if (n < kStateBlock) part = static_cast<const std::uint16_t*>(std::memcpy(last, part, n * sizeof *part));
-    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store(block + i, widen(type, part, i));
-    sum += sum_squares(block, kStateBlock);
+    for (std::size_t i = 0; i < kStateBlock; i += kLanes<float>) store(buffer + i, widen(type, part, i));
+    sum += sum_squares(buffer, kStateBlock);
   }
   return sum;
 }

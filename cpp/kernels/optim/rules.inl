@@ -1,9 +1,10 @@
-// Optimizer steps: one pass over parameter, gradient and states, in place. A new optimizer is a rule here, a row
-// in the table of optim.inl, and a class in Python.
+// The update rules of the optimizers. A step is one pass over parameter, gradient and states, in place. A new optimizer
+// is a rule here, a row in the table of optim.inl, and a class in Python.
 
-// What a step may do without; bits of `options`.
+// Parts of a step that are off by default; bits of `options`. A step with none of them skips all tests.
 constexpr unsigned kScaled = 1, kDecay = 2, kL2 = 4, kL1 = 8, kKeepZeros = 16;
 
+// The numbers of a step, rounded once to the type that is computed in.
 template <class T>
 struct Scalars {
   explicit Scalars(const Hyper& h)
@@ -26,8 +27,10 @@ struct Scalars {
 
 // ---- rules ---------------------------------------------------------------------------------------------------
 
-// A rule maps (w, g) to the new w and updates its states s; V is a vector of T. Where it divides by a square root,
-// squares() is what to take it of, and update() is given it. Formulas are torch.optim's.
+// A rule maps a weight w and its gradient g to the new w, and updates the states s; V is a vector of T. A rule that
+// divides by a square root (`has_root`) is split in two, so that the roots of several vectors can be taken together:
+// squares() updates states and returns the radicand, update() gets the root. `late_gradient` says that update() reads
+// the gradient too. The formulas, and the order of their operations, are those of torch.optim.
 
 struct Sgd {
   static constexpr std::size_t states = 0;
@@ -58,7 +61,7 @@ struct Nesterov {
   }
 };
 
-// Duchi, Hazan and Singer, 2011.
+// Duchi, Hazan and Singer, 2011. State: sum of squares.
 struct Adagrad {
   static constexpr std::size_t states = 1;
   static constexpr bool has_root = true;
@@ -73,7 +76,7 @@ struct Adagrad {
   }
 };
 
-// Tieleman and Hinton, 2012; centered: Graves, 2013. States: squares, momentum, mean.
+// Tieleman and Hinton, 2012; centered: Graves, 2013. States: mean of squares, momentum, mean of gradients.
 template <bool HasMomentum, bool Centered>
 struct RmsProp {
   static constexpr std::size_t states = 1 + HasMomentum + Centered;
@@ -86,7 +89,7 @@ struct RmsProp {
     V& mean = s[states - 1];
     mean = mean + k.blend2 * (g - mean);
     const V variance = s[0] - mean * mean;
-    return variance < 0 ? V{} : variance;  // below zero by rounding alone
+    return variance < 0 ? V{} : variance;  // only rounding makes it negative
   }
   template <class T, class V>
   static V update(const Scalars<T>& k, V w, V g, V* s, V root) {
@@ -97,8 +100,8 @@ struct RmsProp {
   }
 };
 
-// Kingma and Ba, 2015, the faster order of their section 2: bias corrections are folded into step_size and eps.
-// AMSGrad: Reddi et al., 2018.
+// Kingma and Ba, 2015, in the faster order of their section 2: the bias corrections are folded into step_size and eps.
+// AMSGrad: Reddi et al., 2018. States: mean of gradients, mean of squares, largest mean of squares so far.
 template <bool AmsGrad>
 struct Adam {
   static constexpr std::size_t states = 2 + AmsGrad;
@@ -117,7 +120,8 @@ struct Adam {
   }
 };
 
-// Chen et al., 2023: the sign of a blend, which the state does not keep.
+// Chen et al., 2023. The step is the sign of one blend of state and gradient; the state keeps another blend. The sign
+// of 0 is 0, and of NaN it is NaN.
 struct Lion {
   static constexpr std::size_t states = 1;
   static constexpr bool has_root = false;
@@ -130,7 +134,7 @@ struct Lion {
   }
 };
 
-// What every optimizer shares, before its rule and around update().
+// The gradient as the rule sees it: scaled, with the L2 penalty added.
 template <class T, class V>
 inline V gradient_of(const Scalars<T>& k, unsigned options, V w, V g) {
   if (!options) return g;
@@ -138,6 +142,7 @@ inline V gradient_of(const Scalars<T>& k, unsigned options, V w, V g) {
   return options & kL2 ? g + k.weight_decay * w : g;
 }
 
+// update() with decoupled weight decay before it, and the proximal L1 step and the mask of zeros behind it.
 template <class R, class T, class V>
 inline V updated(const Scalars<T>& k, unsigned options, V w, V g, V* s, V root) {
   if (!options) return R::update(k, w, g, s, root);
@@ -151,8 +156,8 @@ inline V updated(const Scalars<T>& k, unsigned options, V w, V g, V* s, V root) 
   return w;
 }
 
-// N vectors stepped at once, so that they fill each other's waits. The last `Products` of their square roots are left
-// to what multiplies, the others to what divides.
+// Steps N vectors at once, so that the latency of one is hidden behind the others. The last `Products` of the square
+// roots are computed by multiplications, the others by the square root instruction: the two units work in parallel.
 template <class R, std::size_t Products, std::size_t N, class T, class V>
 inline void step_vectors(const Scalars<T>& k, unsigned options, V (&w)[N], V (&g)[N], V (&s)[N][R::states + 1]) {
   V root[N] = {};

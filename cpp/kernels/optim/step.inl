@@ -1,4 +1,8 @@
-// A step where parameter, gradient and states have the type that is computed in.
+// A step where parameter, gradient and states all have the type that is computed in.
+//
+//   element   0      i                                     n
+//   w         |part| whole | whole | whole | ... |  part  |      part: fewer lanes than a vector has
+//                  ^ aligned to a vector                         whole: one vector, or two to share the square roots
 
 template <class R, class T>
 void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::size_t first, std::size_t n) {
@@ -15,7 +19,8 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     store_part(w + i, next[0], bytes);
     for (std::size_t j = 0; j < R::states; ++j) store_part(state[j] + i, s[0][j], bytes);
   };
-  // Up to where w is aligned to vectors; large arrays of NumPy then all are.
+  // A first part brings w to the alignment of a vector. Large NumPy arrays start at the same distance from one, so the
+  // other arrays are then aligned too.
   std::size_t i = reinterpret_cast<std::uintptr_t>(w) % kVectorBytes / sizeof(T);
   i = i == 0 ? 0 : kLanes<T> - i;
   i = i < n ? i : n;
@@ -29,7 +34,7 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
         prefetch<512>(state[j.value] + at);
         s[v][j.value] = load<V>(state[j.value] + at);
       });
-      if constexpr (R::states > 0) {  // of two streams cores fetch enough ahead by themselves
+      if constexpr (R::states > 0) {  // cores prefetch two streams well enough themselves
         prefetch<512>(w + at);
         prefetch<512>(g + at);
       }
@@ -44,6 +49,8 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     }
     i += count * kLanes<T>;
   };
+  // Without options the compiler gets a constant 0, and drops the code of all of them. Where the unit that divides is
+  // the limit, one of two vectors takes its roots by products instead.
   if (k.options == 0) {
     if constexpr (R::has_root && kRootByProducts<T>) {
       while (i + 2 * kLanes<T> <= n) whole(Int<2>{}, Int<1>{}, 0);

@@ -1,58 +1,75 @@
-// A step where some of parameter, gradient and states are narrower than float32.
+// A step where the parameter, the gradient or the states are narrower than float32.
+//
+// Every array is widened to float in registers, stepped there and narrowed again. The types therefore do not multiply
+// with the rules: only the type of the states is a template parameter.
+//
+// An array is stepped in blocks of kStateBlock = 256 elements, and a block in pairs of vectors. The codes of an 8-bit
+// state count from the exponent of their block, which is known only when the whole block has been stepped. So the
+// magnitudes of a block wait in `Rounded`, and its codes are written while the next block is stepped:
+//
+//              block 0             block 1             block 2
+//   step       |pair|pair| ... |   |pair|pair| ... |   |pair|pair| ... |
+//   Rounded    [0] filled          [1] filled          [0] filled again
+//   exponent            known at |          known at |          known at |
+//   codes                          of block 0          of block 1           of block 2, by finish()
 
-// They are widened to float in registers, stepped there, and narrowed again, a block of kStateBlock at a time, so the
-// types do not multiply with the rules.
-
-using Bits = Vec<std::uint32_t>;
+using UInts = Vec<std::uint32_t>;
 constexpr std::size_t kBlockVectors = kStateBlock / kLanes<float>;
 
-// MurmurHash3's last mixing step (Appleby, 2011).
+// The final mixing step of MurmurHash3 (Appleby, 2011): neighbouring seeds give unrelated numbers.
 inline std::uint32_t mixed(std::uint32_t h) {
   h = (h ^ h >> 16) * 0x85ebca6bu;
   h = (h ^ h >> 13) * 0xc2b2ae35u;
   return h ^ h >> 16;
 }
 
-// 32 bits of chance for each element: multiples of the golden ratio, from a start that differs for every step. They are
-// spread more evenly than random ones, so what rounding adds to a sum is smaller.
+// Stochastic rounding takes 32 bits for each element: a multiple of the golden ratio, from a start that differs for
+// every step. Such a sequence is spread more evenly than random numbers, so the rounding errors of a sum are smaller.
+// The bits depend on nothing but the step and the element's index in its tensor, however the tensor is cut.
 constexpr std::uint32_t kGolden = 0x9e3779b9u;
 
-inline Bits first_chance(std::uint32_t noise, std::size_t first) {
-  Bits index = {};
+inline UInts first_chance(std::uint32_t noise, std::size_t first) {
+  UInts index = {};
   for (std::size_t j = 0; j < kLanes<float>; ++j) index[j] = static_cast<std::uint32_t>(first + j);
   return index * kGolden + mixed(noise);
 }
 
-// Other bits of it, `Count` of them, for each state; parameters are rounded by the lowest.
+// `Count` of an element's bits. Each state takes different ones, and parameters take the lowest, so that the rounding
+// errors of one element are not correlated.
 template <int Count>
-inline Bits chance_of(Bits random, std::size_t state) {
+inline UInts chance_of(UInts random, std::size_t state) {
   constexpr int skipped[kMaxStates] = {0, 12, 6};
   return random << skipped[state] >> (32 - Count);
 }
 
-// Up or down by chance: the nearer, the likelier, so that the mean is the value. Only NaN could overflow.
-inline Bits raised(Vec<float> v, Bits chance) {
-  const Bits bits = bit_cast<Bits>(v);
+// Stochastic rounding to the bits above those of `chance`, which the caller drops: the nearer neighbour is the likelier
+// one, so the mean is the value itself. NaN is left alone, as the sum could carry into its sign.
+inline UInts raised(Vec<float> v, UInts chance) {
+  const UInts bits = bit_cast<UInts>(v);
   return v == v ? bits + chance : bits;
 }
 
-inline Bits bf16_nearest(Bits bits) {
-  const Bits rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+// To the nearest, ties to even, in the upper half of the result; NaN becomes quiet and stays NaN.
+inline UInts bf16_nearest(UInts bits) {
+  const UInts rounded = bits + 0x7fffu + (bits >> 16 & 1u);
   return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
 }
 
-inline Bits half_stochastic(Bits bits, Bits random) {
-  const Bits sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu, chance = random & 0x1fffu;
-  const Bits normal = (rest - (112u << 23) + chance) >> 13;
+// Stochastic rounding to float16, in the lower half of the result. A subnormal result is a whole number of steps of
+// 2^-24, so a conversion that truncates rounds it.
+inline UInts half_stochastic(UInts bits, UInts random) {
+  const UInts sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu, chance = random & 0x1fffu;
+  const UInts normal = (rest - (112u << 23) + chance) >> 13;
   const Vec<float> steps = bit_cast<Vec<float>>(rest) * 0x1p24f + convert<float, kLanes<float>>(chance) * 0x1p-13f;
-  const Bits subnormal =
-      bit_cast<Bits>(convert<std::int32_t, kLanes<float>>(rest < 0x38800000u ? steps : Vec<float>{}));
-  Bits half = rest < 0x38800000u ? subnormal : normal;
-  half = rest >= 0x47800000u ? Bits{} + 0x7c00u : half;
-  half = rest > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  const UInts subnormal =
+      bit_cast<UInts>(convert<std::int32_t, kLanes<float>>(rest < 0x38800000u ? steps : Vec<float>{}));
+  UInts half = rest < 0x38800000u ? subnormal : normal;
+  half = rest >= 0x47800000u ? UInts{} + 0x7c00u : half;
+  half = rest > 0x7f800000u ? UInts{} + 0x7e00u : half;
   return sign | half;
 }
 
+// One vector of float16, bfloat16 or float32 from element i on, as float.
 inline Vec<float> widen(Float type, const void* base, std::size_t i) {
   switch (type) {
     case Float::f16:
@@ -68,72 +85,78 @@ struct Two {
   Vec<float> v[2];
 };
 
-// Two vectors, next to each other.
+// Two neighbouring vectors. Two, as 16-bit numbers of two vectors of floats fill one vector.
 __attribute__((always_inline)) inline Two widen_two(Float type, const void* base, std::size_t i) {
   if (type == Float::f32) {
-    const float* const from = static_cast<const float*>(base) + i;
-    prefetch<2048>(from);
-    prefetch<2048>(from + kLanes<float>);
-    return {load<Vec<float>>(from), load<Vec<float>>(from + kLanes<float>)};
+    const float* const floats = static_cast<const float*>(base) + i;
+    prefetch<2048>(floats);
+    prefetch<2048>(floats + kLanes<float>);
+    return {load<Vec<float>>(floats), load<Vec<float>>(floats + kLanes<float>)};
   }
   prefetch<2048>(static_cast<const std::uint16_t*>(base) + i);
   if (type == Float::bf16) return {widen(Float::bf16, base, i), widen(Float::bf16, base, i + kLanes<float>)};
   return {widen(Float::f16, base, i), widen(Float::f16, base, i + kLanes<float>)};
 }
 
-// To float16 or bfloat16.
+// Two vectors to float16 or bfloat16, rounded to the nearest or stochastically.
 __attribute__((always_inline)) inline void narrow_two(Float type, void* base, std::size_t i, const Two& two,
-                                                      unsigned stochastic, const Bits (&random)[2]) {
+                                                      unsigned stochastic, const UInts (&random)[2]) {
   std::uint16_t* const to = static_cast<std::uint16_t*>(base) + i;
   if (type == Float::bf16) {
-    Bits bits[2];
+    UInts bits[2];
     for (std::size_t h = 0; h < 2; ++h) {
-      bits[h] = stochastic ? raised(two.v[h], random[h] & 0xffffu) : bf16_nearest(bit_cast<Bits>(two.v[h]));
+      bits[h] = stochastic ? raised(two.v[h], random[h] & 0xffffu) : bf16_nearest(bit_cast<UInts>(two.v[h]));
     }
     store_high_words(to, bits[0], bits[1]);
     return;
   }
   for (std::size_t h = 0; h < 2; ++h) {
     if (stochastic) {
-      store_low_words(to + h * kLanes<float>, half_stochastic(bit_cast<Bits>(two.v[h]), random[h]));
+      store_low_words(to + h * kLanes<float>, half_stochastic(bit_cast<UInts>(two.v[h]), random[h]));
     } else {
       store_halves(to + h * kLanes<float>, two.v[h]);
     }
   }
 }
 
-// 8-bit states: the 11 highest bits of a float's magnitude (exponent, and 3 of mantissa), counted from the exponent of
-// the block. With a sign there are 4 bits of exponent, and code 0 is zero; without one there are 5, and code 0 is not
-// zero unless the whole block is: Adam divides by it.
+// The code of an 8-bit state is cut out of the bits of a float, after the exponent of its block was subtracted:
+//
+//   float       s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
+//   signed      s     eeee mmm                        code 0 is zero
+//   positive         eeeee mmm                        code 0 is the smallest number that the block can hold
+//
+// A code 0 without a sign is zero only if the exponent of the block is: Adam divides by the square root of such a
+// state, so a number that was not zero must not become zero.
 constexpr int kDropped = 20, kMantissa = 3;
 
 struct Masks {
-  const Bits signed_code = kept(Bits{} + 0x87f00000u), code = kept(Bits{} + 0x07f00000u);  // as they lie in a float
-  const Bits most = kept(Bits{} + 0x7ff00000u);  // of what is never negative: NaN that no chance can carry further
+  const UInts signed_code = kept(UInts{} + 0x87f00000u), code = kept(UInts{} + 0x07f00000u);  // where a float has them
+  const UInts most = kept(UInts{} + 0x7ff00000u);  // largest magnitude that rounding up cannot carry into the sign
   const Words magnitude = kept(Words{} + std::int16_t{0x7ff});
   const Vec<std::uint8_t> sign = kept(Vec<std::uint8_t>{} + std::uint8_t{0x80});
 };
 
-inline Vec<float> widen_u8(const Masks& masks, const std::uint8_t* codes, Bits least, bool positive) {
+// A vector of codes as floats; `least` is the exponent of their block, where a float has it.
+inline Vec<float> widen_u8(const Masks& masks, const std::uint8_t* codes, UInts least, bool positive) {
   if (positive) return bit_cast<Vec<float>>((load_bytes(codes) << kDropped) + least);
-  const Bits bits = bit_cast<Bits>(load_signed_bytes(codes)) << kDropped, code = bits & masks.signed_code;
+  const UInts bits = bit_cast<UInts>(load_signed_bytes(codes)) << kDropped, code = bits & masks.signed_code;
   return bit_cast<Vec<float>>((bits & masks.code) == 0 ? code : code + least);
 }
 
-// A block of one state on its way to 8 bits: sign and magnitude of each element, rounded by chance. Its codes can be
-// written when the largest magnitude is known.
+// A block of one state between its step and its codes: the sign and the rounded magnitude of each element. close()
+// chooses the exponent of the block from the largest magnitude; after that write() can make the codes.
 struct Rounded {
   Words words[kBlockVectors / 2];
   std::uint8_t* codes;
   std::int16_t least;
 
-  // Two vectors; returns their magnitudes.
+  // Rounds two vectors stochastically, keeps them, and returns their magnitudes.
   __attribute__((always_inline)) Words set(const Masks& masks, std::size_t at, const Vec<float> (&v)[2],
-                                           const Bits (&random)[2], std::size_t state, bool positive) {
+                                           const UInts (&random)[2], std::size_t state, bool positive) {
     Vec<std::int32_t> bits[2];
     for (std::size_t h = 0; h < 2; ++h) {
-      const Bits chance = chance_of<kDropped>(random[h], state), magnitude = bit_cast<Bits>(v[h]);
-      const Bits up = positive ? (magnitude < masks.most ? magnitude : masks.most) + chance : raised(v[h], chance);
+      const UInts chance = chance_of<kDropped>(random[h], state), magnitude = bit_cast<UInts>(v[h]);
+      const UInts up = positive ? (magnitude < masks.most ? magnitude : masks.most) + chance : raised(v[h], chance);
       bits[h] = bit_cast<Vec<std::int32_t>>(up);
     }
     const Words both = pack_high<kDropped>(bits[0], bits[1]);
@@ -141,9 +164,9 @@ struct Rounded {
     return positive ? both : both & masks.magnitude;
   }
 
-  // Returns the exponent that codes count from: the smallest from which all can be reached.
+  // Returns the exponent of the block: the smallest from which a code can reach the largest magnitude.
   std::uint8_t close(void* to, Words largest, bool positive) {
-    const Bits pairs = bit_cast<Bits>(largest), low = pairs & 0xffffu, high = pairs >> 16;
+    const UInts pairs = bit_cast<UInts>(largest), low = pairs & 0xffffu, high = pairs >> 16;
     const auto greater = [](auto a, auto b) { return a > b ? a : b; };
     const std::uint32_t top = fold(greater(low, high), greater) >> kMantissa;
     const std::uint32_t exponents = positive ? 31 : 15, exponent = top > exponents ? top - exponents : 0;
@@ -152,7 +175,7 @@ struct Rounded {
     return static_cast<std::uint8_t>(exponent);
   }
 
-  // Codes of the four vectors from `at` on.
+  // Writes the codes of four vectors, from vector `at` of the block on: bytes of four vectors fill one.
   __attribute__((always_inline)) void write(const Masks& masks, std::size_t at, bool positive) const {
     const Words a = words[at / 2], b = words[at / 2 + 1];
     Vec<std::uint8_t> code;
@@ -169,8 +192,8 @@ struct Rounded {
 constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
 constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
 
-// Blocks of kStateBlock elements, one after the other. Codes of 8-bit states are written while the next block is
-// stepped, so that nothing waits for what they depend on.
+// Steps blocks one after the other. The codes of a block of 8-bit states are written while the next block is stepped,
+// so that no instruction waits for the largest magnitude of its own block.
 template <class R, unsigned Positive, StateType State>
 struct Blocks {
   using V = Vec<float>;
@@ -178,11 +201,14 @@ struct Blocks {
 
   const Scalars<float> scalars;
   Rounded rounded[2][R::states + 1];
-  std::size_t count = 0;  // of blocks stepped
+  std::size_t count = 0;  // how many blocks have been stepped
 
-  // The block of `a` from element `at` on, which has the number `first` in its tensor; only `n` elements of it count.
+  // Steps the block at element `at` of the arrays `a`. That element is number `first` of its tensor, and only `n`
+  // elements of the block exist. The function is long because its lambdas share two dozen vectors: as functions of
+  // their own they would pass them through memory.
   void step(const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
-    // Copies: a store of bytes could be one to what they refer to, as far as the compiler knows.
+    // Copies of everything that the loops read: a store through a pointer to bytes may alias anything, so the compiler
+    // would otherwise read the originals again after each one.
     const Scalars<float> k = scalars;
     const Float param_type = a.param_type, grad_type = a.grad_type, w_type = a.master ? Float::f32 : param_type;
     const unsigned stochastic = a.stochastic;
@@ -195,7 +221,7 @@ struct Blocks {
     const Rounded* const before = rounded[(count + 1) % 2];
     const std::size_t to_write = count > 0 ? kBlockVectors : 0;
     const Masks masks;
-    Bits least[R::states + 1] = {};
+    UInts least[R::states + 1] = {};
     if constexpr (State == StateType::u8) {
       for (std::size_t j = 0; j < R::states; ++j) {
         least[j] += std::uint32_t{a.exponent[j][at / kStateBlock]} << (kMantissa + kDropped);
@@ -209,18 +235,18 @@ struct Blocks {
       }
       return g;
     };
-    // All of two vectors up to their square roots.
+    // Loads the states of two vectors and goes as far as the square roots.
     const auto begin_pair = [&](std::size_t i, const Two& g, V(&s)[2][R::states + 1], V(&root)[2]) {
       repeat<R::states>([&](auto j) {
-        const auto* const from = state[j.value];
-        prefetch_pair(from, i, width_of(State));
+        const auto* const source = state[j.value];
+        prefetch_pair(source, i, width_of(State));
         repeat<2>([&](auto h) {
           const std::size_t element = i + h.value * lanes;
           V& to = s[h.value][j.value];
-          if constexpr (State == StateType::wide) to = widen(Float::f32, from, element);
-          if constexpr (State == StateType::bf16) to = widen(Float::bf16, from, element);
+          if constexpr (State == StateType::wide) to = widen(Float::f32, source, element);
+          if constexpr (State == StateType::bf16) to = widen(Float::bf16, source, element);
           if constexpr (State == StateType::u8) {
-            const auto* const codes = reinterpret_cast<const std::uint8_t*>(from) + element;
+            const auto* const codes = reinterpret_cast<const std::uint8_t*>(source) + element;
             to = widen_u8(masks, codes, least[j.value], Positive >> j.value & 1);
           }
         });
@@ -231,7 +257,8 @@ struct Blocks {
       });
     };
 
-    // Where there are roots a block is passed twice, as what waits for them would keep up what could be done.
+    // A rule with square roots passes over the block twice: first all roots, then everything that uses them. In one
+    // pass, independent work would be stuck behind the roots in the queue of the core.
     constexpr bool twice = R::has_root && State == StateType::u8;
     struct Held {
       V root[2], s[2][R::states + 1];
@@ -244,8 +271,8 @@ struct Blocks {
         std::memcpy(held[v / 2].s, s, sizeof s);
       }
     }
-    const Bits stride = kept(Bits{} + static_cast<std::uint32_t>(lanes) * kGolden);
-    Bits chance = first_chance(a.noise, first);
+    const UInts stride = kept(UInts{} + static_cast<std::uint32_t>(lanes) * kGolden);
+    UInts chance = first_chance(a.noise, first);
     Words largest[R::states + 1] = {};
     for (std::size_t v = 0; v < kBlockVectors; v += 2) {
       const std::size_t begin = v * lanes;
@@ -267,16 +294,16 @@ struct Blocks {
         store(static_cast<float*>(w) + begin, next.v[0]);
         store(static_cast<float*>(w) + begin + lanes, next.v[1]);
       }
-      if (State == StateType::u8 && begin + 2 * lanes > n) {  // what is behind the end has no part in the exponent
+      if (State == StateType::u8 && begin + 2 * lanes > n) {  // elements behind the end must not count
         repeat<2>([&](auto h) {
-          const Bits number = bit_cast<Bits>(lane_numbers()) + static_cast<std::uint32_t>(begin + h.value * lanes);
+          const UInts number = bit_cast<UInts>(lane_numbers()) + static_cast<std::uint32_t>(begin + h.value * lanes);
           repeat<R::states>([&](auto j) {
             V& value = s[h.value][j.value];
             value = number < static_cast<std::uint32_t>(n) ? value : V{};
           });
         });
       }
-      const Bits random[2] = {chance, chance + stride};
+      const UInts random[2] = {chance, chance + stride};
       chance = random[1] + stride;
       if (param_type != Float::f32) narrow_two(param_type, param, begin, next, stochastic, random);
       repeat<R::states>([&](auto j) {
@@ -308,7 +335,7 @@ struct Blocks {
     }
   }
 
-  // Writes the codes of the last block.
+  // Writes the codes of the last block, which no step follows.
   void finish() {
     if (count == 0) return;
     const Masks masks;
@@ -318,6 +345,7 @@ struct Blocks {
     count = 0;
   }
 
+  // Two vectors of numbers `width` bytes wide: one or two cache lines.
   static void prefetch_pair(const void* base, std::size_t i, std::size_t width) {
     const char* const at = static_cast<const char*>(base) + i * width;
     prefetch<2048>(at);
@@ -325,8 +353,8 @@ struct Blocks {
   }
 };
 
-// The same arrays, from element `at` on.
-inline StepArgs from(const StepArgs& a, std::size_t at) {
+// The arrays of `a` from element `at` on.
+inline StepArgs args_from(const StepArgs& a, std::size_t at) {
   StepArgs b = a;
   b.param = static_cast<char*>(a.param) + at * width_of(a.param_type);
   b.grad = static_cast<const char*>(a.grad) + at * width_of(a.grad_type);
@@ -338,7 +366,7 @@ inline StepArgs from(const StepArgs& a, std::size_t at) {
   return b;
 }
 
-// Elements [at, at + n) of `a`, the first of which has the number `first` in its tensor.
+// Steps elements [at, at + n) of `a`; the first is number `first` of its tensor.
 template <class R, unsigned Positive, StateType State>
 void step_blocks(const Scalars<float>& k, const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
   Blocks<R, Positive, State> blocks{k, {}};
@@ -349,14 +377,15 @@ void step_blocks(const Scalars<float>& k, const StepArgs& a, std::size_t at, std
 }
 using StepBlocks = void (*)(const Scalars<float>&, const StepArgs&, std::size_t, std::size_t, std::size_t);
 
+// Steps elements [begin, end). Blocks may read and write whole vectors, so the last one, if it is shorter, is stepped
+// in a copy that is filled up with zeros.
 void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t states, std::size_t begin, std::size_t end,
                  StepBlocks step) {
   const std::size_t whole = (end - begin) / kStateBlock * kStateBlock, at = begin + whole, n = end - at;
   if (whole > 0) step(k, a, begin, begin, whole);
   if (n == 0) return;
-  // The last block passes through memory of its own, filled up with zeros.
   const std::size_t state_width = width_of(a.state_type);
-  const StepArgs real = from(a, at);
+  const StepArgs real = args_from(a, at);
   StepArgs copy = real;
   float param[kStateBlock] = {}, grad[kStateBlock] = {}, master[kStateBlock] = {}, state[kMaxStates][kStateBlock] = {};
   std::memcpy(copy.param = param, real.param, n * width_of(a.param_type));
