@@ -4,8 +4,8 @@ inline float param_at(const Quantized& q, const void* params, std::size_t at) {
   return q.half ? float_of_half(static_cast<const std::uint16_t*>(params)[at]) : static_cast<const float*>(params)[at];
 }
 
-// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. What lies behind the last ones in
-// memory does not exist.
+// Parameters [at, at + n) as float32, filled up with zeros to a multiple of 16. Whole vectors are read, but never
+// beyond the last parameter of the matrix: memory may end there.
 [[gnu::noinline]] void load_params(const Quantized& q, const void* params, std::size_t at, std::size_t n, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
   const std::size_t all = q.param_stride ? q.rows * q.groups : q.groups;
@@ -14,15 +14,16 @@ inline float param_at(const Quantized& q, const void* params, std::size_t at) {
   std::size_t i = 0;
   for (; i < n && at + i + lanes <= all; i += lanes) {
     Vec<float> v = q.half ? float_of_halves(halves + i) : load<Vec<float>>(floats + i);
-    if (n - i < lanes) v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // of another row
+    if (n - i < lanes)
+      v = lane_numbers() < static_cast<std::int32_t>(n - i) ? v : Vec<float>{};  // not those of the next row
     store(out + i, v);
   }
   for (; i < n; ++i) out[i] = param_at(q, params, at + i);
   for (; i % 16 != 0; ++i) out[i] = 0.0f;
 }
 
-// minimum + scale * code. Where scale * code could overflow although the sum does not, both are halved: that changes
-// no bit of the result.
+// minimum + scale * code. If scale * code could overflow although the sum does not, both are halved and the sum is
+// doubled, which changes no bit of the result.
 inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float minimum, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
   const float twice = scale > 0x1p119f ? 2.0f : 1.0f, half = scale > 0x1p119f ? 0.5f : 1.0f;
@@ -36,18 +37,20 @@ inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float 
   for (; i < n; ++i) out[i] = (minimum + scale * static_cast<float>(codes[i])) * twice;
 }
 
+// Columns [begin, end) of one row. Codes are unpacked a buffer at a time, and parameters loaded kGroupsAtOnce at a
+// time; neither boundary needs to be that of a group.
 template <int Bits>
 void dequantize(const Quantized& q, std::size_t row, std::size_t begin, std::size_t end, float* out) {
   constexpr std::size_t per_byte = 8 / Bits;
   const std::uint8_t* packed = q.codes + row * q.row_bytes;
-  std::uint8_t block[kBlock];
+  std::uint8_t buffer[kCodesAtOnce];
   PerGroup scale, minimum;
   std::size_t group = begin / q.group, group_end = (group + 1) * q.group, first = group, known = group;
   for (std::size_t at = begin; at < end;) {
     const std::size_t skip = at % per_byte;
-    const std::size_t n = end - at < kBlock - skip ? end - at : kBlock - skip;
-    unpack<Bits>(packed + at / per_byte, skip + n, block);
-    const std::uint8_t* codes = block + skip;
+    const std::size_t n = end - at < kCodesAtOnce - skip ? end - at : kCodesAtOnce - skip;
+    unpack<Bits>(packed + at / per_byte, skip + n, buffer);
+    const std::uint8_t* codes = buffer + skip;
     for (const std::size_t stop = at + n; at < stop;) {
       if (group == known) {
         first = group;

@@ -1,8 +1,12 @@
-// Scale and minimum by least squares.
+// Scale and minimum by least squares, starting from those of the range.
 
-// With u = (x - minimum) / scale, d the code counted from the middle and r = u - code: what the line r ~ a + b * d is
-// fitted from. Sums run over sixteen partial ones, element i to number i % 16, added as a tree; here, its first steps
-// down to a vector. Not inlined, as the compiler then runs out of registers.
+// The sums of one step. With u = (x - minimum) / scale, d the code counted from the middle and r = u - code, the line
+// r ~ a + b * d is fitted from the sums of d, d * d, r and r * d.
+//
+// Each sum has sixteen partial sums, element i going to number i % 16, which are added as a tree: the order is the same
+// for every width of a vector. fit_sums() takes the first steps of the tree, down to one vector for each group;
+// fold_groups() takes the others for all groups together. fit_sums() is not inlined, as the compiler would run out of
+// registers.
 struct Sums {
   Vec<float> d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
 };
@@ -46,10 +50,13 @@ struct Sums {
   sums->rd[g] = total(sum_rd);
 }
 
-// Eight times: codes of the pair, then the pair that fits these codes best, which the line changes a little: nothing
-// cancels. `n` values in groups of `group`, side by side so that one does not wait for the other, and without branches,
-// which the compiler makes vectors of; a pair of scale 0 is left alone, and one whose codes are all equal. A pair that
-// a step has not changed, the next one would not change either.
+// Fits the pairs of the groups of n values. Each of at most eight steps computes the codes of the present pair, then
+// the pair that fits these codes best. The line r ~ a + b * d gives only the small change of the pair, so nothing
+// cancels.
+//
+// Groups are fitted side by side, so that none waits for the latency of another, and without branches, so that the
+// compiler can vectorize the loops over groups. A pair of scale 0 is left alone, and so is one whose codes are all
+// equal. A step that does not change a pair is its last: the next one would not change it either.
 inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
                        PerGroup& minimum) {
   const double middle = static_cast<double>(top * 0.5f);
@@ -58,7 +65,7 @@ inline void fit_groups(const float* x, std::size_t n, std::size_t group, float t
   PerGroup d = {}, dd = {}, r = {}, rd = {}, scale, inverse, least;
   double count[kGroupsAtOnce], share[kGroupsAtOnce];
   std::int32_t moving[kGroupsAtOnce];
-  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // the same, a bit for each group
+  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // moving[], as a bit for each group
   for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
     scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
     least[g] = scale[g] * 0x1p-20f;
@@ -96,7 +103,7 @@ inline void fit_groups(const float* x, std::size_t n, std::size_t group, float t
   for (std::size_t g = 0; g < kGroupsAtOnce; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
 }
 
-// Where scale and inverse are numbers of full precision; elsewhere the pair of the range stays.
+// Whether neither the scale nor its inverse loses precision; otherwise the pair of the range stays.
 inline bool can_fit(Range r, float scale) {
   return r.max - r.min <= 0x1.fffffep127f && scale >= 0x1p-100f && scale <= 0x1p100f;
 }

@@ -1,10 +1,11 @@
-// Ranges of groups, and the grids that follow from them: which numbers the codes of a group stand for.
+// Ranges of groups, and the grids that follow from them: the numbers that the codes of a group can stand for.
 
-// Groups are worked at side by side: what costs as much for one as for a vector of them is done for all at once.
+// Groups are handled side by side: divisions and folds cost as much for one group as for a vector of them.
 constexpr std::size_t kGroupsAtOnce = 32;
 using PerGroup = float[kGroupsAtOnce];
 
-// The folds of n groups, of which each vector holds `Folded`.
+// Folds the lanes of n groups to one number each. A vector of `v` holds the lanes of `Folded` groups. A fold is cheap
+// only for as many groups as a vector has lanes: their vectors are transposed on the way.
 template <std::size_t Folded = 1, class Op>
 inline void fold_groups(const Vec<float>* v, std::size_t n, PerGroup* result, Op op) {
   constexpr std::size_t lanes = kLanes<float>, vectors = lanes / Folded;
@@ -22,8 +23,8 @@ inline void fold_groups(const Vec<float>* v, std::size_t n, PerGroup* result, Op
 constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 
-// Smallest and largest of n > 0 values, some in each lane; `magnitude` grows to the largest bits of any |x|, ordered
-// like the numbers with NaN last.
+// Smallest and largest of n > 0 values, still spread over the lanes. `magnitude` is raised to the largest bits of any
+// |x|: as integers these are ordered like the numbers, with infinity and NaN last, so one test at the end finds both.
 struct Extremes {
   Vec<float> low, high;
 };
@@ -54,7 +55,7 @@ inline Extremes extremes(const float* x, std::size_t n, Vec<std::int32_t>* magni
   return {low, high};
 }
 
-// -0 and +0 are equal, so which of them comes out depends on the order: + 0 makes it +0.
+// -0 and +0 compare equal, so the order of the fold decides which of them remains. Adding +0 makes it +0 in any order.
 inline Range range_of(Extremes e) { return {fold(e.low, smaller) + 0.0f, fold(e.high, larger) + 0.0f}; }
 
 inline unsigned non_finite(Vec<std::int32_t> magnitude) {
@@ -67,10 +68,11 @@ unsigned range(const float* x, std::size_t n, Range* out) {
   return non_finite(magnitude);
 }
 
-// ---- quantize ------------------------------------------------------------------------------------------------
+// ---- grids ---------------------------------------------------------------------------------------------------
 
-// code = round((x * half - offset) / divisor * levels), clamped to [0, top]; `half` is 1, or 1/2 where max - min
-// would overflow.
+// code = round((x * half - offset) / divisor * levels), clamped to [0, top]. `half` is 1, or 1/2 where max - min would
+// overflow. Against float32 parameters the divisor is max - min and levels is top; against stored parameters, which
+// were rounded, the divisor is the scale and levels is 1.
 struct Grid {
   float scale, minimum;  // as stored
   float half, offset, divisor, levels;
@@ -80,6 +82,7 @@ constexpr float kSmallestNormal = 0x1p-126f, kSmallestHalf = 0x1p-14f;
 
 inline float next_up(float f) { return bit_cast<float>(bit_cast<std::uint32_t>(f) + 1u); }
 
+// The grid of a range with float32 parameters.
 inline Grid grid_f32(Range r, float top) {
   if (!(r.max > r.min)) return {0.0f, r.min, 0.0f, 0.0f, 1.0f, 0.0f};
   const float width = r.max - r.min;
@@ -88,15 +91,16 @@ inline Grid grid_f32(Range r, float top) {
     return {r.max / top - r.min / top, r.min, 0.5f, r.min * 0.5f, half_width, top};
   }
   const float scale = width / top;
-  if (scale < kSmallestNormal) {  // too coarse to stand for width / top: round up, and code against what is stored
+  if (scale < kSmallestNormal) {  // subnormal, so too coarse: round up, and encode against the stored scale
     const float up = scale * top < width ? next_up(scale) : scale;
     return {up, r.min, 1.0f, r.min, up, 1.0f};
   }
   return {scale, r.min, 1.0f, r.min, width, top};
 }
 
-// The minimum is rounded to float16 first, the scale follows from it, and codes are made against the rounded pair.
-// Sets `misfit` where that would move a value by more than half a step.
+// The grid of a range with float16 parameters. The minimum is rounded first, the scale follows from it, and codes are
+// chosen against the rounded pair. Sets `misfit` if the rounded minimum is off by more than half a step, or float16
+// cannot hold one of the two: the matrix is then quantized again with float32 parameters.
 inline Grid grid_f16(Range r, float top, bool* misfit) {
   const float minimum = float_of_half(half_of_float(r.min));
   const Grid exact = grid_f32(r, top);
@@ -111,7 +115,7 @@ inline Grid grid_f16(Range r, float top, bool* misfit) {
   return {scale, minimum, 1.0f, minimum, scale, 1.0f};
 }
 
-// Codes against a pair that is stored as it is here.
+// The grid of a fitted pair; float16 rounds it first.
 inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
   if (half) {
     const Pair exact = p;
@@ -122,15 +126,15 @@ inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
   return {p.scale, p.minimum, 1.0f, p.minimum, p.scale, 1.0f};
 }
 
-// Grids of so many groups.
+// The grids of kGroupsAtOnce groups, one array for each field, as encode() and make_grids() read and write them.
 struct Grids {
   float scale[kGroupsAtOnce], minimum[kGroupsAtOnce];  // as stored
   float factor[kGroupsAtOnce], offset[kGroupsAtOnce], divisor[kGroupsAtOnce], inverse[kGroupsAtOnce];
   float levels[kGroupsAtOnce];
-  bool plain;  // factor and levels are 1
+  bool plain;  // factor and levels are 1 in all of them, so encode() can leave them out
 
-  // A power of two brings the divisor to where divide() is exact, and changes no code: what is rounded off where x is
-  // so small that x * factor is subnormal is nothing beside the width of a group that is shifted down.
+  // A power of two brings the divisor into the range where divide() is exact. It changes no code: it is exact too,
+  // unless x * factor becomes subnormal, and such an x is nothing beside the width of a group that is shifted down.
   void set(std::size_t g, const Grid& grid) {
     const float shift = grid.divisor < 0x1p-60f ? 0x1p64f : grid.divisor > 0x1p60f ? 0x1p-64f : 1.0f;
     scale[g] = grid.scale;
@@ -144,15 +148,16 @@ struct Grids {
   }
 };
 
-// As float16 would store it.
+// Rounded to float16 and back.
 inline Vec<float> rounded_to_half(Vec<float> v) {
   std::uint16_t halves[kLanes<float>];
   store_halves(halves, v);
   return float_of_halves(halves);
 }
 
-// Grids of ranges, and of the pairs that were fitted where a scale is not 0. They are made side by side, unless one of
-// them is unusual. divide() by these tops was tried with all significands.
+// The grids of kGroupsAtOnce ranges, or of fitted pairs where the fitted scale is not 0. They are computed as vectors,
+// and one by one if any of them is a special case: constant, too wide, too narrow, or a misfit. Both ways give the same
+// bits, as divide() by each possible top was tested with all significands.
 inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup* fitted_scale,
                        const PerGroup* fitted_minimum, bool half, float top, Grids* grids, bool* misfit) {
   using V = Vec<float>;
@@ -168,7 +173,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
     const V scale = half ? rounded_to_half(exact) : exact;
     auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f);
     if (half) {
-      const V step = fitted_scale ? exact : width * (0.999f / top);  // what it surely is
+      const V step = fitted_scale ? exact : width * (0.999f / top);  // a lower bound that needs no division
       good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= step * 0.5f);
     }
     usual = all(good);

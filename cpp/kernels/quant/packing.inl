@@ -1,9 +1,15 @@
 // Codes of one byte each to and from packed bytes, lowest bits first.
 
-constexpr std::size_t kBlock = 1024;  // codes in flight; a multiple of every packing unit
+constexpr std::size_t kCodesAtOnce = 1024;  // codes in a buffer; a multiple of every packing unit
 
-// 8 / Bits codes share a byte. They are packed as one integer that is as many bytes wide: its bytes hold a code
-// each, and shifting it onto itself gathers them in the lowest byte.
+// 8 / Bits codes share a byte. An integer of as many bytes holds them unpacked, one code to a byte. Shifts of this
+// integer onto itself gather the codes in its lowest byte, or scatter them from there:
+//
+//   4 bits    byte 1   byte 0            2 bits    byte 3   byte 2   byte 1   byte 0
+//   codes     0000bbbb 0000aaaa          codes     000000dd 000000cc 000000bb 000000aa
+//   packed             bbbbaaaa          packed                               ddccbbaa
+//
+// widen() and narrow() convert vectors of packed bytes to and from such integers.
 template <int Bits>
 struct Packing;
 template <>

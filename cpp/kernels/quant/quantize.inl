@@ -1,6 +1,9 @@
 // Floats to packed codes, scales and minima.
+//
+// There are two ways, with the same results: quantize_vectors() for groups that fill vectors, in one pass over memory;
+// and quantize_any() for groups of any size, which passes over each kGroupsAtOnce groups twice, in cache.
 
-// Codes of values that share a grid; what is read next, `ahead` of them, comes from memory meanwhile.
+// Codes of n values that share grid g, one byte each. The values `ahead` of them are prefetched.
 template <bool Plain>
 inline void encode(const float* x, std::size_t n, int top, const Grids& grids, std::size_t g, std::size_t ahead,
                    std::uint8_t* codes) {
@@ -24,40 +27,40 @@ inline void encode(const float* x, std::size_t n, int top, const Grids& grids, s
   }
 }
 
-// Scale and minimum of n groups.
+// Writes scale and minimum of n groups, to place `at` and on.
 inline void store_params(const Quantized& q, std::size_t at, const Grids& grids, std::size_t n) {
   constexpr std::size_t lanes = kLanes<float>;
-  const auto to = [&](const void* params, const PerGroup& from) {
+  const auto write = [&](const void* params, const PerGroup& numbers) {
     if (q.half) {
       std::uint16_t* halves = static_cast<std::uint16_t*>(const_cast<void*>(params)) + at;
       std::size_t i = 0;
-      for (; i + lanes <= n; i += lanes) store_halves(halves + i, load<Vec<float>>(from + i));
+      for (; i + lanes <= n; i += lanes) store_halves(halves + i, load<Vec<float>>(numbers + i));
       std::uint16_t last[lanes];
-      if (i < n) store_halves(last, load<Vec<float>>(from + i));
+      if (i < n) store_halves(last, load<Vec<float>>(numbers + i));
       for (std::size_t j = 0; i < n; ++i, ++j) halves[i] = last[j];
     } else {
       float* floats = static_cast<float*>(const_cast<void*>(params)) + at;
       std::size_t i = 0;
-      for (; i + lanes <= n; i += lanes) store(floats + i, load<Vec<float>>(from + i));
-      for (; i < n; ++i) floats[i] = from[i];
+      for (; i + lanes <= n; i += lanes) store(floats + i, load<Vec<float>>(numbers + i));
+      for (; i < n; ++i) floats[i] = numbers[i];
     }
   };
-  to(q.scale, grids.scale);
-  to(q.minimum, grids.minimum);
+  write(q.scale, grids.scale);
+  write(q.minimum, grids.minimum);
 }
 
-// Codes of a row on their way into its bytes.
+// Encodes a row into a buffer of one byte for each code, and packs the buffer whenever it is full.
 class Packer {
  public:
   Packer(int bits, std::uint8_t* to, std::size_t ahead) : bits_(bits), to_(to), ahead_(ahead) {}
 
-  // Of n values in groups of `group`.
+  // Encodes n values in groups of `group`.
   void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
     grids.plain ? add<true>(x, n, group, grids) : add<false>(x, n, group, grids);
   }
 
   void flush() {
-    pack_any(bits_, block_, filled_, to_);
+    pack_any(bits_, buffer_, filled_, to_);
     to_ += filled_ * static_cast<std::size_t>(bits_) / 8;
     filled_ = 0;
   }
@@ -65,15 +68,15 @@ class Packer {
  private:
   template <bool Plain>
   void add(const float* x, std::size_t n, std::size_t group, const Grids& grids) {
-    if (n > kBlock - filled_) flush();
+    if (n > kCodesAtOnce - filled_) flush();
     for (std::size_t g = 0, at = 0; at < n; ++g) {
       const std::size_t end = n - at < group ? n : at + group;
       while (at < end) {
-        const std::size_t take = end - at < kBlock - filled_ ? end - at : kBlock - filled_;
-        encode<Plain>(x + at, take, (1 << bits_) - 1, grids, g, ahead_, block_ + filled_);
+        const std::size_t take = end - at < kCodesAtOnce - filled_ ? end - at : kCodesAtOnce - filled_;
+        encode<Plain>(x + at, take, (1 << bits_) - 1, grids, g, ahead_, buffer_ + filled_);
         at += take;
         filled_ += take;
-        if (filled_ == kBlock) flush();
+        if (filled_ == kCodesAtOnce) flush();
       }
     }
   }
@@ -81,16 +84,16 @@ class Packer {
   int bits_;
   std::uint8_t* to_;
   std::size_t ahead_, filled_ = 0;
-  std::uint8_t block_[kBlock];
+  std::uint8_t buffer_[kCodesAtOnce];
 };
 
-// Extremes of groups, one or more in each vector, and what extremes() calls their magnitude.
+// The extremes of groups, one or more in each vector, and the largest magnitude of all: see extremes().
 struct Ranges {
   Vec<float> low[kGroupsAtOnce], high[kGroupsAtOnce];
   Vec<std::int32_t> magnitude;
 };
 
-// Of groups of a row, `size` values, from group `first` on.
+// Measures the groups of the first `size` values of a row, from group `first` on.
 inline void measure_groups(const float* x, std::size_t size, std::size_t group, std::size_t first, Ranges* ranges) {
   for (std::size_t i = first, at = first * group; at < size; ++i, at += group) {
     const Extremes e = extremes(x + at, size - at < group ? size - at : group, &ranges->magnitude);
@@ -99,8 +102,8 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
   }
 }
 
-// Grids of the next groups of a row, `size` values, of which each vector of the ranges holds `folded`; the same for all
-// widths of codes, and not inlined, as it is long.
+// The grids of the groups of `size` values, from their ranges, fitted if `refit`. A vector of the ranges holds `folded`
+// groups. Not inlined: it is long, and the same for every width of codes.
 [[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
                                       const Ranges& ranges, std::size_t folded, Grids* grids, bool* misfit) {
   const std::size_t n = (size + q.group - 1) / q.group;
@@ -126,11 +129,23 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
   }
 }
 
-// Encodes groups of a row, `size` values, the first of them with grid number g, and takes the ranges of as many values
-// at `next` meanwhile: one waits for memory, the other calculates. Codes of four vectors of values leave as one vector;
-// groups are of one or two vectors, or (0) of any number of fours; of the small ones, four vectors' ranges go into one.
-// What is to be read is asked for twice: far ahead for the second cache, as the first cannot wait for so many lines at
-// once, and from there for the first; what is to be written, once.
+// quantize_vectors() has three lots of kGroupsAtOnce groups in flight, so that a weight is read from memory once:
+//
+//   turn        0          1          2          3
+//   measured    lot 0      lot 1      lot 2      lot 3       read from memory: range of each group
+//   gridded                lot 0      lot 1      lot 2       scale, minimum and grid from the range
+//   encoded                           lot 0      lot 1       read again from cache: codes, packed and written
+//
+// This function encodes one lot, `size` values of a row whose first group has grid g, and in the same loop measures as
+// many values at `next`: measuring waits for memory while encoding computes. A turn of the loop handles four vectors,
+// whose codes leave as one vector of bytes:
+//
+//   x      |v0|v1|v2|v3|    Vectors = 1: a group is one vector; the ranges of four groups share a vector
+//   codes  |  1 vector |    Vectors = 2: a group is two vectors; the ranges of two groups share a vector
+//                           Vectors = 0: a group is any number of such turns
+//
+// Reads are prefetched twice: far ahead into L2, as L1 cannot wait for that many lines at once, and from there into L1.
+// Writes are prefetched once. The function is long because the two halves must share one loop to overlap.
 template <int Vectors, bool Plain>
 [[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
                                           std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
@@ -162,12 +177,12 @@ template <int Vectors, bool Plain>
         const V v = load<V>(x + i + j.value * lanes);
         const V quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
         code[j.value] = round_to_int(Plain ? quotient : quotient * levels);
-        const float* from = next + i + j.value * lanes;
+        const float* const source = next + i + j.value * lanes;
         if constexpr (j.value * kVectorBytes % 64 == 0) {
-          prefetch<2048>(from);
-          __builtin_prefetch(from + far, 0, 2);
+          prefetch<2048>(source);
+          __builtin_prefetch(source + far, 0, 2);
         }
-        seen[j.value] = load<V>(from);
+        seen[j.value] = load<V>(source);
         largest = larger(bit_cast<Vec<std::int32_t>>(seen[j.value]) & 0x7fffffff, largest);
         if constexpr (Vectors == 0) {
           low = smaller(seen[j.value], low);
@@ -200,27 +215,30 @@ template <int Vectors, bool Plain>
   ranges->magnitude = largest;
 }
 
-// Whether all groups are such, and rows of vectors too.
+// Whether groups and rows have a size that encode_and_measure() takes.
 inline bool fills_vectors(const Quantized& q) {
   constexpr std::size_t lanes = kLanes<float>;
   return q.cols % (4 * lanes) == 0 &&
          (q.group == lanes || q.group == 2 * lanes || (q.group % (4 * lanes) == 0 && q.cols % q.group == 0));
 }
 
-// Groups of a row that are worked at side by side.
+// A lot: up to kGroupsAtOnce neighbouring groups of a row.
 struct Groups {
   const float* x;
-  std::size_t size;  // values
+  std::size_t size;  // how many values
   std::uint8_t* codes;
-  std::size_t param;  // where their scale and minimum lie
+  std::size_t param;  // index of their first scale and minimum
 };
 
+// The one grid of a matrix whose groups share their parameters.
 inline Grid shared_grid(const Shared& shared, const Quantized& q, float top, bool* misfit) {
   if (shared.pair.scale > 0) return grid_of_pair(shared.pair, q.half, misfit);
   return q.half ? grid_f16(shared.range, top, misfit) : grid_f32(shared.range, top);
 }
 
-// While some groups are encoded, the next ones get their grids and those after them are measured.
+// Quantizes rows [begin, end) with three lots in flight, as drawn above. The two Grids take turns: one is read by the
+// lot that is encoded, the other is filled for the lot behind it. At the ends of the range, and where lots differ in
+// size, a part of a lot is encoded beside values whose ranges are ignored, or measured beside codes that go nowhere.
 unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
                           std::size_t end) {
   const std::size_t bits = static_cast<std::size_t>(q.bits);
@@ -236,20 +254,21 @@ unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shar
     grids[1] = grids[0];
     if (begin == 0) store_params(q, 0, grids[0], 1);
   }
-  const auto encode = [&](const Groups& groups, std::size_t from, std::size_t to, const Grids& of, const float* next,
-                          Ranges* measured) {
+  const auto encode_lot = [&](const Groups& groups, std::size_t first_value, std::size_t last_value, const Grids& grid,
+                              const float* next, Ranges* measured) {
     const auto run = [&](auto vectors) {
-      (of.plain ? encode_and_measure<vectors.value, true>
-                : encode_and_measure<vectors.value, false>)(groups.x + from, to - from, q, of, from / q.group,
-                                                            groups.codes + from * bits / 8, next, measured);
+      (grid.plain ? encode_and_measure<vectors.value, true>
+                  : encode_and_measure<vectors.value, false>)(groups.x + first_value, last_value - first_value, q, grid,
+                                                              first_value / q.group,
+                                                              groups.codes + first_value * bits / 8, next, measured);
     };
     q.group == kLanes<float> ? run(Int<1>{}) : q.group == 2 * kLanes<float> ? run(Int<2>{}) : run(Int<0>{});
   };
-  Groups encoded, prepared = {}, measured = {};
+  Groups encoded, gridded = {}, measured = {};
   std::size_t row = begin, first = 0, turn = 0;
   do {
-    encoded = prepared;
-    prepared = measured;
+    encoded = gridded;
+    gridded = measured;
     measured = {};
     if (row < end) {
       const std::size_t at = first * q.group, left = q.cols - at, most = kGroupsAtOnce * q.group;
@@ -260,23 +279,23 @@ unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shar
     }
     Grids& next_grids = grids[turn];
     turn = 1 - turn;
-    if (prepared.size != 0 && !shared) {
-      prepare_groups(prepared.x, prepared.size, q, refit, top, ranges, folded, &next_grids, &misfit);
-      store_params(q, prepared.param, next_grids, prepared.size / q.group);
+    if (gridded.size != 0 && !shared) {
+      prepare_groups(gridded.x, gridded.size, q, refit, top, ranges, folded, &next_grids, &misfit);
+      store_params(q, gridded.param, next_grids, gridded.size / q.group);
     }
     const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
-    if (both != 0) encode(encoded, 0, both, grids[turn], measured.x, &ranges);
-    if (both < encoded.size) encode(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
+    if (both != 0) encode_lot(encoded, 0, both, grids[turn], measured.x, &ranges);
+    if (both < encoded.size) encode_lot(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
     if (both < measured.size && folded == 1) {
       measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
     } else if (both < measured.size) {
-      encode({measured.x, measured.size, nowhere, 0}, 0, measured.size, grids[turn], measured.x, &ranges);
+      encode_lot({measured.x, measured.size, nowhere, 0}, 0, measured.size, grids[turn], measured.x, &ranges);
     }
-  } while (prepared.size + measured.size != 0);
+  } while (gridded.size + measured.size != 0);
   return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
 }
 
-// Groups of any size, one after the other.
+// Quantizes rows [begin, end) with groups of any size: measures kGroupsAtOnce of them, then encodes them from cache.
 unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
                       std::size_t end) {
   if (fills_vectors(q)) return quantize_vectors(x, q, shared, refit, begin, end);
@@ -286,22 +305,22 @@ unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, 
   Grids grids = {};
   Ranges ranges = {};
   for (std::size_t row = begin; row < end; ++row) {
-    const float* from = x + row * q.cols;
+    const float* values = x + row * q.cols;
     Packer packer(q.bits, const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
     if (shared) {
       grids.plain = true;
       grids.set(0, shared_grid(*shared, q, top, &misfit));
       if (row == 0) store_params(q, 0, grids, 1);
-      packer.add(from, q.cols, q.cols, grids);
+      packer.add(values, q.cols, q.cols, grids);
     }
     for (std::size_t g = 0; g < q.groups && !shared; g += kGroupsAtOnce) {
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
       const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
-      measure_groups(from, size, q.group, 0, &ranges);
-      prepare_groups(from, size, q, refit, top, ranges, 1, &grids, &misfit);
+      measure_groups(values, size, q.group, 0, &ranges);
+      prepare_groups(values, size, q, refit, top, ranges, 1, &grids, &misfit);
       store_params(q, row * q.param_stride + g, grids, n);
-      packer.add(from, size, q.group, grids);
-      from += size;
+      packer.add(values, size, q.group, grids);
+      values += size;
     }
     packer.flush();
   }
