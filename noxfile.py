@@ -1,4 +1,4 @@
-"""What is checked, and how: ``nox`` runs the default sessions, ``nox --list`` shows them all."""
+"""The checks: ``nox`` runs the default sessions, and ``nox --list`` shows them all."""
 
 from pathlib import Path
 
@@ -7,20 +7,16 @@ import nox
 nox.needs_version = ">=2024.10"
 nox.options.sessions = ["lint", "typing", "tests"]
 
-# What a sanitizer, another instruction set or one thread can break; the rest of the tests is plain Python.
-KERNEL_TESTS = [
-    "tests/tensors",
-    "tests/train/test_optim.py",
-    "tests/train/test_checkpoint.py",
-    "tests/models/test_model.py",
-]
-# Tests that take the fixture `isa` go through all tables by themselves: enough in one session.
+# Tests that a sanitizer, another instruction set or a build without threads can break. The folders keep pytest from
+# importing tests of extras, which these sessions do not install.
+KERNEL_TESTS = ["-m", "kernel", "tests/tensors", "tests/train", "tests/models"]
+# Tests with the fixture `isa` run every table themselves, so one session runs them.
 ONE_TABLE = ["-q", "-k", "not (baseline or v3 or v4 or vnni or neon or dotprod)"]
 PYTEST = ["pytest>=8.3", "hypothesis>=6.130"]
 
 
 def install_variant(session, name, *settings):
-    """Install a build with other settings, in a build directory of its own."""
+    """Build with other settings, in a separate build directory, and install."""
     session.install(*PYTEST, ".", f"-Cbuild-dir=build/{name}", *(f"-C{setting}" for setting in settings))
 
 
@@ -67,25 +63,26 @@ def tidy(session):
 @nox.session
 def asan(session):
     """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    # Debug: optimizing the bindings takes minutes with sanitizers. Kernels are optimized as ever.
+    # Debug, since optimizing the bindings takes minutes with sanitizers; kernels are optimized all the same.
     install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=ON", "cmake.build-type=Debug")
-    # Python itself is not built with them, so their runtime comes first, and with it what C++ throws with.
+    # Python itself is built without sanitizers, so their runtime must be loaded first, and the C++ runtime with it.
     runtime = [
         session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     environment = {
         "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves its own behind
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaks
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
-    # The profile of Hypothesis for CI has no deadline.
-    session.run("pytest", "--hypothesis-profile=ci", *KERNEL_TESTS, "tests/files/test_hostile.py", env=environment)
+    # The CI profile of Hypothesis has no deadline.
+    for tests in (KERNEL_TESTS, ["tests/files/test_hostile.py"]):
+        session.run("pytest", "--hypothesis-profile=ci", *tests, env=environment)
 
 
 @nox.session
 def isas(session):
-    """Test with every instruction set that this CPU runs but the best, which all other sessions take."""
+    """Test every instruction set that this CPU runs, except the best: all other sessions use that one."""
     session.install(*PYTEST, ".")
     code = "from fastopt import _core; print(*_core.available_isas())"
     for isa in session.run("python", "-c", code, silent=True).split()[:-1]:
@@ -101,7 +98,7 @@ def serial(session):
 
 @nox.session
 def lower_bounds(session):
-    """Test with the oldest dependencies that we allow."""
+    """Test with the oldest dependencies that are allowed."""
     dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     oldest = [dependency.replace(">=", "==") + ".*" for dependency in dependencies]
     session.install(*oldest, ".[test]")
@@ -110,7 +107,7 @@ def lower_bounds(session):
 
 @nox.session
 def peers(session):
-    """Test beside PyTorch and SciPy, which take part in no other session."""
+    """Test with PyTorch and SciPy, which no other session installs."""
     session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, ".")
     files = ["tests/train/test_torch.py", "tests/tensors/test_sparse.py", "tests/files/test_files.py"]
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", *files)
@@ -118,10 +115,10 @@ def peers(session):
 
 @nox.session
 def fuzz(session):
-    """Fuzz the reading of files, in Python a minute and in C half of one, or for as many seconds as are given."""
+    """Fuzz the readers of files: 60 s in Python and 30 s in C, or the given number of seconds."""
     session.install("atheris>=3", ".")
     seconds = session.posargs * 2 if session.posargs else ["60", "30"]
-    found = Path(session.create_tmp())  # what they find; the corpora stay as they are
+    found = Path(session.create_tmp())  # new inputs go here; the corpora do not change
     folders = [found / "python", found / "c"]
     for folder in folders:
         folder.mkdir(exist_ok=True)
@@ -139,7 +136,7 @@ def fuzz(session):
 
 @nox.session
 def sdist(session):
-    """Build the sdist and, from it, the wheel; see that the wheel is small and works."""
+    """Build the sdist, and the wheel from it; check that the wheel is small and works."""
     session.install("build>=1.2")
     folder = Path(session.create_tmp())
     session.run("python", "-m", "build", "--outdir", str(folder))

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import run_python, start
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -502,7 +503,7 @@ def test_an_interruption_leaves_the_old_file(model, tmp_path, monkeypatch):
 
 def test_real_entry_point(model, tmp_path):
     def entry(*args):
-        return subprocess.run([*ENTRY, *map(str, args)], capture_output=True, text=True, check=False, timeout=60)
+        return start(*ENTRY, *args, timeout=60)
 
     assert entry("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4).returncode == 0
     done = entry("inspect", tmp_path / "none.safetensors")
@@ -527,7 +528,7 @@ def test_progress_on_a_terminal(model, tmp_path):
 
 def test_completion():
     env = {**os.environ, "_FASTOPT_COMPLETE": "complete_bash", "COMP_WORDS": "fastopt pa", "COMP_CWORD": "1"}
-    done = subprocess.run(ENTRY, capture_output=True, text=True, env=env, check=False, timeout=60)
+    done = start(*ENTRY, env=env, timeout=60)
     assert done.stdout.split() == ["pack"]
 
 
@@ -546,7 +547,7 @@ def test_version():
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_without_the_extra(module):
     code = f"import sys; sys.modules[{module!r}] = None; from fastopt.cli.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 1
     # An editable install may report its build before.
     assert done.stderr.splitlines()[-1] == "fastopt: the command line needs its extra: pip install 'fastopt[cli]'"

@@ -2,11 +2,10 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run, run_python
 
 from fastopt import _core
 
@@ -21,12 +20,6 @@ CROSS_OPTIONS = (
     f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}",
     "-DCMAKE_EXE_LINKER_FLAGS=-static",
 )
-
-
-def run(*command):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def build(directory, *options):
@@ -108,9 +101,8 @@ def test_no_weak_symbols(tables, request):
 
 
 def import_with_isa(isa):
-    command = [sys.executable, "-c", "from fastopt import _core; print(_core.isa())"]
-    environment = {**os.environ, "FASTOPT_ISA": isa}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    code = "from fastopt import _core; print(_core.isa())"
+    return run_python(code, env={**os.environ, "FASTOPT_ISA": isa})
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,20 +1,17 @@
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import run_python, same_bits
 
 import fastopt as fo
 from fastopt import _core
 
 
 def last_line(code, **env):
-    """What a fresh interpreter prints last; an editable install may print how it was rebuilt before."""
-    env = {**os.environ, **env}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    """Return the last line that a new interpreter prints; an editable install may print its rebuild before."""
+    result = run_python(code, env={**os.environ, **env}, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 

@@ -1,20 +1,21 @@
 """cpp/edge/fastopt.h computes what Python does, wherever it is compiled for, and refuses what is not a file."""
 
+import functools
 import itertools
 import json
 import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
 
+import helpers
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 
 import fastopt as fo
 
@@ -34,10 +35,7 @@ def need(*tools):
             pytest.skip(f"no {tool}")
 
 
-def run(*command, **options):
-    done = subprocess.run([str(c) for c in command], capture_output=True, **options)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    return done.stdout
+run = functools.partial(helpers.run, text=False)
 
 
 # ---- builds of the driver: compiler, options, and what runs it -----------------------------------------------------

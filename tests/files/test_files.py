@@ -3,16 +3,14 @@ import errno
 import json
 import os
 import stat
-import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import run_python, same_bits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -45,12 +43,6 @@ def weights(rng):
         "empty": np.zeros((0, 3), "f4"),
         "e.weight": rng.standard_normal((33, 65)).astype("f4"),
     }
-
-
-def run(code, *args, **kwargs):
-    """Run a program in a process of its own."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
 # ---- the layout --------------------------------------------------------------------------------------------------
@@ -165,7 +157,7 @@ def test_loading_a_large_file_takes_no_memory(tmp_path):
         file.write(len(text).to_bytes(8, "little") + text + scale.tobytes())
         file.truncate(8 + len(text) + at)
     assert path.stat().st_size > 1 << 30
-    done = run(
+    done = run_python(
         """
         import resource, sys
         import numpy as np
@@ -287,7 +279,9 @@ def test_a_model_larger_than_its_memory(tmp_path):
         fo.unpack_file(sys.argv[2], sys.argv[3])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
         """
-    done = run(code.replace("SIZE", "170"), source, packed, back, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+    done = run_python(
+        code.replace("SIZE", "170"), source, packed, back, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400  # MB, pages of mapped files included: fewer than the model has
     model = fo.load(packed)
@@ -558,7 +552,7 @@ def test_bad_files_of_other_formats(tmp_path):
 def test_killed_while_it_writes(target, weights, tmp_path):
     """Whenever the process is killed, there is the old model, or the new one."""
     fo.PackedModel(weights).save(tmp_path / "source.safetensors")
-    done = run(
+    done = run_python(
         """
         import itertools, os, signal, sys
         from pathlib import Path
@@ -631,7 +625,7 @@ def test_a_full_disk_is_one_clear_error(weights, tmp_path):
             except OSError as error:
                 print(f"{error.strerror}: {error.filename}")
         """
-    done = run(code, tmp_path / "source.safetensors", path)
+    done = run_python(code, tmp_path / "source.safetensors", path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 5
@@ -673,7 +667,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
             mode = stat.S_IMODE(parent.stat().st_mode)
             parent.chmod(mode | 0o555)
             stack.callback(parent.chmod, mode)
-        done = run(code, tmp_path / "m.npz", folder / "m.safetensors")
+        done = run_python(code, tmp_path / "m.npz", folder / "m.safetensors")
     folder.chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"Permission denied: {folder / 'm.safetensors'}"] * 2

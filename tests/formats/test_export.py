@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 from test_cli import run
 
 import fastopt as fo

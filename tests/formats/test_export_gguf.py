@@ -1,15 +1,13 @@
 """GGUF, read back by the gguf package and by ggml itself."""
 
 import ctypes
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import run_python, same_bits
 
 import fastopt as fo
 
@@ -201,5 +199,5 @@ def test_without_gguf(tmp_path):
 import sys; sys.modules["gguf"] = None
 import fastopt as fo
 fo.export({{}}, {str(tmp_path / "m.gguf")!r}, to="gguf")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert "needs gguf: pip install 'fastopt[export]'" in done.stderr.splitlines()[-1]

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 from safetensors import safe_open
 
 import fastopt as fo

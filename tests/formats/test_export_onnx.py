@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 
 import fastopt as fo
 from fastopt.formats import onnx as exporter

@@ -7,12 +7,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fastopt as fo
 from fastopt.files.container import FORMAT_VERSION
+
+pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from conftest import Guarded, same_bits
+from helpers import Guarded, same_bits
 
 import fastopt as fo
 from fastopt.tensors.quantized import Outliers
+
+pytestmark = pytest.mark.kernel
 
 
 def packed(w):

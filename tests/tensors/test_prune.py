@@ -1,8 +1,7 @@
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, SIZES, Guarded, same_bits
+from helpers import FLOATS, SIZES, Guarded, dtype_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -10,9 +9,7 @@ from hypothesis.extra import numpy as hnp
 import fastopt as fo
 from fastopt import _core
 
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
+pytestmark = pytest.mark.kernel
 
 
 def values(rng, n, dtype):

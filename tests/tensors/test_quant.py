@@ -2,11 +2,10 @@ import copy
 import pickle
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, SIZES, Guarded, same_bits
+from helpers import BITS, FLOATS, SIZES, Guarded, dtype_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,7 +14,8 @@ import fastopt as fo
 from fastopt import _core
 from fastopt.tensors.quantized import Outliers
 
-BITS = [8, 4, 2]
+pytestmark = pytest.mark.kernel
+
 GROUPS = [None, -1, 1, 3, 16, 32, 50]
 
 
@@ -265,7 +265,7 @@ def test_non_finite_is_refused_with_its_place(value):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes(dtype, rng):
-    w = rng.standard_normal((6, 40)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    w = rng.standard_normal((6, 40)).astype(dtype_of(dtype))
     q = fo.quantize(w, 8)
     assert q.dtype == w.dtype
     back = q.dequantize()
@@ -394,7 +394,7 @@ def test_quantized_tensor_is_a_value(rng):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("group_size", [None, -1, 50])
 def test_outliers_keep_what_is_off_furthest(dtype, group_size, rng):
-    w = rng.standard_normal((20, 300)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    w = rng.standard_normal((20, 300)).astype(dtype_of(dtype))
     limit = np.sort(np.abs(w), axis=None)[-61]
     plain = fo.quantize(np.clip(w, -limit, limit), 2, group_size=group_size, fit="lsq")  # fitted to all others
     missing = w.astype("f4") - plain.dequantize(dtype="f4")
@@ -501,7 +501,7 @@ def test_iteration_gives_rows_or_says_that_there_are_none(rng):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_error(dtype, rng):
-    w = rng.standard_normal((30, 50)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    w = rng.standard_normal((30, 50)).astype(dtype_of(dtype))
     q = fo.quantize(w, 4)
     exact, ours = w.astype("f8"), q.dequantize(dtype="f8")
     error = q.error(w)
@@ -522,7 +522,7 @@ def test_error(dtype, rng):
 @pytest.mark.parametrize("fit", ["minmax", "lsq"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_quantize_into_out(fit, dtype, rng):
-    first, second = (rng.standard_normal((30, 50)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype))) for _ in range(2))
+    first, second = (rng.standard_normal((30, 50)).astype(dtype_of(dtype)) for _ in range(2))
     q = fo.quantize(first, 4, fit=fit)
     codes = q.codes
     assert fo.quantize(second, 4, fit=fit, out=q) is q

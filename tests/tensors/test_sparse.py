@@ -1,16 +1,17 @@
 import pickle
 
-import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, Guarded, same_bits
+from helpers import FLOATS, Guarded, dtype_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastopt as fo
 from fastopt import _core
+
+pytestmark = pytest.mark.kernel
 
 
 def weights(rng, rows, cols, dtype="float32"):
@@ -19,7 +20,7 @@ def weights(rng, rows, cols, dtype="float32"):
     w[rng.random((rows, cols)) < 0.1] = -0.0
     w[rng.random((rows, cols)) < 0.02] = np.nan
     w[rng.random((rows, cols)) < 0.02] = 1e-42
-    return w.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    return w.astype(dtype_of(dtype))
 
 
 LAYOUTS = ["mask", "index16", "index8", "1x16", "4:8"]

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import reference
-from conftest import Guarded, same_bits
+from helpers import Guarded, same_bits
 
 import fastopt as fo
+
+pytestmark = pytest.mark.kernel
 
 LAYOUTS = ["mask", "index16", "index8", "1x16", "2:4"]
 

@@ -3,10 +3,12 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 from safetensors.numpy import save_file
 
 import fastopt as fo
+
+pytestmark = pytest.mark.kernel
 
 
 def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, rng):
