@@ -1,6 +1,8 @@
 // The arrays of a packed weight, checked and put into the structs of the contract.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <new>
 #include <string>
 
@@ -48,9 +50,14 @@ inline void require_shape(py::handle object, std::size_t rows, std::size_t cols,
 }
 
 inline void require_bits(int bits) {
-  if (bits != 8 && bits != 4 && bits != 2) {
-    throw py::value_error("bits: expected 8, 4 or 2, got " + std::to_string(bits));
+  if (std::find(std::begin(kCodeBits), std::end(kCodeBits), bits) != std::end(kCodeBits)) return;
+  std::string expected;
+  std::size_t left = std::size(kCodeBits);
+  for (const int width : kCodeBits) {
+    expected += std::to_string(width);
+    if (--left > 0) expected += left > 1 ? ", " : " or ";
   }
+  throw py::value_error("bits: expected " + expected + ", got " + std::to_string(bits));
 }
 
 // `group_size` 0 means one scale and minimum for the whole matrix. Pass const uint8_t to read codes, uint8_t to write

@@ -82,6 +82,26 @@ struct Rule {
 
 // ---- quantization --------------------------------------------------------------------------------------------
 
+// A number as a type, to choose a template by.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// The widths of codes, in bits.
+inline constexpr int kCodeBits[] = {8, 4, 2};
+
+// Calls f(Int<bits>{}) for a width that is known at run time; it must be one of kCodeBits. The kernels pass lambdas of
+// their own, so tables for two instruction sets never share an instance.
+template <std::size_t At = 0, class F>
+[[gnu::always_inline]] inline auto by_bits(int bits, const F& f) {
+  if constexpr (At + 1 < sizeof kCodeBits / sizeof *kCodeBits) {
+    return bits == kCodeBits[At] ? f(Int<kCodeBits[At]>{}) : by_bits<At + 1>(bits, f);
+  } else {
+    return f(Int<kCodeBits[At]>{});
+  }
+}
+
 // W[r, c] ~ minimum[r, c / group] + scale[r, c / group] * code[r, c]. Codes lie row-major, lowest bits first, and
 // each row starts on a byte. `param_stride` is the distance of one row's parameters from the next one's: `groups`,
 // or 0 where the whole matrix shares one pair.
@@ -90,7 +110,7 @@ struct Quantized {
   const void* scale;
   const void* minimum;
   bool half;  // scale and minimum are float16, else float32
-  int bits;   // 8, 4 or 2
+  int bits;   // one of kCodeBits
   std::size_t rows, cols, row_bytes;
   std::size_t group, groups, param_stride;
 };

@@ -35,39 +35,6 @@ std::size_t count_ties(const void* from, std::size_t begin, std::size_t end, std
   return count;
 }
 
-// A bit for each lane of a comparison, of 32 or 64 bits.
-template <class S>
-inline unsigned lane_bits(S lanes) {
-  [[maybe_unused]] constexpr bool wide = sizeof lanes[0] == 8;
-#if defined(__AVX512DQ__)
-  const __m512i v = bit_cast<__m512i>(lanes);
-  return wide ? unsigned{_mm512_movepi64_mask(v)} : unsigned{_mm512_movepi32_mask(v)};
-#elif defined(__AVX2__)
-  const __m256i v = bit_cast<__m256i>(lanes);
-  return static_cast<unsigned>(wide ? _mm256_movemask_pd(_mm256_castsi256_pd(v))
-                                    : _mm256_movemask_ps(_mm256_castsi256_ps(v)));
-#elif defined(__SSE2__)
-  const __m128i v = bit_cast<__m128i>(lanes);
-  return static_cast<unsigned>(wide ? _mm_movemask_pd(_mm_castsi128_pd(v)) : _mm_movemask_ps(_mm_castsi128_ps(v)));
-#else
-  const auto halves = bit_cast<Vec<std::uint64_t>>(lanes);
-  if ((halves[0] | halves[1]) == 0) return 0;
-  unsigned bits = 0;
-  for (unsigned j = 0; j < sizeof lanes / sizeof lanes[0]; ++j) bits |= (lanes[j] != 0 ? 1u : 0u) << j;
-  return bits;
-#endif
-}
-
-#if defined(__AVX512DQ__)
-// The lanes that a bit is set for to the front, zeros behind them.
-template <class V>
-inline V front_lanes(V v, unsigned bits) {
-  const __m512i all = bit_cast<__m512i>(v);
-  return bit_cast<V>(sizeof v[0] == 8 ? _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), all)
-                                      : _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all));
-}
-#endif
-
 template <class M>
 Collected collect_magnitudes(const void* from, std::size_t begin, std::size_t end, std::uint64_t low,
                              std::uint64_t high, void* out, std::size_t room) {
@@ -91,13 +58,13 @@ Collected collect_magnitudes(const void* from, std::size_t begin, std::size_t en
     const S key = bit_cast<S>(keys);
     below -= bit_cast<V>(key < first);
     unsigned bits = lane_bits((key >= first) & (key <= last));
-#if defined(__AVX512DQ__)
-    if (c.found + kLanes<U> <= room) {  // no branch, as nobody can tell where they lie
-      store(found + c.found, front_lanes(keys, bits));
-      c.found += static_cast<std::size_t>(__builtin_popcount(bits));
-      continue;
+    if constexpr (kHasFrontLanes) {
+      if (c.found + kLanes<U> <= room) {  // no branch on the bits, which cannot be predicted
+        store(found + c.found, front_lanes(keys, bits));
+        c.found += static_cast<std::size_t>(__builtin_popcount(bits));
+        continue;
+      }
     }
-#endif
     for (; bits != 0; bits &= bits - 1) {
       take(M::of(w[i + static_cast<std::size_t>(__builtin_ctz(bits))]));
     }

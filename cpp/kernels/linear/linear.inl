@@ -35,9 +35,9 @@ void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, st
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
     const std::size_t stop = end - row < rows_in_cache ? end : row + rows_in_cache;
     std::size_t b = in_panels;
-#if !defined(__SSE2__) || defined(__AVX2__)  // too few registers
-    for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
-#endif
+    if constexpr (kManyRegisters) {
+      for (; b + 4 <= io.batch; b += 4) linear_rows<Bits, Limbs, 4>(w, io, b, row, stop);
+    }
     for (; b < io.batch; ++b) linear_rows<Bits, Limbs, 1>(w, io, b, row, stop);
   }
 }
@@ -49,10 +49,7 @@ inline bool by_integers(const Quantized& w) { return w.groups == 1 || w.group % 
 
 template <class Call>
 inline auto by_bits_and_limbs(int bits, int limbs, Call call) {
-  if (limbs == 1) {
-    return bits == 8 ? call(Int<8>{}, Int<1>{}) : bits == 4 ? call(Int<4>{}, Int<1>{}) : call(Int<2>{}, Int<1>{});
-  }
-  return bits == 8 ? call(Int<8>{}, Int<3>{}) : bits == 4 ? call(Int<4>{}, Int<3>{}) : call(Int<2>{}, Int<3>{});
+  return by_bits(bits, [&](auto b) { return limbs == 1 ? call(b, Int<1>{}) : call(b, Int<3>{}); });
 }
 
 std::size_t prepared_bytes(const Quantized& w, int limbs) {

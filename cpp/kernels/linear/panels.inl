@@ -9,11 +9,7 @@
 constexpr std::size_t kPanelRows = 8, kPanelStretch = 1024;  // rows and columns of W unpacked at a time
 constexpr std::size_t kPanels = 4;                           // panels of x that use them
 constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
-#if defined(__AVX512VNNI__)
-constexpr int kUnrolled = 8;
-#else
-constexpr int kUnrolled = 1;  // a dot product is many instructions
-#endif
+constexpr int kUnrolled = kOneInstructionDot ? 8 : 1;
 
 // Sixteen rows of x, in the memory that the caller gave.
 template <int Bits, int Limbs>

@@ -142,19 +142,19 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
 // neighbours.
 template <std::size_t Batch>
 inline Vec<double, 4> tree_sums(const Vec<float> (&partial)[4][Batch][kWordVectors], std::size_t b) {
-  using Eight = Vec<double, 8>;
-  Eight row[4];
+  using Doubles = Vec<double, 8>;
+  Doubles row[4];
   for (std::size_t r = 0; r < 4; ++r) {
     Vec<float, 8> half[2];
     std::memcpy(half, partial[r][b], sizeof half);
     row[r] = doubles(half[0]) + doubles(half[1]);
   }
-  const auto fours = [](Eight v, Eight w) {
+  const auto fours = [](Doubles v, Doubles w) {
     return __builtin_shufflevector(v, w, 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(v, w, 4, 5, 6, 7, 12, 13, 14, 15);
   };
-  const Eight ab = fours(row[0], row[1]), cd = fours(row[2], row[3]);
-  const Eight pairs = __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) +
+  const Doubles ab = fours(row[0], row[1]), cd = fours(row[2], row[3]);
+  const Doubles pairs = __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) +
                       __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
   return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) + __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
 }

@@ -72,7 +72,5 @@ void dequantize(const Quantized& q, std::size_t row, std::size_t begin, std::siz
 }
 
 void dequantize_any(const Quantized& q, std::size_t row, std::size_t begin, std::size_t end, float* out) {
-  q.bits == 8   ? dequantize<8>(q, row, begin, end, out)
-  : q.bits == 4 ? dequantize<4>(q, row, begin, end, out)
-                : dequantize<2>(q, row, begin, end, out);
+  by_bits(q.bits, [&](auto b) { dequantize<b.value>(q, row, begin, end, out); });
 }

@@ -51,9 +51,13 @@ struct Packing<2> {
 
 template <int Bits>
 inline void pack_vector(Vec<std::uint8_t> codes, std::uint8_t* packed) {
-  using P = Packing<Bits>;
-  using Word = typename P::Word;
-  P::narrow(P::gather(bit_cast<Vec<Word>>(codes)), packed);
+  if constexpr (Bits == 8) {
+    store(packed, codes);
+  } else {
+    using P = Packing<Bits>;
+    using Word = typename P::Word;
+    P::narrow(P::gather(bit_cast<Vec<Word>>(codes)), packed);
+  }
 }
 
 template <int Bits>
@@ -97,9 +101,9 @@ void unpack(const std::uint8_t* packed, std::size_t n, std::uint8_t* codes) {
 }
 
 void pack_any(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* packed) {
-  bits == 8 ? pack<8>(codes, n, packed) : bits == 4 ? pack<4>(codes, n, packed) : pack<2>(codes, n, packed);
+  by_bits(bits, [&](auto b) { pack<b.value>(codes, n, packed); });
 }
 
 void unpack_any(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes) {
-  bits == 8 ? unpack<8>(packed, n, codes) : bits == 4 ? unpack<4>(packed, n, codes) : unpack<2>(packed, n, codes);
+  by_bits(bits, [&](auto b) { unpack<b.value>(packed, n, codes); });
 }

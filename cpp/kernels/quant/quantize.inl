@@ -203,7 +203,7 @@ template <int Vectors, bool Plain>
       const Vec<std::uint8_t> unclamped =
           unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
       const Vec<std::uint8_t> clamped = smaller(unclamped, top);
-      bits == 8 ? store(codes, clamped) : bits == 4 ? pack_vector<4>(clamped, codes) : pack_vector<2>(clamped, codes);
+      by_bits(bits, [&](auto b) { pack_vector<b.value>(clamped, codes); });
       codes += bytes;
     }
     if constexpr (Vectors == 0) {

@@ -1,5 +1,12 @@
 // Dot products of unsigned codes with signed bytes, summed in lanes of 32 bits.
 
+// Whether dot() is one instruction. Loops around it are worth unrolling then; elsewhere they grow too large.
+#if defined(__AVX512VNNI__)
+constexpr bool kOneInstructionDot = true;
+#else
+constexpr bool kOneInstructionDot = false;
+#endif
+
 // sums[l] + codes[4l .. 4l + 3] . x[4l .. 4l + 3]; `codes` are unsigned, below 2^Bits, x is signed.
 template <int Bits>
 inline Vec<std::int32_t> dot(Vec<std::int32_t> sums, Vec<std::uint8_t> codes, const std::int8_t* x) {

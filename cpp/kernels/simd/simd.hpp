@@ -10,4 +10,6 @@
 //
 #include "kernels/simd/dot.hpp"
 //
+#include "kernels/simd/mask.hpp"
+//
 #include "kernels/simd/flush.hpp"

@@ -9,6 +9,13 @@ constexpr std::size_t kVectorBytes = 32;
 constexpr std::size_t kVectorBytes = 16;
 #endif
 
+// SSE2 has 16 registers of 16 bytes; AVX2 has twice as many bytes in them, NEON and AVX-512 have 32 registers.
+#if !defined(__SSE2__) || defined(__AVX2__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
 template <class T, std::size_t Lanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
@@ -77,12 +84,6 @@ inline Vec<double, 8> doubles(Vec<float, 8> v) {
   return convert<double, 8>(v);
 #endif
 }
-
-// A number as a type, to choose a template by.
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
 
 // body(Int<0>{}), body(Int<1>{}) and so on, N times: numbers that pick from arrays of vectors, which then stay in
 // registers.

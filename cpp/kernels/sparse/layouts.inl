@@ -1,29 +1,5 @@
 // Dense rows to the positions and numbers of their entries, and back.
 
-// For a byte of a mask: where its set bits are, and for each bit how many are set below it, kNone if it is not set.
-constexpr std::uint8_t kNone = 0x80;
-
-struct BitTables {
-  std::uint8_t place[256][8], rank[256][8];
-};
-
-constexpr BitTables make_bit_tables() {
-  BitTables tables = {};
-  for (unsigned bits = 0; bits < 256; ++bits) {
-    std::uint8_t count = 0;
-    for (std::uint8_t j = 0; j < 8; ++j) {
-      const bool set = bits >> j & 1;
-      tables.rank[bits][j] = set ? count : kNone;
-      if (set) tables.place[bits][count++] = j;
-    }
-  }
-  return tables;
-}
-
-alignas(64) constexpr BitTables kBits = make_bit_tables();
-
-inline std::size_t popcount(unsigned bits) { return static_cast<std::size_t>(__builtin_popcount(bits)); }
-
 // Set bits among the first n of a mask.
 std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
   std::size_t count = 0, i = 0;
@@ -33,84 +9,19 @@ std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
   return count + static_cast<std::size_t>(__builtin_popcountll(rest & ((std::uint64_t{1} << (n - i)) - 1)));
 }
 
-using Eight = Vec<float, 8>;
-
-// Eight columns under a byte of a mask: the next of eight numbers where its bits are set, zero elsewhere.
-inline Eight spread(Eight next, unsigned bits) {
-#if defined(__AVX2__)
-  const __m256i rank = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.rank[bits])));
-  const __m256 all = _mm256_permutevar8x32_ps(bit_cast<__m256>(next), rank);
-  return bit_cast<Eight>(_mm256_blendv_ps(all, _mm256_setzero_ps(), _mm256_castsi256_ps(rank)));
-#elif defined(__aarch64__)
-  const uint8x16_t low = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-  const uint8x16_t byte = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
-  const uint8x16_t rank = vcombine_u8(vld1_u8(kBits.rank[bits]), vdup_n_u8(0));
-  const uint8x16x2_t all = bit_cast<uint8x16x2_t>(next);
-  struct {
-    uint8x16_t half[2];
-  } out;
-  for (int i = 0; i < 2; ++i) {  // saturated, an index is beyond the table, which gives zero
-    const uint8x16_t lane = vqtbl1q_u8(rank, vaddq_u8(low, vdupq_n_u8(static_cast<std::uint8_t>(4 * i))));
-    out.half[i] = vqtbl2q_u8(all, vqaddq_u8(vqshlq_n_u8(lane, 2), byte));
-  }
-  return bit_cast<Eight>(out);
-#else
-  Eight out;
-  for (int j = 0; j < 8; ++j) {
-    const std::uint8_t rank = kBits.rank[bits][j];
-    const float value = next[rank & 7];
-    out[j] = rank == kNone ? 0.0f : value;
-  }
-  return out;
-#endif
-}
-
 // ---- dense to sparse and back --------------------------------------------------------------------------------
-
-// Whatever the float type, an element is zero when all bits but the sign are.
-template <class U>
-inline bool nonzero(U bits) {
-  return static_cast<U>(bits << 1) != 0;
-}
-
-// Which of eight elements are not zero.
-template <class U>
-inline unsigned nonzero_bits(const U* x) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(U) == 4) {
-    const __m256i v = load<__m256i>(x);
-    const __m256i zero = _mm256_cmpeq_epi32(_mm256_add_epi32(v, v), _mm256_setzero_si256());
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(zero))) ^ 0xffu;
-  }
-#endif
-#if defined(__SSE2__)
-  if constexpr (sizeof(U) == 2) {
-    const __m128i v = load<__m128i>(x);
-    const __m128i zero = _mm_cmpeq_epi16(_mm_add_epi16(v, v), _mm_setzero_si128());
-    return ~static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(zero, zero))) & 0xffu;
-  }
-#endif
-  unsigned bits = 0;
-  for (unsigned j = 0; j < 8; ++j) bits |= static_cast<unsigned>(nonzero(x[j])) << j;
-  return bits;
-}
 
 template <class U>
 std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
   const U* x = static_cast<const U*>(from);
   std::size_t count = 0, i = 0;
-#if defined(__AVX512DQ__)
-  if constexpr (sizeof(U) == 4) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  if constexpr (kNonzeroAtOnce<U> == 64) {
     for (; i + 64 <= n; i += 64) {
-      std::uint64_t bits = 0;
-      for (std::size_t j = 0; j < 4; ++j)
-        bits |= std::uint64_t{_mm512_test_epi32_mask(load<__m512i>(x + i + 16 * j), magnitude)} << (16 * j);
+      const std::uint64_t bits = nonzero_bits_of_64(x + i);
       store(mask + i / 8, bits);
       count += static_cast<std::size_t>(__builtin_popcountll(bits));
     }
   }
-#endif
   for (; i + 8 <= n; i += 8) {
     const unsigned bits = nonzero_bits(x + i);
     mask[i / 8] = static_cast<std::uint8_t>(bits);
@@ -123,21 +34,6 @@ std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
     count += popcount(bits);
   }
   return count;
-}
-
-// The elements of eight that a byte of a mask names, to the front.
-template <class U>
-inline void gather_eight(const U* x, unsigned bits, U* to) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(U) == 4) {
-    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBits.place[bits])));
-    store(to, _mm256_permutevar8x32_epi32(load<__m256i>(x), place));
-    return;
-  }
-#endif
-  U all[8];
-  std::memcpy(all, x, sizeof all);
-  for (int j = 0; j < 8; ++j) to[j] = all[kBits.place[bits][j]];
 }
 
 // `count` elements under the mask. Eight are written at a time while there is room for them.
@@ -219,17 +115,6 @@ void scatter_row_any(int width, const std::uint16_t* columns, const void* values
 }
 
 // ---- columns -------------------------------------------------------------------------------------------------
-
-using Columns = Vec<std::uint16_t, 8>;
-
-inline Columns widen_bytes(const std::uint8_t* from) {
-#if defined(__SSE2__)
-  return bit_cast<Columns>(
-      _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
-#else
-  return convert<std::uint16_t, 8>(load<Vec<std::uint8_t, 8> >(from));
-#endif
-}
 
 // The columns of a mask's set bits; there must be room for 7 more. Returns how many.
 std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16_t* columns) {
