@@ -1,6 +1,6 @@
-"""What all commands share: the application, how it ends, and its progress.
+"""The application that all commands share, its exit codes and its progress bars.
 
-Status 0: done. 1: failed, with one line on stderr. 2: called wrongly. 130: interrupted.
+Exit codes: 0 success, 1 failure with one line on stderr, 2 usage error, 130 interrupted.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from fastopt import __version__
 
 
 class _Commands(TyperGroup):
-    """A group whose commands end with one line, not a traceback, where the user can do something about it."""
+    """A group that prints one line instead of a traceback for errors that the user can fix."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
-        if command is not None and command.help:  # a docstring's lines are not those of the terminal
+        if command is not None and command.help:  # the lines of a docstring do not fit the terminal
             command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
         return command
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # a closed pipe is ended quietly by the caller
+        except BrokenPipeError:  # the caller ends quietly on a closed pipe
             raise
         except (OSError, TypeError, ValueError, ImportError, MemoryError) as error:
             if ctx.params["debug"]:
@@ -80,10 +80,10 @@ def _print_version(wanted: bool) -> None:
     "fastopt pack model.safetensors -o small.safetensors --bits 4 --exclude '*norm*'\n\n"
     "fastopt diff model.safetensors small.safetensors\n\n"
     "fastopt demo\n\n"
-    "Status: 0 done, 1 failed (one line on stderr says why), 2 called wrongly, 130 interrupted."
+    "Exit codes: 0 success, 1 failure (with a one-line reason on stderr), 2 usage error, 130 interrupted."
 )
 def fastopt(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
@@ -94,7 +94,7 @@ def fastopt(
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Give a function that shows a bar for each phase, on stderr if that is a terminal."""
+    """Yield a function that shows a bar for each phase on stderr, if that is a terminal."""
     if not Console(stderr=True).is_terminal:
         yield lambda phase, done, total, note: None
         return
@@ -111,7 +111,7 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function that shows bytes done, bytes in all, and a name, with rate and remaining time: as `progress`."""
+    """Yield a function that takes bytes done, bytes in all and a name, and shows them with rate and remaining time."""
     if not Console(stderr=True).is_terminal:
         yield lambda done, total, name: None
         return

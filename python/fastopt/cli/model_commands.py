@@ -2,13 +2,14 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastopt._types import Notify
 from fastopt.cli import page, tables
 from fastopt.cli.app import Json, app, byte_progress
 from fastopt.cli.options import (
@@ -27,8 +28,8 @@ from fastopt.cli.options import (
     Threshold,
     given,
     group_size_of,
-    layer_of,
     override_of,
+    parse_layer,
     usage,
 )
 from fastopt.files.shards import read_index
@@ -43,6 +44,7 @@ from fastopt.models.model import PackedModel, load
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
 from fastopt.models.stream import pack_file, unpack_file
+from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 
 
@@ -51,11 +53,11 @@ from fastopt.tensors.packed import Weight
     "fastopt inspect small.safetensors --json | jq '.tensors[] | select(.outliers > 0) | .name'"
 )
 def inspect(model: Source, as_json: Json = False) -> None:
-    """Show what the tensors of a model are like: size, range, zeros, outliers, and how many bits would do.
+    """Show the tensors of a model: size, range, zeros, outliers, and how many bits are enough.
 
-    Outliers are further than 6 standard deviations from the mean. Suggested are the fewest bits whose error is below
-    12 % of the tensor (root mean square) at the default group size. Of a packed model, how each tensor is stored, and
-    the recipe.
+    Outliers are more than 6 standard deviations away from the mean. The suggestion is the lowest bit width whose root
+    mean square error at the default group size is below 12 % of the tensor. For a packed model, also show how each
+    tensor is stored, and the recipe.
 
     JSON: file, recipe, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum,
     maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
@@ -83,19 +85,23 @@ def inspect(model: Source, as_json: Json = False) -> None:
 def pack(
     model: Source,
     output: Target,
-    bits: Annotated[int | None, typer.Option(metavar="8|4|2", help="Quantize to so many bits.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="8|4|2", help="Quantize to this bit width.")] = None,
     group_size: Annotated[
         str | None,
         typer.Option(
             metavar="N|row|tensor",
-            help="Weights that share a scale and a minimum; if not given, a row at 8 bits, 32 at 4, 16 at 2.",
+            help="Number of weights that share a scale and a minimum; by default a row at 8 bits, 32 at 4, 16 at 2.",
         ),
     ] = None,
-    fit: Annotated[Fit | None, typer.Option(help="minmax: the range of a group; lsq: least squared error.")] = None,
-    outliers: Annotated[
-        float | None, typer.Option(help="Share of weights, furthest off, to store in full beside.")
+    fit: Annotated[
+        Fit | None, typer.Option(help="minmax: cover the range of a group; lsq: minimize the squared error.")
     ] = None,
-    param_dtype: Annotated[str | None, typer.Option(metavar="float16|float32", help="Of scale and minimum.")] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="Fraction of the weights, those with the largest error, to store exactly.")
+    ] = None,
+    param_dtype: Annotated[
+        str | None, typer.Option(metavar="float16|float32", help="Dtype of scale and minimum.")
+    ] = None,
     sparsity: Sparsity = None,
     threshold: Threshold = None,
     pattern: Pattern = None,
@@ -106,19 +112,25 @@ def pack(
         typer.Option(
             metavar="GLOB:OPTION=VALUE,...",
             help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, sparsity, "
-            "threshold, pattern. May be repeated; the first that matches counts.",
+            "threshold, pattern. May be repeated; the first match counts.",
         ),
     ] = None,
     min_size: MinSize = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A TOML file with these options by name, and a table of overrides; options here go first."),
+        typer.Option(
+            help="Read these options, and a table of overrides, from a TOML file; options given here take precedence."
+        ),
     ] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Choose bits by measured error, for so many bits per weight in all.")
+        float | None,
+        typer.Option(
+            help="Choose the bits of each tensor by measured error, to reach this average number of bits per weight."
+        ),
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The same, for a file of so many bytes, as 12MB or 11.5MiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB."),
     ] = None,
     fast: Fast = False,
     accuracy_level: AccuracyLevel = None,
@@ -128,11 +140,11 @@ def pack(
 ) -> None:
     """Pack a model: quantize it to 8, 4 or 2 bits, prune it, or both, tensor by tensor.
 
-    One tensor is in memory at a time. What is kept as it is, and why, is in the report. The recipe is stored in the
-    file.
+    Only one tensor is in memory at a time. The report says which tensors were kept unchanged, and why. The recipe is
+    stored in the file.
 
-    Of an ONNX model (.onnx, to another; needs the extra export) the weights of MatMul, Gemm and Conv nodes are packed,
-    and the new one runs as the old one did.
+    An ONNX model is packed to another ONNX model, which runs as before: the weights of its MatMul, Gemm and Conv nodes
+    are packed. This needs the extra export.
 
     JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
@@ -202,10 +214,10 @@ def prune(
     html: Html = None,
     as_json: Json = False,
 ) -> None:
-    """Prune the weights of a model by magnitude, and store what is left sparse.
+    """Prune the weights of a model by magnitude, and store the remaining ones sparse.
 
-    To quantize what is left, give the same options and --bits to fastopt pack. fastopt unpack makes dense tensors with
-    zeros of the result. JSON: as that of fastopt pack.
+    To quantize the remaining weights too, give the same options and --bits to fastopt pack. fastopt unpack turns the
+    result into dense tensors with zeros. JSON: the same as for fastopt pack.
     """
     options = given(
         sparsity=sparsity, threshold=threshold, pattern=pattern, include=include, exclude=exclude, min_size=min_size
@@ -222,9 +234,9 @@ def prune(
     "fastopt unpack model.npz -o model.safetensors"
 )
 def unpack(model: Source, output: Target, as_json: Json = False) -> None:
-    """Turn a packed model, or one in another format, into plain tensors that any reader of safetensors knows.
+    """Convert a packed model, or one in another format, to plain tensors that every safetensors reader can read.
 
-    Tensors get the shapes and dtypes back that they had. JSON: source, target, file_bytes.
+    Tensors get their original shapes and dtypes. JSON: source, target, file_bytes.
     """
     _check_outputs(output)
     with byte_progress("unpack") as notify:
@@ -246,28 +258,30 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
     to: Annotated[str, typer.Option(metavar="|".join(TARGETS), help="The format to write.", show_default=False)],
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="gguf: decode what it cannot hold, and store it as Q8_0 or F32.")
+        bool,
+        typer.Option("--requantize", help="gguf: requantize what the format cannot hold to Q8_0, or store it as F32."),
     ] = False,
     architecture: Annotated[str | None, typer.Option(help="gguf: general.architecture.", show_default=False)] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[:ACTIVATION]",
-            help="onnx: a dense layer, NAME.weight and NAME.bias, that reads the one before; may be repeated. Without "
-            "layers the model has no input, and every tensor, decoded, as an output.",
+            help="onnx: a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. "
+            "Without layers, the model has no input, and each decoded tensor is an output.",
         ),
     ] = None,
     fast: Fast = False,
     accuracy_level: AccuracyLevel = None,
     param_dtype: Annotated[
-        str | None, typer.Option(metavar="float32|float16", help="mlx: of scales and biases; MLX decodes in it.")
+        str | None,
+        typer.Option(metavar="float32|float16", help="mlx: dtype of scales and biases, in which MLX decodes."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a packed model in the format of another runtime.
 
-    Codes, scales and minima are taken over as they are. A tensor that the format cannot hold is an error that says what
-    to change.
+    Codes, scales and minima are copied unchanged. A tensor that the format cannot hold is an error that says what to
+    change.
 
     Activations: relu, relu6, leaky_relu, gelu, silu, tanh, sigmoid. JSON: source, target, to, file_bytes.
     """
@@ -276,7 +290,7 @@ def export(
     options = given(
         requantize=requantize or None,
         architecture=architecture,
-        graph=None if not layer else [layer_of(text) for text in layer],
+        graph=None if not layer else [parse_layer(text) for text in layer],
         fast=fast or None,
         accuracy_level=accuracy_level,
         param_dtype=param_dtype,
@@ -297,22 +311,22 @@ def export(
 )
 def diff(
     first: Source,
-    second: Annotated[Path, typer.Argument(help="What is compared with it, in any of these formats.")],
+    second: Annotated[Path, typer.Argument(help="The model to compare with it, in any of these formats.")],
     max_error: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="End with status 1 if the relative error of a tensor is larger than this, or names or shapes differ.",
+            help="Exit with code 1 if a tensor has a larger relative error than this, or if names or shapes differ.",
             show_default=False,
         ),
     ] = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far the tensors of two models are apart, by their decoded values, and which only one of them has.
+    """Show the differences between the decoded tensors of two models, and the tensors that only one of them has.
 
-    Errors are those of the second model: root mean square, relative to that of the first; largest; signal to noise
-    ratio; cosine. The status is 0 when the models have been compared, whatever came out, but for --max-error.
+    Errors are those of the second model: root mean square relative to the first, largest, signal-to-noise ratio, and
+    cosine. The exit code is 0 whatever the differences are, unless --max-error is given.
 
     JSON: first, second, tensors (name, shape, size, nbytes of both, rmse, relative, max, snr, cosine), missing, extra,
     reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is null.
@@ -337,13 +351,13 @@ def diff(
             )
 
 
-# ---- what they share ---------------------------------------------------------------------------------------------
+# ---- shared ---------------------------------------------------------------------------------------------
 
 
 def _pack(
     source: Path, target: Path, recipe: Recipe, dry_run: bool, html: Path | None, as_json: bool, **targets: Any
 ) -> None:
-    """Pack from file to file, and report."""
+    """Pack from file to file, and print the report."""
     _check_outputs(target, html)
     weights = (
         None if html is None else open_weights(source)
@@ -360,7 +374,7 @@ def _pack(
 
 
 def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: bool, as_json: bool) -> None:
-    """Report what was packed, and which patterns were of no use."""
+    """Print the report, and the patterns that match no tensor."""
     for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
         if not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
             typer.echo(f"fastopt: no tensor matches {pattern!r}", err=True)
@@ -374,13 +388,13 @@ def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: b
 
 
 def _file_bytes(path: Path) -> int:
-    """Return the size of a file, of an index with all its shards."""
+    """Return the size of a file; the size of an index includes its shards."""
     names = read_index(path) if path.name.endswith(".index.json") else []
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
 
 
 def _check_outputs(target: Path | None, html: Path | None = None) -> None:
-    """Refuse before the work what could not be written after it, or would bear a name of another format."""
+    """Reject, before the work, outputs that could not be written or whose names belong to another format."""
     if target is not None and target.suffix in (*_NOT_PACKED, ".gguf", ".onnx"):
         raise typer.BadParameter(f"--output: expected a .safetensors file, got {target}; see also fastopt export")
     for path in (target, html):
@@ -392,7 +406,7 @@ _NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
 
 
 def _open(path: Path) -> "PackedModel | Weights":
-    """Open a model; what is packed stays so."""
+    """Open a model; packed tensors stay packed."""
     if path.is_dir():
         found = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
         return load(found[0]) if len(found) == 1 else open_weights(path)
@@ -400,16 +414,18 @@ def _open(path: Path) -> "PackedModel | Weights":
 
 
 class _Watched(Mapping[str, Weight]):
-    """A model that tells how far its tensors have been read, one after the other."""
+    """A model that reports the progress of reading its tensors, one after the other."""
 
-    def __init__(self, weights: "PackedModel | Weights", notify: Callable[[int, int, str], None]) -> None:
-        self._weights, self._notify, self._done = weights, notify, 0
+    def __init__(self, weights: "PackedModel | Weights", notify: Notify) -> None:
+        sizes = weights.sizes if isinstance(weights, Weights) else {name: w.nbytes for name, w in weights.items()}
+        self._weights, self._progress = weights, Progress(sizes, notify)
 
     def __getitem__(self, name: str) -> Weight:
-        self._notify(self._done, self._weights.nbytes, name)
-        tensor = self._weights[name]
-        self._done += tensor.nbytes
-        return tensor
+        self._progress.next(name)
+        return self._weights[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -1,4 +1,4 @@
-"""The options that commands on models share, and what their texts mean."""
+"""The options that the commands on models share, and how their texts are parsed."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ from fastopt.models.shrinking import Layer
 
 
 class Fit(str, Enum):
-    """How scale and minimum are found."""
+    """Ways to find scale and minimum."""
 
     minmax = "minmax"
     lsq = "lsq"
@@ -34,45 +34,45 @@ Target = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="The safetensors file to write; it appears when it is complete. It may be the input itself. "
-        "With a name that ends in .index.json, a file for each shard of the input.",
+        help="The safetensors file to write. It appears when it is complete, and may be the input itself. "
+        "A name that ends in .index.json writes one file for each shard of the input.",
         show_default=False,
     ),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
+    list[str] | None, typer.Option(metavar="GLOB", help="Pack only tensors whose names match; may be repeated.")
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors whose names match; may be repeated.")
+    list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors whose names match unchanged; may be repeated.")
 ]
-MinSize = Annotated[int | None, typer.Option(help="Keep tensors of fewer weights; 4096 if not given.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of weights to prune, of each tensor.")]
+MinSize = Annotated[int | None, typer.Option(help="Keep tensors with fewer weights unchanged; 4096 by default.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights of each tensor to prune.")]
 Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most this magnitude.")]
 Pattern = Annotated[
-    str | None, typer.Option(metavar="N:M|1x16", help="Keep N of each M weights, as 2:4, or whole blocks of 16.")
+    str | None, typer.Option(metavar="N:M|1x16", help="Keep N of every M weights, such as 2:4, or whole blocks of 16.")
 ]
 Fast = Annotated[
     bool,
-    typer.Option("--fast", help="onnx: multiply by MatMulNBits, which is ONNX Runtime's own."),
+    typer.Option("--fast", help="onnx: multiply with MatMulNBits, an operator of ONNX Runtime alone."),
 ]
 AccuracyLevel = Annotated[
     int | None, typer.Option(help="onnx, with --fast: 0 multiplies in float32, 4 rounds activations to int8.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes, and write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes without writing anything.")]
 Html = Annotated[
     Path | None,
-    typer.Option(help="Write a page for the browser: sizes, errors, histograms with their grids.", show_default=False),
+    typer.Option(help="Write an HTML page with sizes, errors, and histograms with their grids.", show_default=False),
 ]
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Return the options that the command line gives."""
+    """Return the options that were given on the command line."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 @contextlib.contextmanager
 def usage() -> Iterator[None]:
-    """Let an option out of range end as wrong usage does."""
+    """Report an option that is out of range as a usage error."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ _OVERRIDE = re.compile(rf"(.+?):((?:{'|'.join(f.name for f in fields(Options))})
 
 
 def group_size_of(text: str) -> Any:
-    """Return the group size that a number, row or tensor means."""
+    """Parse a group size: a number, ``row`` or ``tensor``."""
     if text in _GROUPS:
         return _GROUPS[text]
     try:
@@ -93,14 +93,14 @@ def group_size_of(text: str) -> Any:
         raise typer.BadParameter(f"group_size: expected a number, row or tensor, got {text!r}") from None
 
 
-def layer_of(text: str) -> Layer:
-    """Return the layer of ``NAME`` or ``NAME:ACTIVATION``."""
+def parse_layer(text: str) -> Layer:
+    """Parse ``NAME`` or ``NAME:ACTIVATION``."""
     name, _, activation = text.partition(":")
     return Layer(name, activation=activation or None)
 
 
 def override_of(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the pattern and the options of ``GLOB:OPTION=VALUE,...``."""
+    """Parse ``GLOB:OPTION=VALUE,...`` into the pattern and its options."""
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise typer.BadParameter(f"--override: expected GLOB:OPTION=VALUE,... as '*embed*:bits=8', got {text!r}")
@@ -112,7 +112,7 @@ def override_of(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """Return what a value means: none, a number, or a text."""
+    """Parse a value: ``none``, a number, or a text."""
     if text == "none":
         return None
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""A page for the browser: what became of a model, with sizes, errors and histograms.
+"""An HTML page about a packed model: sizes, errors and histograms.
 
 The page is ``page.html`` with one JSON object in it; it needs no network, and names from files stay texts.
 """
@@ -30,7 +30,7 @@ from fastopt.tensors.sparse import SparseTensor
 def of_packing(
     source: Path, target: Path, report: Report, recipe: Recipe, before: Mapping[str, Weight], after: PackedModel | None
 ) -> dict[str, Any]:
-    """Return what the page of a packed model shows.
+    """Return the content of the page of a packed model.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def of_packing(
 def of_difference(
     first: Path, second: Path, difference: Difference, before: Mapping[str, Weight], after: Mapping[str, Weight]
 ) -> dict[str, Any]:
-    """Return what the page of two models shows.
+    """Return the content of the page of two models.
 
     Parameters
     ----------
@@ -137,11 +137,11 @@ def _error_tiles(error: Error | None) -> list[tuple[str, str]]:
 
 _BINS = 120
 _SHOWN = 8  # standard deviations from the mean
-_SAMPLE = 1 << 17  # values that a histogram counts, about
+_SAMPLE = 1 << 17  # approximate number of values that a histogram counts
 
 
 def histogram(before: Array, after: "Weight | None") -> dict[str, Any] | None:
-    """Return what the page draws of a tensor: how often values occur, before and after, and where codes can lie.
+    """Return the plot of a tensor: histograms of its values before and after, and the levels of its codes.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def _least(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 def _sample(array: Array, step: int) -> NDArray[np.float64]:
-    """Return the finite values of every so many rows, or of so many values where rows are fewer, in float64."""
+    """Return the finite values of every n-th row, or every n-th value if there are too few rows, in float64."""
     rows, cols = as_matrix(array.shape)
     sample = array.reshape(rows, cols)[::step] if rows >= step else array.reshape(-1)[::step]
     values = sample.reshape(-1).astype(np.float64)
@@ -194,7 +194,7 @@ def _sample(array: Array, step: int) -> NDArray[np.float64]:
 
 
 def _grids(q: QuantizedTensor) -> list[dict[str, Any]]:
-    """Return where the codes of the groups of the smallest, the median and the largest range can lie."""
+    """Return the levels of the groups with the smallest, the median and the largest range."""
     scale, minimum = (part.astype(np.float64).reshape(-1) for part in (q.scale, q.minimum))
     if not scale.size:
         return []
@@ -212,7 +212,7 @@ def _grids(q: QuantizedTensor) -> list[dict[str, Any]]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a page that needs nothing but a browser.
+    """Write a page that needs no other file.
 
     Parameters
     ----------
@@ -228,5 +228,5 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         If the file cannot be written.
     """
     template = files("fastopt.cli").joinpath("page.html").read_text(encoding="utf-8")
-    data = to_json(content).replace("<", "\\u003c")  # so that no name can end the script that holds it
+    data = to_json(content).replace("<", "\\u003c")  # no name may close the script element that holds it
     write_text(path, template.replace("{{data}}", data))

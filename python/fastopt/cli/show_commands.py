@@ -1,4 +1,4 @@
-"""The commands: those on models first, then those that show and measure."""
+"""The commands ``demo`` and ``bench``; the import adds those on models, which --help lists first."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def demo(
         Path | None,
         typer.Option(help="Folder with MNIST-style idx or idx.gz files, instead of scikit-learn's digits."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the model and the picture.")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder for the model and the plot.")] = Path(),
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +32,7 @@ def demo(
     """
     from fastopt.demo import run, show
 
-    show.require_matplotlib()  # before the work, not after it
+    show.require_matplotlib()  # fail before the work, not after it
     dataset = run.load_digits() if data is None else run.load_idx_folder(data)
     out.mkdir(parents=True, exist_ok=True)
     with progress() as notify:
@@ -48,7 +48,7 @@ def demo(
 
 @app.command()
 def bench(as_json: Json = False) -> None:
-    """Measure optimizer steps, quantization and products against NumPy and the limit of the memory."""
+    """Measure optimizer steps, quantization and products beside NumPy and the memory limit."""
     from fastopt.cli import bench
 
     bench.run(json=as_json)

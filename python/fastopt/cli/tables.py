@@ -1,4 +1,4 @@
-"""What the commands on models print: tables for the terminal, or JSON."""
+"""Output of the commands on models: tables for the terminal, or JSON."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from fastopt.tensors.error import Error
 
 
 def size_text(count: float) -> str:
-    """Return a number of bytes with its unit, of 1000 each: as file managers and ``--target-size`` count."""
+    """Format a number of bytes in decimal units, as file managers and ``--target-size`` do."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.{0 if unit == 'B' else 1 if count >= 100 else 2}f} {unit}"
@@ -39,7 +39,7 @@ def _short(value: float | None) -> str:
 
 
 def percent_text(share: float | None) -> str:
-    """Return a share in percent, nothing for None."""
+    """Format a fraction in percent; None gives an empty text."""
     if share is None or share == 0:
         return "" if share is None else "0"
     percent = 100 * share
@@ -47,7 +47,7 @@ def percent_text(share: float | None) -> str:
 
 
 def decibel_text(snr: float) -> str:
-    """Return a signal to noise ratio; "exact" if there is no noise."""
+    """Format a signal-to-noise ratio; "exact" if there is no noise."""
     return "exact" if snr == math.inf else f"{snr:.1f}"
 
 
@@ -56,7 +56,7 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
-    """Return how a tensor is stored in a few words, as "4 bits, g32" or "sparse, 8 bits, g128"."""
+    """Describe how a tensor is stored, such as "4 bits, g32" or "sparse, 8 bits, g128"."""
     if bits is None:
         return kind
     group = {None: "tensor", -1: "row"}.get(group_size, f"g{group_size}")
@@ -67,12 +67,12 @@ def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
 
 
 def to_json(value: Any) -> str:
-    """Return one JSON object; numbers that JSON does not have, as an infinite signal to noise ratio, are null."""
+    """Return one JSON object; numbers that JSON lacks, such as an infinite signal-to-noise ratio, become null."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """Return dicts, lists, texts and numbers that are finite, else None, of whatever a report holds."""
+    """Convert a part of a report to dicts, lists, texts and finite numbers; other numbers become None."""
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Error):
@@ -88,29 +88,29 @@ def plain(value: Any) -> Any:
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
-_UNBOUNDED = 10_000  # columns of a file or a pipe: nothing is cut, and each line has a whole name
-_NAME = 32  # columns that the names of tensors get at least, if they need them
+_UNBOUNDED = 10_000  # columns of a file or a pipe: nothing is cut, and each line has the full name
+_NAME = 32  # columns that are reserved for the names of tensors, if they need them
 
 
 class _Column(NamedTuple):
     head: str
     text: Callable[[Any], str]
-    rank: int = 0  # where a terminal is too narrow, columns of the highest rank are left out
+    rank: int = 0  # a terminal that is too narrow omits the columns of the highest rank
 
 
 def layer_of(name: str) -> str:
-    """Return the part of a tensor's name up to a number, as "encoder.layer.0"; "" if there is none."""
+    """Return the part of a tensor's name up to a number, such as "encoder.layer.0"; "" if there is none."""
     match = re.match(r"(.*?\.\d+)\.", f".{name}")
     return match[1][1:] if match else ""
 
 
 def _by_name(row: Any) -> list[tuple[int, int, str]]:
-    """Return what sorts layer 10 behind layer 9."""
+    """Return a key that sorts layer 10 after layer 9."""
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", row.name)]
 
 
 def _tail(name: str, room: int) -> str:
-    """Return a name, of a long one the end, which tells more than its beginning."""
+    """Shorten a long name to its end, which says more than its beginning."""
     return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
@@ -122,7 +122,7 @@ def _console() -> Console:
 
 
 def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) -> None:
-    """Print a row for each of `rows` under its layer, by name, with the columns that fit."""
+    """Print `rows` sorted by name, each under its layer, with the columns that fit."""
     lines: list[tuple[str, Any]] = []
     for layer, group in groupby(sorted(rows, key=_by_name), lambda row: layer_of(row.name)):
         members = list(group)
@@ -142,14 +142,14 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
     for column in shown:
         table.add_column(column.head, justify="right", no_wrap=True)
     for name, row in lines:
-        # Names come from files: they are texts, never markup.
+        # Names come from files, so they must not be read as markup.
         cells = [] if row is None else [Text(column.text(row)) for column in shown]
         table.add_row(Text(_tail(name, room), style="bold" if row is None else ""), *cells)
     console.print(table)
 
 
 def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None = None) -> None:
-    """Print what the tensors of a file are like.
+    """Print statistics of the tensors of a file.
 
     Parameters
     ----------
@@ -178,11 +178,11 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
         changed = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
         lines.append(f"recipe: {json.dumps(changed, ensure_ascii=False)}")
     for line in lines:
-        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
+        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def facts_lines(file: Path, facts: Sequence[TensorFacts]) -> list[str]:
-    """Return what is to be said of all tensors together, and the command that would pack them."""
+    """Return the summary of all tensors, and the command that would pack them."""
     size, nbytes = sum(t.size for t in facts), sum(t.nbytes for t in facts)
     lines = [f"{len(facts)} tensors, {size:,} values, {size_text(nbytes)}, {8 * nbytes / max(size, 1):.2f} bits each"]
     lines += [f"{t.name}: {t.non_finite:,} values are NaN or infinite" for t in facts if t.non_finite]
@@ -201,7 +201,7 @@ def facts_lines(file: Path, facts: Sequence[TensorFacts]) -> list[str]:
 
 
 def print_report(report: Report) -> None:
-    """Print what became of the tensors of a model; those that were kept for one reason share a row.
+    """Print how each tensor of a model was packed; those kept for the same reason share a row.
 
     Parameters
     ----------
@@ -223,11 +223,11 @@ def print_report(report: Report) -> None:
     if packed:
         _print(console, columns, packed)
     for line in report_lines(report):
-        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
+        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def report_lines(report: Report) -> list[str]:
-    """Return what was kept and why, and what became of all tensors together."""
+    """Return the summary: which tensors were kept and why, and the size and error of all."""
     kept: dict[str, list[int]] = {}
     for t in report.tensors:
         if t.kind == "dense":
@@ -242,7 +242,7 @@ def report_lines(report: Report) -> list[str]:
 
 
 def print_difference(difference: Difference) -> None:
-    """Print how far two models are apart.
+    """Print the differences between two models.
 
     Parameters
     ----------
@@ -263,11 +263,11 @@ def print_difference(difference: Difference) -> None:
     if different:
         _print(console, columns, different)
     for line in difference_lines(difference):
-        console.print(Text(line), soft_wrap=True)  # the terminal breaks it, a copy does not
+        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def difference_lines(difference: Difference) -> list[str]:
-    """Return what is to be said of two models as a whole."""
+    """Return the summary of the differences between two models."""
     equal = sum(t.rmse == 0 for t in difference.tensors)
     lines = [f"{equal} of {len(difference.tensors)} tensors that both have are equal"]
     if equal < len(difference.tensors):
