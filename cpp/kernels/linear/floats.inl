@@ -1,5 +1,5 @@
-// Products in float32, the plain way: a stretch of a row is decoded into L1 and used for every row of x. Element c of a
-// stretch of kStretch columns goes to partial sum c % 16, the sixteen are added as a tree, stretches in order.
+// Products in float32, the plain way: kStretch columns of a row of W are decoded into L1 and used for every row of x.
+// Column c of a stretch goes to partial sum c % 16, the sixteen are added as a tree, and the stretches in order.
 
 constexpr std::size_t kStretch = 512;
 
@@ -22,7 +22,7 @@ inline float dot(const float* a, const float* b, std::size_t n) {
   return partial[0];
 }
 
-// `decode(row, begin, end, out)` gives columns [begin, end) of a row, which it is asked for in order.
+// `decode(row, begin, end, out)` writes columns [begin, end) of a row to `out`; it is called with ascending columns.
 template <class Decode>
 void linear(std::size_t rows, std::size_t cols, const float* x, std::size_t batch, const float* bias, float* y,
             std::size_t row_begin, std::size_t row_end, Decode decode) {
@@ -40,6 +40,7 @@ void linear(std::size_t rows, std::size_t cols, const float* x, std::size_t batc
   }
 }
 
+// Rows [batch, batch + count) of x by rows [begin, end) of W.
 [[gnu::noinline]] void linear_floats(const Quantized& w, const Linear& io, std::size_t batch, std::size_t count,
                                      std::size_t begin, std::size_t end) {
   linear(w.rows, w.cols, io.x + batch * w.cols, count, io.bias, io.y + batch * w.rows, begin, end,

@@ -1,8 +1,8 @@
 // y = x @ W.T straight from packed weights.
 //
-// x is rounded to whole numbers first, x ~ scale * n, with a scale for every block of 32 columns (of 16 where a group
+// x is rounded to integers first, x ~ scale * n, with a scale for every block of 32 columns (of 16 where a group
 // is no multiple of 32); n has 24 bits, which is as exact as float32, or 8. Sums of code * n are then exact and do not
-// depend on their order. What is left of the arithmetic is float32 in an order that no instruction set changes: a row
+// depend on their order. The rest of the arithmetic is float32, in an order that no instruction set changes: a row
 // of codes is read in runs of 64 bytes, that is 16 words of 32 bits, and word l of every run goes to partial sum l. So
 // W's codes are used where and as they lie: instead, the few numbers of x are put into the order in which the codes
 // come out of their bytes, once a call.
@@ -44,7 +44,7 @@ void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, st
 
 // ---- the table's entries -------------------------------------------------------------------------------------
 
-// A word of codes must not lie in two groups.
+// Whether x can be rounded to integers: a word of codes must not lie in two groups.
 inline bool by_integers(const Quantized& w) { return w.groups == 1 || w.group % kGrain == 0; }
 
 template <class Call>

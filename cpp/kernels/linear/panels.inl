@@ -1,7 +1,14 @@
-// Products for many rows of x.
-
-// Sixteen rows of x side by side, one in each lane: four codes of a row of W are spread to all lanes. So the sum of a
-// block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
+// Products for many rows of x: a panel of 16 rows of x against 8 rows of W.
+//
+//                     panel of x: lane b is row b of x             totals
+//                     | 0 | 1 | 2 | ... | 15 |                     | 0 | 1 | ... | 15 |
+//   W row 0   word -> | broadcast to all lanes | dot product  ->   | row 0            |
+//   W row 1   word -> | broadcast to all lanes | dot product  ->   | row 1            |
+//   ...                                                              ...
+//   W row 7   word -> | broadcast to all lanes | dot product  ->   | row 7            |
+//
+// Sixteen rows of x side by side, one in each lane: four codes of a row of W are broadcast to all lanes. So the sum of
+// a block is whole in its lane, and a scale is needed for each block only. Codes are unpacked once for several such
 // panels. Sums are in a different order than in rows.inl: blocks in order within a group; their sum times its scale
 // and, with its first block, what it adds beside its codes; groups in order within stretches of kPanelStretch columns,
 // stretches in order.
@@ -11,7 +18,7 @@ constexpr std::size_t kPanels = 4;                           // panels of x that
 constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
 constexpr int kUnrolled = kOneInstructionDot ? 8 : 1;
 
-// Sixteen rows of x, in the memory that the caller gave.
+// A panel of x, in memory of the caller.
 template <int Bits, int Limbs>
 struct Panel {
   // For each block of columns: the bytes of n of every 4 columns, in the order of unpacked codes, limb by limb.
@@ -38,7 +45,7 @@ struct Panel {
   }
 };
 
-// From `count` rows that were prepared one by one.
+// Interleaves `count` rows that were prepared one by one; lanes behind them are zero.
 template <int Bits, int Limbs>
 void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                    std::uint8_t* memory) {
@@ -47,11 +54,11 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
   if (count < kPanelWidth) std::memset(memory, 0, to.bytes);
   const std::size_t words = block_columns(w) * Bits / 32, runs = (w.row_bytes + kRun - 1) / kRun;
   for (std::size_t b = 0; b < count; ++b) {
-    const Prepared<Bits, Limbs> from(w, const_cast<std::uint8_t*>(rows) + b * row_bytes);
+    const Prepared<Bits, Limbs> source(w, const_cast<std::uint8_t*>(rows) + b * row_bytes);
     std::int8_t* limbs = to.limbs + 4 * b;
     std::size_t block = 0;
     for (std::size_t run = 0; run < runs; ++run) {
-      const Run<Bits, Limbs>& x = from.runs[run];
+      const Run<Bits, Limbs>& x = source.runs[run];
       for (std::size_t first = 0; first < kWords; first += words, ++block) {
         to.scale[block * kPanelWidth + b] = x.scale[first];
         for (std::size_t s = 0; s < sums; ++s) {
@@ -67,9 +74,9 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
       }
     }
     if (w.groups == 1) {
-      std::memcpy(to.group_sum + 2 * b, from.group_sum, sizeof(double));
+      std::memcpy(to.group_sum + 2 * b, source.group_sum, sizeof(double));
     } else {
-      for (std::size_t g = 0; g < w.groups; ++g) to.group_sum[g * kPanelWidth + b] = from.group_sum[g];
+      for (std::size_t g = 0; g < w.groups; ++g) to.group_sum[g * kPanelWidth + b] = source.group_sum[g];
     }
   }
 }
@@ -145,7 +152,7 @@ template <int Bits>
   }
 }
 
-// Totals are double: a stretch more or less costs no accuracy.
+// Totals are double, so adding many stretches loses no accuracy.
 inline void add_to(double* total, const float* sums) {
   constexpr std::size_t lanes = kVectorBytes / sizeof(double);
   for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
@@ -154,7 +161,8 @@ inline void add_to(double* total, const float* sums) {
 }
 
 // Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a block. Codes
-// that are still packed are unpacked by the way, a run ahead of the products, which leave the units for it idle.
+// that are still packed are unpacked on the fly, one run ahead of the products, which leave those ports idle. The
+// function is long because its sums must stay in registers across the loops.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
 [[gnu::noinline]] void add_stretch(Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
                                    const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
@@ -232,7 +240,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
   for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
 }
 
-// Where a row of W is one group.
+// Turns totals into products where a row of W is one group: its scale and minimum are applied once, at the end.
 template <int Bits>
 [[gnu::noinline]] void one_group_products(const Quantized& w, std::size_t row, std::size_t end, const float* group_sum,
                                           double (*total)[kPanelWidth]) {

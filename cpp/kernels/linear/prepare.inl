@@ -1,20 +1,31 @@
-// Whole numbers: how x is rounded, laid out and multiplied with codes.
+// Rounding x to integers, and their layout beside the codes that they are multiplied with.
+//
+//   row of x, 32-bit floats    | 32 columns      | 32 columns      | ...      a scale for each: x ~ scale * n
+//   n, limbs of one byte       | n = limbs[0] * 2^16 + limbs[1] * 2^8 + limbs[2], each limb signed
+//
+// A run of x holds the columns of 64 bytes of codes, in the order in which split() unpacks these. With 4 bits, byte j
+// of the codes has columns 2 * j (low bits) and 2 * j + 1 (high bits):
+//
+//   limbs[l][0]    columns 0 2 4 ... 126      multiplied with codes[0], the low halves
+//   limbs[l][1]    columns 1 3 5 ... 127      multiplied with codes[1], the high halves
+//   scale[word], offset[word]                 for each of the 16 words
 
 template <int Bits>
 constexpr std::size_t kRunColumns = kRun * 8 / Bits;
 
-// Codes count from the middle, which makes both their sums and what the minimum adds small: little cancels when the
-// two are added. Two bits have their middle between two codes, so these count in half steps.
+// Codes are counted from the middle of their range. Then the sums of codes and the share of the minimum are both small,
+// and little cancels when they are added. The middle of two bits lies between two codes, so these are counted in half
+// steps.
 template <int Bits>
 constexpr std::uint8_t kMiddle = Bits == 2 ? 3 : 1 << (Bits - 1);
 template <int Bits>
 constexpr float kStep = Bits == 2 ? 0.5f : 1.0f;
 
-// With three limbs, codes of 8 bits give sums of more than 32 bits: the lowest limb is summed apart.
+// With three limbs and codes of 8 bits a sum needs more than 32 bits, so the lowest limb has a sum of its own.
 template <int Bits, int Limbs>
 constexpr std::size_t kSums = Bits == 8 && Limbs == 3 ? 2 : 1;
 
-// What a run of codes meets of x.
+// The part of x that is multiplied with one run of codes.
 template <int Bits, int Limbs>
 struct Run {
   std::int8_t limbs[Limbs][8 / Bits][kRun];  // bytes of n, the highest first, in the order of the codes
@@ -22,7 +33,7 @@ struct Run {
   std::int32_t offset[kSums<Bits, Limbs>][kWords];  // minus the sum of middle * n over the columns of the word
 };
 
-// One row of x, in the memory that the caller gave.
+// One prepared row of x, in memory of the caller.
 template <int Bits, int Limbs>
 struct Prepared {
   Run<Bits, Limbs>* runs;
@@ -83,8 +94,8 @@ inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]
 
 // ---- preparing x ---------------------------------------------------------------------------------------------
 
-// Not a number where the block has no finite scale; that makes every result of the row NaN, and then it is computed
-// in another way.
+// The scale of a block, from its largest |x|. NaN if there is no finite one: every result of the row is then NaN, which
+// is noticed, and the row is computed by linear_floats() instead.
 template <int Limbs>
 inline float block_scale(float largest) {
   constexpr float nan = __builtin_nanf("");
@@ -154,7 +165,7 @@ inline std::int32_t round_grain(const float* x, std::size_t left, float scale, s
   return fold(total, [](auto a, auto b) { return a + b; });
 }
 
-// Minus what codes in the middle would give.
+// The offsets of a run: minus the sums that codes in the middle of their range would give.
 template <int Bits, int Limbs>
 inline void set_offsets(Run<Bits, Limbs>& run) {
   using Ints = Vec<std::int32_t>;

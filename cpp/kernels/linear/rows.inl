@@ -1,21 +1,29 @@
 // Products for few rows of x: rows of W side by side, in their packed order.
+//
+//   row of W   | run 0: 64 bytes      | run 1                | ...
+//   run        | word 0 | word 1 | ... | word 15 |                    a word: 32 bits, 4 to 16 codes
+//                  |        |               |
+//   sums       | lane 0 | lane 1 | ... | lane 15 |                    16 partial sums, in kWordVectors vectors
+//
+// Word l of every run is multiplied with the same columns of x, which prepare.inl laid out beside it, and its sum goes
+// to partial sum l: nothing moves between lanes. The sixteen are added as a tree at the end of a row.
 
-// Asks for `Lines` of 64 bytes of codes that are wanted soon, in the order in which they lie in memory: an even trickle
-// of requests for the outer cache, far ahead. (Rows that are read side by side are too many short streams for a core to
-// foresee, a burst is dropped.)
+// Prefetches `Lines` cache lines of codes into L2, far ahead and in the order of memory, a few in each step. The rows
+// that are read side by side are too many short streams for the prefetcher of a core, and it would drop a burst of
+// requests.
 template <std::size_t Lines>
 inline void fetch_codes(const std::uint8_t* codes, std::size_t step) {
   for (std::size_t i = 0; i < Lines; ++i) __builtin_prefetch(codes + (step * Lines + i) * kRun, 0, 2);
 }
 
-// The same for sixteen parameters from `at` on.
+// Prefetches sixteen scales and minima from `at` on.
 inline void fetch_params(const Quantized& w, std::size_t at) {
   const std::size_t size = w.half ? 2 : 4;
   __builtin_prefetch(static_cast<const char*>(w.scale) + at * size, 0, 2);
   __builtin_prefetch(static_cast<const char*>(w.minimum) + at * size, 0, 2);
 }
 
-// Sixteen parameters from `at` on, of which `n` are of this row; zeros behind them.
+// Loads sixteen parameters from `at` on; zeros behind the `n` that belong to this row.
 template <bool Half>
 inline void load_sixteen(const void* params, std::size_t at, std::size_t n, Vec<float> (&out)[kWordVectors]) {
   constexpr std::size_t lanes = kLanes<float>;
