@@ -163,7 +163,7 @@ inline Vec<double, 4> tree_sums(const Vec<float> (&partial)[4][Batch][kWordVecto
   };
   const Doubles ab = fours(row[0], row[1]), cd = fours(row[2], row[3]);
   const Doubles pairs = __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) +
-                      __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
+                        __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
   return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) + __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
 }
 
