@@ -52,6 +52,12 @@ def test_imports_point_down():
                 assert own in ("demo", "cli"), f"{module} imports {name}"
 
 
+def test_functions_import_nothing_of_the_package():
+    for path in MODULES:
+        if "cli" not in path.relative_to(ROOT).parts:  # the command line starts fast
+            assert not list(imports_of(ast.parse(path.read_text("utf-8")), inside=True)), path
+
+
 def test_no_circle():
     open_, done = [], set()
 

@@ -24,6 +24,7 @@ from fastopt.models.recipe import Options, Recipe
 from fastopt.models.report import Report, TensorReport
 from fastopt.models.shrinking import Add, Concat, Layer, Shrunk, drop_layers, shrink
 from fastopt.models.stream import pack_file, plan, prune_file, unpack_file
+from fastopt.tensors.packed import PackedTensor
 from fastopt.tensors.products import embedding, linear
 from fastopt.tensors.pruning import cubic_sparsity, prune, prune_
 from fastopt.tensors.quantization import pack_bits, quantize, unpack_bits
@@ -47,6 +48,7 @@ __all__ = [
     "Optimizer",
     "Options",
     "PackedModel",
+    "PackedTensor",
     "QuantizedTensor",
     "RMSprop",
     "Recipe",

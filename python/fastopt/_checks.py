@@ -8,12 +8,13 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from fastopt._types import FLOATS, Array, GroupSize
+from fastopt._types import BITS, FLOATS, Array, GroupSize
 
-# What real weights need: 8 bits a pair of parameters a row, 4 and 2 bits one a group.
+# Real weights need a scale and minimum for each row with 8 bits, and for each group with 4 and 2.
 DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
+_BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
 FLAGS = {
     "amsgrad",
     "centered",
@@ -26,7 +27,7 @@ FLAGS = {
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns that an array of any shape is seen as: the first axis, and all others."""
+    """Return the shape of the matrix that an array is seen as: the first axis by all others."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -35,9 +36,9 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def require_bits(bits: int) -> int:
     """Return `bits`, or raise."""
     if isinstance(bits, bool) or not hasattr(bits, "__index__"):
-        raise TypeError(f"bits: expected 8, 4 or 2, got {bits!r}")
-    if bits not in DEFAULT_GROUP_SIZE:
-        raise ValueError(f"bits: expected 8, 4 or 2, got {bits!r}")
+        raise TypeError(f"bits: expected {_BITS_TEXT}, got {bits!r}")
+    if bits not in BITS:
+        raise ValueError(f"bits: expected {_BITS_TEXT}, got {bits!r}")
     return operator.index(bits)
 
 
@@ -55,6 +56,18 @@ def require_group_size(group_size: GroupSize, bits: int) -> int | None:
     return size
 
 
+def require_param_dtype(param_dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of scale and minimum, or raise."""
+    dtype: np.dtype[Any] | None
+    try:
+        dtype = np.dtype(param_dtype)
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or dtype not in (np.float16, np.float32):
+        raise ValueError(f"param_dtype: expected float16 or float32, got {param_dtype!r}")
+    return dtype
+
+
 def as_float_array(w: ArrayLike, name: str) -> Array:
     """Return `w` as an array of a float type, or raise."""
     array = np.asarray(w)
@@ -64,7 +77,7 @@ def as_float_array(w: ArrayLike, name: str) -> Array:
 
 
 def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:
-    """Return `out` seen as the matrix that the kernels fill, without a copy, or raise."""
+    """Return `out` as the matrix that the kernels fill, without a copy, or raise."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
     if out.shape != shape:
@@ -84,7 +97,7 @@ def is_number(x: object) -> bool:
 
 
 def as_float(value: Any, name: str) -> float:
-    """Return a number as Python's float: NumPy's narrower ones would make the arithmetic between steps narrower."""
+    """Return a number as a Python float; NumPy's narrower types would round the arithmetic between steps."""
     if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -94,7 +107,7 @@ def as_float(value: Any, name: str) -> float:
 
 
 def require_number(options: MutableMapping[str, Any], name: str) -> float:
-    """Return an option that must be a finite number, 0 or more, and keep it as a float."""
+    """Return an option that must be a finite number, 0 or more; store it as a float."""
     value = as_float(options[name], name)
     require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more", options[name])
     options[name] = value
@@ -102,15 +115,15 @@ def require_number(options: MutableMapping[str, Any], name: str) -> float:
 
 
 def require_count(options: Mapping[str, Any], name: str, what: str) -> int:
-    """Return an entry of a saved state that must be a number of steps."""
+    """Return a saved number of steps, or raise."""
     value = options.get(name)
     fits = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
     require(bool(fits), what, "a whole number, 0 or more", value)
-    return operator.index(value)  # type: ignore[arg-type]  # an integer, as was found
+    return operator.index(value)  # type: ignore[arg-type]  # checked above
 
 
 def require_flags(options: Mapping[str, Any]) -> None:
-    """Refuse what is not a bool where only a bool makes sense."""
+    """Raise if an option that must be a bool is not one."""
     for name in FLAGS & options.keys():
         if not isinstance(options[name], bool | np.bool_):
             raise TypeError(f"{name}: expected a bool, got {type(options[name]).__name__}")
@@ -121,4 +134,4 @@ def require_betas(options: MutableMapping[str, Any]) -> None:
     if not isinstance(betas, tuple | list) or not all(is_number(b) for b in betas):
         raise TypeError(f"betas: expected two numbers, got {betas!r}")
     require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
-    options["betas"] = tuple(float(b) for b in betas)  # no list, which could be changed unseen
+    options["betas"] = tuple(float(b) for b in betas)  # a list could be changed later

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.kernel
 
 
 def packed(w):
-    """The weight in every storage."""
+    """The weight with different bits, groups and parameters."""
     yield fo.quantize(w, 8)
     yield fo.quantize(w, 4)
     yield fo.quantize(w, 2, group_size=5)

@@ -334,10 +334,10 @@ def test_dequantize_into_out(rng):
         (lambda: fo.quantize(np.zeros(3), group_size=1.5), TypeError, "group_size: expected an integer.*, got 1.5"),
         (lambda: fo.quantize(np.zeros(3), group_size="row"), TypeError, "group_size: expected an integer.*, got 'row'"),
         (lambda: fo.quantize(np.zeros(3), group_size=True), TypeError, "group_size: expected an integer.*, got True"),
-        (lambda: fo.quantize(np.zeros(3), param_dtype="half?"), TypeError, "param_dtype: expected .*, got 'half\\?'"),
+        (lambda: fo.quantize(np.zeros(3), param_dtype="half?"), ValueError, "param_dtype: expected .*, got 'half\\?'"),
         (lambda: fo.quantize(np.zeros(3), outliers="a"), TypeError, "outliers: expected a number, got str"),
         (lambda: fo.quantize(np.zeros(3), max_error="a"), TypeError, "max_error: expected a number, got str"),
-        (lambda: fo.quantize(fo.quantize(np.zeros((3, 4)))), TypeError, "a QuantizedTensor is no array"),
+        (lambda: fo.quantize(fo.quantize(np.zeros((3, 4)))), TypeError, "w: expected an array, got a QuantizedTensor"),
         (lambda: fo.unpack_bits(np.zeros(3, "u1"), 2, 12.0), TypeError, "count: expected an integer, got 12.0"),
         (lambda: fo.embedding(np.zeros((3, 4)), [0]), TypeError, "q: expected a QuantizedTensor, got ndarray"),
         (lambda: fo.quantize(np.zeros(3), param_dtype="int8"), ValueError, "param_dtype: expected float16 or float32"),
@@ -467,7 +467,11 @@ def test_bad_rows(rng):
         (lambda: q[6], IndexError, "out of bounds"),
         (lambda: q[:, 1], IndexError, "too many indices"),
         (lambda: q[[[1, 2]]], IndexError, "rows: expected a slice or numbers along one axis"),
-        (lambda: fo.quantize(np.zeros(8, "f4"))[0], IndexError, r"rows: a weight of shape \(8,\) has only one"),
+        (
+            lambda: fo.quantize(np.zeros(8, "f4"))[0],
+            IndexError,
+            r"rows: expected a weight of two or more axes, got shape \(8,\)",
+        ),
         (lambda: fo.quantize(np.zeros((2, 3, 4), "f4"))[0], IndexError, "rows: expected a slice"),
         (lambda: q.dequantize(rows=slice(0, 4, 2)), ValueError, "rows: expected a slice of step 1"),
         (lambda: q.dequantize(rows=3), ValueError, "rows: expected a slice of step 1, got 3"),
@@ -480,14 +484,6 @@ def test_bad_rows(rng):
         with pytest.raises(error, match=message):
             call()
     assert fo.embedding(q, []).shape == (0, 40)
-
-
-def test_no_array_is_made_of_it_unasked(rng):
-    """NumPy would take what has a length and rows for a sequence, and make an array without columns of it."""
-    q = fo.quantize(rng.standard_normal((6, 40)).astype("f4"))
-    for call in (lambda: np.asarray(q), lambda: np.array(q, "f4"), lambda: np.stack([q, q])):
-        with pytest.raises(TypeError, match=r"a QuantizedTensor is no array: dequantize\(\) makes one"):
-            call()
 
 
 def test_iteration_gives_rows_or_says_that_there_are_none(rng):

@@ -10,7 +10,7 @@ import numpy as np
 from fastopt._checks import require_bits, require_group_size
 from fastopt._types import FLOATS, Array
 from fastopt.files.safetensors_file import DTYPES, PAD, parse_json, require_shape
-from fastopt.tensors.packed import Weight
+from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 from fastopt.tensors.sparse_layout import BLOCK, require_layout
@@ -32,7 +32,7 @@ def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, 
         arrays, entry = _disassemble_quantized(name, tensor)
         return arrays, {**entry, "shape": tensor.shape}
     if not isinstance(tensor, SparseTensor):
-        return {name: tensor}, None
+        return {name: unpacked(tensor)}, None
     arrays = {f"{name}.positions": tensor.positions, f"{name}.row_offsets": tensor.row_offsets}
     entry = {"kind": "sparse", "layout": tensor.layout, "shape": tensor.shape}
     if not isinstance(tensor.values, QuantizedTensor):

@@ -12,7 +12,7 @@ from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
 from fastopt.progress import Progress
-from fastopt.tensors.packed import Weight
+from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
@@ -109,7 +109,7 @@ def _write_tensor(source: TextIO, identifier: str, tensor: Weight) -> None:
     elif values.dtype == np.float64:
         raise ValueError("float64 is not known to fastopt.h; convert it to float32")
     else:
-        parts, type_ = {"values": values}, _TYPES.get(values.dtype.name, "FO_OTHER")
+        parts, type_ = {"values": unpacked(values)}, _TYPES.get(values.dtype.name, "FO_OTHER")
     if isinstance(tensor, SparseTensor):
         layout = _LAYOUTS.get(tensor.layout, "FO_MASK")
         offsets, offset_bytes = _short(tensor.row_offsets)

@@ -18,7 +18,6 @@ from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import pack_bits, unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
 _PANEL = 1 << 13  # blocks that are worked on at a time, in cache
@@ -117,7 +116,7 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
             )
         return _Stored(shape, f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}", lambda: _contiguous(tensor))
     blocks = shape[-1] % _BLOCK == 0
-    if isinstance(tensor, SparseTensor):
+    if not isinstance(tensor, QuantizedTensor):
         trouble = "GGUF has no sparse tensors; unpack it, or pack it without sparsity"
     elif tensor.outliers is not None:
         trouble = "GGUF has no outliers; pack it without them"

@@ -15,7 +15,6 @@ from fastopt.formats import cast_exactly, regroup
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -54,7 +53,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress, *, param_
         progress.next(name)
         if isinstance(tensor, np.ndarray):
             add(name, tensor)
-        elif isinstance(tensor, SparseTensor):
+        elif not isinstance(tensor, QuantizedTensor):
             raise ValueError(f"{name!r}: MLX has no sparse weights; unpack it, or pack it without sparsity")
         else:
             group_size, params = _groups(name, tensor)

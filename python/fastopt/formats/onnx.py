@@ -237,7 +237,7 @@ class Builder:
         elif isinstance(tensor, SparseTensor):
             value, present = self._scattered(parts, tensor), np.dtype(tensor.dtype)
         else:
-            value, present = self.constant(f"{parts}.value", tensor), tensor.dtype
+            value, present = self.constant(f"{parts}.value", unpacked(tensor)), tensor.dtype
         if present.newbyteorder("=") != dtype.newbyteorder("="):
             return self.node("Cast", value, output=output, to=helper.np_dtype_to_tensor_dtype(dtype))
         return value if output is None else self.node("Identity", value, output=output)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt._checks import require_bits, require_group_size
+from fastopt._checks import require_bits, require_group_size, require_param_dtype
 from fastopt._types import FLOATS, Array, GroupSize, PathLike
 from fastopt.tensors.packed import Weight
 from fastopt.tensors.pruning import check_selection, prune
@@ -52,13 +52,7 @@ class Options:
         if self.bits is not None:
             require_bits(self.bits)
         require_group_size(self.group_size, self.bits or 8)
-        try:
-            params = np.dtype(self.param_dtype)
-        except (TypeError, ValueError):
-            params = None
-        if params not in (np.float16, np.float32):
-            raise ValueError(f"param_dtype: expected float16 or float32, got {self.param_dtype!r}")
-        object.__setattr__(self, "param_dtype", np.dtype(self.param_dtype).name)
+        object.__setattr__(self, "param_dtype", require_param_dtype(self.param_dtype).name)
         for name in ("outliers", "threshold", "sparsity"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):

@@ -1,7 +1,8 @@
 """Products with packed weights."""
 
+from __future__ import annotations
+
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,12 +10,8 @@ from numpy.typing import ArrayLike
 from fastopt import _core
 from fastopt._checks import as_matrix, matrix_of_out
 from fastopt._types import Array
-from fastopt.tensors.packed import Weight
+from fastopt.tensors.packed import PackedTensor, Precision, Weight
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor, multiply
-
-_LIMBS = {"exact": 3, "int8": 1}
-_PANEL_SIZE = 1 << 19  # weights decoded at a time for BLAS: they stay in the outer cache
 
 
 def linear(
@@ -23,7 +20,7 @@ def linear(
     bias: Array | None = None,
     *,
     out: Array | None = None,
-    precision: Literal["exact", "int8", "blas"] = "exact",
+    precision: Precision = "exact",
 ) -> Array:
     """Return ``x @ w.T + bias``, straight from packed weights.
 
@@ -78,12 +75,8 @@ def linear(
     """
     if precision not in ("exact", "int8", "blas"):
         raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
-    if isinstance(w, QuantizedTensor):
-        if precision == "blas":
-            return _by_panels(x, w, bias, out)
-        return _core.linear_quantized(x, *w.kernel_args, w.shape, bias, out, _LIMBS[precision], w.outliers)
-    if isinstance(w, SparseTensor):
-        return multiply(x, w, bias, out)
+    if isinstance(w, PackedTensor):
+        return w._linear(x, bias, out, precision)
     if not isinstance(w, np.ndarray):
         raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or a float32 array, got {type(w).__name__}")
     x, out = _core.check_linear(x, w.shape, bias, out, {"w": w})
@@ -92,30 +85,6 @@ def linear(
     (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
     out2 = out.reshape(batch, rows)
     np.matmul(x.reshape(batch, cols), w.reshape(rows, cols).T, out=out2)
-    if bias is not None:
-        np.add(out2, bias, out=out2)
-    return out
-
-
-def matmul(w: Weight, x: Array) -> Array:
-    """Return ``w @ x``, which linear has as ``x.T @ w.T``; of a stack of matrices each, as NumPy does."""
-    x = np.asarray(x)
-    return linear(x, w) if x.ndim < 2 else linear(x.swapaxes(-1, -2), w).swapaxes(-1, -2)
-
-
-def _by_panels(x: Array, w: QuantizedTensor, bias: Array | None, out: Array | None) -> Array:
-    """Decode some rows of `w` at a time and leave each panel to BLAS."""
-    x, out = _core.check_linear(x, w.shape, bias, out, {"codes": w.codes, "scale": w.scale, "minimum": w.minimum})
-    (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
-    x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
-    step = max(1, _PANEL_SIZE // max(cols, 1))
-    memory = np.empty((min(step, rows), cols), np.float32)
-    for begin in range(0, rows, step):
-        part = w[begin : begin + step] if len(w.shape) > 1 else w
-        panel = memory[: min(step, rows - begin)]
-        part.dequantize(out=panel.reshape(part.shape))
-        with np.errstate(all="ignore"):
-            np.matmul(x2, panel.T, out=out2[:, begin : begin + step])
     if bias is not None:
         np.add(out2, bias, out=out2)
     return out

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastopt import _core
 from fastopt._checks import as_float_array, as_matrix
 from fastopt._types import Array
+from fastopt.tensors.packed import dense_array
 from fastopt.tensors.sparse import SparseTensor
 from fastopt.tensors.sparse_layout import BLOCK, parse_pattern, require_layout
 
@@ -262,7 +263,7 @@ def prune(
 
 
 def _copy(w: ArrayLike) -> Array:
-    array = as_float_array(w, "w")
+    array = dense_array(w, "w")
     return array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
 
 

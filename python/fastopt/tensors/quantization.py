@@ -1,5 +1,7 @@
 """Quantize arrays, and pack codes into bytes."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import operator
@@ -9,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_float_array, as_matrix, require_bits, require_group_size
+from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
 from fastopt._types import Array, GroupSize
+from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
 
 
@@ -120,12 +123,7 @@ def quantize(
     """
     bits = require_bits(bits)
     group = require_group_size(group_size, bits)
-    try:
-        params = np.dtype(param_dtype)
-    except TypeError:
-        raise TypeError(f"param_dtype: expected float16 or float32, got {param_dtype!r}") from None
-    if params not in (np.float16, np.float32):
-        raise ValueError(f"param_dtype: expected float16 or float32, got {params}")
+    params = require_param_dtype(param_dtype)
     if fit not in ("minmax", "lsq"):
         raise ValueError(f"fit: expected 'minmax' or 'lsq', got {fit!r}")
     for name, number in (("outliers", outliers), ("max_error", max_error)):
@@ -135,7 +133,7 @@ def quantize(
         raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers}")
     if max_error is not None and not max_error >= 0:
         raise ValueError(f"max_error: expected at least 0, got {max_error}")
-    array = as_float_array(w, "w")
+    array = dense_array(w, "w")
     if out is not None:
         _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)
         params = out.scale.dtype

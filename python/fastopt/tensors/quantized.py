@@ -1,8 +1,9 @@
-"""b-bit min-max quantization: 8, 4 and 2 bits, bit-packed."""
+"""Quantized weights: bit-packed codes, with a scale and minimum for each group."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,9 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_bits, require_group_size
+from fastopt._checks import as_matrix, matrix_of_out, require_bits, require_group_size
 from fastopt._types import Array
-from fastopt.tensors.error import Error, ErrorSums
+from fastopt.tensors.error import ErrorSums
+from fastopt.tensors.packed import PackedTensor, Precision, Storage
+
+_LIMBS = {"exact": 3, "int8": 1}
+_PANEL_SIZE = 1 << 19  # number of weights that are decoded at a time for BLAS; they stay in the outer cache
 
 
 def _kernel_group_size(group_size: int | None, cols: int) -> int:
@@ -30,25 +35,39 @@ def _param_shape(group_size: int | None, rows: int, cols: int) -> tuple[int, int
 
 
 class Outliers(NamedTuple):
-    """Weights that codes alone would miss by far: what is added to some of them after decoding.
+    """Corrections for the weights that the codes alone would miss by far.
 
     Attributes
     ----------
     indices : uint32 or int64 array, rising
         Places in the flattened weight.
     values : float32 array
-        What is added there.
+        The correction that is added there after decoding.
     """
 
     indices: Array
     values: Array
 
+    def copy(self) -> Outliers:
+        """Return a copy whose arrays are its own."""
+        return Outliers(np.array(self.indices), np.array(self.values))
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the corrections are the same, bit for bit, whatever the type of the indices."""
+        if not isinstance(other, Outliers):
+            return NotImplemented
+        same_values = self.values.dtype == other.values.dtype and self.values.tobytes() == other.values.tobytes()
+        return same_values and np.array_equal(self.indices, other.indices)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QuantizedTensor:
+class QuantizedTensor(PackedTensor):
     """A weight in 8, 4 or 2 bits: ``w ~ minimum + scale * code``, with a pair of parameters a group.
 
-    Made by `quantize`; arrays may also be read-only ones from a memory-mapped file, which are used as they are.
+    `quantize` makes one. The arrays are used as they are; they may be read-only and memory-mapped.
 
     Attributes
     ----------
@@ -57,13 +76,14 @@ class QuantizedTensor:
     scale, minimum : float16 or float32 arrays, shape (rows, groups), or (1, 1) for the whole tensor
     bits : 8, 4 or 2
     group_size : int or None
-        Columns that share a pair; -1: a row does; None: the whole tensor does.
+        The number of columns that share a pair; -1: a row; None: the whole tensor.
     shape : tuple of int
-        Of the weight; seen as a matrix of its first axis by all others, and as one row if it has one axis.
+        The shape of the weight, which is seen as a matrix: the first axis by all others, or one row if there is only
+        one axis.
     dtype : numpy.dtype
-        Of the weight before it was quantized, and of `dequantize` without ``out``.
+        The dtype of the weight before it was quantized, and of `dequantize` without ``out``.
     outliers : Outliers or None
-        What is added to some weights after decoding.
+        Corrections that are added to some weights after decoding.
 
     Raises
     ------
@@ -72,8 +92,7 @@ class QuantizedTensor:
 
     Notes
     -----
-    ``q @ x`` and ``x @ q.T`` multiply, as `linear` does; ``q[rows]`` with a number, a slice or an array of numbers
-    takes rows, which stay quantized; ``==`` compares all that is stored, to the bit.
+    Products, rows, iteration and ``==`` are those of `PackedTensor`.
     """
 
     codes: NDArray[np.uint8]
@@ -84,8 +103,6 @@ class QuantizedTensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     outliers: Outliers | None = None
-
-    __array_ufunc__ = None  # arrays leave operators to this class
 
     def __post_init__(self) -> None:
         require_bits(self.bits)
@@ -115,23 +132,16 @@ class QuantizedTensor:
             _check_outliers(*self.outliers, self.size)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scale, minimum and outliers."""
-        return sum(array.nbytes for array in (self.codes, self.scale, self.minimum, *(self.outliers or ())))
+    def storage(self) -> Storage:
+        """The kind of storage: "quantized"."""
+        return "quantized"
 
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored for each weight, parameters included."""
-        return 8 * self.nbytes / max(self.size, 1)
+    def _arrays(self) -> tuple[Array, ...]:
+        return (self.codes, self.scale, self.minimum, *(self.outliers or ()))
 
     @cached_property
     def kernel_args(self) -> tuple[Array, Array, Array, int, int]:
-        """What the kernels take, in their order."""
+        """The arguments of the kernels, in their order."""
         cols = as_matrix(self.shape)[1]
         return self.codes, self.scale, self.minimum, self.bits, _kernel_group_size(self.group_size, cols)
 
@@ -143,11 +153,11 @@ class QuantizedTensor:
         Parameters
         ----------
         out : float32 array of the weight's shape, optional
-            Written and returned; C-contiguous. Saves allocating, which costs more than the work itself.
+            The array to write and return; C-contiguous. It saves an allocation, which costs more than the decoding.
         dtype : dtype, optional
-            Of a new array; without it, that of the weight before it was quantized.
+            The dtype of a new array. The default is the dtype of the weight before it was quantized.
         rows : slice, optional
-            Along the first axis, of step 1; the others are not decoded.
+            The rows to decode: a slice of step 1 along the first axis.
 
         Returns
         -------
@@ -159,7 +169,7 @@ class QuantizedTensor:
         TypeError, ValueError
             If `out` is not writable, contiguous float32 of the right shape, or `rows` has a step.
         IndexError
-            If `rows` are asked of a weight of one axis.
+            If `rows` is given for a weight of one axis.
 
         Examples
         --------
@@ -178,39 +188,29 @@ class QuantizedTensor:
         with np.errstate(over="ignore"):
             return result.astype(self.dtype if dtype is None else dtype, copy=False)
 
-    def error(self, w: ArrayLike) -> Error:
-        """Return how far this is from `w`.
+    def to_dense(self, out: Array | None = None) -> Array:
+        """Return the weight as an array, as `dequantize` does.
 
         Parameters
         ----------
-        w : array_like of a float type
-            What was quantized.
+        out : float32 array of the weight's shape, optional
+            The array to write and return; C-contiguous.
 
         Returns
         -------
-        Error
-            Root mean square, the same relative to `w`, largest, signal to noise ratio and cosine.
+        array
+            `out`, or a new array of `dtype`.
 
         Raises
         ------
         TypeError, ValueError
-            If `w` is not of a float type or of this shape.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import fastopt as fo
-        >>> w = np.linspace(-1, 1, 64, dtype=np.float32)
-        >>> round(fo.quantize(w, bits=4).error(w).max, 3)
-        0.032
+            If `out` is not writable, contiguous float32 of the right shape.
         """
-        return self.error_sums(w).error()
+        return self.dequantize(out)
 
     def error_sums(self, w: ArrayLike) -> ErrorSums:
-        """Return what `error` follows from, so that it can be added up over weights."""
-        array = as_float_array(w, "w")
-        if array.shape != self.shape:
-            raise ValueError(f"w: expected shape {self.shape}, got {array.shape}")
+        """Return the sums that `error` is computed from; sums of several weights can be added."""
+        array = self._original(w)
         sums = ErrorSums()
         rows = as_matrix(self.shape)[0]
         step = max(1, (1 << 20) // max(as_matrix(self.shape)[1], 1))
@@ -220,71 +220,34 @@ class QuantizedTensor:
             sums.add(ours, array[at : at + step] if many else array)
         return sums
 
-    def copy(self) -> "QuantizedTensor":
-        """Return the same with arrays of its own, in memory.
-
-        Returns
-        -------
-        QuantizedTensor
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import fastopt as fo
-        >>> q = fo.quantize(np.eye(3, dtype=np.float32))
-        >>> q.copy() == q
-        True
-        """
-        outliers = self.outliers and Outliers(np.array(self.outliers.indices), np.array(self.outliers.values))
-        codes, scale, minimum = np.array(self.codes), np.array(self.scale), np.array(self.minimum)
-        return QuantizedTensor(codes, scale, minimum, self.bits, self.group_size, self.shape, self.dtype, outliers)
-
-    @property
-    def T(self) -> "_Transposed":  # noqa: N802 - as NumPy calls it
-        """The transpose, for ``x @ q.T``."""
-        return _Transposed(self)
-
-    def __array__(self, *args: Any, **options: Any) -> Array:
-        raise TypeError("a QuantizedTensor is no array: dequantize() makes one")
-
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("len() of unsized object")
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator["QuantizedTensor"]:
-        return (self[row] for row in range(len(self)))  # without it, an IndexError would end an iteration in silence
-
-    def __getitem__(self, rows: int | slice | Array) -> "QuantizedTensor":
-        if len(self.shape) < 2:
-            raise IndexError(f"rows: a weight of shape {self.shape} has only one")
-        numbers = np.arange(self.shape[0])[rows]
-        if numbers.ndim > 1 or (numbers.ndim == 0 and len(self.shape) > 2):
-            raise IndexError(f"rows: expected a slice or numbers along one axis, got {rows!r:.80}")
-        shape = (*numbers.shape, *self.shape[1:])
-        # A stretch of rows is a view; others are copied.
-        key = rows if isinstance(rows, slice) and rows.step in (None, 1) else numbers.reshape(-1)
+    def _take(self, key: slice | NDArray[np.int64], rows: NDArray[np.int64], shape: tuple[int, ...]) -> QuantizedTensor:
         codes = self.codes[key]
         scale, minimum = (p if self.group_size is None else p[key] for p in (self.scale, self.minimum))
-        outliers = self.outliers and _outliers_of_rows(self.outliers, numbers.reshape(-1), as_matrix(self.shape)[1])
+        outliers = self.outliers and _outliers_of_rows(self.outliers, rows, as_matrix(self.shape)[1])
         return QuantizedTensor(codes, scale, minimum, self.bits, self.group_size, shape, self.dtype, outliers)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, QuantizedTensor):
-            return NotImplemented
-        ours, theirs = ([getattr(q, field.name) for field in fields(q)] for q in (self, other))
-        return all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
+    def _linear(self, x: Array, bias: Array | None, out: Array | None, precision: Precision) -> Array:
+        if precision == "blas":
+            return self._by_panels(x, bias, out)
+        return _core.linear_quantized(x, *self.kernel_args, self.shape, bias, out, _LIMBS[precision], self.outliers)
 
-    __hash__ = None  # type: ignore[assignment]  # its arrays may change
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def __matmul__(self, x: Array) -> Array:
-        """Return the product with a vector [in], a matrix [in, batch] or a stack of these."""
-        from fastopt.tensors.products import matmul
-
-        return matmul(self, x)
+    def _by_panels(self, x: Array, bias: Array | None, out: Array | None) -> Array:
+        """Decode some rows at a time and leave each panel to BLAS."""
+        stored = {"codes": self.codes, "scale": self.scale, "minimum": self.minimum}
+        x, out = _core.check_linear(x, self.shape, bias, out, stored)
+        (rows, cols), batch = as_matrix(self.shape), math.prod(x.shape[:-1])
+        x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
+        step = max(1, _PANEL_SIZE // max(cols, 1))
+        memory = np.empty((min(step, rows), cols), np.float32)
+        for begin in range(0, rows, step):
+            part = self[begin : begin + step] if self.ndim > 1 else self
+            panel = memory[: min(step, rows - begin)]
+            part.dequantize(out=panel.reshape(part.shape))
+            with np.errstate(all="ignore"):
+                np.matmul(x2, panel.T, out=out2[:, begin : begin + step])
+        if bias is not None:
+            np.add(out2, bias, out=out2)
+        return out
 
     def __repr__(self) -> str:
         group = {None: "whole tensor", -1: "a row"}.get(self.group_size, self.group_size)
@@ -296,28 +259,6 @@ class QuantizedTensor:
     @property
     def _outlier_text(self) -> str:
         return "" if self.outliers is None else f"{len(self.outliers.indices)} outliers, "
-
-
-class _Transposed:
-    """What ``q.T`` is: the right-hand side of a product."""
-
-    __array_ufunc__ = None
-
-    def __init__(self, q: QuantizedTensor) -> None:
-        self.T = q
-
-    def __rmatmul__(self, x: Array) -> Array:
-        from fastopt.tensors.products import linear
-
-        return linear(x, self.T)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, Outliers) and isinstance(b, Outliers):
-        return _same(a.indices.astype(np.int64), b.indices.astype(np.int64)) and _same(a.values, b.values)
-    return bool(a == b)
 
 
 def _require_slice(rows: slice) -> slice:

@@ -1,7 +1,9 @@
 """Sparse storage of pruned weights."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastopt import _core
 from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_bits
 from fastopt._types import Array, GroupSize
+from fastopt.tensors.packed import PackedTensor, Precision, Storage, dense_array
 from fastopt.tensors.quantization import quantize
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse_layout import (
@@ -28,7 +31,7 @@ _VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseTensor:
+class SparseTensor(PackedTensor):
     """A pruned weight: what is left of it, and where that is.
 
     Made by `SparseTensor.from_dense` or `prune`; arrays may also be read-only ones from a memory-mapped file, which are
@@ -70,9 +73,6 @@ class SparseTensor:
     values: Array | QuantizedTensor
     shape: tuple[int, ...]
 
-    __array_ufunc__ = None  # so that NumPy leaves operators to this class
-    __hash__ = None  # type: ignore[assignment]
-
     def __post_init__(self) -> None:
         require_layout(self.layout)
         if len(self.values.shape) != 1:
@@ -92,9 +92,11 @@ class SparseTensor:
         _core.check_sparse(self._kernel_layout, self.positions, self.row_offsets, cols, entries)
         if ":" in self.layout and not np.array_equal(self._filled(self.positions), self.positions):
             raise ValueError(f"positions: expected {self.layout} of each columns")
-        # The kernels trust what was checked here.
-        for array in (self.positions, self.row_offsets):
-            array.flags.writeable = False
+        # The kernels trust these arrays. The views are read-only, the caller's own arrays stay as they are.
+        for name in ("positions", "row_offsets"):
+            view = getattr(self, name).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
 
     @property
     def _kernel_layout(self) -> str:
@@ -104,7 +106,7 @@ class SparseTensor:
         return _fill_groups(mask, as_matrix(self.shape)[1], self.layout)
 
     @classmethod
-    def from_dense(cls, w: ArrayLike, *, layout: str = "auto") -> "SparseTensor":
+    def from_dense(cls, w: ArrayLike, *, layout: str = "auto") -> SparseTensor:
         """Return what of `w` is not zero, in sparse storage.
 
         Parameters
@@ -135,7 +137,7 @@ class SparseTensor:
         """
         if layout != "auto":
             require_layout(layout)
-        array = as_float_array(w, "w")
+        array = dense_array(w, "w")
         rows, cols = as_matrix(array.shape)
         x = np.require(array, array.dtype.newbyteorder("="), ["C", "A"]).reshape(rows, cols)
         if layout == "1x16":
@@ -162,7 +164,7 @@ class SparseTensor:
     @classmethod
     def _of_mask(
         cls, layout: str, mask: NDArray[np.uint8], row_offsets: Array, values: Array, shape: tuple[int, ...]
-    ) -> "SparseTensor":
+    ) -> SparseTensor:
         """Return the layout that was asked for, or the one that suits, from a mask and what is under it."""
         cols = as_matrix(shape)[1]
         if layout == "auto":
@@ -192,7 +194,7 @@ class SparseTensor:
         group_size: GroupSize = "auto",
         param_dtype: DTypeLike = "float16",
         fit: Literal["minmax", "lsq"] = "minmax",
-    ) -> "SparseTensor":
+    ) -> SparseTensor:
         """Return the same with the values in 8, 4 or 2 bits.
 
         Parameters
@@ -232,7 +234,7 @@ class SparseTensor:
         quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit)
         return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
 
-    def to_layout(self, layout: str) -> "SparseTensor":
+    def to_layout(self, layout: str) -> SparseTensor:
         """Return the same in another layout.
 
         Parameters
@@ -289,43 +291,47 @@ class SparseTensor:
             _core.expand(self._kernel_layout, self.positions, self.row_offsets, self._float_values(), target)
         return result
 
-    def __getitem__(self, rows: Any) -> Array:
-        """Return some rows of the weight, dense.
-
-        Parameters
-        ----------
-        rows : int, slice or sequence of int
-            As in NumPy, along the first axis.
-
-        Returns
-        -------
-        array
-        """
-        if len(self.shape) < 2:
-            raise IndexError("rows: expected a weight of two or more axes")
-        chosen = np.arange(self.shape[0])[rows]
-        picked = np.atleast_1d(chosen)
-        if picked.ndim != 1:
-            raise IndexError("rows: expected one index")
-        counts = np.diff(self.row_offsets)[picked]
+    def _take(self, key: slice | NDArray[np.int64], rows: NDArray[np.int64], shape: tuple[int, ...]) -> SparseTensor:
+        """Return some rows; quantized values become floats, because their groups run through the rows."""
+        counts = np.diff(self.row_offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        entries = np.arange(offsets[-1]) + np.repeat(self.row_offsets[picked] - offsets[:-1], counts)
+        entries: slice | NDArray[np.int64]
+        if isinstance(key, slice):
+            begin = int(self.row_offsets[rows[0]]) if rows.size else 0
+            entries = slice(begin, begin + int(offsets[-1]))
+        else:
+            entries = np.arange(offsets[-1]) + np.repeat(self.row_offsets[rows] - offsets[:-1], counts)
         width = BLOCK if self.layout == "1x16" else 1
         values = self._float_values().reshape(-1, width)[entries].reshape(-1)
-        positions = self.positions[entries if self.layout.startswith("index") else picked]
-        part = SparseTensor(self.layout, positions, offsets, values, (len(picked), *self.shape[1:]))
-        return part.to_dense().reshape(*chosen.shape, *self.shape[1:])
+        positions = self.positions[entries if self.layout.startswith("index") else key]
+        return SparseTensor(self.layout, positions, offsets, values, shape)
 
-    def __iter__(self) -> Iterator[Array]:
-        return (self[row] for row in range(self.shape[0]))  # without it, an IndexError would end it in silence
+    def _linear(self, x: Array, bias: Array | None, out: Array | None, precision: Precision) -> Array:
+        if isinstance(self.values, QuantizedTensor):
+            args = (self._kernel_layout, self.positions, self.row_offsets, *self.values.kernel_args, self.nnz)
+            return _core.linear_sparse_quantized(x, *args, self.shape, bias, out)
+        return _core.linear_sparse(
+            x, self._kernel_layout, self.positions, self.row_offsets, self.values, self.shape, bias, out
+        )
 
-    def __eq__(self, other: object) -> bool:
-        """Return whether both hold the same weights, in whatever layout, bit for bit."""
-        if not isinstance(other, SparseTensor):
-            return NotImplemented
-        if self.shape != other.shape or self.dtype != other.dtype:
-            return False
-        return self.to_dense().tobytes() == other.to_dense().tobytes()
+    @property
+    def storage(self) -> Storage:
+        """The kind of storage: "sparse", or "sparse+quantized" if the values are quantized."""
+        return "sparse+quantized" if isinstance(self.values, QuantizedTensor) else "sparse"
+
+    @property
+    def bits(self) -> int | None:
+        """The bits of a value; None if the values are not quantized."""
+        return self.values.bits if isinstance(self.values, QuantizedTensor) else None
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of values that share a scale and minimum; None if all do, or if they are not quantized."""
+        return self.values.group_size if isinstance(self.values, QuantizedTensor) else None
+
+    def _arrays(self) -> tuple[Array, ...]:
+        values = self.values._arrays() if isinstance(self.values, QuantizedTensor) else (self.values,)
+        return (self.positions, self.row_offsets, *values)
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -340,42 +346,14 @@ class SparseTensor:
         return int(self.values.shape[0])
 
     @property
-    def size(self) -> int:
-        """Number of weights, zeros included."""
-        return math.prod(self.shape)
-
-    @property
     def density(self) -> float:
-        """Share of weights that is stored."""
+        """Fraction of the weights that is stored."""
         return self.nnz / max(self.size, 1)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of `to_dense`."""
         return self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of positions, offsets and values."""
-        return self.positions.nbytes + self.row_offsets.nbytes + self.values.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored for each weight, zeros included."""
-        return 8 * self.nbytes / max(self.size, 1)
-
-    # ---- products --------------------------------------------------------------------------------------------
-
-    def __matmul__(self, x: Array) -> Array:
-        """Return the product with a vector [in], a matrix [in, batch] or a stack of these."""
-        from fastopt.tensors.products import matmul
-
-        return matmul(self, x)
-
-    @property
-    def T(self) -> "Transposed":  # noqa: N802 - NumPy's name
-        """The transpose, for ``x @ s.T``."""
-        return Transposed(self)
 
     # ---- other libraries -------------------------------------------------------------------------------------
 
@@ -408,7 +386,7 @@ class SparseTensor:
         return csr_array((values, columns, offsets), shape=as_matrix(self.shape))
 
     @classmethod
-    def from_scipy(cls, matrix: Any, *, layout: str = "auto") -> "SparseTensor":
+    def from_scipy(cls, matrix: Any, *, layout: str = "auto") -> SparseTensor:
         """Return a SciPy sparse matrix, of any format, in this storage.
 
         Parameters
@@ -444,7 +422,7 @@ class SparseTensor:
         return torch.sparse_csr_tensor(row_pointers, indices, data, as_matrix(self.shape), check_invariants=True)
 
     @classmethod
-    def from_torch(cls, tensor: Any, *, layout: str = "auto") -> "SparseTensor":
+    def from_torch(cls, tensor: Any, *, layout: str = "auto") -> SparseTensor:
         """Return a torch tensor in CSR layout in this storage.
 
         Parameters
@@ -464,7 +442,7 @@ class SparseTensor:
     @classmethod
     def _from_csr(
         cls, values: Array, columns: Array, offsets: Array, shape: tuple[int, int], layout: str
-    ) -> "SparseTensor":
+    ) -> SparseTensor:
         if layout != "auto":
             require_layout(layout)
         values, (rows, cols) = as_float_array(values, "values"), shape
@@ -488,45 +466,11 @@ class SparseTensor:
         return cls("mask", mask, row_offsets, values, shape).to_layout(layout)
 
     def __repr__(self) -> str:
-        quantized = isinstance(self.values, QuantizedTensor)
-        values = f"{self.values.bits}-bit" if quantized else str(self.dtype)  # type: ignore[union-attr]
+        values = str(self.dtype) if self.bits is None else f"{self.bits}-bit"
         return (
             f"SparseTensor(shape={self.shape}, layout={self.layout}, density={self.density:.3f}, {values} values, "
             f"{self.bits_per_weight:.2f} bits per weight)"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Transposed:
-    """The transpose of a sparse weight, which exists to stand on the right of ``x @ s.T``.
-
-    Attributes
-    ----------
-    T : SparseTensor
-    """
-
-    T: SparseTensor
-
-    __array_ufunc__ = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the matrix."""
-        rows, cols = as_matrix(self.T.shape)
-        return cols, rows
-
-    def __rmatmul__(self, x: Array) -> Array:
-        from fastopt.tensors.products import linear
-
-        return linear(x, self.T)
-
-
-def multiply(x: Array, s: SparseTensor, bias: Array | None, out: Array | None) -> Array:
-    """Return ``x @ s.T + bias``, in `out` if that is given; the kernels check x, bias and out."""
-    if isinstance(s.values, QuantizedTensor):
-        args = (s._kernel_layout, s.positions, s.row_offsets, *s.values.kernel_args, s.nnz)
-        return _core.linear_sparse_quantized(x, *args, s.shape, bias, out)
-    return _core.linear_sparse(x, s._kernel_layout, s.positions, s.row_offsets, s.values, s.shape, bias, out)
 
 
 def sparsity(w: Any) -> float:
