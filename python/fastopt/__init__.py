@@ -18,22 +18,21 @@ from fastopt.files.weights import Weights
 from fastopt.formats import export
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.choose import choose_bits
-from fastopt.models.examine import Difference, TensorDifference, TensorFacts, diff, inspect
+from fastopt.models.examine import diff, inspect
 from fastopt.models.model import PackedModel, load, pack
 from fastopt.models.recipe import Options, Recipe
-from fastopt.models.report import Report, TensorReport
-from fastopt.models.shrinking import Add, Concat, Layer, Shrunk, drop_layers, shrink
-from fastopt.models.stream import pack_file, plan, prune_file, unpack_file
+from fastopt.models.report import Report
+from fastopt.models.shrinking import Add, Concat, Layer, drop_layers, shrink
+from fastopt.models.stream import pack_file, unpack_file
 from fastopt.tensors.packed import PackedTensor
 from fastopt.tensors.products import embedding, linear
-from fastopt.tensors.pruning import cubic_sparsity, prune, prune_
+from fastopt.tensors.pruning import prune, prune_
 from fastopt.tensors.quantization import pack_bits, quantize, unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor, sparsity
-from fastopt.train.checkpoint import restore, save
+from fastopt.train.checkpoint import load_checkpoint, save_checkpoint
 from fastopt.train.optimizer import Optimizer
 from fastopt.train.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
-from fastopt.train.param_tree import l1_penalty, l2_penalty
 
 __all__ = [
     "SGD",
@@ -42,7 +41,6 @@ __all__ = [
     "AdamW",
     "Add",
     "Concat",
-    "Difference",
     "Layer",
     "Lion",
     "Optimizer",
@@ -53,37 +51,28 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "Report",
-    "Shrunk",
     "SparseTensor",
-    "TensorDifference",
-    "TensorFacts",
-    "TensorReport",
     "Weights",
     "__version__",
     "choose_bits",
-    "cubic_sparsity",
     "diff",
     "drop_layers",
     "embedding",
     "export",
     "get_num_threads",
     "inspect",
-    "l1_penalty",
-    "l2_penalty",
     "linear",
     "load",
+    "load_checkpoint",
     "open_weights",
     "pack",
     "pack_bits",
     "pack_file",
     "pack_onnx",
-    "plan",
     "prune",
     "prune_",
-    "prune_file",
     "quantize",
-    "restore",
-    "save",
+    "save_checkpoint",
     "schedules",
     "set_num_threads",
     "show_config",

@@ -306,3 +306,44 @@ def _chain(parts: Sequence[tuple[int, Schedule]], last: Schedule, step: int) -> 
             return schedule(step)
         step -= steps
     return last(step)
+
+
+def cubic_sparsity(final: float, steps: int, *, initial: float = 0.0, begin: int = 0) -> Schedule:
+    """Raise the sparsity while training: fast at first, then ever slower.
+
+    Parameters
+    ----------
+    final : float
+        Sparsity at step ``begin + steps`` and after it.
+    steps : int
+        Number of steps from `initial` to `final`.
+    initial : float
+        Sparsity until step `begin`.
+    begin : int
+
+    Returns
+    -------
+    callable from step to sparsity
+        ``final + (initial - final) * (1 - (step - begin) / steps)**3`` in between (Zhu and Gupta, 2017).
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+
+    Examples
+    --------
+    >>> from fastopt.schedules import cubic_sparsity
+    >>> schedule = cubic_sparsity(0.8, steps=100)
+    >>> [round(schedule(step), 3) for step in (0, 50, 100, 200)]
+    [0.0, 0.7, 0.8, 0.8]
+    """
+    _check("final", final, most=1)
+    _check("initial", initial, most=1)
+    _check("steps", steps, least=1)
+    return partial(_cubic_sparsity, final, steps, initial, begin)
+
+
+def _cubic_sparsity(final: float, steps: int, initial: float, begin: int, step: int) -> float:
+    left = (1 - min(max((step - begin) / steps, 0), 1)) ** 3
+    return initial * left + final * (1 - left)

@@ -219,13 +219,28 @@ def test_dry_run_writes_nothing(weights, tmp_path):
 
 def test_pruning_a_file(weights, tmp_path):
     fo.PackedModel(weights).save(tmp_path / "m.safetensors")
-    report = fo.prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", sparsity=0.75, exclude=["*norm*"])
+    report = fo.pack_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", sparsity=0.75, exclude=["*norm*"])
     pruned = fo.load(tmp_path / "p.safetensors")
     assert pruned["c.weight"] == fo.prune(weights["c.weight"], sparsity=0.75)
     assert pruned["d.norm"].shape == (100,)
     assert {t.name: t.reason for t in report.tensors}["a.weight"] == "1320 weights, fewer than min_size 4096"
-    with pytest.raises(ValueError, match="threshold, sparsity, pattern: expected at least one"):
-        fo.prune_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors")
+    with pytest.raises(TypeError, match="target: expected a path"):
+        fo.pack_file(tmp_path / "m.safetensors", sparsity=0.75)
+    assert fo.pack_file(tmp_path / "m.safetensors", bits=4, dry_run=True).nbytes > 0
+
+
+def test_paths_and_checkpoints(weights, tmp_path):
+    path = tmp_path / "m.safetensors"
+    fo.pack(weights, bits=4).save(path)
+    assert fo.inspect(path) == fo.inspect(fo.load(path))
+    assert fo.diff(path, str(path)).total.max == 0
+    assert fo.diff(fo.pack(path, bits=4), fo.pack(fo.open_weights(path), bits=4)).total.max == 0
+    fo.export(path, tmp_path / "m.npz", to="npz")
+    assert set(np.load(tmp_path / "m.npz")) >= {"c.weight"}
+    fo.save_checkpoint({"w": weights["c.weight"]}, path)
+    with pytest.raises(ValueError, match=r"is a checkpoint, not a model; read it with fastopt\.load_checkpoint"):
+        fo.load(path)
+    assert [*fo.open_weights(path)] == ["/w"]
 
 
 def test_onto_itself(weights, tmp_path):
@@ -620,7 +635,7 @@ def test_a_full_disk_is_one_clear_error(weights, tmp_path):
             lambda: fo.pack_file(sys.argv[1], sys.argv[2], fo.Recipe(bits=8)),
             lambda: fo.unpack_file(sys.argv[1], sys.argv[2]),
             lambda: fo.unpack_file(sys.argv[1], sys.argv[2] + ".index.json"),
-            lambda: fo.save({"w": weights["large"]}, sys.argv[2]),
+            lambda: fo.save_checkpoint({"w": weights["large"]}, sys.argv[2]),
         ):
             try:
                 write()
@@ -656,7 +671,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
             os.setuid(65534)
         for write in (
             lambda: fo.pack({"w": w}, bits=8).save(target),
-            lambda: fo.save({"w": w}, target),
+            lambda: fo.save_checkpoint({"w": w}, target),
         ):
             try:
                 write()

@@ -84,8 +84,10 @@ def test_containers_that_lie(content, message, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     tracemalloc.start()
-    for read in (fo.load, fo.open_weights, fo.restore):
-        with pytest.raises(ValueError, match=message if read is not fo.restore else f"{message}|not a checkpoint"):
+    for read in (fo.load, fo.open_weights, fo.load_checkpoint):
+        with pytest.raises(
+            ValueError, match=message if read is not fo.load_checkpoint else f"{message}|not a checkpoint"
+        ):
             read(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -11,7 +11,7 @@ import fastopt as fo
 def load_and_use(path: Path) -> bool:
     """Load a file and compute with what is in it; return whether it was sound. Nothing but ValueError may be raised."""
     with contextlib.suppress(ValueError):
-        fo.restore(path)
+        fo.load_checkpoint(path)
     try:
         model = fo.load(path)
     except ValueError:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -7,6 +8,8 @@ import pytest
 
 import fastopt as fo
 from fastopt.models.choose import parse_size
+from fastopt.models.recipe import RecipeOptions
+from fastopt.models.stream import plan
 from fastopt.tensors.quantization import quantized_nbytes
 
 
@@ -109,6 +112,9 @@ def test_what_is_wrong_is_named():
         fo.Recipe.from_dict([])
     with pytest.raises(ValueError, match="recipe: cannot be given together with other options"):
         fo.pack({}, bits=4, recipe=fo.Recipe())
+    with pytest.raises(TypeError, match=r"unknown option 'bit', did you mean 'bits'.*options: bits, group_size"):
+        fo.pack({}, bit=4)
+    assert [*RecipeOptions.__annotations__] == [f.name for f in dataclasses.fields(fo.Recipe)]
     with pytest.raises(TypeError, match="recipe: expected a Recipe, got dict"):
         fo.pack({}, recipe={})
 
@@ -171,7 +177,7 @@ def test_the_plan_is_what_happens(weights):
         {"threshold": 0.5, "bits": 4},
     ]:
         recipe = fo.Recipe(**options)
-        planned, made = fo.plan(weights, recipe), fo.pack(weights, recipe=recipe).report()
+        planned, made = plan(weights, recipe), fo.pack(weights, recipe=recipe).report()
         assert planned == made
         assert planned.nbytes == sum(t.nbytes for t in planned.tensors)
         assert planned.nbytes_before == sum(w.nbytes for w in weights.values())

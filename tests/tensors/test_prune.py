@@ -197,7 +197,7 @@ def test_pruned_negatives_infinities_and_nan(rng):
 
 
 def test_cubic_schedule():
-    schedule = fo.cubic_sparsity(0.9, 1000, initial=0.1, begin=50)
+    schedule = fo.schedules.cubic_sparsity(0.9, 1000, initial=0.1, begin=50)
     values = [schedule(step) for step in range(1200)]
     assert values == sorted(values)
     assert values[:51] == [0.1] * 51
@@ -205,7 +205,7 @@ def test_cubic_schedule():
     assert values[550] == pytest.approx(0.9 - 0.8 / 8)
     for bad in ({"final": 1.1, "steps": 3}, {"final": 0.5, "steps": 0}, {"final": 0.5, "steps": 3, "initial": -1}):
         with pytest.raises(ValueError, match="expected"):
-            fo.cubic_sparsity(**bad)
+            fo.schedules.cubic_sparsity(**bad)
 
 
 def test_bad_arguments(rng):

@@ -23,11 +23,13 @@ def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, rng):
         opt = fo.Adam(params, **options)
         for g in grads[:5]:
             opt.step([g[0], None] if g is grads[2] else g)
-        fo.save({"params": params, "optimizer": opt.state_dict(), "note": "half-way"}, tmp_path / "c.safetensors")
+        fo.save_checkpoint(
+            {"params": params, "optimizer": opt.state_dict(), "note": "half-way"}, tmp_path / "c.safetensors"
+        )
         for g in grads[5:]:
             opt.step(g)
 
-        saved = fo.restore(tmp_path / "c.safetensors")
+        saved = fo.load_checkpoint(tmp_path / "c.safetensors")
         assert saved["note"] == "half-way"
         resumed = fo.Adam(saved["params"], **options)
         resumed.load_state_dict(saved["optimizer"])
@@ -45,8 +47,8 @@ def test_what_a_file_holds(tmp_path):
         "strided": np.arange(10)[::2],
         "array": {"array": 3},
     }
-    fo.save(tree, tmp_path / "c.safetensors")
-    back = fo.restore(tmp_path / "c.safetensors")
+    fo.save_checkpoint(tree, tmp_path / "c.safetensors")
+    back = fo.load_checkpoint(tmp_path / "c.safetensors")
     assert back["a"][:5] == [1, 2.5, "text", None, True]
     assert back["a"][5]["b"].tolist() == [0, 1, 2]
     assert back["a"][5]["c"] == []
@@ -66,8 +68,8 @@ def test_keys_that_look_like_paths_keep_their_own_arrays(tmp_path):
         "": {"": np.full(1, 3)},
         "/": np.full(1, 4),
     }
-    fo.save(tree, tmp_path / "c.safetensors")
-    back = fo.restore(tmp_path / "c.safetensors")
+    fo.save_checkpoint(tree, tmp_path / "c.safetensors")
+    back = fo.load_checkpoint(tmp_path / "c.safetensors")
     for ours, theirs in zip(
         [back["a"]["b"], *(back[k] for k in ("a/b", "a/b#2", "/")), back[""][""]],
         [tree["a"]["b"], *(tree[k] for k in ("a/b", "a/b#2", "/")), tree[""][""]],
@@ -80,11 +82,11 @@ def test_bad_trees_and_files(tmp_path):
     path = tmp_path / "c.safetensors"
     for scalar in (np.complex64(1), np.datetime64("2020-01-01"), np.longdouble(1)):
         with pytest.raises(TypeError, match=r"tree: /a/0 is a .*, which a file cannot hold"):
-            fo.save({"a": [scalar]}, path)
+            fo.save_checkpoint({"a": [scalar]}, path)
     with pytest.raises(TypeError, match="tree: /a/0 is a set, which a file cannot hold"):
-        fo.save({"a": [{1}]}, path)
+        fo.save_checkpoint({"a": [{1}]}, path)
     with pytest.raises(TypeError, match="tree: /a has the key 1, expected texts"):
-        fo.save({"a": {1: 2}}, path)
+        fo.save_checkpoint({"a": {1: 2}}, path)
     assert not path.exists()
     for metadata in (
         {},
@@ -97,7 +99,7 @@ def test_bad_trees_and_files(tmp_path):
     ):
         save_file({"a": np.zeros(2)}, path, metadata=metadata)
         with pytest.raises(ValueError, match="not a checkpoint of fastopt"):
-            fo.restore(path)
+            fo.load_checkpoint(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        fo.restore(path)
+        fo.load_checkpoint(path)

@@ -573,14 +573,6 @@ def test_bad_options(make, error, message):
         make()
 
 
-def test_penalties_are_what_the_options_add_to_the_loss(rng):
-    w = {"a": rng.standard_normal(5), "b": rng.standard_normal((2, 3)).astype("f4")}
-    assert fo.l1_penalty(w, 0.3) == pytest.approx(0.3 * sum(np.abs(x).sum() for x in w.values()), rel=1e-6)
-    assert fo.l2_penalty(w, 0.3) == pytest.approx(0.15 * sum((x**2).sum() for x in w.values()), rel=1e-6)
-    assert fo.l2_penalty(w["b"].T, 0.3) == fo.l2_penalty(w["b"].T.copy(), 0.3)
-    assert fo.l1_penalty({1: w["a"], "1": w["a"]}, 0.3) == 2 * fo.l1_penalty(w["a"], 0.3)
-
-
 def test_adagrad_starts_from_its_initial_value():
     w = np.ones(1)
     fo.Adagrad(w, lr=1.0, initial_accumulator_value=3.0).step(np.ones(1))

@@ -40,7 +40,7 @@ from fastopt.formats import export as export_to
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.examine import diff as difference_of
 from fastopt.models.examine import inspect as facts_of
-from fastopt.models.model import PackedModel, load
+from fastopt.models.model import NOT_PACKED, PackedModel, load, open_model
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
 from fastopt.models.stream import pack_file, unpack_file
@@ -63,7 +63,7 @@ def inspect(model: Source, as_json: Json = False) -> None:
     maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
     """
     with byte_progress("inspect") as notify:
-        opened = _open(model)
+        opened = open_model(model)
         facts = facts_of(_Watched(opened, notify))
     recipe = opened.recipe if isinstance(opened, PackedModel) else None
     if as_json:
@@ -296,7 +296,7 @@ def export(
         param_dtype=param_dtype,
     )
     with byte_progress("export") as notify:
-        export_to(_open(model), output, to=to, notify=notify, **options)
+        export_to(open_model(model), output, to=to, notify=notify, **options)
     size = _file_bytes(output)
     if as_json:
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
@@ -332,7 +332,7 @@ def diff(
     reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is null.
     """
     _check_outputs(None, html)
-    one, other = _open(first), _open(second)
+    one, other = open_model(first), open_model(second)
     with byte_progress("compare") as notify:
         found = difference_of(_Watched(one, notify), other)
     if html is not None:
@@ -395,28 +395,17 @@ def _file_bytes(path: Path) -> int:
 
 def _check_outputs(target: Path | None, html: Path | None = None) -> None:
     """Reject, before the work, outputs that could not be written or whose names belong to another format."""
-    if target is not None and target.suffix in (*_NOT_PACKED, ".gguf", ".onnx"):
+    if target is not None and target.suffix in (*NOT_PACKED, ".gguf", ".onnx"):
         raise typer.BadParameter(f"--output: expected a .safetensors file, got {target}; see also fastopt export")
     for path in (target, html):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
 
 
-_NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
-
-
-def _open(path: Path) -> "PackedModel | Weights":
-    """Open a model; packed tensors stay packed."""
-    if path.is_dir():
-        found = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
-        return load(found[0]) if len(found) == 1 else open_weights(path)
-    return open_weights(path) if path.suffix in _NOT_PACKED else load(path)
-
-
 class _Watched(Mapping[str, Weight]):
     """A model that reports the progress of reading its tensors, one after the other."""
 
-    def __init__(self, weights: "PackedModel | Weights", notify: Notify) -> None:
+    def __init__(self, weights: PackedModel | Weights, notify: Notify) -> None:
         sizes = weights.sizes if isinstance(weights, Weights) else {name: w.nbytes for name, w in weights.items()}
         self._weights, self._progress = weights, Progress(sizes, notify)
 

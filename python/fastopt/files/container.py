@@ -17,6 +17,8 @@ from fastopt.tensors.sparse_layout import BLOCK, require_layout
 
 FORMAT_VERSION = 2  # 1 had no tensors that only fill, and no recipe
 _FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
+# The metadata key of a checkpoint, which `load` refuses.
+CHECKPOINT = "fastopt.checkpoint"
 
 
 class Content(NamedTuple):
@@ -61,7 +63,7 @@ def describe(order: Iterable[str], entries: Mapping[str, Any], recipe: Mapping[s
 def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Content:
     """Return the tensors and the recipe that the arrays and the metadata of a file make; raise as `load` does."""
     if "fastopt" not in metadata:
-        return Content(dict(arrays), None)
+        return Content({name: array for name, array in arrays.items() if not name.startswith(PAD)}, None)
     try:
         return _assemble(metadata["fastopt"], arrays)
     except (TypeError, ValueError) as error:

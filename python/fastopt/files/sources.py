@@ -12,7 +12,7 @@ import numpy as np
 
 from fastopt._types import Array, PathLike
 from fastopt.files.container import assemble, disassemble
-from fastopt.files.safetensors_file import MappedFile
+from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import read_index
 from fastopt.files.weights import Source, Weights
 from fastopt.tensors.packed import Weight, unpacked
@@ -100,7 +100,7 @@ def _open_folder(path: Path) -> Weights:
 
 def _of_safetensors(file: MappedFile) -> dict[str, Source]:
     if "fastopt" not in file.metadata:
-        return {name: _of_mapped(file, name) for name in file.stored}
+        return {name: _of_mapped(file, name) for name in file.stored if not name.startswith(PAD)}
     content = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
     return {
         name: _of_mapped(file, name) if name in file.stored else _of_packed(file, name, tensor)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._checks import as_matrix
-from fastopt._types import Array, Notify
+from fastopt._types import Array, Notify, PathLike
 from fastopt.files.weights import Weights
+from fastopt.models.model import open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 from fastopt.tensors.quantized import QuantizedTensor
@@ -23,7 +24,7 @@ TARGETS = ("c", "gguf", "mlx", "npz", "onnx")
 
 
 def export(
-    model: Mapping[str, Weight],
+    model: Mapping[str, Weight] | PathLike,
     path: str | os.PathLike[str],
     *,
     to: str,
@@ -37,7 +38,7 @@ def export(
 
     Parameters
     ----------
-    model : PackedModel, or mapping from name to array, QuantizedTensor or SparseTensor
+    model : PackedModel, mapping from name to array, QuantizedTensor or SparseTensor, or path-like
     path : path-like
         Replaced when the file is complete.
     to : str
@@ -82,6 +83,8 @@ def export(
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    if not isinstance(model, Mapping):
+        model = open_model(model)
     sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
     progress = Progress(sizes, notify)
     write(model, Path(path), progress, **options)

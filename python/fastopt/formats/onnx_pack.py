@@ -1,4 +1,6 @@
-"""From ONNX file to ONNX file: the weights of a model packed, and all else as it is."""
+"""Pack the weights of an ONNX model and leave the rest of the graph unchanged."""
+
+from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -12,7 +14,7 @@ from fastopt._types import Array, Notify, PathLike
 from fastopt.formats import require_package
 from fastopt.formats.onnx import Builder, Constant, opset_of, save
 from fastopt.models.choose import choose_bits
-from fastopt.models.recipe import Recipe, pack_tensor
+from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
@@ -20,12 +22,13 @@ from fastopt.tensors.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from typing_extensions import Unpack
 
 
 def pack_onnx(
     source: PathLike,
     target: PathLike,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     *,
     target_bits: float | None = None,
     target_size: int | str | None = None,
@@ -33,6 +36,7 @@ def pack_onnx(
     accuracy_level: int = 0,
     dry_run: bool = False,
     notify: Notify | None = None,
+    **options: Unpack[RecipeOptions],
 ) -> Report:
     """Pack the weights of the MatMul, Gemm and Conv nodes of an ONNX model, and write one that runs.
 
@@ -42,9 +46,9 @@ def pack_onnx(
         An ONNX file. Tensors that it keeps in other files are read too.
     target : path-like
         It appears when it is complete; it may be the source.
-    recipe : Recipe
-        By the names of the weights in the model. A weight is seen as [out, in, ...], whichever way the model holds it:
-        groups lie along what it is multiplied by.
+    recipe, **options
+        As in `pack`, by the names of the weights in the model. A weight is taken as [out, in, ...],
+        whichever way the model stores it: groups lie along the input axis.
     target_bits, target_size
         As in `pack`, over the weights of these nodes.
     fast : bool
@@ -79,10 +83,11 @@ def pack_onnx(
     >>> import fastopt as fo
     >>> weights = {"fc.weight": np.random.default_rng(0).standard_normal((64, 64)).astype("f4")}
     >>> fo.export(weights, "model.onnx", to="onnx", graph=[fo.Layer("fc")])
-    >>> report = fo.pack_onnx("model.onnx", "small.onnx", fo.Recipe(bits=4))
+    >>> report = fo.pack_onnx("model.onnx", "small.onnx", bits=4)
     >>> report.nbytes_before, report.nbytes
     (16384, 2560)
     """
+    recipe = recipe_of(recipe, options)
     require_package("onnx")
     model = _load(Path(source))
     weights = {name: found.array() for name, found in _weights(model).items()}
@@ -107,7 +112,7 @@ def pack_onnx(
     return reporter.report()
 
 
-def _load(path: Path) -> "ModelProto":
+def _load(path: Path) -> ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -121,7 +126,7 @@ def _load(path: Path) -> "ModelProto":
     return model
 
 
-def _drop_aliases(model: "ModelProto") -> None:
+def _drop_aliases(model: ModelProto) -> None:
     """Let nodes read constants by their own names: exporters put an Identity behind one that several layers share."""
     constants: dict[str, str] = {}  # and their aliases, by name: the name of the constant
     for graph in _graphs(model.graph):
@@ -139,7 +144,7 @@ def _drop_aliases(model: "ModelProto") -> None:
         graph.node.extend(kept)
 
 
-def _at_opset(model: "ModelProto", opset: int) -> "ModelProto":
+def _at_opset(model: ModelProto, opset: int) -> ModelProto:
     """Return the model at an operator set that has the types of the codes."""
     from onnx import helper, version_converter
 
@@ -164,7 +169,7 @@ def _at_opset(model: "ModelProto", opset: int) -> "ModelProto":
 class _Found:
     """A constant of a model that is the weight of nodes, and of nothing else."""
 
-    tensor: "TensorProto"
+    tensor: TensorProto
     transposed: bool  # the model holds [in, out]
 
     def array(self) -> Array:
@@ -178,13 +183,13 @@ class _Found:
         return np.ascontiguousarray(array.T) if self.transposed else array
 
 
-def _attribute(node: "NodeProto", name: str, default: Any) -> Any:
+def _attribute(node: NodeProto, name: str, default: Any) -> Any:
     from onnx import helper
 
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def _subgraphs(node: "NodeProto") -> Iterator["GraphProto"]:
+def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     attribute: AttributeProto
     for attribute in node.attribute:
         if attribute.HasField("g"):
@@ -192,7 +197,7 @@ def _subgraphs(node: "NodeProto") -> Iterator["GraphProto"]:
         yield from attribute.graphs
 
 
-def _graphs(graph: "GraphProto") -> Iterator["GraphProto"]:
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     """Give a graph and all that its nodes hold, as the branches of an If."""
     yield graph
     for node in graph.node:
@@ -200,7 +205,7 @@ def _graphs(graph: "GraphProto") -> Iterator["GraphProto"]:
             yield from _graphs(inner)
 
 
-def _reads(node: "NodeProto") -> Iterator[str]:
+def _reads(node: NodeProto) -> Iterator[str]:
     """Give what a node reads, and all that its graphs do."""
     yield from node.input
     for inner in _subgraphs(node):
@@ -208,7 +213,7 @@ def _reads(node: "NodeProto") -> Iterator[str]:
             yield from _reads(within)
 
 
-def _constants(graph: "GraphProto") -> dict[str, "TensorProto"]:
+def _constants(graph: GraphProto) -> dict[str, TensorProto]:
     """Return the initializers, and the outputs of Constant nodes, of one graph."""
     found = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
@@ -220,7 +225,7 @@ def _constants(graph: "GraphProto") -> dict[str, "TensorProto"]:
 _WEIGHTS = {"MatMul": (2, 2), "Gemm": (2, 2), "Conv": (3, 32)}  # operators, and how many axes their weights may have
 
 
-def _weights(model: "ModelProto") -> dict[str, _Found]:
+def _weights(model: ModelProto) -> dict[str, _Found]:
     """Return the constants that are only ever the second input of a MatMul, Gemm or Conv, and always the same way."""
     uses: dict[str, set[Any]] = defaultdict(set)
     constants: dict[str, TensorProto] = {}
@@ -241,7 +246,7 @@ def _weights(model: "ModelProto") -> dict[str, _Found]:
     return found
 
 
-def _others(model: "ModelProto", weights: Mapping[str, Array], min_size: int) -> Iterator[tuple[str, Array]]:
+def _others(model: ModelProto, weights: Mapping[str, Array], min_size: int) -> Iterator[tuple[str, Array]]:
     from onnx import numpy_helper
 
     for graph in _graphs(model.graph):
@@ -254,7 +259,7 @@ def _others(model: "ModelProto", weights: Mapping[str, Array], min_size: int) ->
 
 
 def _replace(
-    model: "ModelProto", packed: Mapping[str, Weight], opset: int, fast: bool, accuracy_level: int
+    model: ModelProto, packed: Mapping[str, Weight], opset: int, fast: bool, accuracy_level: int
 ) -> list[Constant]:
     """Put nodes that decode, or that multiply by codes, in the place of constants.
 
@@ -310,7 +315,7 @@ def _replace(
     return builder.constants
 
 
-def _multiplies(node: "NodeProto", tensor: Weight) -> bool:
+def _multiplies(node: NodeProto, tensor: Weight) -> bool:
     """Whether a node is a product that MatMulNBits can make."""
     if not isinstance(tensor, QuantizedTensor) or tensor.dtype != np.float32:
         return False
@@ -319,7 +324,7 @@ def _multiplies(node: "NodeProto", tensor: Weight) -> bool:
     return node.op_type == "MatMul"
 
 
-def _multiply(builder: Builder, node: "NodeProto", tensor: Weight) -> None:
+def _multiply(builder: Builder, node: NodeProto, tensor: Weight) -> None:
     x, name, (output,) = node.input[0], node.input[1], node.output
     if len(node.input) > 2 and node.input[2]:
         builder.node("Add", builder.product(x, name, tensor), node.input[2], output=output)

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import DEFAULT_GROUP_SIZE, as_matrix
-from fastopt._types import FLOATS, Array
+from fastopt._types import FLOATS, Array, PathLike
+from fastopt.models.model import open_model
 from fastopt.tensors.error import Error, ErrorSums
 from fastopt.tensors.packed import Weight, storage_of, unpacked
 from fastopt.tensors.quantization import quantize
@@ -75,12 +76,12 @@ class TensorFacts:
     suggested_bits: int | None
 
 
-def inspect(weights: Mapping[str, Weight]) -> list[TensorFacts]:
+def inspect(weights: Mapping[str, Weight] | PathLike) -> list[TensorFacts]:
     """Return what the tensors of a model are like: sizes, ranges, outliers, zeros, and the bits that would do.
 
     Parameters
     ----------
-    weights : mapping from name to array, QuantizedTensor or SparseTensor
+    weights : mapping from name to array, QuantizedTensor or SparseTensor, or path-like
         One tensor is looked at, and decoded, at a time.
 
     Returns
@@ -96,6 +97,8 @@ def inspect(weights: Mapping[str, Weight]) -> list[TensorFacts]:
     >>> facts.suggested_bits, facts.outliers, facts.bits_per_weight
     (4, 0, 32.0)
     """
+    if not isinstance(weights, Mapping):
+        weights = open_model(weights)
     return [facts_of(name, weights[name]) for name in weights]
 
 
@@ -211,12 +214,12 @@ class Difference:
     total: Error
 
 
-def diff(first: Mapping[str, Weight], second: Mapping[str, Weight]) -> Difference:
+def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | PathLike) -> Difference:
     """Return how far two models are apart, tensor by tensor: what packing cost, or what training changed.
 
     Parameters
     ----------
-    first, second : mappings from name to array, QuantizedTensor or SparseTensor
+    first, second : mappings from name to array, QuantizedTensor or SparseTensor, or path-like
         Tensors of one name are compared by their decoded values, whatever they are stored as; a pair at a time.
 
     Returns
@@ -237,6 +240,8 @@ def diff(first: Mapping[str, Weight], second: Mapping[str, Weight]) -> Differenc
     >>> [(t.name, round(t.max, 4)) for t in result.tensors], result.missing
     ([('w', 0.0), ('b', 0.0)], ())
     """
+    first = first if isinstance(first, Mapping) else open_model(first)
+    second = second if isinstance(second, Mapping) else open_model(second)
     tensors, reshaped, total = [], [], ErrorSums()
     for name in first:
         if name not in second:

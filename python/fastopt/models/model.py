@@ -6,25 +6,28 @@ JSON text under ``__metadata__["fastopt"]`` says what each is; any reader of saf
 specifies it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from numpy.typing import DTypeLike
-
-from fastopt._types import Array, GroupSize, PathLike
-from fastopt.files.container import assemble, describe, disassemble
+from fastopt._types import Array, PathLike
+from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble
 from fastopt.files.safetensors_file import Part, part_of, read_arrays, write
 from fastopt.files.shards import read_index
+from fastopt.files.sources import open_weights
+from fastopt.files.weights import Weights
 from fastopt.models.choose import choose_bits
-from fastopt.models.recipe import Recipe, naming_tensor, pack_tensor
+from fastopt.models.recipe import Recipe, RecipeOptions, naming_tensor, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import Weight, unpacked
 
-# ---- reports -----------------------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-# ---- models ------------------------------------------------------------------------------------------------------
+# Files of other formats, whose tensors are never packed.
+NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
 
 
 class PackedModel(Mapping[str, Weight]):
@@ -134,50 +137,30 @@ class PackedModel(Mapping[str, Weight]):
 
 
 def pack(
-    weights: Mapping[str, Array],
-    *,
-    bits: int | None = None,
-    group_size: GroupSize = "auto",
-    param_dtype: DTypeLike = "float16",
-    fit: Literal["minmax", "lsq"] = "minmax",
-    outliers: float | None = None,
-    threshold: float | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    min_size: int = 4096,
+    weights: Mapping[str, Array] | PathLike,
     recipe: Recipe | None = None,
+    *,
     target_bits: float | None = None,
     target_size: int | str | None = None,
+    **options: Unpack[RecipeOptions],
 ) -> PackedModel:
     """Pack the tensors of a model: quantized, sparse, or both.
 
     Parameters
     ----------
-    weights : mapping from name to array
-        A dict, or what `open_weights` returns.
-    bits : 8, 4, 2 or None
-        None: do not quantize.
-    group_size, param_dtype, fit, outliers
-        As in `quantize`.
-    threshold, sparsity, pattern
-        As in `prune`: prune each tensor and store it sparse; with `bits` the non-zeros are quantized.
-        A tensor that has been pruned before keeps its zeros.
-    include, exclude : sequences of glob patterns
-        Tensors to pack, by name; the others are kept as they are.
-    overrides : mapping from glob pattern to options
-        Other options, by the names above, for the names that match; the first pattern that matches counts.
-    min_size : int
-        Smaller tensors are kept as they are.
+    weights : mapping from name to array, or path-like
+        A dict, the result of `open_weights`, or the path of a file that `open_weights` opens.
     recipe : Recipe, optional
-        All of these at once, instead of them.
+        All options in one object, instead of the keywords below.
     target_bits : float, optional
         Choose bits and group size of each tensor by its error, so that the model has this many bits per weight at
         most, as `choose_bits` does.
     target_size : int or str, optional
         The same for the bytes of the saved model, as ``12_000_000`` or ``"12MB"``.
+    **options
+        The fields of `Recipe`: `bits`, `group_size`, `param_dtype`, `fit` and `outliers` as in `quantize`; `threshold`,
+        `sparsity` and `pattern` as in `prune`; `include`, `exclude`, `overrides` and `min_size` select tensors by name
+        and size. With `bits` and a pruning option the non-zeros are quantized.
 
     Returns
     -------
@@ -196,28 +179,20 @@ def pack(
     >>> fo.pack(weights, bits=4)
     PackedModel(2 tensors, 2,816 bytes)
     """
-    given = Recipe(
-        bits=bits,
-        group_size=group_size,
-        param_dtype=param_dtype,
-        fit=fit,
-        outliers=outliers,
-        threshold=threshold,
-        sparsity=sparsity,
-        pattern=pattern,
-        include=include,
-        exclude=exclude,
-        overrides=overrides or {},
-        min_size=min_size,
-    )
-    if recipe is not None:
-        if not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
-        if given != Recipe():
-            raise ValueError("recipe: cannot be given together with other options; use recipe.replace")
-        given = recipe
-    given = choose_bits(weights, given, target_bits=target_bits, target_size=target_size)
-    return PackedModel({name: pack_tensor(name, array, given)[0] for name, array in weights.items()}, given)
+    recipe = recipe_of(recipe, options)
+    if not isinstance(weights, Mapping):
+        weights = open_weights(weights)
+    recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
+    return PackedModel({name: pack_tensor(name, array, recipe)[0] for name, array in weights.items()}, recipe)
+
+
+def open_model(path: PathLike) -> PackedModel | Weights:
+    """Open a file or folder in any format that `open_weights` or `load` reads; packed tensors stay packed."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
+        return load(found[0]) if len(found) == 1 else open_weights(path)
+    return open_weights(path) if path.suffix in NOT_PACKED else load(path)
 
 
 def load(path: PathLike) -> PackedModel:
@@ -241,7 +216,7 @@ def load(path: PathLike) -> PackedModel:
     OSError
         If the file cannot be opened.
     ValueError
-        If it is not a safetensors file, or its content does not fit together; the message says where.
+        If it is not a safetensors file, it is a checkpoint, or its content is inconsistent; the message says where.
     """
     path = Path(path)
     if not path.name.endswith(".index.json"):
@@ -263,6 +238,8 @@ def load(path: PathLike) -> PackedModel:
 
 
 def _model_of(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> PackedModel:
+    if CHECKPOINT in metadata:
+        raise ValueError(f"{path}: is a checkpoint, not a model; read it with fastopt.load_checkpoint")
     tensors, recipe = assemble(path, arrays, metadata)
     try:
         return PackedModel(tensors, None if recipe is None else Recipe.from_dict(recipe))

@@ -1,6 +1,7 @@
 """What is done to which tensor of a model."""
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -8,7 +9,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -284,6 +285,40 @@ class Recipe(Options):
         Recipe
         """
         return replace(self, **changes)
+
+
+class RecipeOptions(TypedDict, total=False):
+    """The fields of `Recipe` as keyword arguments."""
+
+    bits: int | None
+    group_size: GroupSize
+    param_dtype: DTypeLike
+    fit: Literal["minmax", "lsq"]
+    outliers: float | None
+    threshold: float | None
+    sparsity: float | None
+    pattern: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    overrides: Mapping[str, Mapping[str, Any]]
+    min_size: int
+
+
+def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
+    """Return the given recipe, or one made of keyword arguments; an unknown keyword is a TypeError."""
+    known = [f.name for f in fields(Recipe)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
+    if recipe is None:
+        return Recipe(**options)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+    if options:
+        raise ValueError("recipe: cannot be given together with other options; use recipe.replace")
+    return recipe
 
 
 def pack_tensor(name: str, array: Array, recipe: Recipe) -> tuple[Weight, str]:

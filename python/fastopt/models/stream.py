@@ -1,9 +1,11 @@
-"""From file to file, one tensor at a time: models that are larger than the memory."""
+"""Pack and unpack files one tensor at a time: models may be larger than the memory."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastopt._checks import require_group_size
 from fastopt._types import Array, Notify, PathLike
@@ -14,41 +16,20 @@ from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, spec_of
 from fastopt.models.choose import choose_bits
-from fastopt.models.recipe import Recipe, pack_tensor
+from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.quantization import quantized_nbytes
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def plan(weights: Mapping[str, Array], recipe: Recipe) -> Report:
-    """Return what a recipe would make of each tensor, without doing it.
+    """Return the report of packing `weights`, without errors and without packing what a shape can tell.
 
-    Parameters
-    ----------
-    weights : mapping from name to array
-        A dict, or what `open_weights` returns: of which only shapes are read, but for tensors that are pruned.
-    recipe : Recipe
-
-    Returns
-    -------
-    Report
-        Without errors. Bytes of tensors that are only quantized follow from their shapes: they are more where float16
-        cannot hold the parameters, and fewer where weights that are kept as outliers are not off at all.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `pack`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> weights = {"w": np.zeros((64, 128), dtype=np.float32), "b": np.zeros(64, dtype=np.float32)}
-    >>> for tensor in fo.plan(weights, fo.Recipe(bits=4)).tensors:
-    ...     print(tensor.name, tensor.kind, tensor.nbytes_before, tensor.nbytes, tensor.reason)
-    w quantized 32768 5120 for all
-    b dense 256 256 64 weights, fewer than min_size 4096
+    Only tensors that are pruned are read. The predicted bytes can be too small where float16 cannot hold the group
+    parameters, and too large where weights kept as outliers have no error at all.
     """
     reporter = Reporter()
     for name in weights:
@@ -72,60 +53,69 @@ def plan(weights: Mapping[str, Array], recipe: Recipe) -> Report:
 
 def pack_file(
     source: PathLike,
-    target: PathLike,
-    recipe: Recipe,
+    target: PathLike | None = None,
+    recipe: Recipe | None = None,
     *,
     target_bits: float | None = None,
     target_size: int | str | None = None,
     dry_run: bool = False,
     notify: Notify | None = None,
+    **options: Unpack[RecipeOptions],
 ) -> Report:
     """Pack a model from file to file, as `pack` does, one tensor at a time.
 
-    Memory is needed for the largest tensor, packed and not, and on the disk, beside the target, for the packed model
+    The largest tensor must fit in memory, both packed and unpacked. The disk of the target must hold the packed model
     twice.
 
     Parameters
     ----------
     source : path-like
-        Whatever `open_weights` opens.
+        Any file that `open_weights` opens.
     target : path-like
-        A safetensors file, which appears when it is complete and on the disk; it may be the source itself. Or
-        ``NAME.index.json``: then each shard of the source becomes one beside it, and the index comes last.
-    recipe : Recipe
-    target_bits, target_size
-        As in `pack`.
+        A safetensors file, which appears when it is complete and on the disk; it may be the source itself. With
+        ``NAME.index.json``, each shard of the source becomes a shard beside it, and the index is written last.
+        A dry run needs no target.
+    recipe, target_bits, target_size, **options
+        As in `pack`. With only pruning options the file holds sparse tensors; `unpack_file` turns them into dense
+        arrays with zeros.
     dry_run : bool
-        Write nothing and return what `plan` does.
+        Write nothing, and report the sizes without errors.
     notify : callable, optional
-        Called with the bytes that are done, those of all, and the name of the tensor that is next, "" at the end.
+        Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
 
     Returns
     -------
     Report
-        With the error of each tensor.
+        It has the error of each tensor, except in a dry run.
 
     Raises
     ------
     OSError
-        If a file cannot be opened or written; what was there before is there still.
+        If a file cannot be opened or written; an existing target is then left as it was.
     TypeError, ValueError
-        If the source is not sound, or as in `pack`.
+        If the source is damaged, or as in `pack`.
 
     Examples
     --------
     >>> import numpy as np
     >>> import fastopt as fo
     >>> np.savez("model.npz", w=np.random.default_rng(0).standard_normal((64, 128)).astype("f4"))
-    >>> report = fo.pack_file("model.npz", "model.safetensors", fo.Recipe(bits=8))
+    >>> report = fo.pack_file("model.npz", "model.safetensors", bits=8)
     >>> report.nbytes_before, report.nbytes, report.error.snr > 40
     (32768, 8448, True)
+    >>> fo.pack_file("model.npz", bits=4, dry_run=True).nbytes
+    5120
+    >>> fo.pack_file("model.npz", "pruned.safetensors", sparsity=0.9).tensors[0].density
+    0.0999755859375
     """
+    recipe = recipe_of(recipe, options)
+    if target is None and not dry_run:
+        raise TypeError("target: expected a path, got None; only a dry run needs none")
     weights = open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
     recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size, notify=progress.next)
-    if dry_run:
+    if dry_run or target is None:
         return plan(weights, recipe)
     reporter = Reporter()
 
@@ -152,65 +142,13 @@ def pack_file(
     return reporter.report()
 
 
-def prune_file(
-    source: PathLike,
-    target: PathLike,
-    *,
-    threshold: float | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    min_size: int = 4096,
-    notify: Notify | None = None,
-) -> Report:
-    """Prune a model from file to file, one tensor at a time, and store what is left sparse.
-
-    `unpack_file` gives dense arrays with zeros.
-
-    Parameters
-    ----------
-    source, target : path-like
-        As in `pack_file`.
-    threshold, sparsity, pattern
-        As in `prune`.
-    include, exclude, min_size
-        As in `pack`.
-    notify : callable, optional
-        As in `pack_file`.
-
-    Returns
-    -------
-    Report
-
-    Raises
-    ------
-    OSError, TypeError, ValueError
-        As in `pack_file`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastopt as fo
-    >>> np.savez("model.npz", w=np.random.default_rng(0).standard_normal((64, 128)).astype("f4"))
-    >>> fo.prune_file("model.npz", "pruned.safetensors", sparsity=0.9).tensors[0].density
-    0.0999755859375
-    """
-    recipe = Recipe(
-        threshold=threshold, sparsity=sparsity, pattern=pattern, include=include, exclude=exclude, min_size=min_size
-    )
-    if not recipe.prunes:
-        raise ValueError("threshold, sparsity, pattern: expected at least one of them")
-    return pack_file(source, target, recipe, notify=notify)
-
-
 def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = None) -> None:
-    """Unpack a model from file to file, one tensor at a time: all tensors as plain arrays.
+    """Unpack a model from file to file, one tensor at a time: all tensors become plain arrays.
 
     Parameters
     ----------
     source, target, notify
-        As in `pack_file`. With a source that is not packed this converts to safetensors.
+        As in `pack_file`. A source that is not packed is converted to safetensors.
 
     Raises
     ------
@@ -248,7 +186,7 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
 
 
 def _write_all(weights: Weights, target: Path, write_some: Callable[[Path, Sequence[str]], list[Part]]) -> None:
-    """Write one file, or to an index one for each shard of the source."""
+    """Write one file, or, if `target` is an index, one file for each shard of the source."""
     if target.name.endswith(".index.json"):
         shards = list((weights.shards or {"": list(weights)}).values())
         write_shards(target, len(shards), lambda path, i: write_some(path, shards[i]))

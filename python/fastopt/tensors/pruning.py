@@ -1,7 +1,7 @@
 """Pruning by magnitude, or by any importance: unstructured, N of M, and blocks."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -265,46 +265,3 @@ def prune(
 def _copy(w: ArrayLike) -> Array:
     array = dense_array(w, "w")
     return array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
-
-
-def cubic_sparsity(final: float, steps: int, *, initial: float = 0.0, begin: int = 0) -> Callable[[int], float]:
-    """Return a schedule for pruning while training: fast at first, when there is much to spare, then ever slower.
-
-    Parameters
-    ----------
-    final : float
-        Sparsity at step ``begin + steps`` and after it.
-    steps : int
-        How long it takes.
-    initial : float
-        Sparsity until `begin`.
-    begin : int
-
-    Returns
-    -------
-    callable from step to sparsity
-        ``final + (initial - final) * (1 - (step - begin) / steps)**3`` in between (Zhu and Gupta, 2017).
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range.
-
-    Examples
-    --------
-    >>> import fastopt as fo
-    >>> schedule = fo.cubic_sparsity(0.8, steps=100)
-    >>> [round(schedule(step), 3) for step in (0, 50, 100, 200)]
-    [0.0, 0.7, 0.8, 0.8]
-    """
-    for name, share in (("final", final), ("initial", initial)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a share from 0 to 1, got {share!r}")
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps!r}")
-
-    def sparsity(step: int) -> float:
-        left = (1 - min(max((step - begin) / steps, 0), 1)) ** 3
-        return initial * left + final * (1 - left)
-
-    return sparsity

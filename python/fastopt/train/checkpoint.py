@@ -1,4 +1,4 @@
-"""Saving and restoring of optimizer states, weights, and whatever else is arrays, numbers and texts."""
+"""Checkpoints: optimizer states, weights, and any other tree of arrays, numbers and strings in one file."""
 
 import json
 import os
@@ -7,27 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from fastopt.files.container import CHECKPOINT
 from fastopt.files.safetensors_file import parse_json, part_of, read_arrays, write
 
-_KEY = "fastopt.checkpoint"
 
+def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
+    """Write a tree of dicts and lists to one safetensors file.
 
-def save(tree: Any, path: str | os.PathLike[str]) -> None:
-    """Write dicts and lists of arrays, numbers, texts, booleans and None to one safetensors file.
-
-    Made for `Optimizer.state_dict`. The file is written beside its place and moved there when it is complete and on
-    the disk: whatever happens, there is either the old file or the new one.
+    The leaves are arrays, numbers, strings, booleans or None, as in `Optimizer.state_dict`. The file is written under
+    a temporary name and renamed when it is complete and on the disk: a crash leaves either the old file or the new one.
 
     Parameters
     ----------
     tree : dict, list, tuple, array, number, str, bool or None
-        Keys of dicts are texts. Tuples come back as lists.
+        Dict keys must be strings. Tuples are read back as lists.
     path : path-like
 
     Raises
     ------
     TypeError
-        If something else is in `tree`; the message says where.
+        If `tree` holds anything else; the message names the place.
     OSError
         If the file cannot be written.
 
@@ -36,8 +35,8 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
     >>> import numpy as np
     >>> import fastopt as fo
     >>> opt = fo.Adam({"w": np.zeros(3, dtype=np.float32)})
-    >>> fo.save({"epoch": 7, "optimizer": opt.state_dict()}, "checkpoint.safetensors")
-    >>> state = fo.restore("checkpoint.safetensors")
+    >>> fo.save_checkpoint({"epoch": 7, "optimizer": opt.state_dict()}, "checkpoint.safetensors")
+    >>> state = fo.load_checkpoint("checkpoint.safetensors")
     >>> state["epoch"]
     7
     >>> opt.load_state_dict(state["optimizer"])
@@ -47,7 +46,7 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
     def plain(node: Any, at: str) -> Any:
         if isinstance(node, np.ndarray):
             name = at
-            while name in arrays:  # keys with a slash may look like others
+            while name in arrays:  # a key with a slash can look like another path
                 name += "#"
             arrays[name] = node
             return {"array": name}
@@ -65,11 +64,11 @@ def save(tree: Any, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"tree: {at or 'the root'} is a {type(node).__name__}, which a file cannot hold")
 
     text = json.dumps({"version": 1, "tree": plain(tree, "")})
-    write(path, [part_of(name, array) for name, array in arrays.items()], {_KEY: text})
+    write(path, [part_of(name, array) for name, array in arrays.items()], {CHECKPOINT: text})
 
 
-def restore(path: str | os.PathLike[str]) -> Any:
-    """Read what `save` wrote.
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Read a checkpoint that `save_checkpoint` wrote.
 
     Parameters
     ----------
@@ -78,18 +77,25 @@ def restore(path: str | os.PathLike[str]) -> Any:
     Returns
     -------
     dict, list, array, number, str, bool or None
-        Arrays are copies, which may be changed.
+        The arrays are writable copies.
 
     Raises
     ------
     OSError
         If the file cannot be opened.
     ValueError
-        If it is not a safetensors file, or not one that `save` wrote.
+        If it is not a safetensors file, or `save_checkpoint` did not write it.
+
+    Examples
+    --------
+    >>> import fastopt as fo
+    >>> fo.save_checkpoint({"epoch": 7, "losses": [0.5, 0.25]}, "checkpoint.safetensors")
+    >>> fo.load_checkpoint("checkpoint.safetensors")
+    {'epoch': 7, 'losses': [0.5, 0.25]}
     """
     arrays, metadata = read_arrays(path)
     try:
-        described = parse_json(metadata[_KEY])
+        described = parse_json(metadata[CHECKPOINT])
         if described["version"] != 1:
             raise ValueError(f"expected version 1, got {described['version']!r:.100}")
         return _built(described["tree"], arrays)
