@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import same_bits
+from helpers import same_bits
 
 import fastopt as fo
 from fastopt.tensors.packed import storage_of, unpacked
