@@ -52,7 +52,7 @@ def layer_norm(model: Mapping[str, Weight], name: str, x: Floats) -> Floats:
 
 
 def dense(w: Weight) -> Floats:
-    return w if isinstance(w, np.ndarray) else w.to_dense() if isinstance(w, fo.SparseTensor) else w.to_dense()
+    return w if isinstance(w, np.ndarray) else w.to_dense()
 
 
 def rows(w: Weight, ids: NDArray[np.integer]) -> Floats:
