@@ -188,7 +188,7 @@ def test_shapes_and_matmul(rng):
             assert same_bits(x @ t.T, fo.linear(x, t))
             with pytest.raises(TypeError):
                 x @ t
-    np.testing.assert_allclose(fo.linear(x, w), x @ w.reshape(6, 10).T, rtol=1e-5)
+    np.testing.assert_allclose(fo.linear(x, w), x @ w.reshape(6, 10).T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(fo.linear(x, w, np.ones(6, "f4")), x @ w.reshape(6, 10).T + 1, rtol=1e-5, atol=1e-6)
 
 
