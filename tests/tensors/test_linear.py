@@ -188,7 +188,8 @@ def test_shapes_and_matmul(rng):
             assert same_bits(x @ t.T, fo.linear(x, t))
             with pytest.raises(TypeError):
                 x @ t
-    np.testing.assert_allclose(fo.linear(x, w), x @ w.reshape(6, 10).T, rtol=1e-5, atol=1e-6)
+    # One product of all rows of x: `x @ w.T` would be a product for each x[i], and round in another order.
+    assert same_bits(fo.linear(x, w), (x.reshape(6, 10) @ w.reshape(6, 10).T).reshape(2, 3, 6))
     np.testing.assert_allclose(fo.linear(x, w, np.ones(6, "f4")), x @ w.reshape(6, 10).T + 1, rtol=1e-5, atol=1e-6)
 
 
