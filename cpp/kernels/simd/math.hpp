@@ -37,7 +37,8 @@ inline V sqrt(V v) {
 }
 
 // The same, by a way that leaves alone what divides, where a set has one: from an approximation of 14 bits by fused
-// multiplications. tests/train/test_optim_kernels.py proves that the root is the same whatever approximation a CPU gives.
+// multiplications. tests/train/test_optim_kernels.py proves that the root is the same whatever approximation a CPU
+// gives.
 #if defined(__AVX512F__)
 template <class T>
 constexpr bool kRootByProducts = std::is_same_v<T, float>;

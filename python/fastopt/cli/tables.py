@@ -156,7 +156,7 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
     file : Path
     facts : sequence of TensorFacts
     recipe : Recipe, optional
-        What they were packed by.
+        The recipe that packed them.
     """
     console = _console()
     columns = (

@@ -260,7 +260,7 @@ class Network:
 
 
 class Optimizer(Protocol):
-    """What `train` needs of an optimizer."""
+    """The interface of an optimizer that `train` uses."""
 
     def step(self, grads: Mapping[str, Floats], /) -> object:
         """Update the parameters in place."""
@@ -365,7 +365,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the demo measured, as the table and ``--json`` show it."""
+    """The results of the demo, as the table and ``--json`` show them."""
 
     dataset: str
     split: str

@@ -1,4 +1,4 @@
-"""What the demo ends in: a table for the terminal, and a picture."""
+"""The output of the demo: a table for the terminal, and a picture."""
 
 from importlib.util import find_spec
 from pathlib import Path

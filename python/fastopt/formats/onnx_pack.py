@@ -316,7 +316,7 @@ def _replace(
 
 
 def _multiplies(node: NodeProto, tensor: Weight) -> bool:
-    """Whether a node is a product that MatMulNBits can make."""
+    """Return whether MatMulNBits can compute this node."""
     if not isinstance(tensor, QuantizedTensor) or tensor.dtype != np.float32:
         return False
     if node.op_type == "Gemm":

@@ -1,4 +1,4 @@
-"""What the tensors of a model are like, and how far those of two models are apart."""
+"""Statistics of the tensors of a model, and differences between two models."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ _PIECE = 1 << 20  # elements looked at together
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a tensor is like.
+    """Statistics of one tensor.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ def _suggested_bits(array: Array) -> int | None:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far a tensor of one model is from that of another.
+    """The difference between a tensor of one model and that of another.
 
     Attributes
     ----------
@@ -193,7 +193,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models are apart.
+    """The differences between two models.
 
     Attributes
     ----------

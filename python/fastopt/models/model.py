@@ -39,7 +39,7 @@ class PackedModel(Mapping[str, Weight]):
     ----------
     tensors : mapping
     recipe : Recipe, optional
-        What they were packed by.
+        The recipe that packed them.
     """
 
     def __init__(self, tensors: Mapping[str, Weight], recipe: Recipe | None = None) -> None:

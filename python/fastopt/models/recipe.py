@@ -1,4 +1,4 @@
-"""What is done to which tensor of a model."""
+"""Recipes: the options that apply to each tensor of a model."""
 
 import contextlib
 import difflib
@@ -27,7 +27,7 @@ _PRUNING = ("threshold", "sparsity", "pattern")
 
 @dataclass(frozen=True)
 class Options:
-    """What is done to a tensor.
+    """Options for packing one tensor.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Options:
 
     @property
     def prunes(self) -> bool:
-        """Whether the tensor is pruned and stored sparse."""
+        """True if the tensor is pruned and stored sparse."""
         return any(getattr(self, name) is not None for name in _PRUNING)
 
     def changed(self, other: Mapping[str, Any]) -> "Options":
@@ -104,7 +104,7 @@ _OPTIONS = tuple(f.name for f in fields(Options))
 
 @dataclass(frozen=True)
 class Recipe(Options):
-    """What is done to each tensor of a model: options for all, and glob patterns of names to tell them apart.
+    """Options for packing a model: defaults for all tensors, and overrides for names that match a glob pattern.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What packing did to each tensor."""
+"""Reports of packing: sizes and errors of each tensor and of the whole model."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from fastopt.tensors.sparse import SparseTensor
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of a tensor.
+    """The result of packing one tensor.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the tensors of a model, one by one and all together.
+    """The result of packing a model: each tensor, and the totals.
 
     Attributes
     ----------

@@ -95,7 +95,7 @@ Node: TypeAlias = "Layer | Add | Concat"
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What `shrink` made.
+    """The result of `shrink`.
 
     Attributes
     ----------

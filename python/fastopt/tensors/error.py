@@ -1,4 +1,4 @@
-"""How far a packed tensor is from the weights."""
+"""The error of a packed tensor: its distance from the original weights."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from fastopt._types import Array
 
 
 class Error(NamedTuple):
-    """How far a quantized weight is from the original.
+    """The distance of a quantized weight from the original.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Error(NamedTuple):
 
 
 class ErrorSums:
-    """What `Error` follows from, added up in float64 over pieces of one weight or of many."""
+    """Sums from which an `Error` follows, added up in float64 over pieces of one weight or of many."""
 
     def __init__(self) -> None:
         self.size = 0

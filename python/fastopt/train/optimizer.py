@@ -175,7 +175,7 @@ class _Group:
 
 
 class Optimizer(abc.ABC):
-    """What all optimizers share: parameter groups, the step, and saving and restoring of states.
+    """Base class of all optimizers: parameter groups, the step, and saving and restoring of states.
 
     A subclass names its rule in the kernels, its states, and the numbers of a step.
 
