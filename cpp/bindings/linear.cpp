@@ -264,15 +264,18 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
   Linear& io = o.io;
   io.limbs = limbs;
   const PreparedX prepared(k, q, io);
-  const py::gil_scoped_release released;
-  prepared.fill();
-  // In cache and with many rows of x, arithmetic takes the time: each multiply-add counts as a byte, or as half of one.
-  const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
-  parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
-    k.products.linear_quantized(q, io, begin, end);
-    if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
-    if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
-  });
+  {  // a block, since returning `o.out` counts a reference, which needs the lock
+    const py::gil_scoped_release released;
+    prepared.fill();
+    // In cache and with many rows of x, arithmetic takes the time: each multiply-add counts as a byte, or as half of
+    // one.
+    const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
+    parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
+      k.products.linear_quantized(q, io, begin, end);
+      if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
+      if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
+    });
+  }
   return o.out;
 }
 
@@ -360,8 +363,10 @@ py::object multiply(const Sparse& w, const Operands& o, std::size_t entries, con
     add_values(memory);
   });
   const Kernels& k = kernels();
-  const py::gil_scoped_release released;
-  o.io.batch < kFewVectors ? multiply_few(w, o.io, k) : multiply_many(w, o.io, k);
+  {  // as above
+    const py::gil_scoped_release released;
+    o.io.batch < kFewVectors ? multiply_few(w, o.io, k) : multiply_many(w, o.io, k);
+  }
   return o.out;
 }
 
