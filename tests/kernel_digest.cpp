@@ -1,5 +1,5 @@
 // Runs every kernel of one table on the same pseudo-random inputs and prints, case by case, a hash of all it wrote.
-// Two tables agree to the bit when their texts are equal; tests/test_isa.py compares them.
+// Two tables agree to the bit when their texts are equal; tests/core/test_isa.py compares them.
 //
 //   kernel_digest        prints the tables that this CPU runs
 //   kernel_digest NAME   prints the digest of one

@@ -1,4 +1,4 @@
-/* Decodes and multiplies the tensors of an exported model, on machines without files too; tests/test_edge.py makes
+/* Decodes and multiplies the tensors of an exported model, on machines without files too; tests/edge/test_edge.py makes
    model.c and digits.h, which names the tensors and holds x, and reads the bits that are printed. */
 #include "board.h"
 

@@ -1,12 +1,12 @@
-/* Does with cpp/edge/fastopt.h what requests on stdin ask for, and writes the results to stdout; tests/test_edge.py
-   talks to it.
+/* Does with cpp/edge/fastopt.h what requests on stdin ask for, and writes the results to stdout;
+   tests/edge/test_edge.py talks to it.
 
    A request: seven uint32 (operation, offset, and the bytes of name, bias, file, x and y), name, bias, file, x. The
    file is put `offset` bytes behind an aligned address, in memory of just its size; of no bytes, it is the one before.
    A reply: int32 code, y. */
 #include <stdio.h>
 
-#include "fuzz/fuzz_edge.c"
+#include "../fuzz/fuzz_edge.c"
 
 enum { TRY, DEQUANTIZE, LINEAR, LINEAR_INT8, EMBEDDING };
 

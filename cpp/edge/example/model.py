@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import fastopt as fo
-from fastopt import demo
+from fastopt.demo import run as demo
 
 IMAGES = 60
 

@@ -97,7 +97,7 @@ inline Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) {
 // where t / d lies so close to the middle of two floats that the significands T and D of 24 bits and M of 25, an odd
 // one, have |T * 2^k - M * D| <= 6 (k = 24 where T >= D, else 25): the first quotient is off by less than two units in
 // the last place, so its remainder times what `inverse` is off by, and the rounding of the remainder, are off by no
-// more. All 46 million pairs up to 8 were tried, and none is wrong; tests/test_quant.py tries some of them.
+// more. All 46 million pairs up to 8 were tried, and none is wrong; tests/tensors/test_quant.py tries some of them.
 // For |d| from 2^-90 to 2^90 and |t / d| below 2^30; below 2^-9 it is small, but may not be the nearest.
 inline Vec<float> divide(Vec<float> t, [[maybe_unused]] Vec<float> d, [[maybe_unused]] Vec<float> inverse) {
 #if defined(__AVX512F__)
