@@ -267,16 +267,19 @@ class Optimizer(abc.ABC):
     def _check(self, options: dict[str, Any]) -> None:
         """Raise if an option is out of range."""
 
+    @classmethod
     @abc.abstractmethod
-    def _rule(self, options: dict[str, Any]) -> str:
+    def _rule(cls, options: dict[str, Any]) -> str:
         """Return the name of the rule in cpp/kernels/optim/rules.inl."""
 
+    @classmethod
     @abc.abstractmethod
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the states that the rule keeps, in its order."""
 
+    @classmethod
     @abc.abstractmethod
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         """Return the numbers of step number `step`, counted from 1."""
 
     # ---- groups ----------------------------------------------------------------------------------------------

@@ -83,15 +83,18 @@ class SGD(Optimizer):
             require(momentum > 0, "momentum", "more than 0 with nesterov", momentum)
             require(dampening == 0, "dampening", "0 with nesterov", dampening)
 
-    def _rule(self, options: dict[str, Any]) -> str:
+    @classmethod
+    def _rule(cls, options: dict[str, Any]) -> str:
         if options["nesterov"]:
             return "nesterov"
         return "momentum" if options["momentum"] > 0 else "sgd"
 
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if options["momentum"] > 0 else ()
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    @classmethod
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         blend = 1.0 if step == 1 else 1.0 - options["dampening"]
         return hyper(step_size=lr, weight_decay=options["weight_decay"], decay1=options["momentum"], blend1=blend)
 
@@ -170,13 +173,16 @@ class Adagrad(Optimizer):
             require_number(options, name)
         self._refuse_uint8("for Adagrad")
 
-    def _rule(self, options: dict[str, Any]) -> str:
+    @classmethod
+    def _rule(cls, options: dict[str, Any]) -> str:
         return "adagrad"
 
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    @classmethod
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         size = lr / (1 + (step - 1) * options["lr_decay"])
         return hyper(step_size=size, weight_decay=options["weight_decay"], eps=options["eps"])
 
@@ -258,15 +264,18 @@ class RMSprop(Optimizer):
         if options["centered"]:
             self._refuse_uint8("if centered")
 
-    def _rule(self, options: dict[str, Any]) -> str:
+    @classmethod
+    def _rule(cls, options: dict[str, Any]) -> str:
         centered = "_centered" if options["centered"] else ""
         return f"rmsprop{centered}_momentum" if options["momentum"] > 0 else f"rmsprop{centered}"
 
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         momentum = ("momentum_buffer",) if options["momentum"] > 0 else ()
         return ("square_avg", *momentum, *(("grad_avg",) if options["centered"] else ()))
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    @classmethod
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         alpha, momentum, eps = options["alpha"], options["momentum"], options["eps"]
         return hyper(
             step_size=lr,
@@ -352,17 +361,20 @@ class Adam(Optimizer):
         if options["amsgrad"]:
             self._refuse_uint8("with amsgrad")
 
-    def _rule(self, options: dict[str, Any]) -> str:
+    @classmethod
+    def _rule(cls, options: dict[str, Any]) -> str:
         return "amsgrad" if options["amsgrad"] else "adam"
 
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if options["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    @classmethod
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         beta1, beta2 = options["betas"]
         unbias = math.sqrt(1 - beta2**step)
         size, eps = lr * unbias / (1 - beta1**step), options["eps"] * unbias
-        coupled, decay = self._decay(options["weight_decay"], lr)
+        coupled, decay = cls._decay(options["weight_decay"], lr)
         return hyper(
             step_size=size,
             weight_decay=coupled,
@@ -492,13 +504,16 @@ class Lion(Optimizer):
     def _check(self, options: dict[str, Any]) -> None:
         require_betas(options)
 
-    def _rule(self, options: dict[str, Any]) -> str:
+    @classmethod
+    def _rule(cls, options: dict[str, Any]) -> str:
         return "lion"
 
-    def _states(self, options: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _states(cls, options: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _hyper(self, options: dict[str, Any], lr: float, step: int) -> Hyper:
+    @classmethod
+    def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         beta1, beta2 = options["betas"]
         decay = 1 - lr * options["weight_decay"]
         return hyper(step_size=lr, decay=decay, decay1=beta1, blend1=1 - beta1, decay2=beta2, blend2=1 - beta2)
