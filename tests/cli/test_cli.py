@@ -332,7 +332,9 @@ def test_diff(model, small, tmp_path):
     assert found["layers.0.weight"] == {
         "name": "layers.0.weight",
         "shape": [64, 128],
+        "dtypes": ["float32", "float32"],
         "size": 8192,
+        "different": int((packed.dequantize() != weights()["layers.0.weight"]).sum()),
         "nbytes": [32768, packed.nbytes],
         **{key: pytest.approx(value, rel=1e-12) for key, value in error.items()},
     }

@@ -93,6 +93,84 @@ def test_difference_of_what_is_not_finite():
         assert fo.diff({"w": one}, {"w": other}).tensors[0].max == math.inf
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "different", "largest"),
+    [
+        (np.array([1 + 2j, 3 + 4j]), np.array([1 + 9j, 3 - 4j]), 2, 8),
+        (np.array([1 + 2j], "c8"), np.array([1 + 3j], "c16"), 1, 1),
+        (np.array([1 + 2j], "c8"), np.array([1], "f4"), 1, 2),
+        (np.array([complex(math.nan, 1)]), np.array([complex(math.nan, 2)]), 1, 1),
+        (np.array([2**60]), np.array([2**60 + 1]), 1, 1),
+        (np.array([-(2**63)]), np.array([-(2**63) + 1]), 1, 1),
+        (np.array([2**63 + 1], "u8"), np.array([2**63 + 2], "u8"), 1, 1),
+        (np.array([2**63 - 1], "i8"), np.array([2**63], "u8"), 1, 1),
+        (np.array([-1], "i8"), np.array([2**64 - 1], "u8"), 1, 2.0**64),
+        (np.array([2**60 + 1], "i8"), np.array([2.0**60]), 1, 1),
+        (np.array([-1], "i8"), np.array([-1 - 2.0**-52]), 1, 2.0**-52),
+        (np.array([True, False]), np.array([True, True]), 1, 1),
+        (np.array([1, 2], ml_dtypes.float8_e4m3fn), np.array([1, 4], ml_dtypes.float8_e4m3fn), 1, 2),
+        (np.array([1, math.nan], ml_dtypes.float8_e5m2), np.array([1, 2], ml_dtypes.float8_e5m2), 1, math.inf),
+        (np.array([1e300, 1]), np.array([1.5e300, 1]), 1, 0.5e300),
+        (np.array([1e-300]), np.array([1.5e-300]), 1, 0.5e-300),
+        (np.array([0, 5e-324]), np.array([0, 0.0]), 1, 5e-324),
+    ],
+)
+def test_values_are_compared_in_their_own_dtype(first, second, different, largest):
+    for one, other in ((first, second), (second, first)):
+        [t] = fo.diff({"w": one}, {"w": other}).tensors
+        assert (t.different, t.dtypes) == (different, (one.dtype.name, other.dtype.name))
+        assert t.max == pytest.approx(largest, rel=1e-12)
+        assert t.rmse > 0
+        assert t.relative > 0
+    for same in (first, second):
+        [t] = fo.diff({"w": same}, {"w": same.copy()}).tensors
+        assert (t.different, t.rmse, t.relative, t.max, t.snr) == (0, 0, 0, 0, math.inf)
+
+
+def test_what_counts_as_equal():
+    for one, other in [
+        (np.array([0.0, math.nan, math.inf]), np.array([-0.0, -math.nan, math.inf])),
+        (np.array([2**60]), np.array([2.0**60])),
+        (np.array([1, 2], np.uint64), np.array([1, 2], np.int8)),
+        (np.array([1 + 0j, 2]), np.array([1, 2], np.float16)),
+        (np.array([True, False]), np.array([1, 0])),
+        (np.array(["a", "b"]), np.array(["a", "b"])),
+    ]:
+        assert fo.diff({"w": one}, {"w": other}).tensors[0].different == 0
+    for one, other in [(np.array(["a", "b"]), np.array(["a", "c"])), (np.array(["1"]), np.array([1]))]:
+        [t] = fo.diff({"w": one}, {"w": other}).tensors
+        assert t.different == 1
+        assert math.isnan(t.relative)
+
+
+def test_the_error_of_all_with_squares_that_do_not_fit():
+    weights = {"huge": np.array([3e300, 4e300]), "ones": np.ones(4), "tiny": np.array([1e-300])}
+    found = fo.diff(weights, {"huge": np.array([3e300, 4.5e300]), "ones": np.ones(4), "tiny": np.array([2e-300])})
+    assert found.total.relative == pytest.approx(0.1, rel=1e-12)
+    assert found.total.max == pytest.approx(0.5e300, rel=1e-12)
+    assert [t.relative for t in found.tensors] == pytest.approx([0.1, 0, 1], rel=1e-12)
+    assert fo.diff({"w": weights["tiny"]}, {"w": weights["tiny"]}).total.rmse == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "facts"),
+    [
+        (np.array([1 + 2j, 3 + 4j, math.nan]), (None, None, None, math.sqrt(2), 0, 1)),
+        (np.array([2**60 + 1, 0]), (0, 2**60 + 1, (2**60 + 1) / 2, 2.0**59, 1, 0)),
+        (np.array([2**64 - 1], "u8"), (2**64 - 1, 2**64 - 1, 2.0**64, 0, 0, 0)),
+        (np.array([1, 2, math.nan], ml_dtypes.float8_e4m3fn), (1, 2, 1.5, 0.5, 0, 1)),
+        (np.array([1e300, -1e300, math.inf]), (-1e300, 1e300, 0, 1e300, 0, 1)),
+        (np.array([1e-300, 3e-300]), (1e-300, 3e-300, 2e-300, 1e-300, 0, 0)),
+        (np.array(["a"]), (None, None, None, None, 0, 0)),
+    ],
+)
+def test_facts_of_unusual_numbers(values, facts):
+    [t] = fo.inspect({"w": values})
+    assert (t.minimum, t.maximum, t.zeros, t.non_finite) == (facts[0], facts[1], facts[4], facts[5])
+    assert t.mean == (None if facts[2] is None else pytest.approx(facts[2], rel=1e-12))
+    assert t.std == (None if facts[3] is None else pytest.approx(facts[3], rel=1e-12))
+
+
 def test_difference_of_names_and_shapes():
     found = fo.diff(
         {"a": normal(2, 3), "b": normal(3), "c": normal(1)}, {"c": normal(1), "a": normal(3, 2), "d": normal(2)}

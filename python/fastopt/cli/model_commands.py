@@ -328,8 +328,9 @@ def diff(
     Errors are those of the second model: root mean square relative to the first, largest, signal-to-noise ratio, and
     cosine. The exit code is 0 whatever the differences are, unless --max-error is given.
 
-    JSON: first, second, tensors (name, shape, size, nbytes of both, rmse, relative, max, snr, cosine), missing, extra,
-    reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is null.
+    JSON: first, second, tensors (name, shape, dtypes and nbytes of both, size, different, rmse, relative, max, snr,
+    cosine), missing, extra, reshaped, total (rmse, relative, max, snr, cosine). An infinite snr, of equal tensors, is
+    null.
     """
     _check_outputs(None, html)
     one, other = open_model(first), open_model(second)
@@ -343,7 +344,7 @@ def diff(
     else:
         tables.print_difference(found)
     if max_error is not None:
-        apart = [t.name for t in found.tensors if not t.relative <= max_error]
+        apart = [t.name for t in found.tensors if t.different and not (t.relative <= max_error and max_error > 0)]
         apart += [*found.missing, *found.extra, *(name for name, *_ in found.reshaped)]
         if apart:
             raise ValueError(

@@ -17,7 +17,7 @@ from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.cli.tables import decibel_text, percent_text, size_text, storage_text, to_json
 from fastopt.files.atomic import write_text
-from fastopt.models.examine import Difference
+from fastopt.models.examine import Difference, is_numeric
 from fastopt.models.model import PackedModel
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
@@ -152,8 +152,10 @@ def histogram(before: Array, after: "Weight | None") -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        What JSON can hold; None if there is no finite value.
+        What JSON can hold; None if there is no finite value, or values have no order, as complex numbers.
     """
+    if before.dtype.kind == "c" or not is_numeric(before.dtype):
+        return None
     step = max(1, before.size // _SAMPLE)
     one = _sample(before, step)
     if not one.size:

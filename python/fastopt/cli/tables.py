@@ -259,7 +259,7 @@ def print_difference(difference: Difference) -> None:
         _Column("SNR dB", lambda t: decibel_text(t.snr), 1),
         _Column("cosine", lambda t: f"{t.cosine:.6f}", 6),
     )
-    different = [t for t in difference.tensors if t.rmse != 0]
+    different = [t for t in difference.tensors if t.different]
     if different:
         _print(console, columns, different)
     for line in difference_lines(difference):
@@ -268,11 +268,13 @@ def print_difference(difference: Difference) -> None:
 
 def difference_lines(difference: Difference) -> list[str]:
     """Return the summary of the differences between two models."""
-    equal = sum(t.rmse == 0 for t in difference.tensors)
+    equal = sum(t.different == 0 for t in difference.tensors)
     lines = [f"{equal} of {len(difference.tensors)} tensors that both have are equal"]
     if equal < len(difference.tensors):
         first, second = (sum(t.nbytes[i] for t in difference.tensors) for i in (0, 1))
         lines.append(f"{size_text(first)} and {size_text(second)}; {_error_text(difference.total)}")
+    pairs = Counter(t.dtypes for t in difference.tensors if t.dtypes[0] != t.dtypes[1])
+    lines += [f"other dtype: {count} tensors, {one} and {other}" for (one, other), count in pairs.items()]
     lines += [f"only in the first: {name}" for name in difference.missing]
     lines += [f"only in the second: {name}" for name in difference.extra]
     lines += [f"other shape: {name}, {_times(one)} and {_times(other)}" for name, one, other in difference.reshaped]

@@ -1,16 +1,19 @@
 """Statistics of the tensors of a model, and differences between two models."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import DEFAULT_GROUP_SIZE, as_matrix
 from fastopt._types import FLOATS, Array, PathLike
 from fastopt.models.model import open_model
-from fastopt.tensors.error import Error, ErrorSums
+from fastopt.tensors.error import Error, ErrorSums, unit_of
 from fastopt.tensors.packed import Weight, storage_of, unpacked
 from fastopt.tensors.quantization import quantize
 
@@ -43,8 +46,11 @@ class TensorFacts:
         Bytes stored.
     bits_per_weight : float
         Bits stored for each value, parameters and positions included.
-    minimum, maximum, mean, std : float or None
-        Of the finite values; None if there is none.
+    minimum, maximum : float, int or None
+        Of the finite values, exact for integers. None if there are none, or if they have no order (complex numbers,
+        texts).
+    mean, std : float or None
+        Of the finite values. The mean of complex numbers is None.
     zeros : int
         Values that are exactly 0.
     outliers : int
@@ -66,8 +72,8 @@ class TensorFacts:
     size: int
     nbytes: int
     bits_per_weight: float
-    minimum: float | None
-    maximum: float | None
+    minimum: float | int | None
+    maximum: float | int | None
     mean: float | None
     std: float | None
     zeros: int
@@ -106,20 +112,7 @@ def facts_of(name: str, tensor: Weight) -> TensorFacts:
     """Return what one tensor is like."""
     array = unpacked(tensor)
     kind, bits, group_size = storage_of(tensor)
-    count = zeros = outliers = 0
-    low, high, total, squares = math.inf, -math.inf, 0.0, 0.0
-    for piece in _finite_pieces(array):
-        count += piece.size
-        zeros += piece.size - int(np.count_nonzero(piece))
-        low, high = min(low, float(piece.min(initial=math.inf))), max(high, float(piece.max(initial=-math.inf)))
-        total += float(piece.sum())
-    mean = total / max(count, 1)
-    for piece in _finite_pieces(array):
-        squares += float(np.square(piece - mean).sum())
-    std = math.sqrt(squares / max(count, 1))
-    for piece in _finite_pieces(array):
-        outliers += int(np.count_nonzero(np.abs(piece - mean) > _OUTLIER * std))
-    known = count > 0
+    found = _statistics(array) if is_numeric(array.dtype) else {"non_finite": 0}
     return TensorFacts(
         name=name,
         kind=kind,
@@ -130,24 +123,97 @@ def facts_of(name: str, tensor: Weight) -> TensorFacts:
         size=array.size,
         nbytes=tensor.nbytes,
         bits_per_weight=8 * tensor.nbytes / max(array.size, 1),
-        minimum=low if known else None,
-        maximum=high if known else None,
-        mean=mean if known else None,
-        std=std if known else None,
-        zeros=zeros,
-        outliers=outliers,
-        non_finite=array.size - count,
-        suggested_bits=_suggested_bits(array) if kind == "dense" and count == array.size else None,
+        suggested_bits=_suggested_bits(array) if kind == "dense" and found["non_finite"] == 0 else None,
+        **{**dict.fromkeys(("minimum", "maximum", "mean", "std")), "zeros": 0, "outliers": 0, **found},
     )
 
 
-def _finite_pieces(array: Array) -> Iterator[NDArray[np.float64]]:
-    """Give the finite values of an array in float64, some at a time."""
+def _statistics(array: Array) -> dict[str, Any]:
+    """Return the statistics of the finite values of an array of numbers."""
+    ordered = array.dtype.kind != "c"
+    count = zeros = 0
+    total: complex = 0.0
+    ends: list[Any] = []
+    largest = 0.0
+    for piece in _finite_pieces(array):
+        count += piece.size
+        zeros += piece.size - int(np.count_nonzero(piece))
+        if piece.size and ordered:
+            ends += [piece.min().item(), piece.max().item()]
+            largest = max(largest, abs(float(ends[-2])), abs(float(ends[-1])))
+        elif piece.size:
+            largest = max(largest, float(np.abs(piece).max()))
+        total += _sum(piece)
+    if count == 0:
+        return {"non_finite": array.size}
+    unit = unit_of(largest)
+    if unit != 1:  # squares of very large or very small values do not fit into float64
+        total = sum(_sum(_in_units(piece, unit)) for piece in _finite_pieces(array))
+    mean = total / count
+    squares = sum(_sum(np.square(_distance(piece, mean, unit))) for piece in _finite_pieces(array))
+    std = math.sqrt(squares.real / count)
+    outliers = sum(
+        int(np.count_nonzero(_distance(piece, mean, unit) > _OUTLIER * std)) for piece in _finite_pieces(array)
+    )
+    return {
+        "minimum": min(ends, default=None),
+        "maximum": max(ends, default=None),
+        "mean": mean.real * unit if ordered else None,
+        "std": std * unit,
+        "zeros": zeros,
+        "outliers": outliers,
+        "non_finite": array.size - count,
+    }
+
+
+def _sum(piece: Array) -> complex:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (
+            complex(piece.sum(dtype=np.complex128)) if piece.dtype.kind == "c" else float(piece.sum(dtype=np.float64))
+        )
+
+
+def _distance(piece: Array, mean: complex, unit: float) -> NDArray[np.float64]:
+    """Return how far numbers, in units, are from their mean."""
+    centered = _in_units(piece, unit) - (mean if piece.dtype.kind == "c" else mean.real)
+    return np.abs(centered, out=None if piece.dtype.kind == "c" else centered)
+
+
+def is_numeric(dtype: np.dtype[Any]) -> bool:
+    """Return whether statistics and differences of this dtype are known."""
+    return dtype.kind in "biufc" or is_float(dtype)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Return whether numbers of this dtype are rounded: floating point and complex."""
+    if dtype.kind in "fc":
+        return True
+    try:
+        ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # NumPy does not know bfloat16 and the 8-bit types
+    except (TypeError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _finite_pieces(array: Array) -> Iterator[Array]:
+    """Give the finite values of an array, some at a time: as integers, in float64 or in complex128."""
     flat = array.reshape(-1)
     for at in range(0, flat.size, _PIECE):
-        piece = flat[at : at + _PIECE].astype(np.float64)
-        finite = np.isfinite(piece)
-        yield piece if finite.all() else piece[finite]
+        piece = flat[at : at + _PIECE]
+        if piece.dtype.kind in "iu":
+            yield piece
+        elif piece.dtype.kind == "b":
+            yield piece.view(np.uint8)
+        else:
+            piece = piece.astype(np.complex128 if piece.dtype.kind == "c" else np.float64)
+            finite = np.isfinite(piece)
+            yield piece if finite.all() else piece[finite]
+
+
+def _in_units(piece: Array, unit: float) -> Array:
+    """Return numbers in float64 or complex128, divided by a power of 2."""
+    wide = piece.astype(np.complex128 if piece.dtype.kind == "c" else np.float64, copy=False)
+    return wide if unit == 1 else wide / unit
 
 
 def _suggested_bits(array: Array) -> int | None:
@@ -173,16 +239,22 @@ class TensorDifference:
     ----------
     name : str
     shape : tuple of int
+    dtypes : (str, str)
+        Of the decoded values in the first and in the second model.
     size : int
+    different : int
+        Values that are not equal; 0 means that the tensors are. NaN equals NaN, and -0.0 equals 0.0.
     nbytes : (int, int)
         Bytes stored in the first and in the second model.
     rmse, relative, max, snr, cosine : float
-        As in `QuantizedTensor.error`: the error of the second, and relative to the first.
+        As in `QuantizedTensor.error`: the error of the second, and relative to the first. NaN for texts that differ.
     """
 
     name: str
     shape: tuple[int, ...]
+    dtypes: tuple[str, str]
     size: int
+    different: int
     nbytes: tuple[int, int]
     rmse: float
     relative: float
@@ -204,7 +276,7 @@ class Difference:
     reshaped : tuple of (str, shape, shape)
         Names whose shapes differ.
     total : Error
-        Of all tensors that both have, together.
+        Of all tensors of floating point and complex numbers that both have, together.
     """
 
     tensors: tuple[TensorDifference, ...]
@@ -228,8 +300,8 @@ def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | 
 
     Notes
     -----
-    NaN or infinity in both at one place counts as equal, in one of them as an infinite error. The error of all
-    together is that of the tensors of a float type.
+    Values are compared in their own dtype, so large integers and the parts of complex numbers count. Two NaN, two equal
+    infinities, and zeros of either sign are equal. NaN or infinity in only one of two tensors is an infinite error.
 
     Examples
     --------
@@ -250,23 +322,71 @@ def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | 
         if one.shape != other.shape:
             reshaped.append((name, one.shape, other.shape))
         else:
-            sums = _differences(unpacked(one), unpacked(other))
-            if one.dtype.name in FLOATS:  # numbers of tokens or positions are large, and no weights
+            a, b = unpacked(one), unpacked(other)
+            sums, different = _differences(a, b)
+            if is_float(a.dtype):  # numbers of tokens or positions are large, and no weights
                 total += sums
-            stored = (one.nbytes, other.nbytes)
-            tensors.append(TensorDifference(name, one.shape, sums.size, stored, **sums.error()._asdict()))
+            facts = (name, a.shape, (a.dtype.name, b.dtype.name), a.size, different, (one.nbytes, other.nbytes))
+            tensors.append(TensorDifference(*facts, *sums.error()))
     missing = tuple(name for name in first if name not in second)
     extra = tuple(name for name in second if name not in first)
     return Difference(tuple(tensors), missing, extra, tuple(reshaped), total.error())
 
 
-def _differences(first: Array, second: Array) -> ErrorSums:
-    sums, one, other = ErrorSums(), first.reshape(-1), second.reshape(-1)
-    for at in range(0, one.size, _PIECE):
-        a, b = (flat[at : at + _PIECE].astype(np.float64) for flat in (one, other))
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        odd = ~(np.isfinite(a) & np.isfinite(b))
-        a[odd], b[odd] = 0, np.where(same[odd], 0, np.inf)
-        with np.errstate(invalid="ignore", over="ignore"):  # an infinite error makes the cosine NaN
-            sums.add(b, a)
-    return sums
+def _differences(first: Array, second: Array) -> tuple[ErrorSums, int]:
+    """Return the error of the second array, and the number of values that differ."""
+    one, other = first.reshape(-1), second.reshape(-1)
+    if not (is_numeric(one.dtype) and is_numeric(other.dtype)):
+        different = int(np.count_nonzero(one != other)) if one.dtype.kind == other.dtype.kind else one.size
+        sums = ErrorSums()
+        sums.noise = math.nan if different else 0.0
+        return sums, different
+    sums, different = ErrorSums(unit_of(max(_largest(one), _largest(other)))), 0
+    parts = 2 if "c" in (one.dtype.kind, other.dtype.kind) else 1
+    sums.size = one.size
+    step = min(_PIECE, 1 << 14)  # stays in cache
+    for at in range(0, one.size, step):
+        a, a_low = _as_doubles(one[at : at + step], parts)
+        b, b_low = _as_doubles(other[at : at + step], parts)
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            delta = (b - a) + (b_low - a_low)
+            odd = ~(np.isfinite(a) & np.isfinite(b))
+            same = np.where(odd, (a == b) | (np.isnan(a) & np.isnan(b)), delta == 0)
+            a, b = a + a_low, b + b_low
+            if odd.any():
+                a, delta = np.where(odd, 0, a), np.where(odd, np.where(same, 0, np.inf), delta)
+                b = np.where(odd, delta, b)
+            different += int(np.count_nonzero(~same.all(axis=0)))
+            sums.largest = max(sums.largest, float((np.hypot(*delta) if parts == 2 else np.abs(delta)).max()))
+            if sums.unit != 1:
+                a, b, delta = a / sums.unit, b / sums.unit, delta / sums.unit
+            sums.total += float(np.square(b).sum())
+            sums.signal += float(np.square(a).sum())
+            sums.dot += float((a * b).sum())
+            sums.noise += float(np.square(delta).sum())
+    return sums, different
+
+
+def _largest(array: Array) -> float:
+    """Return the largest finite magnitude of an array whose squares may not fit into float64; else 1."""
+    if not is_float(array.dtype) or array.dtype.itemsize < 8 or array.dtype == np.complex64:
+        return 1.0
+    pieces = _finite_pieces(array)
+    with np.errstate(over="ignore"):
+        return min(max((float(np.abs(piece).max(initial=0)) for piece in pieces), default=0.0), sys.float_info.max)
+
+
+def _as_doubles(piece: Array, parts: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | float]:
+    """Return numbers as sums of two float64 arrays, shape (parts, numbers), without an error.
+
+    The differences of the first and of the second terms are exact, so their sum is 0 only for equal numbers.
+    """
+    values = piece[None]
+    if parts == 2:
+        values = np.stack([piece.real, piece.imag] if piece.dtype.kind == "c" else [piece, np.zeros_like(piece)])
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        low = np.fmod(values, values.dtype.type(1 << 32))  # of the sign of the number
+        return (values - low).astype(np.float64), low.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        high = values.astype(np.float64)
+        return high, (values - high).astype(np.float64) if values.dtype.itemsize > 8 else 0.0

@@ -37,10 +37,16 @@ class Error(NamedTuple):
 
 
 class ErrorSums:
-    """Sums from which an `Error` follows, added up in float64 over pieces of one weight or of many."""
+    """Sums from which an `Error` follows, added up in float64 over pieces of one weight or of many.
 
-    def __init__(self) -> None:
-        self.size = 0
+    Parameters
+    ----------
+    unit : float
+        The unit of the weights in the sums, as `unit_of` returns it; `largest` is not in units.
+    """
+
+    def __init__(self, unit: float = 1.0) -> None:
+        self.size, self.unit = 0, unit
         self.total = self.noise = self.signal = self.dot = self.largest = 0.0
 
     def add(self, ours: Array, theirs: Array) -> None:
@@ -58,8 +64,11 @@ class ErrorSums:
             self.largest = float(np.maximum(self.largest, np.abs(a, out=a).max()))  # NaN if one is
 
     def __iadd__(self, other: "ErrorSums") -> "ErrorSums":
-        for name in ("size", "noise", "signal", "total", "dot"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        unit = max((sums.unit for sums in (self, other) if sums.size), default=self.unit)
+        for name in ("noise", "signal", "total", "dot"):
+            parts = [getattr(sums, name) * (sums.unit / unit) ** 2 for sums in (self, other) if sums.size]
+            setattr(self, name, sum(parts))
+        self.size, self.unit = self.size + other.size, unit
         self.largest = float(np.maximum(self.largest, other.largest))
         return self
 
@@ -67,9 +76,16 @@ class ErrorSums:
         """Return the error of all that was added."""
         if math.isnan(self.noise):
             return Error(*(math.nan,) * 5)
-        rmse = math.sqrt(self.noise / max(self.size, 1))
+        rmse = math.sqrt(self.noise / max(self.size, 1)) * self.unit
         relative = math.sqrt(self.noise / self.signal) if self.signal > 0 else (0.0 if self.noise == 0 else math.inf)
         snr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
         lengths = math.sqrt(self.total) * math.sqrt(self.signal)
         cosine = max(min(self.dot / lengths, 1.0), -1.0) if lengths > 0 else float(self.total == self.signal)
         return Error(rmse, relative, self.largest, snr, cosine)
+
+
+def unit_of(largest: float) -> float:
+    """Return a power of 2 in which the squares of weights of this largest magnitude fit into float64."""
+    if largest == 0 or 2.0**-400 <= largest <= 2.0**400:
+        return 1.0
+    return math.ldexp(1.0, max(math.frexp(largest)[1] - 1, -1022))
