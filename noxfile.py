@@ -97,6 +97,13 @@ def serial(session):
 
 
 @nox.session
+def instructions(session):
+    """Compare the instruction counts of kernels with those that are kept (needs valgrind)."""
+    session.install(".")
+    session.run("python", "bench/instructions.py", *session.posargs)
+
+
+@nox.session
 def lower_bounds(session):
     """Test with the oldest dependencies that are allowed."""
     dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
