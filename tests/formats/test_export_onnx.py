@@ -6,7 +6,7 @@ import pytest
 from helpers import same_bits
 
 import fastopt as fo
-from fastopt.formats import onnx as exporter
+from fastopt.formats import onnx_file
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -237,12 +237,12 @@ def test_more_than_a_file_holds(fast, rng, tmp_path, monkeypatch):
     graph, weights = chain(rng, 96)
     model, x = fo.pack(weights, bits=4, min_size=1000), random(rng, 5, 96)
     fo.export(model, tmp_path / "one.onnx", to="onnx", graph=graph, fast=fast)
-    monkeypatch.setattr(exporter, "_LIMIT", 40_000)
+    monkeypatch.setattr(onnx_file, "_LIMIT", 40_000)
     fo.export(model, tmp_path / "two.onnx", to="onnx", graph=graph, fast=fast)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
     assert (tmp_path / "two.onnx").stat().st_size < 40_000
     assert same_bits(run(tmp_path / "two.onnx", {"x": x})["head"], run(tmp_path / "one.onnx", {"x": x})["head"])
-    monkeypatch.setattr(exporter, "_LIMIT", 1000)
+    monkeypatch.setattr(onnx_file, "_LIMIT", 1000)
     with pytest.raises(ValueError, match=r"an ONNX file has up to 2 GiB, three.onnx would have [0-9,]+ bytes"):
         fo.export(model, tmp_path / "three.onnx", to="onnx", graph=graph, fast=fast)
     assert len(list(tmp_path.iterdir())) == 3

@@ -15,9 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix
 from fastopt._types import Array
-from fastopt.files.atomic import replacing
-from fastopt.files.safetensors_file import ALIGNMENT
 from fastopt.formats import regroup, require_package
+from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.shrinking import Concat, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -26,14 +25,13 @@ from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 _OPSET = 21  # the first with uint4
 _OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
+_UINT8 = 2  # of TensorProto
 _CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
-_LIMIT = (1 << 31) - (1 << 20)  # bytes of a protobuf message, and some for what is not tensors
-_SMALL = 1024  # bytes of a constant that stays in the file when others do not
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
     "leaky_relu": ("LeakyRelu", {"alpha": 0.01}),
@@ -90,7 +88,9 @@ def write(
             outputs.append(_Described(name, tensor.dtype, tensor.shape))
     else:
         inputs, outputs = _chain(builder, model, graph, progress)
-    save(builder.model(inputs, outputs), builder.constants, path)
+    onnx_model, payloads = builder.model(inputs, outputs), Payloads()
+    builder.add_constants(onnx_model.graph, payloads)
+    save(onnx_model, payloads, path)
 
 
 class Constant(NamedTuple):
@@ -102,73 +102,15 @@ class Constant(NamedTuple):
     nbytes: int
     content: Callable[[], NDArray[np.uint8]]
 
-    def head(self) -> "TensorProto":
-        """Return the tensor without its bytes."""
-        from onnx import TensorProto
-
-        return TensorProto(name=self.name, data_type=self.kind, dims=self.shape)
-
-
-def save(model: "ModelProto", constants: Sequence[Constant], path: Path) -> None:
-    """Write a model, and with it constants of its graph, which are not copied.
-
-    Of what is more than a file can hold, all but small constants go to another beside it, PATH.data, as ONNX has it.
-    """
-    from onnx import GraphProto, ModelProto, TensorProto
-
-    graph = model.graph.SerializeToString()
-    split = len(graph) + sum(constant.nbytes for constant in constants) > _LIMIT
-    within = [constant for constant in constants if not split or constant.nbytes <= _SMALL]
-    beside = [constant for constant in constants if split and constant.nbytes > _SMALL]
-    data, offset = path.with_name(f"{path.name}.data"), 0
-    for constant in beside:
-        tensor = constant.head()
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", data.name), ("offset", offset), ("length", constant.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        head = tensor.SerializeToString()
-        graph += _field(GraphProto, "initializer", len(head)) + head
-        offset += constant.nbytes + -constant.nbytes % ALIGNMENT
-    heads = []
-    for constant in within:
-        head = constant.head().SerializeToString() + _field(TensorProto, "raw_data", constant.nbytes)
-        heads.append(_field(GraphProto, "initializer", len(head) + constant.nbytes) + head)
-    length = len(graph) + sum(map(len, heads)) + sum(constant.nbytes for constant in within)
-    if length > _LIMIT:
-        raise ValueError(f"an ONNX file has up to 2 GiB, {path.name} would have {length:,} bytes; pack more of it")
-    rest = ModelProto()
-    for field, value in model.ListFields():
-        if isinstance(value, (int, str)):
-            setattr(rest, field.name, value)
-        elif field.name != "graph":
-            getattr(rest, field.name).MergeFrom(value)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(rest.SerializeToString())
-        file.write(_field(ModelProto, "graph", length))
-        file.write(graph)
-        for head, constant in zip(heads, within, strict=True):
-            file.write(head)
-            file.write(constant.content().data)
-        if beside:
-            with replacing(data) as other, other.open("wb") as file_beside:
-                for constant in beside:
-                    file_beside.write(constant.content().data)
-                    file_beside.write(bytes(-constant.nbytes % ALIGNMENT))
+    def add_to(self, graph: "GraphProto", payloads: Payloads) -> None:
+        """Add the constant to a graph."""
+        tensor = graph.initializer.add(name=self.name, data_type=self.kind, dims=self.shape)
+        payloads.set(tensor, Payload(self.nbytes, self.content))
 
 
-def _field(message: Any, name: str, length: int) -> bytes:
-    """Return how protobuf begins a field of bytes or of a message: with its number and its length."""
-    varint = bytearray([message.DESCRIPTOR.fields_by_name[name].number << 3 | 2])
-    while length > 0x7F:
-        varint.append(length & 0x7F | 0x80)
-        length >>= 7
-    return bytes([*varint, length])
-
-
-def opset_of(tensor: Weight) -> int:
-    """Return the operator set that is needed to decode a tensor."""
-    stored = tensor.values if isinstance(tensor, SparseTensor) else tensor
-    return _OPSET_OF_BITS[stored.bits] if isinstance(stored, QuantizedTensor) else _OPSET
+def opset_of_bits(bits: int | None) -> int:
+    """Return the operator set that is needed to decode a tensor of codes of so many bits, or of none."""
+    return _OPSET if bits is None else _OPSET_OF_BITS[bits]
 
 
 class _Described(NamedTuple):
@@ -177,6 +119,16 @@ class _Described(NamedTuple):
     name: str
     dtype: DTypeLike
     shape: Sequence[int | str]
+
+
+class _Blocks(NamedTuple):
+    """Names of what MatMulNBits reads of a weight: scale of each block, and, transposed, what else is in each."""
+
+    size: int
+    codes: str
+    scale: str
+    offset: str
+    outliers: tuple[()] | tuple[str, str, str]
 
 
 class Builder:
@@ -192,7 +144,18 @@ class Builder:
         self.opset = _OPSET
         self._names = taken
         self._shared: dict[Any, str] = {}
-        self._blocks: dict[str, tuple[int, str, str, str]] = {}
+        self._blocks: dict[str, _Blocks] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all constants, but for shapes."""
+        shapes = set(self._shared.values())
+        return sum(constant.nbytes for constant in self.constants if constant.name not in shapes)
+
+    def add_constants(self, graph: "GraphProto", payloads: Payloads) -> None:
+        """Add the constants to a graph."""
+        for constant in self.constants:
+            constant.add_to(graph, payloads)
 
     def fresh(self, name: str) -> str:
         """Return a name that is not taken, and take it."""
@@ -255,7 +218,7 @@ class Builder:
 
         if q.size == 0:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
-        self.opset = max(self.opset, opset_of(q))
+        self.opset = max(self.opset, opset_of_bits(q.bits))
         rows, cols = as_matrix(q.shape)
         groups = q.scale.shape[1]
         size = q.group_size if groups > 1 and q.group_size is not None else cols
@@ -283,30 +246,45 @@ class Builder:
         return self.node("Reshape", value, self.numbers(*q.shape))
 
     def _scattered(self, name: str, tensor: SparseTensor) -> str:
-        """Add the stored values, scattered over zeros; or these too, where the places would take more bytes."""
-        from onnx import helper
+        """Add the stored values, scattered over zeros: by their places or by a bit for each weight.
+
+        Where neither takes less than the whole weight, add that.
+        """
+        from onnx import TensorProto, helper
 
         index_type = _index_type(tensor.size)
-        if tensor.values.nbytes + tensor.nnz * index_type.itemsize >= tensor.size * tensor.dtype.itemsize:
+        by_places, by_bits = tensor.nnz * index_type.itemsize, -(-tensor.size // 8)
+        if tensor.values.nbytes + min(by_places, by_bits) >= tensor.size * tensor.dtype.itemsize:
             return self.constant(f"{name}.value", tensor.to_dense())
         # Where each value stands, of any layout: the numbers of the values in their places.
         numbers = np.arange(1, tensor.nnz + 1, dtype=np.float64)
         numbered = SparseTensor(tensor.layout, tensor.positions, tensor.row_offsets, numbers, tensor.shape)
         found = numbered.to_dense().reshape(-1)
         places = np.flatnonzero(found)
-        places = places[np.argsort(found[places], kind="stable")]
+        order = found[places]
+        if by_bits < by_places and np.all(order[1:] > order[:-1]):
+            bits = self.constant(f"{name}.mask", np.packbits(found != 0, bitorder="little")[:, None])
+            each = self.constant(f"{name}.bits", np.array([[1 << bit for bit in range(8)]], np.uint8))
+            flags = self.node("Cast", self.node("BitwiseAnd", bits, each), to=TensorProto.BOOL)
+            flags = self.node("NonZero", self.node("Reshape", flags, self.numbers(-1)))
+            index = self.node("Reshape", flags, self.numbers(-1))
+        else:
+            places = places[np.argsort(order, kind="stable")]
+            index = self.constant(f"{name}.positions", places.astype(index_type))
         zero = helper.make_tensor("zero", helper.np_dtype_to_tensor_dtype(tensor.dtype), [1], [0])
         zeros = self.node("ConstantOfShape", self.numbers(tensor.size), output=self.fresh(f"{name}.zeros"), value=zero)
-        index = self.constant(f"{name}.positions", places.astype(index_type))
         values = self.value(f"{name}.values", tensor.values)
         flat = self.node("ScatterElements", zeros, index, values, axis=0)
         return self.node("Reshape", flat, self.numbers(*tensor.shape))
 
-    def product(self, x: str, name: str, w: Weight, output: str | None = None) -> str:
-        """Add ``x @ w.T`` for x of float32 and any number of axes."""
+    def product(self, x: str, name: str, w: Weight, output: str | None = None, owner: "Builder | None" = None) -> str:
+        """Add ``x @ w.T`` for x of float32 and any number of axes.
+
+        The constants of a fast product are added to `owner`, the builder of a graph around this one.
+        """
         rows, cols = as_matrix(w.shape)
         if self.fast and isinstance(w, QuantizedTensor):
-            return self._fast_product(x, name, w, output)
+            return self._fast_product(x, name, w, output, owner or self)
         if isinstance(w, np.ndarray):
             return self.node("MatMul", x, self.value(name, w.reshape(rows, cols).T, dtype=np.float32), output=output)
         value = self.value(name, w, dtype=np.float32)
@@ -314,36 +292,49 @@ class Builder:
             value = self.node("Reshape", value, self.numbers(rows, cols))
         return self.node("MatMul", x, self.node("Transpose", value, perm=[1, 0]), output=output)
 
-    def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None) -> str:
+    def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None, owner: "Builder") -> str:
         rows, cols = as_matrix(q.shape)
-        size, codes, scale, offset = self._block_constants(name, q)
-        options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": size}
+        blocks = owner.block_constants(name, q)
+        options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": blocks.size}
         options["accuracy_level"] = self.accuracy_level
-        y = self.node("MatMulNBits", x, codes, scale, domain="com.microsoft", **options)
-        added = self.node("MatMul", self._block_sums(x, cols, size), offset)
-        if q.outliers is None:
+        y = self.node("MatMulNBits", x, blocks.codes, blocks.scale, domain="com.microsoft", **options)
+        added = self.node("MatMul", self._block_sums(x, cols, blocks.size), blocks.offset)
+        if not blocks.outliers:
             return self.node("Add", y, added, output=output)
-        return self._add_outliers(x, self.node("Add", y, added), name, q, output)
+        return self._add_outliers(x, self.node("Add", y, added), (rows, cols), blocks.outliers, output)
 
-    def _block_constants(self, name: str, q: QuantizedTensor) -> tuple[int, str, str, str]:
-        """Add codes, scale and, transposed, what is not scale * code of each block, unless they are there."""
+    def block_constants(self, name: str, q: QuantizedTensor) -> "_Blocks":
+        """Add what MatMulNBits reads of a weight, unless it is there."""
         if name not in self._blocks:
             size, scale, minimum = _blocks(name, q)
             rows, groups = scale.shape
-            codes = np.zeros((rows, groups * size * q.bits // 8), np.uint8)
-            codes[:, : q.codes.shape[1]] = q.codes
             scale_name = self._float32(f"{name}.scale", scale)
             # Without a zero point codes count from the middle, which leaves less to cancel.
             middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32))
             offset = self.node("Mul", scale_name, middle)
             offset = self.node("Add", self._float32(f"{name}.minimum", minimum), offset)
-            self._blocks[name] = (
-                size,
-                self.constant(f"{name}.codes", codes.reshape(rows, groups, -1)),
-                self.node("Reshape", scale_name, self.numbers(-1)),
-                self.node("Transpose", offset, perm=[1, 0]),
-            )
+            codes, nbytes = self.fresh(f"{name}.codes"), groups * size * q.bits // 8
+            content = partial(_padded, q.codes, nbytes)
+            shape = (rows, groups, nbytes // groups)
+            self.constants.append(Constant(codes, _UINT8, shape, rows * nbytes, content))
+            scale_rows = self.node("Reshape", scale_name, self.numbers(-1))
+            turned = self.node("Transpose", offset, perm=[1, 0])
+            outliers = () if q.outliers is None else self._outlier_constants(name, q)
+            self._blocks[name] = _Blocks(size, codes, scale_rows, turned, outliers)
         return self._blocks[name]
+
+    def _outlier_constants(self, name: str, q: QuantizedTensor) -> tuple[str, str, str]:
+        """Add rows, columns and values of outliers."""
+        from onnx import TensorProto
+
+        assert q.outliers is not None
+        kind = _index_type(q.size)
+        index = self.constant(f"{name}.outlier_index", q.outliers.indices.astype(kind))
+        cols = self.constant(f"{name}.cols", np.array(as_matrix(q.shape)[1], kind))
+        row = self.node("Cast", self.node("Div", index, cols), to=TensorProto.INT64)
+        rows = self.node("Reshape", row, self.numbers(-1, 1))
+        values = self.constant(f"{name}.outlier_value", q.outliers.values[:, None])
+        return rows, self.node("Mod", index, cols), values
 
     def _block_sums(self, x: str, cols: int, size: int) -> str:
         """Add the sums of x over blocks of columns, unless they are there."""
@@ -357,19 +348,17 @@ class Builder:
             self._shared[x, size] = self.node("ReduceSum", blocks, self.numbers(-1), keepdims=0)
         return self._shared[x, size]
 
-    def _add_outliers(self, x: str, y: str, name: str, q: QuantizedTensor, output: str | None) -> str:
+    def _add_outliers(
+        self, x: str, y: str, shape: tuple[int, int], outliers: tuple[str, str, str], output: str | None
+    ) -> str:
         """Add to y, row by row of its transpose, the columns of x at outliers times what these add."""
-        assert q.outliers is not None
-        cols = as_matrix(q.shape)[1]
-        row, col = np.divmod(q.outliers.indices.astype(np.int64), cols)
-        shape = self.node("Shape", y)
-        columns = self.node("Transpose", self.node("Reshape", x, self.numbers(-1, cols)), perm=[1, 0])
-        taken = self.node("Gather", columns, self.constant(f"{name}.outlier_cols", col), axis=0)
-        values = self.constant(f"{name}.outlier_value", q.outliers.values[:, None])
-        sums = self.node("Transpose", self.node("Reshape", y, self.numbers(-1, as_matrix(q.shape)[0])), perm=[1, 0])
-        rows = self.constant(f"{name}.outlier_rows", row[:, None])
+        rows, cols, values = outliers
+        shape_of_y = self.node("Shape", y)
+        columns = self.node("Transpose", self.node("Reshape", x, self.numbers(-1, shape[1])), perm=[1, 0])
+        taken = self.node("Gather", columns, cols, axis=0)
+        sums = self.node("Transpose", self.node("Reshape", y, self.numbers(-1, shape[0])), perm=[1, 0])
         sums = self.node("ScatterND", sums, rows, self.node("Mul", taken, values), reduction="add")
-        return self.node("Reshape", self.node("Transpose", sums, perm=[1, 0]), shape, output=output)
+        return self.node("Reshape", self.node("Transpose", sums, perm=[1, 0]), shape_of_y, output=output)
 
     def model(self, inputs: Sequence["_Described"], outputs: Sequence["_Described"]) -> "ModelProto":
         """Return the model, without its constants."""
@@ -393,6 +382,11 @@ def _index_type(size: int) -> np.dtype[Any]:
 
 def _bytes(array: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _padded(codes: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
+    """Return rows of codes of so many bytes, filled with codes of 0."""
+    return _bytes(np.pad(codes, ((0, 0), (0, nbytes - codes.shape[1]))) if nbytes > codes.shape[1] else codes)
 
 
 def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastopt._types import Array, Notify, PathLike
+from fastopt._types import Notify, PathLike
+from fastopt.files.weights import Source, Weights
 from fastopt.formats import require_package
-from fastopt.formats.onnx import Builder, Constant, opset_of, save
+from fastopt.formats.onnx import Builder, opset_of_bits
+from fastopt.formats.onnx_file import OnnxFile, save
+from fastopt.formats.onnx_graph import (
+    Found,
+    Scope,
+    Use,
+    at_opset,
+    attribute,
+    constants_of,
+    inlined,
+    scope_of,
+    weights_of,
+)
 from fastopt.models.choose import choose_bits
 from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
@@ -21,7 +33,7 @@ from fastopt.tensors.packed import Weight
 from fastopt.tensors.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
-    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto
     from typing_extensions import Unpack
 
 
@@ -38,22 +50,28 @@ def pack_onnx(
     notify: Notify | None = None,
     **options: Unpack[RecipeOptions],
 ) -> Report:
-    """Pack the weights of the MatMul, Gemm and Conv nodes of an ONNX model, and write one that runs.
+    """Pack the weights of an ONNX model, and write one that runs.
+
+    Weights are constants that only MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU, RNN and Einsum nodes read as
+    such, also behind Identity, Transpose and Cast, in the branches of an If and the bodies of loops. Local functions
+    are inlined. One tensor is in memory at a time, and all packed ones.
 
     Parameters
     ----------
     source : path-like
-        An ONNX file. Tensors that it keeps in other files are read too.
+        An ONNX file. Tensors that it keeps in other files of its folder are read too.
     target : path-like
-        It appears when it is complete; it may be the source.
+        It appears when it is complete; it may be the source. An initializer that is packed is no input of the model
+        any more, as some models list them.
     recipe, **options
-        As in `pack`, by the names of the weights in the model. A weight is taken as [out, in, ...],
-        whichever way the model stores it: groups lie along the input axis.
+        As in `pack`, by the names of the weights in the model. Where several graphs use one name, an inner one has
+        that of its node before it, as "If_0.then_branch/W". A weight is taken as [out, in, ...], whichever way the
+        model stores it: groups lie along the input axis.
     target_bits, target_size
-        As in `pack`, over the weights of these nodes.
+        As in `pack`: bits for each of these weights, bytes of the whole file.
     fast : bool
-        Multiply by MatMulNBits, which is ONNX Runtime's own, where a MatMul, or a Gemm that only adds a bias, has a
-        quantized float32 weight. Other weights are decoded by standard operators.
+        Multiply by MatMulNBits, which is ONNX Runtime's own, where a quantized float32 weight is only read by MatMul,
+        and Gemm that only adds a bias. Other weights are decoded by standard operators.
     accuracy_level : int
         Of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
     dry_run : bool
@@ -65,7 +83,8 @@ def pack_onnx(
     Returns
     -------
     Report
-        Of the weights of these nodes, and of other constants that are no smaller than the recipe's `min_size`.
+        Of the weights, with the bytes that they take in the file, and of other constants that are no smaller than the
+        recipe's `min_size`.
 
     Raises
     ------
@@ -89,252 +108,158 @@ def pack_onnx(
     """
     recipe = recipe_of(recipe, options)
     require_package("onnx")
-    model = _load(Path(source))
-    weights = {name: found.array() for name, found in _weights(model).items()}
+    file = OnnxFile(Path(source))
+    model = inlined(file.model, file.payloads)
+    found, _ = weights_of(constants_of(scope_of(model)))
+    weights = _weights(file, found)
     recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
-    packed: dict[str, Weight] = {}
-    reporter = Reporter()
-    progress = Progress({name: weights[name].nbytes for name in weights}, notify)
-    for name, array in weights.items():
-        progress.next(name)
-        tensor, reason = pack_tensor(name, array, recipe)
-        reporter.add(name, tensor, array, reason)
-        if tensor is not array:
-            packed[name] = tensor
-    progress.next("")
-    for name, array in _others(model, weights, recipe.min_size):
-        reporter.add(name, array, array, "not the weight of a MatMul, Gemm or Conv alone")
+    opsets = [_opset(recipe, name, weights) for name in weights]
     if not dry_run:
-        opset = max(map(opset_of, packed.values()), default=0)
-        model = _at_opset(model, opset)
-        constants = _replace(model, packed, opset, fast, accuracy_level)
-        save(model, constants, Path(target))
+        model = at_opset(model, max(opsets, default=0), file.payloads)
+    edit = _Edit(model, fast, accuracy_level)
+    reporter = Reporter()
+    progress = Progress(weights.sizes, notify)
+    for name, opset in zip(weights, opsets, strict=True):
+        progress.next(name)
+        array = weights[name]
+        tensor, reason = pack_tensor(name, array, recipe)
+        nbytes = edit.put(name, tensor) if opset else tensor.nbytes
+        reporter.add(name, tensor, array, reason, nbytes)
+        weights.release(name)
+    progress.next("")
+    for name, reason in edit.others.items():
+        tensor_proto = edit.constants[name].tensor
+        assert tensor_proto is not None
+        if math.prod(tensor_proto.dims) >= max(recipe.min_size, 1):
+            array = file.array(tensor_proto)
+            reporter.add(name, array, array, reason)
+            file.release(tensor_proto)
+    if not dry_run:
+        edit.finish(file)
+        save(model, file.payloads, Path(target))
     return reporter.report()
 
 
-def _load(path: Path) -> ModelProto:
-    import onnx
-    from google.protobuf.message import DecodeError
+def _weights(file: OnnxFile, found: Mapping[str, Found]) -> Weights:
+    """Return the weights of a model as [out, in, ...], each read when it is asked for."""
+    return Weights({name: _source(file, one) for name, one in found.items()})
 
+
+def _source(file: OnnxFile, found: Found) -> Source:
+    from onnx import helper
+
+    tensor = found.value.tensor
+    assert tensor is not None
     try:
-        model = onnx.load(path)
-    except DecodeError as error:
-        raise ValueError(f"{path}: not an ONNX file: {error}") from error
-    if not model.graph.node:
-        raise ValueError(f"{path}: not an ONNX file, or one without nodes")
-    _drop_aliases(model)
-    return model
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    except KeyError as error:
+        raise ValueError(f"{file.path}: {tensor.name!r}: has data type {error}, which onnx does not know") from error
+    return Source(found.shape, dtype, lambda: found.seen(file.array(tensor)), lambda: file.release(tensor))
 
 
-def _drop_aliases(model: ModelProto) -> None:
-    """Let nodes read constants by their own names: exporters put an Identity behind one that several layers share."""
-    constants: dict[str, str] = {}  # and their aliases, by name: the name of the constant
-    for graph in _graphs(model.graph):
-        constants |= {name: name for name in _constants(graph)}
-        results = {value.name for value in graph.output}
-        for node in graph.node:
-            if node.op_type == "Identity" and node.input[0] in constants and node.output[0] not in results:
-                constants[node.output[0]] = constants[node.input[0]]
-    for graph in reversed(list(_graphs(model.graph))):
-        kept = [node for node in graph.node if not (node.op_type == "Identity" and node.output[0] in constants)]
-        for node in kept:
-            for place, name in enumerate(node.input):
-                node.input[place] = constants.get(name, name)
-        del graph.node[:]
-        graph.node.extend(kept)
+def _opset(recipe: Recipe, name: str, weights: Weights) -> int:
+    """Return the operator set that the packed weight needs, 0 if it is kept as it is."""
+    options, _ = recipe.of(name, *weights.spec(name))
+    return 0 if options is None else opset_of_bits(options.bits)
 
 
-def _at_opset(model: ModelProto, opset: int) -> ModelProto:
-    """Return the model at an operator set that has the types of the codes."""
-    from onnx import helper, version_converter
+class _Edit:
+    """Puts packed weights in the place of constants of a model.
 
-    now = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    if now < opset:
-        try:
-            model = version_converter.convert_version(model, opset)
-        except Exception as error:  # whatever the converter's C++ throws
-            raise ValueError(
-                f"the model is of operator set {now}, which has no codes of these bits, and cannot be brought to "
-                f"{opset}; export it anew at {opset} or later: {error}"
-            ) from error
-    needed = helper.find_min_ir_version_for([helper.make_opsetid("", max(now, opset))])
-    model.ir_version = max(model.ir_version, needed)
-    return model
-
-
-# ---- what a model holds ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A constant of a model that is the weight of nodes, and of nothing else."""
-
-    tensor: TensorProto
-    transposed: bool  # the model holds [in, out]
-
-    def array(self) -> Array:
-        """Return it as [out, in, ...]."""
-        from onnx import numpy_helper
-
-        try:
-            array: Array = numpy_helper.to_array(self.tensor)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.tensor.name!r}: not a sound tensor: {error}") from error
-        return np.ascontiguousarray(array.T) if self.transposed else array
-
-
-def _attribute(node: NodeProto, name: str, default: Any) -> Any:
-    from onnx import helper
-
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    attribute: AttributeProto
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """Give a graph and all that its nodes hold, as the branches of an If."""
-    yield graph
-    for node in graph.node:
-        for inner in _subgraphs(node):
-            yield from _graphs(inner)
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """Give what a node reads, and all that its graphs do."""
-    yield from node.input
-    for inner in _subgraphs(node):
-        for within in inner.node:
-            yield from _reads(within)
-
-
-def _constants(graph: GraphProto) -> dict[str, TensorProto]:
-    """Return the initializers, and the outputs of Constant nodes, of one graph."""
-    found = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and _attribute(node, "value", None) is not None:
-            found[node.output[0]] = _attribute(node, "value", None)
-    return found
-
-
-_WEIGHTS = {"MatMul": (2, 2), "Gemm": (2, 2), "Conv": (3, 32)}  # operators, and how many axes their weights may have
-
-
-def _weights(model: ModelProto) -> dict[str, _Found]:
-    """Return the constants that are only ever the second input of a MatMul, Gemm or Conv, and always the same way."""
-    uses: dict[str, set[Any]] = defaultdict(set)
-    constants: dict[str, TensorProto] = {}
-    for graph in _graphs(model.graph):
-        constants |= _constants(graph)
-        for node in graph.node:
-            for place, name in enumerate(node.input):
-                fits = place == 1 and node.op_type in _WEIGHTS and node.domain in ("", "ai.onnx")
-                turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _attribute(node, "transB", 0))
-                uses[name].add((_WEIGHTS[node.op_type], turned) if fits else None)
-        for output in graph.output:
-            uses[output.name].add(None)
-    found = {}
-    for name, tensor in constants.items():
-        use = next(iter(uses[name]), None)
-        if len(uses[name]) == 1 and use is not None and use[0][0] <= len(tensor.dims) <= use[0][1]:
-            found[name] = _Found(tensor, use[1])
-    return found
-
-
-def _others(model: ModelProto, weights: Mapping[str, Array], min_size: int) -> Iterator[tuple[str, Array]]:
-    from onnx import numpy_helper
-
-    for graph in _graphs(model.graph):
-        for name, tensor in _constants(graph).items():
-            if name not in weights and np.prod(tensor.dims, dtype=object) >= max(min_size, 1):
-                yield name, numpy_helper.to_array(tensor)
-
-
-# ---- what becomes of it ------------------------------------------------------------------------------------------
-
-
-def _replace(
-    model: ModelProto, packed: Mapping[str, Weight], opset: int, fast: bool, accuracy_level: int
-) -> list[Constant]:
-    """Put nodes that decode, or that multiply by codes, in the place of constants.
-
-    The constants that these read are returned; they are to be written with the model.
+    Nodes that decode, and constants that nodes read, stand in the graph that had the constant; nodes that multiply by
+    codes in that of the node that they replace.
     """
-    from onnx import helper
 
-    transposed = {name: found.transposed for name, found in _weights(model).items()}
-    if lost := sorted(packed.keys() - transposed.keys()):  # by bringing the model to another operator set
-        raise ValueError(f"{lost[0]!r}: is no constant any more at operator set {opset}; exclude it")
-    taken = {name for graph in _graphs(model.graph) for node in graph.node for name in (*node.input, *node.output)}
-    taken |= {value.name for graph in _graphs(model.graph) for value in (*graph.initializer, *graph.input)}
-    products = 0
-    graphs = list(_graphs(model.graph))
-    for graph in reversed(graphs):  # those inside others first
-        own = {name: packed[name] for name in _constants(graph) if name in packed}
-        builder = Builder(fast, accuracy_level, taken)
-        nodes: list[NodeProto] = []
-        decoded: set[str] = set()
-        for node in graph.node:
-            name = node.input[1] if len(node.input) > 1 else ""
-            if node.op_type == "Constant" and node.output[0] in own:
-                continue
-            if fast and name in packed and _multiplies(node, packed[name]):
-                _multiply(builder, node, packed[name])
-                nodes += builder.nodes
-                builder.nodes.clear()
-                products += 1
-            else:
-                nodes.append(node)
-                decoded.update(node.input)
-                decoded.update(
-                    name for inner in _subgraphs(node) for g in _graphs(inner) for n in g.node for name in n.input
-                )
-        for name in own:
-            if name in decoded:
-                _decode(builder, name, own[name], transposed[name])
-        del graph.node[:]
-        graph.node.extend([*builder.nodes, *nodes])
-        for place in reversed(range(len(graph.initializer))):
-            if graph.initializer[place].name in own:
-                del graph.initializer[place]
-        if graph is not graphs[0]:  # the constants of the outermost are written from where they are
-            for constant in builder.constants:
-                tensor = graph.initializer.add()
-                tensor.CopyFrom(constant.head())
-                tensor.raw_data = constant.content().tobytes()
-        inputs = [value for value in graph.input if value.name not in own]  # old models list initializers there too
-        del graph.input[:]
-        graph.input.extend(inputs)
-    if products and all(entry.domain != "com.microsoft" for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return builder.constants
+    def __init__(self, model: ModelProto, fast: bool, accuracy_level: int) -> None:
+        self._model, self._root = model, scope_of(model)
+        self.constants = constants_of(self._root)
+        self._found, self.others = weights_of(self.constants)
+        taken = set(self._root.names())
+        scopes = list(self._root.walk())
+        # Of each graph: what decodes constants, which comes first, and what multiplies, in the place of a node.
+        self._heads = {scope: Builder(fast, accuracy_level, taken) for scope in scopes}
+        self._products = {scope: Builder(fast, accuracy_level, taken) for scope in scopes}
+        self._replaced: dict[tuple[Scope, int], list[NodeProto]] = {}
+        self._gone: set[tuple[Scope, str]] = set()
+        self._fast = fast
+
+    def put(self, name: str, tensor: Weight) -> int:
+        """Replace a constant; return how many bytes the new ones take."""
+        if name not in self._found:  # by bringing the model to another operator set
+            raise ValueError(f"{name!r}: is no constant any more at a newer operator set; exclude it")
+        found = self._found[name]
+        value, head = found.value, self._heads[found.value.scope]
+        before = head.nbytes
+        alike = found.order.rows == 1 and not found.measured and all(order == found.order for _, order in found.uses)
+        if self._fast and alike and all(_multiplies(use, tensor) for use, _ in found.uses):
+            for use, _ in found.uses:
+                self._multiply(use, value.name, tensor, head)
+            for use in found.between:
+                self._replaced[use.scope, use.at] = []
+        else:
+            _decode(head, found, tensor)
+        self._gone.add((value.scope, value.name))
+        return head.nbytes - before
+
+    def _multiply(self, use: Use, name: str, tensor: Weight, head: Builder) -> None:
+        node, builder = use.node, self._products[use.scope]
+        assert node is not None
+        (output,) = node.output
+        if len(node.input) > 2 and node.input[2]:
+            product = builder.product(node.input[0], name, tensor, owner=head)
+            builder.node("Add", product, node.input[2], output=output)
+        else:
+            builder.product(node.input[0], name, tensor, output, owner=head)
+        self._replaced[use.scope, use.at] = list(builder.nodes)
+        builder.nodes.clear()
+
+    def finish(self, file: OnnxFile) -> None:
+        """Change the graphs."""
+        from onnx import helper
+
+        scopes = list(self._root.walk())
+        for scope in reversed(scopes):  # those inside others first
+            graph, head, products = scope.graph, self._heads[scope], self._products[scope]
+            gone = {name for owner, name in self._gone if owner is scope}
+            nodes = list(head.nodes)
+            for at, node in enumerate(scope.nodes):
+                if node.op_type != "Constant" or node.output[0] not in gone:
+                    nodes += self._replaced.get((scope, at), [node])
+            if len(nodes) != len(scope.nodes) or gone:
+                del graph.node[:]
+                graph.node.extend(nodes)
+            for field in (graph.initializer, graph.input):  # old models list initializers there too
+                kept = [item for item in field if item.name not in gone]
+                del field[:]
+                field.extend(kept)
+            head.add_constants(graph, file.payloads)
+            products.add_constants(graph, file.payloads)
+        domains = {entry.domain for entry in self._model.opset_import}
+        if self._replaced and "com.microsoft" not in domains:
+            self._model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _multiplies(node: NodeProto, tensor: Weight) -> bool:
+def _multiplies(use: Use, tensor: Weight) -> bool:
     """Return whether MatMulNBits can compute this node."""
-    if not isinstance(tensor, QuantizedTensor) or tensor.dtype != np.float32:
+    node = use.node
+    if node is None or not isinstance(tensor, QuantizedTensor) or tensor.dtype != np.float32:
+        return False
+    if use.place != 1 or len(tensor.shape) != 2 or node.domain == "com.microsoft":
         return False
     if node.op_type == "Gemm":
-        return all(_attribute(node, name, value) == value for name, value in (("alpha", 1), ("beta", 1), ("transA", 0)))
+        return all(attribute(node, name, value) == value for name, value in (("alpha", 1), ("beta", 1), ("transA", 0)))
     return node.op_type == "MatMul"
 
 
-def _multiply(builder: Builder, node: NodeProto, tensor: Weight) -> None:
-    x, name, (output,) = node.input[0], node.input[1], node.output
-    if len(node.input) > 2 and node.input[2]:
-        builder.node("Add", builder.product(x, name, tensor), node.input[2], output=output)
-    else:
-        builder.product(x, name, tensor, output)
-
-
-def _decode(builder: Builder, name: str, tensor: Weight, transposed: bool) -> None:
+def _decode(builder: Builder, found: Found, tensor: Weight) -> None:
     """Add nodes whose output has the name that the constant had."""
-    if transposed:
-        builder.node("Transpose", builder.value(name, tensor), output=name, perm=[1, 0])
-    else:
+    name, axes = found.value.name, found.order.axes
+    natural = axes == tuple(range(len(axes)))
+    if natural and found.shape == found.dims:
         builder.value(name, tensor, output=name)
+        return
+    decoded = builder.value(name, tensor)
+    if found.ordered != found.shape:
+        decoded = builder.node("Reshape", decoded, builder.numbers(*found.ordered), output=name if natural else None)
+    if not natural:
+        builder.node("Transpose", decoded, output=name, perm=[axes.index(axis) for axis in range(len(axes))])

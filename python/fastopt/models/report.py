@@ -113,8 +113,8 @@ class Reporter:
         self._sums = ErrorSums()
         self._measured = False
 
-    def add(self, name: str, tensor: Weight, original: Array | None, reason: str) -> None:
-        """Add a tensor as it was stored; with the original its error is measured."""
+    def add(self, name: str, tensor: Weight, original: Array | None, reason: str, nbytes: int | None = None) -> None:
+        """Add a tensor as it was stored, in so many bytes if not its own; with the original its error is measured."""
         sums = None if original is None else _error_sums(tensor, original)
         if sums is not None:
             self._sums += sums
@@ -125,7 +125,7 @@ class Reporter:
             tensor.shape,
             tensor.dtype,
             kind,
-            tensor.nbytes,
+            tensor.nbytes if nbytes is None else nbytes,
             reason,
             bits=bits,
             group_size=group_size,
