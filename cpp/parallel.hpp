@@ -3,7 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -24,6 +29,7 @@ inline constexpr bool kOpenMP = false;
 
 namespace threads {
 
+inline constexpr int kMost = 4096;         // of set_num_threads() and OMP_NUM_THREADS
 inline std::atomic<int> wanted{0};         // 0: not set, OpenMP's default (which honours OMP_NUM_THREADS)
 inline std::atomic<bool> in_child{false};  // libgomp's workers do not survive fork: a child that calls them hangs
 
@@ -37,13 +43,52 @@ inline void watch_fork() {
 #endif
 }
 
+#if defined(_OPENMP)
+// Whether the system lets this process start `count` more threads. They are started to find out, and all wait until the
+// last one runs.
+inline bool can_start(int count) noexcept {
+  std::mutex mutex;
+  std::condition_variable condition;
+  bool done = false;
+  std::vector<std::thread> started;
+  bool all = true;
+  try {
+    started.reserve(static_cast<std::size_t>(count));
+    while (started.size() < static_cast<std::size_t>(count)) {
+      started.emplace_back([&] {
+        std::unique_lock<std::mutex> lock(mutex);
+        condition.wait(lock, [&] { return done; });
+      });
+    }
+  } catch (...) {  // std::system_error or std::bad_alloc
+    all = false;
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+  }
+  condition.notify_all();
+  for (std::thread& thread : started) thread.join();
+  return all;
+}
+
+// The team that OpenMP may be asked for: `team`, or 1 if the system refuses to start so many threads. libgomp would end
+// the process then. It keeps the threads of the last team of each calling thread, ends those that a smaller team does
+// not need, and starts new ones for a larger team: only the last needs the test, which takes as long as that start.
+inline int granted(int team) noexcept {
+  static thread_local int last = 1;
+  if (team > last && !can_start(team - last)) return 1;
+  return last = team;
+}
+#endif
+
 }  // namespace threads
 
 inline int num_threads() {
 #if defined(_OPENMP)
   if (threads::in_child.load()) return 1;
   const int wanted = threads::wanted.load();
-  return wanted > 0 ? wanted : omp_get_max_threads();
+  return wanted > 0 ? wanted : std::clamp(omp_get_max_threads(), 1, threads::kMost);
 #else
   return 1;
 #endif
@@ -58,7 +103,10 @@ template <class Body>
 void parallel_for(std::size_t n, double bytes, const Body& body) noexcept {
   if (n == 0) return;
   const double useful = std::min(bytes / threads::kBytesPerThread, static_cast<double>(n));
-  const int team = useful < 2 ? 1 : static_cast<int>(std::min(useful, static_cast<double>(num_threads())));
+  int team = useful < 2 ? 1 : static_cast<int>(std::min(useful, static_cast<double>(num_threads())));
+#if defined(_OPENMP)
+  if (team > 1) team = threads::granted(team);
+#endif
   if (team <= 1) {
     body(std::size_t{0}, n);
     return;

@@ -322,10 +322,11 @@ void multiply_few(const Sparse& w, const Linear& io, const Kernels& k) {
     float* row = std::copy_n(io.x + b * w.cols, w.cols, x + b * stride);
     std::fill_n(row, stride - w.cols, 0.0f);
   }
-  const Shares shares(w, static_cast<std::size_t>(num_threads()));
+  const std::size_t parts = static_cast<std::size_t>(num_threads());
+  const Shares shares(w, parts);
   const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
                        static_cast<double>(io.batch);
-  parallel_for(static_cast<std::size_t>(num_threads()), bytes, [&](std::size_t begin, std::size_t end) {
+  parallel_for(parts, bytes, [&](std::size_t begin, std::size_t end) {
     k.sparse.linear(w, x, stride, io.batch, io.bias, io.y, shares.begin(begin), shares.begin(end));
   });
 }

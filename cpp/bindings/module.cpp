@@ -16,7 +16,7 @@ void bind_linear(py::module_&);
 void bind_limits(py::module_&);
 }  // namespace fastopt
 
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_core_main, m, py::mod_gil_not_used()) {
   using namespace fastopt;
   threads::watch_fork();
 
@@ -35,4 +35,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_sparse(m);
   bind_linear(m);
   bind_limits(m);
+}
+
+// pybind11 takes the lock of the main interpreter, and so would wait for good in another one.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core();
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit__core_main();
+  PyErr_SetString(PyExc_ImportError, "fastopt: cannot be imported in a subinterpreter, only in the main interpreter");
+  return nullptr;
 }

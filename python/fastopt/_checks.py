@@ -15,6 +15,7 @@ from fastopt._types import BITS, FLOATS, Array, GroupSize
 # Real weights need a scale and minimum for each row with 8 bits, and for each group with 4 and 2.
 DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
 _BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
+_FLOATS_TEXT = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 FLAGS = {
     "amsgrad",
     "centered",
@@ -33,13 +34,39 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def as_index(value: Any, name: str, needed: str = "an integer") -> int:
+    """Return an integer of Python or NumPy as an int, or raise; a bool is none."""
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected {needed}, got {value!r:.80}")
+
+
 def require_bits(bits: int) -> int:
-    """Return `bits`, or raise."""
-    if isinstance(bits, bool) or not hasattr(bits, "__index__"):
-        raise TypeError(f"bits: expected {_BITS_TEXT}, got {bits!r}")
-    if bits not in BITS:
-        raise ValueError(f"bits: expected {_BITS_TEXT}, got {bits!r}")
-    return operator.index(bits)
+    """Return `bits` as an int, or raise."""
+    width = as_index(bits, "bits", _BITS_TEXT)
+    if width not in BITS:
+        raise ValueError(f"bits: expected {_BITS_TEXT}, got {bits!r:.80}")
+    return width
+
+
+def require_array(array: Any, name: str) -> Array:
+    """Return `array`, or raise if it is not a NumPy array."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    return array
+
+
+def require_shape(shape: Any) -> tuple[int, ...]:
+    """Return a shape as a tuple of ints, or raise."""
+    if not isinstance(shape, tuple):
+        raise TypeError(f"shape: expected a tuple of integers, got {shape!r:.80}")
+    sizes = tuple(as_index(size, "shape", "a tuple of integers") for size in shape)
+    if min(sizes, default=0) < 0 or math.prod(max(size, 1) for size in sizes) >= 1 << 62:
+        raise ValueError(f"shape: expected sizes of 0 or more that memory could hold, got {shape!r:.80}")
+    return sizes
 
 
 def require_group_size(group_size: GroupSize, bits: int) -> int | None:
@@ -48,9 +75,7 @@ def require_group_size(group_size: GroupSize, bits: int) -> int | None:
         return DEFAULT_GROUP_SIZE[bits]
     if group_size is None:
         return None
-    if isinstance(group_size, bool | str) or not hasattr(group_size, "__index__"):
-        raise TypeError(f"group_size: expected an integer, None or 'auto', got {group_size!r}")
-    size = operator.index(group_size)
+    size = as_index(group_size, "group_size", "an integer, None or 'auto'")
     if (size < 1 and size != -1) or size >= 1 << 62:
         raise ValueError(f"group_size: expected a positive number, -1 (a row) or None (the whole tensor), got {size}")
     return size
@@ -68,18 +93,29 @@ def require_param_dtype(param_dtype: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
+def require_float_dtype(dtype: Any, name: str) -> np.dtype[Any]:
+    """Return a dtype of weights in the byte order of the machine, or raise."""
+    found: np.dtype[Any] | None
+    try:
+        found = np.dtype(dtype).newbyteorder("=")
+    except (TypeError, ValueError):
+        found = None
+    if dtype is None or found is None or found.name not in FLOATS:
+        raise TypeError(f"{name}: expected {_FLOATS_TEXT}, got {dtype!r:.80}")
+    return found
+
+
 def as_float_array(w: ArrayLike, name: str) -> Array:
     """Return `w` as an array of a float type, or raise."""
     array = np.asarray(w)
     if array.dtype.name not in FLOATS:
-        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {array.dtype}")
+        raise TypeError(f"{name}: expected {_FLOATS_TEXT}, got {array.dtype}")
     return array
 
 
 def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:
     """Return `out` as the matrix that the kernels fill, without a copy, or raise."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+    require_array(out, "out")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
     if not out.flags.c_contiguous:

@@ -12,7 +12,7 @@ from fastopt import _core
 def get_num_threads() -> int:
     """Return how many threads a call may use.
 
-    The default is OpenMP's, which honours ``OMP_NUM_THREADS``. It is 1 in a build without OpenMP, and in a
+    The default is OpenMP's, which honours ``OMP_NUM_THREADS`` up to 4096. It is 1 in a build without OpenMP, and in a
     forked child, where the parent's threads no longer exist.
 
     Returns
@@ -32,7 +32,8 @@ def get_num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Set how many threads a call may use; small work takes fewer.
 
-    Results do not depend on it: they are bit for bit the same for any number.
+    Results do not depend on it: they are bit for bit the same for any number. If the system refuses to start so many
+    threads, because a limit on processes or memory is reached, a call does its work in one thread.
 
     Parameters
     ----------

@@ -1,4 +1,5 @@
 import os
+import sys
 import threading
 
 import numpy as np
@@ -86,3 +87,60 @@ def test_show_config(capsys):
     assert text.startswith(f"fastopt {fo.__version__}\n")
     assert _core.isa() in text
     assert np.__version__ in text
+
+
+@needs_threads
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp and the limits of Linux")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_NPROC"])
+@pytest.mark.parametrize("before", [1, 2, 64])
+def test_threads_that_cannot_be_started_are_done_without(limit, before):
+    """libgomp ends the process if a thread does not start."""
+    code = f"""
+import os, resource, threading, numpy as np, fastopt as fo
+w, g = np.zeros(8 << 20, "f4"), np.ones(8 << 20, "f4")
+opt = fo.SGD(w, lr=1.0)
+fo.set_num_threads({before})
+opt.step(g)
+fo.set_num_threads(2)
+opt.step(g)
+if "{limit}" == "RLIMIT_AS":
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+else:
+    if os.getuid() == 0:
+        os.setuid(54321)
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+fo.set_num_threads(64)
+opt.step(g)
+fo.set_num_threads(2)
+opt.step(g)
+assert (w == -4).all()
+print("done")
+"""
+    assert last_line(code) == "done"
+
+
+@needs_threads
+@pytest.mark.parametrize("value", ["99999999999", "100000", "4096"])
+def test_omp_num_threads_has_the_bound_of_set_num_threads(value):
+    assert last_line("import fastopt as fo; print(fo.get_num_threads())", OMP_NUM_THREADS=value) == "4096"
+
+
+def test_a_subinterpreter_gets_an_import_error():
+    """pybind11 would wait for a lock for ever."""
+    code = """
+try:
+    import _interpreters as interpreters  # 3.13
+except ImportError:
+    interpreters = __import__("_xxsubinterpreters")
+other = interpreters.create()
+try:
+    failed = interpreters.run_string(other, "import fastopt")
+except interpreters.RunFailedError as error:
+    failed = error
+print("ImportError" in repr(failed) or "ImportError" in str(failed))
+import fastopt as fo
+print(fo.get_num_threads() > 0)
+"""
+    assert last_line(code) == "True"
+    assert "True\nTrue" in run_python(code, env=dict(os.environ), timeout=60).stdout

@@ -1,3 +1,5 @@
+import contextlib
+import copy
 import pickle
 
 import numpy as np
@@ -287,3 +289,145 @@ def test_torch(rng):
     assert same_bits(csr.to_dense().numpy(), w)
     assert fo.SparseTensor.from_torch(csr) == s
     assert fo.SparseTensor.from_torch(torch.from_numpy(w).to_sparse_csr()) == s
+
+
+def _made_of(layout, how):
+    """A sparse tensor, and the arrays that it was made of, given in some way."""
+    w = pruned_weight((6, 48), 0.1 if layout != "2:4" else 0)
+    s = fo.prune(w, pattern="2:4") if layout == "2:4" else fo.SparseTensor.from_dense(w, layout=layout)
+    arrays = [np.array(s.positions), np.array(s.row_offsets)]
+    given = {
+        "array": lambda a: a,
+        "view": lambda a: a[:],
+        "read-only view": _read_only_view,
+        "read-only owner": _read_only,
+        "bytearray": lambda a: _of_buffer(bytearray(a.tobytes()), a),
+        "read-only memoryview": lambda a: _of_buffer(memoryview(bytearray(a.tobytes())).toreadonly(), a),
+    }[how]
+    parts = [given(a) for a in arrays]
+    return fo.SparseTensor(layout, *parts, np.array(s.values), s.shape), parts, arrays
+
+
+def pruned_weight(shape, density):
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal(shape).astype("f4")
+    return w if density == 0 else np.where(rng.random(shape) < density, w, np.float32(0))
+
+
+def _read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def _read_only_view(array):
+    return _read_only(array[:])
+
+
+def _of_buffer(buffer, like):
+    return np.frombuffer(buffer, like.dtype).reshape(like.shape)
+
+
+def _spoil(array):
+    """Overwrite an array and all that lies below it, as far as NumPy lets anyone."""
+    while array is not None:
+        if isinstance(array, memoryview):
+            array = array.obj
+        if isinstance(array, bytearray):
+            array[:] = b"\xff" * len(array)
+        if not isinstance(array, np.ndarray):
+            return
+        with contextlib.suppress(ValueError):
+            array.flags.writeable = True
+            array[...] = np.iinfo(array.dtype).max
+        array = array.base
+
+
+@pytest.mark.parametrize(
+    "how", ["array", "view", "read-only view", "read-only owner", "bytearray", "read-only memoryview"]
+)
+@pytest.mark.parametrize("layout", ["mask", "index16", "index8", "1x16", "2:4"])
+def test_what_a_tensor_was_made_of_may_change_afterwards(layout, how):
+    """The kernels trust the positions: once changed they would write out of bounds."""
+    s, parts, arrays = _made_of(layout, how)
+    want, x = s.to_dense(), np.ones((7, 48), "f4")
+    products = [fo.linear(x[:n], s) for n in (1, 7)]
+    for array in (*parts, *arrays, s.positions, s.row_offsets, s.mask):
+        _spoil(array)
+    assert same_bits(s.to_dense(), want)
+    for n, product in zip((1, 7), products, strict=True):
+        assert same_bits(fo.linear(x[:n], s), product)
+
+
+@pytest.mark.parametrize("layout", ["mask", "index16", "index8", "1x16", "2:4"])
+@pytest.mark.parametrize(
+    "copied", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy, copy.copy, lambda s: s.copy(), lambda s: s[1:4]]
+)
+def test_copies_cannot_be_changed_either(layout, copied):
+    twin = copied(_made_of(layout, "array")[0])
+    want = twin.to_dense()
+    for array in (twin.positions, twin.row_offsets):
+        _spoil(array)
+    assert same_bits(twin.to_dense(), want)
+
+
+def test_positions_of_a_mapped_file_are_not_copied(tmp_path):
+    s, _, _ = _made_of("index16", "array")
+    np.asarray(s.positions).tofile(tmp_path / "positions")
+    mapped = np.memmap(tmp_path / "positions", np.uint16, mode="r")
+    t = fo.SparseTensor("index16", mapped, s.row_offsets, s.values, s.shape)
+    assert np.shares_memory(t.positions, mapped)
+    writable = np.memmap(tmp_path / "positions", np.uint16, mode="r+")
+    t = fo.SparseTensor("index16", writable, s.row_offsets, s.values, s.shape)
+    assert not np.shares_memory(t.positions, writable)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "error"),
+    [
+        ("layout", None, ValueError),
+        ("layout", 3, ValueError),
+        ("positions", None, TypeError),
+        ("positions", [1, 2], TypeError),
+        ("positions", np.zeros(3, object), TypeError),
+        ("positions", np.zeros((1, 3), "u2"), ValueError),
+        ("row_offsets", None, TypeError),
+        ("row_offsets", [0, 3], TypeError),
+        ("row_offsets", np.array([0.0, 3.0]), TypeError),
+        ("row_offsets", np.array([0, 3], object), TypeError),
+        ("values", None, TypeError),
+        ("values", [1.0, 2.0, 3.0], TypeError),
+        ("values", np.ones(3, "i4"), TypeError),
+        ("values", np.ones((1, 3), "f4"), ValueError),
+        ("values", np.float32(1), TypeError),
+        ("shape", None, TypeError),
+        ("shape", [1, 8], TypeError),
+        ("shape", (1, "8"), TypeError),
+        ("shape", (1, 8.0), TypeError),
+        ("shape", (True, 8), TypeError),
+        ("shape", (-1, 8), ValueError),
+        ("shape", (1, -8), ValueError),
+        ("shape", (1, 1 << 63), ValueError),
+        ("shape", (1, 10**30), ValueError),
+        ("shape", (0, 1 << 40, 1 << 40), ValueError),
+    ],
+)
+def test_hostile_parts_are_refused_by_name(field, bad, error):
+    good = {
+        "layout": "index16",
+        "positions": np.array([0, 3, 7], "u2"),
+        "row_offsets": np.array([0, 3]),
+        "values": np.ones(3, "f4"),
+        "shape": (1, 8),
+    }
+    fo.SparseTensor(**good)
+    with pytest.raises(error, match=f"^{field}: "):
+        fo.SparseTensor(**{**good, field: bad})
+
+
+def test_values_in_the_other_byte_order_or_with_gaps():
+    positions, offsets = np.array([0, 3, 7], "u2"), np.array([0, 3])
+    for values in (np.arange(1, 4, dtype=">f4"), np.repeat(np.arange(1, 4, dtype="f4"), 2)[::2]):
+        s = fo.SparseTensor("index16", positions, offsets, values, (1, 8))
+        assert s.dtype == np.dtype("f4")
+        assert s.to_dense().tolist() == [[1, 0, 0, 2, 0, 0, 0, 3]]
+        assert fo.linear(np.ones(8, "f4"), s).tolist() == [6]

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_matrix, matrix_of_out, require_bits, require_group_size
+from fastopt._checks import (
+    as_matrix,
+    matrix_of_out,
+    require_array,
+    require_bits,
+    require_float_dtype,
+    require_group_size,
+    require_shape,
+)
 from fastopt._types import Array
 from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import PackedTensor, Precision, Storage
@@ -105,22 +113,19 @@ class QuantizedTensor(PackedTensor):
     outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
-        require_bits(self.bits)
-        if require_group_size(self.group_size, self.bits) != self.group_size:
-            raise TypeError(f"group_size: expected an integer or None, got {self.group_size!r}")
-        if not isinstance(self.shape, tuple):
-            raise TypeError(f"shape: expected a tuple of integers, got {self.shape!r:.80}")
-        rows, cols = as_matrix(self.shape)
-        row_bytes, params = -(-cols * self.bits // 8), _param_shape(self.group_size, rows, cols)
-        for name, array, shape in (
-            ("codes", self.codes, (rows, row_bytes)),
+        bits, shape = require_bits(self.bits), require_shape(self.shape)
+        if isinstance(self.group_size, str):
+            raise TypeError(f"group_size: expected an integer or None, got {self.group_size!r:.80}")
+        group_size = require_group_size(self.group_size, bits)
+        rows, cols = as_matrix(shape)
+        params = _param_shape(group_size, rows, cols)
+        for name, array, needed in (
+            ("codes", self.codes, (rows, -(-cols * bits // 8))),
             ("scale", self.scale, params),
             ("minimum", self.minimum, params),
         ):
-            if not isinstance(array, np.ndarray):
-                raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
-            if array.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+            if require_array(array, name).shape != needed:
+                raise ValueError(f"{name}: expected shape {needed}, got {array.shape}")
         if self.codes.dtype != np.uint8:
             raise TypeError(f"codes: expected uint8, got {self.codes.dtype}")
         if self.scale.dtype not in (np.float16, np.float32) or self.minimum.dtype != self.scale.dtype:
@@ -128,8 +133,15 @@ class QuantizedTensor(PackedTensor):
                 "scale, minimum: expected float16 or float32, the same for both, "
                 f"got {self.scale.dtype} and {self.minimum.dtype}"
             )
-        if self.outliers is not None:
-            _check_outliers(*self.outliers, self.size)
+        outliers = None if self.outliers is None else _require_outliers(self.outliers, math.prod(shape))
+        for field, value in (
+            ("bits", bits),
+            ("group_size", group_size),
+            ("shape", shape),
+            ("dtype", require_float_dtype(self.dtype, "dtype")),
+            ("outliers", outliers),
+        ):
+            object.__setattr__(self, field, value)
 
     @property
     def storage(self) -> Storage:
@@ -267,7 +279,11 @@ def _require_slice(rows: slice) -> slice:
     return rows
 
 
-def _check_outliers(index: Array, value: Array, size: int) -> None:
+def _require_outliers(outliers: Any, size: int) -> Outliers:
+    """Return the outliers of a weight of `size` elements, checked."""
+    if not isinstance(outliers, tuple) or len(outliers) != 2:
+        raise TypeError(f"outliers: expected Outliers or None, got {type(outliers).__name__}")
+    index, value = require_array(outliers[0], "outlier_index"), require_array(outliers[1], "outlier_value")
     if index.dtype not in (np.uint32, np.int64):
         raise TypeError(f"outlier_index: expected uint32 or int64, got {index.dtype}")
     if value.dtype != np.float32:
@@ -278,6 +294,7 @@ def _check_outliers(index: Array, value: Array, size: int) -> None:
         )
     if index.size and not (index[0] >= 0 and index[-1] < size and (index[1:] > index[:-1]).all()):
         raise ValueError(f"outlier_index: expected rising places below {size}")
+    return Outliers(index, value)
 
 
 def _outliers_of_rows(outliers: Outliers, rows: NDArray[np.int64], cols: int) -> Outliers | None:

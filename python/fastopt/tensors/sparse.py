@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_bits
+from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_array, require_bits, require_shape
 from fastopt._types import Array, GroupSize
 from fastopt.tensors.packed import PackedTensor, Precision, Storage, dense_array
 from fastopt.tensors.quantization import quantize
@@ -34,8 +35,9 @@ _VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 class SparseTensor(PackedTensor):
     """A pruned weight: what is left of it, and where that is.
 
-    Made by `SparseTensor.from_dense` or `prune`; arrays may also be read-only ones from a memory-mapped file, which are
-    used as they are.
+    `SparseTensor.from_dense` and `prune` make one. The tensor owns `positions` and `row_offsets`, because the kernels
+    trust them: they are copied, unless they are `bytes` or a file that is mapped read-only. A mapped file must not be
+    changed in place while the tensor is used; replace it by a new file, as `PackedModel.save` does.
 
     Attributes
     ----------
@@ -75,28 +77,37 @@ class SparseTensor(PackedTensor):
 
     def __post_init__(self) -> None:
         require_layout(self.layout)
-        if len(self.values.shape) != 1:
-            raise ValueError(f"values: expected one dimension, got shape {self.values.shape}")
-        if isinstance(self.values, np.ndarray):
-            as_float_array(self.values, "values")
-        elif self.values.outliers is not None:
-            raise ValueError("values: expected none with outliers, which products with sparse weights do not add")
-        if self.layout.startswith("index") and self.positions.ndim != 1:
-            raise ValueError(f"positions: expected one dimension, got shape {self.positions.shape}")
-        rows, cols = as_matrix(self.shape)
-        if self.row_offsets.shape != (rows + 1,):
-            raise ValueError(f"row_offsets: expected {rows + 1} elements, got {self.row_offsets.shape}")
-        entries, odd = divmod(self.nnz, BLOCK if self.layout == "1x16" else 1)
+        shape = require_shape(self.shape)
+        values = self.values
+        if isinstance(values, QuantizedTensor):
+            if values.outliers is not None:
+                raise ValueError("values: expected none with outliers, which products with sparse weights do not add")
+        else:
+            dtype = as_float_array(require_array(values, "values"), "values").dtype
+            values = np.require(values, dtype.newbyteorder("="), ["C", "A"])
+        if len(values.shape) != 1:
+            raise ValueError(f"values: expected one dimension, got shape {values.shape}")
+        # The kernels trust positions and offsets, which are checked once.
+        positions = _unchangeable(require_array(self.positions, "positions"))
+        row_offsets = _unchangeable(require_array(self.row_offsets, "row_offsets"))
+        if self.layout.startswith("index") and positions.ndim != 1:
+            raise ValueError(f"positions: expected one dimension, got shape {positions.shape}")
+        rows, cols = as_matrix(shape)
+        if row_offsets.shape != (rows + 1,):
+            raise ValueError(f"row_offsets: expected {rows + 1} elements, got {row_offsets.shape}")
+        entries, odd = divmod(values.shape[0], BLOCK if self.layout == "1x16" else 1)
         if odd:
-            raise ValueError(f"values: expected a multiple of {BLOCK}, got {self.nnz}")
-        _core.check_sparse(self._kernel_layout, self.positions, self.row_offsets, cols, entries)
-        if ":" in self.layout and not np.array_equal(self._filled(self.positions), self.positions):
+            raise ValueError(f"values: expected a multiple of {BLOCK}, got {values.shape[0]}")
+        for field, value in (
+            ("positions", positions),
+            ("row_offsets", row_offsets),
+            ("values", values),
+            ("shape", shape),
+        ):
+            object.__setattr__(self, field, value)
+        _core.check_sparse(self._kernel_layout, positions, row_offsets, cols, entries)
+        if ":" in self.layout and not np.array_equal(self._filled(positions), positions):
             raise ValueError(f"positions: expected {self.layout} of each columns")
-        # The kernels trust these arrays. The views are read-only, the caller's own arrays stay as they are.
-        for name in ("positions", "row_offsets"):
-            view = getattr(self, name).view()
-            view.flags.writeable = False
-            object.__setattr__(self, name, view)
 
     @property
     def _kernel_layout(self) -> str:
@@ -471,6 +482,23 @@ class SparseTensor(PackedTensor):
             f"SparseTensor(shape={self.shape}, layout={self.layout}, density={self.density:.3f}, {values} values, "
             f"{self.bits_per_weight:.2f} bits per weight)"
         )
+
+
+def _unchangeable(array: Array) -> Array:
+    """Return a view of memory that nobody can write to: of `array` if that is so already, else of a copy.
+
+    Being read-only is not enough. Whoever holds the array that owns the memory can make it writable again.
+    """
+    if array.dtype.hasobject:
+        return array  # the kernels refuse it
+    base: Any = array
+    while isinstance(base, np.ndarray) and not (base.flags.writeable or base.flags.owndata):
+        base = base.base
+    if isinstance(base, memoryview) and base.readonly:
+        base = base.obj
+    if isinstance(base, bytes) or (isinstance(base, mmap.mmap) and memoryview(base).readonly):
+        return array.view(np.ndarray)
+    return np.ndarray(array.shape, array.dtype, array.tobytes())
 
 
 def sparsity(w: Any) -> float:
