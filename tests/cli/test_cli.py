@@ -319,6 +319,108 @@ def test_patterns_that_match_nothing_are_told(model, tmp_path):
     assert result.stderr == "fastopt: no tensor matches 'nrm*'\nfastopt: no tensor matches 'x'\n"
 
 
+def test_an_override_comes_before_the_recipes_even_with_its_pattern(model, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('bits = 4\n[overrides]\n"*.weight" = {bits = 2}\n"embed*" = {bits = 4}\n')
+    given = ["pack", model, "-o", tmp_path / "a.safetensors", "--recipe", recipe]
+    for override, bits in (("*.weight:bits=8", 8), ("embed*:bits=8", 8), ("none*:bits=8", 2)):
+        told = json.loads(run(*given, "--override", override, "--json").stdout)
+        assert {t["name"]: t["bits"] for t in told["tensors"]}["embed.weight"] == bits
+        assert next(iter(told["recipe"]["overrides"])) == override.partition(":")[0]
+
+
+def test_the_first_override_of_a_pattern_counts(model, tmp_path):
+    result = run(
+        *("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--json"),
+        *("--override", "embed*:bits=8", "--override", "embed*:group_size=64"),
+    )
+    told = {t["name"]: t for t in json.loads(result.stdout)["tensors"]}["embed.weight"]
+    assert (told["bits"], told["group_size"]) == (8, -1)
+    assert result.stderr == "fastopt: --override 'embed*' is given twice; the first one counts\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("embed*:bit=8", "unknown option 'bit', did you mean 'bits'? (options: bits, group_size"),
+        ("embed*:bits=8,group=3", "unknown option 'group'"),
+        ("embed*:bits", "expected GLOB:OPTION=VALUE"),
+        ("embed*:bits=8,fit", "expected fit=VALUE"),
+        ("embed*:bits=8,bits=4", "bits is given twice"),
+        ("embed*:bits=5", "expected 8, 4 or 2, got 5"),
+    ],
+)
+def test_wrong_overrides(override, message, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    result = run("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--override", override, code=2)
+    assert message in result.stderr
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_patterns_of_overrides_may_have_colons(tmp_path):
+    np.savez(tmp_path / "m.npz", **{"a:bits=3": weights()["embed.weight"], "b": weights()["embed.weight"]})
+    told = answer(
+        *("pack", tmp_path / "m.npz", "-o", tmp_path / "a.safetensors", "--pattern", "2:4"),
+        *("--override", "a:bits=3:bits=8,pattern=1:4"),
+    )
+    assert [t["bits"] for t in told["tensors"]] == [8, None]
+
+
+# ---- packing a packed model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_packed_tensors_stay_packed_unless_asked(small, tmp_path, dry_run):
+    before, target = fo.load(small), tmp_path / "b.safetensors"
+    options = ["--dry-run"] if dry_run else []
+    told = answer("pack", small, "-o", target, "--bits", 8, "--include", "layers.0*", *options)
+    assert told["nbytes_before"] == before.nbytes
+    assert told["nbytes"] > told["nbytes_before"]  # more bits make it larger, and the report says so
+    tensors = {t["name"]: t for t in told["tensors"]}
+    for name, tensor in before.items():
+        assert tensors[name]["nbytes_before"] == tensor.nbytes
+        assert tensors[name]["reason"].endswith("was packed before") == (not isinstance(tensor, np.ndarray))
+    if not dry_run:
+        after = fo.load(target)
+        assert after["layers.0.weight"] == fo.quantize(before["layers.0.weight"].to_dense(), 8)
+        for name in before.keys() - {"layers.0.weight"}:
+            assert np.all(after[name] == before[name])
+        assert tensors["embed.weight"]["error"]["rmse"] == 0
+    text = run("pack", small, "-o", target, "--bits", 8, "--include", "layers.0*", *options).stdout
+    assert "times larger" in text
+    assert "packed before: 3 tensors" in text
+    assert "smaller" not in text
+
+
+def test_nothing_is_unpacked_that_is_excluded(small, tmp_path):
+    run("pack", small, "-o", tmp_path / "b.safetensors", "--bits", 8, "--exclude", "*")
+    before, after = fo.load(small), fo.load(tmp_path / "b.safetensors")
+    assert all(np.all(after[name] == before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "options", [["--sparsity", 0.9], ["--pattern", "2:4"], ["--pattern", "1x16", "--sparsity", 0.5]]
+)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zeros_of_a_pruned_model_stay_zero(options, bits, model, tmp_path):
+    pruned, packed = tmp_path / "p.safetensors", tmp_path / "q.safetensors"
+    run("prune", model, "-o", pruned, *options)
+    run("pack", pruned, "-o", packed, "--bits", bits)
+    for name, w in fo.load(pruned).unpack().items():
+        back = fo.load(packed)[name]
+        assert (np.asarray(back)[w == 0] == 0).all()
+        assert isinstance(back, fo.SparseTensor) == isinstance(fo.load(pruned)[name], fo.SparseTensor)
+    size = answer("pack", pruned, "-o", packed, "--target-bits", 20)["nbytes"]
+    assert size == fo.load(packed).nbytes
+    assert isinstance(fo.load(packed)["embed.weight"], fo.SparseTensor)
+
+
+def test_the_same_bits_again_change_nothing(small, tmp_path):
+    run("pack", small, "-o", tmp_path / "b.safetensors", "--bits", 4, "--fit", "lsq", "--exclude", "norm*")
+    before, after = fo.load(small), fo.load(tmp_path / "b.safetensors")
+    assert all(np.all(after[name] == before[name]) for name in before)
+
+
 # ---- diff --------------------------------------------------------------------------------------------------------
 
 

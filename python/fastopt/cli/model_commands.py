@@ -28,7 +28,7 @@ from fastopt.cli.options import (
     Threshold,
     given,
     group_size_of,
-    override_of,
+    overrides_of,
     parse_layer,
     usage,
 )
@@ -112,14 +112,15 @@ def pack(
         typer.Option(
             metavar="GLOB:OPTION=VALUE,...",
             help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, sparsity, "
-            "threshold, pattern. May be repeated; the first match counts.",
+            "threshold, pattern. May be repeated; the first pattern that matches counts.",
         ),
     ] = None,
     min_size: MinSize = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Read these options, and a table of overrides, from a TOML file; options given here take precedence."
+            help="Read these options, and a table of overrides, from a TOML file. An option given here replaces that "
+            "of the file; an --override comes before the overrides of the file."
         ),
     ] = None,
     target_bits: Annotated[
@@ -165,9 +166,11 @@ def pack(
     if group_size is not None:
         options["group_size"] = group_size_of(group_size)
     base = Recipe() if recipe is None else Recipe.from_toml(recipe)
-    overrides = dict(override_of(text) for text in override or ())
+    overrides = overrides_of(override or ())
     with usage():
-        wanted = base.replace(**options, overrides={**overrides, **base.overrides})
+        # A key that is there twice keeps its first place, and must keep its first value too.
+        later = {pattern: changes for pattern, changes in base.overrides.items() if pattern not in overrides}
+        wanted = base.replace(**options, overrides={**overrides, **later})
     if target_bits is not None and target_size is not None:
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:

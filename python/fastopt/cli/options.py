@@ -1,8 +1,9 @@
 """The options that the commands on models share, and how their texts are parsed."""
 
 import contextlib
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -80,7 +81,9 @@ def usage() -> Iterator[None]:
 
 
 _GROUPS = {"row": -1, "tensor": None, "auto": "auto"}
-_OVERRIDE = re.compile(rf"(.+?):((?:{'|'.join(f.name for f in fields(Options))})=.*)")
+_OPTIONS = tuple(f.name for f in fields(Options))
+# A pattern may have colons: the options begin behind the last one that a word and "=" follow.
+_OVERRIDE = re.compile(r"(.+):(\w+=.*)", re.DOTALL)
 
 
 def group_size_of(text: str) -> Any:
@@ -99,14 +102,35 @@ def parse_layer(text: str) -> Layer:
     return Layer(name, activation=activation or None)
 
 
-def override_of(text: str) -> tuple[str, dict[str, Any]]:
-    """Parse ``GLOB:OPTION=VALUE,...`` into the pattern and its options."""
+def overrides_of(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parse the values of --override, ``GLOB:OPTION=VALUE,...``: the first of a pattern counts."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        pattern, options = _override(text)
+        if pattern in overrides:
+            typer.echo(f"fastopt: --override {pattern!r} is given twice; the first one counts", err=True)
+        overrides.setdefault(pattern, options)
+    return overrides
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise typer.BadParameter(f"--override: expected GLOB:OPTION=VALUE,... as '*embed*:bits=8', got {text!r}")
     options: dict[str, Any] = {}
     for part in match[2].split(","):
-        name, _, value = part.partition("=")
+        name, equals, value = part.partition("=")
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, 1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise typer.BadParameter(
+                f"--override: expected GLOB:OPTION=VALUE,..., got {text!r}: unknown option {name!r}{hint} "
+                f"(options: {', '.join(_OPTIONS)})"
+            )
+        if not equals:
+            raise typer.BadParameter(f"--override {text!r}: expected {name}=VALUE")
+        if name in options:
+            raise typer.BadParameter(f"--override {text!r}: {name} is given twice")
         options[name] = group_size_of(value) if name == "group_size" else _value(value)
     return match[1], options
 

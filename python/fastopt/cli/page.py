@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastopt._checks import as_matrix
 from fastopt._types import Array
-from fastopt.cli.tables import decibel_text, percent_text, size_text, storage_text, to_json
+from fastopt.cli.tables import decibel_text, percent_text, ratio_text, size_text, storage_text, to_json
 from fastopt.files.atomic import write_text
 from fastopt.models.examine import Difference, is_numeric
 from fastopt.models.model import PackedModel
@@ -55,7 +55,7 @@ def of_packing(
     ]
     tiles = [
         (size_text(report.nbytes), f"of {size_text(report.nbytes_before)}"),
-        (f"{report.nbytes_before / max(report.nbytes, 1):.2f}\u00d7", "smaller"),
+        (f"{ratio_text(report).split()[0]}\u00d7", ratio_text(report).split()[-1]),
         (f"{report.bits_per_weight:.2f}", "bits per weight"),
         *_error_tiles(report.error),
     ]

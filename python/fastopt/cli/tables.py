@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastopt.models.examine import Difference, TensorFacts
-from fastopt.models.recipe import Recipe
+from fastopt.models.recipe import PACKED_BEFORE, Recipe
 from fastopt.models.report import Report
 from fastopt.tensors.error import Error
 
@@ -233,12 +233,19 @@ def report_lines(report: Report) -> list[str]:
         if t.kind == "dense":
             kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
     lines = [f"kept as they are: {len(n)} tensors, {size_text(sum(n))} ({reason})" for reason, n in kept.items()]
-    ratio = report.nbytes_before / max(report.nbytes, 1)
-    total = f"{size_text(report.nbytes_before)} -> {size_text(report.nbytes)} ({ratio:.2f} times smaller)"
+    if before := sum(t.reason.endswith(PACKED_BEFORE) for t in report.tensors):
+        lines.append(f"packed before: {before} tensors; sizes and errors are relative to what they were")
+    total = f"{size_text(report.nbytes_before)} -> {size_text(report.nbytes)} ({ratio_text(report)})"
     lines.append(f"{total}, {report.bits_per_weight:.2f} bits per weight")
     if report.error:
         lines.append(_error_text(report.error))
     return lines
+
+
+def ratio_text(report: Report) -> str:
+    """Say how much smaller a model got, or larger."""
+    small, large = sorted((report.nbytes_before, report.nbytes))
+    return f"{large / max(small, 1):.2f} times {'larger' if report.nbytes > report.nbytes_before else 'smaller'}"
 
 
 def print_difference(difference: Difference) -> None:

@@ -15,7 +15,7 @@ from fastopt.files.container import assemble, disassemble
 from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import read_index
 from fastopt.files.weights import Source, Weights
-from fastopt.tensors.packed import Weight, unpacked
+from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 _TORCH = (".pt", ".pth", ".bin")
 
@@ -118,7 +118,8 @@ def _of_packed(file: MappedFile, name: str, tensor: Weight) -> Source:
         for part in disassemble(name, tensor)[0]:
             file.release(part)
 
-    return Source(tensor.shape, tensor.dtype, lambda: unpacked(tensor), release)
+    packed = tensor if isinstance(tensor, PackedTensor) else None
+    return Source(tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed)
 
 
 def _npy_spec(file: IO[bytes], what: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastopt._types import Array
 from fastopt.files.safetensors_file import _nothing
+from fastopt.tensors.packed import PackedTensor, Weight
 
 
 class Weights(Mapping[str, Array]):
@@ -64,6 +65,19 @@ class Weights(Mapping[str, Array]):
         source = self._sources[name]
         return source.shape, source.dtype
 
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return a tensor as the file stores it, if that is packed; None if it is a plain array.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        PackedTensor or None
+        """
+        return self._sources[name].packed
+
     def nbytes_of(self, name: str) -> int:
         """Return the bytes of an array without reading it.
 
@@ -95,6 +109,7 @@ class Source:
     dtype: np.dtype[Any]
     read: Callable[[], Array]
     release: Callable[[], None] = _nothing
+    packed: PackedTensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -102,11 +117,38 @@ class Source:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def spec_of(weights: Mapping[str, Array], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and the dtype of an array, which is not read where that can be avoided."""
+def spec_of(weights: Mapping[str, Weight], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the dtype of a weight, which is not read where that can be avoided."""
     if isinstance(weights, Weights):
         return weights.spec(name)
-    array = weights[name]
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
-    return array.shape, array.dtype
+    weight = require_weight(name, weights[name])
+    return weight.shape, weight.dtype
+
+
+def packed_of(weights: Mapping[str, Weight], name: str) -> PackedTensor | None:
+    """Return a weight that is packed already; None if it is a plain array, which is not read."""
+    if isinstance(weights, Weights):
+        return weights.packed(name)
+    weight = weights[name]
+    return weight if isinstance(weight, PackedTensor) else None
+
+
+def stored_of(weights: Mapping[str, Weight], name: str) -> Weight:
+    """Return a weight as it is stored: packed if it is packed already."""
+    packed = packed_of(weights, name)
+    return weights[name] if packed is None else packed
+
+
+def stored_nbytes(weights: Mapping[str, Weight], name: str) -> int:
+    """Return the bytes that a weight takes where it is stored; a plain array of a file is not read."""
+    packed = packed_of(weights, name)
+    if packed is not None:
+        return packed.nbytes
+    return weights.nbytes_of(name) if isinstance(weights, Weights) else weights[name].nbytes
+
+
+def require_weight(name: str, weight: Any) -> Weight:
+    """Return a weight, or raise if it is neither an array nor packed."""
+    if not isinstance(weight, np.ndarray | PackedTensor):
+        raise TypeError(f"weights: {name!r} is a {type(weight).__name__}, expected a NumPy array")
+    return weight

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fastopt._types import Array
 from fastopt.files.safetensors_file import ALIGNMENT
-from fastopt.files.weights import Weights, spec_of
+from fastopt.files.weights import Weights, spec_of, stored_nbytes, stored_of
 from fastopt.models.recipe import Options, Recipe, naming_tensor, pack_tensor
 from fastopt.tensors.error import ErrorSums
+from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.pruning import prune
 from fastopt.tensors.quantization import quantized_nbytes
 from fastopt.tensors.quantized import QuantizedTensor
@@ -37,7 +37,7 @@ class _Choice:
 
 
 def choose_bits(
-    weights: Mapping[str, Array],
+    weights: Mapping[str, Weight],
     recipe: Recipe,
     *,
     target_bits: float | None = None,
@@ -109,12 +109,12 @@ def choose_bits(
         options, _ = probe.of(name, shape, dtype)
         header += _header_bytes(name, options)
         if options is None:
-            fixed += size * dtype.itemsize
+            fixed += stored_nbytes(weights, name)
         elif "bits" in probe.override_of(name)[1]:
-            fixed += pack_tensor(name, weights[name], probe)[0].nbytes
+            fixed += pack_tensor(name, stored_of(weights, name), probe)[0].nbytes
         else:
             with naming_tensor(name):
-                tried[name] = _useful(_choices(weights[name], options))
+                tried[name] = _useful(_choices(stored_of(weights, name), options))
         if isinstance(weights, Weights):
             weights.release(name)
     budget = parse_size(target_size) - header if target_size is not None else int((target_bits or 0) * weight_count / 8)
@@ -139,10 +139,13 @@ def _header_bytes(name: str, options: Options | None) -> int:
     return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters
 
 
-def _choices(array: Array, options: Options) -> Iterator[_Choice]:
+def _choices(tensor: Weight, options: Options) -> Iterator[_Choice]:
     """Yield what a tensor takes and misses, for each setting that is open."""
     kept: SparseTensor | None = None
-    if options.prunes:
+    array = unpacked(tensor)
+    if isinstance(tensor, SparseTensor) and not options.prunes:
+        kept, sample = tensor, array
+    elif options.prunes:
         kept = prune(array, threshold=options.threshold, sparsity=options.sparsity, pattern=options.pattern)
         sample = kept.to_dense()
     else:
@@ -161,7 +164,7 @@ def _choices(array: Array, options: Options) -> Iterator[_Choice]:
                 nbytes = quantized_nbytes(array.shape, bits, group_size, q.scale.dtype, changed.outliers)
                 sums = q.error_sums(sample)
             else:
-                s = changed.quantize_values(kept)
+                s = changed.apply(kept) if kept is tensor else changed.quantize_values(kept)
                 nbytes, sums = s.nbytes, ErrorSums()
                 sums.add(s.to_dense(), sample)
             relative = sums.noise / sums.signal if sums.signal > 0 else 0.0

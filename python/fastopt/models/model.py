@@ -17,7 +17,7 @@ from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble
 from fastopt.files.safetensors_file import Part, part_of, read_arrays, write
 from fastopt.files.shards import read_index
 from fastopt.files.sources import open_weights
-from fastopt.files.weights import Weights
+from fastopt.files.weights import Weights, stored_of
 from fastopt.models.choose import choose_bits
 from fastopt.models.recipe import Recipe, RecipeOptions, naming_tensor, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
@@ -73,12 +73,12 @@ class PackedModel(Mapping[str, Weight]):
         """
         return {name: unpacked(tensor) for name, tensor in self._tensors.items()}
 
-    def report(self, weights: Mapping[str, Array] | None = None) -> Report:
+    def report(self, weights: Mapping[str, Weight] | None = None) -> Report:
         """Return what became of each tensor.
 
         Parameters
         ----------
-        weights : mapping from name to array, optional
+        weights : mapping from name to array or packed tensor, optional
             The originals: with them errors are measured, for the names that are in it.
 
         Returns
@@ -103,9 +103,12 @@ class PackedModel(Mapping[str, Weight]):
         reporter = Reporter()
         for name, tensor in self._tensors.items():
             reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
-            original = None if weights is None or name not in weights else weights[name]
+            original = None if weights is None or name not in weights else stored_of(weights, name)
             with naming_tensor(name):
-                reporter.add(name, tensor, original, reason)
+                if original is None:
+                    reporter.add(name, tensor, None, reason)
+                else:
+                    reporter.add(name, tensor, unpacked(original), reason, nbytes_before=original.nbytes)
         return reporter.report()
 
     def save(self, path: PathLike) -> None:
@@ -137,7 +140,7 @@ class PackedModel(Mapping[str, Weight]):
 
 
 def pack(
-    weights: Mapping[str, Array] | PathLike,
+    weights: Mapping[str, Weight] | PathLike,
     recipe: Recipe | None = None,
     *,
     target_bits: float | None = None,
@@ -146,10 +149,14 @@ def pack(
 ) -> PackedModel:
     """Pack the tensors of a model: quantized, sparse, or both.
 
+    A tensor that is packed already stays as it is, unless the recipe selects it and asks for other bits or groups, or
+    prunes it. Then it is packed from its decoded values, which are also those that errors are measured against. A
+    sparse tensor whose values are quantized stays sparse: zeros stay zero.
+
     Parameters
     ----------
-    weights : mapping from name to array, or path-like
-        A dict, the result of `open_weights`, or the path of a file that `open_weights` opens.
+    weights : mapping from name to array or packed tensor, or path-like
+        A dict, a `PackedModel`, the result of `open_weights`, or the path of a file that `open_weights` opens.
     recipe : Recipe, optional
         All options in one object, instead of the keywords below.
     target_bits : float, optional
@@ -183,7 +190,7 @@ def pack(
     if not isinstance(weights, Mapping):
         weights = open_weights(weights)
     recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
-    return PackedModel({name: pack_tensor(name, array, recipe)[0] for name, array in weights.items()}, recipe)
+    return PackedModel({name: pack_tensor(name, stored_of(weights, name), recipe)[0] for name in weights}, recipe)
 
 
 def open_model(path: PathLike) -> PackedModel | Weights:

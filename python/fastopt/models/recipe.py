@@ -14,13 +14,14 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt._checks import require_bits, require_group_size, require_param_dtype
-from fastopt._types import FLOATS, Array, GroupSize, PathLike
-from fastopt.tensors.packed import Weight
+from fastopt._checks import DEFAULT_GROUP_SIZE, require_bits, require_group_size, require_param_dtype
+from fastopt._types import FLOATS, GroupSize, PathLike
+from fastopt.files.weights import require_weight
+from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
 from fastopt.tensors.quantization import quantize
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor
+from fastopt.tensors.sparse import SPARSE_GROUP_SIZE, SparseTensor
 
 _PRUNING = ("threshold", "sparsity", "pattern")
 
@@ -77,19 +78,42 @@ class Options:
         fresh = dict.fromkeys(_PRUNING) if any(name in other for name in _PRUNING) else {}
         return Options(**{**{f.name: getattr(self, f.name) for f in fields(Options)}, **fresh, **other})
 
-    def apply(self, array: Array) -> QuantizedTensor | SparseTensor:
-        """Return a tensor packed so; `bits` or a way to prune must be given."""
+    def apply(self, tensor: Weight) -> QuantizedTensor | SparseTensor:
+        """Return a tensor packed with these options; `bits` or a way to prune must be given.
+
+        A sparse tensor stays sparse, so its zeros stay zero. A tensor that has these bits and groups already stays as
+        it is.
+        """
         if self.prunes:
+            array = unpacked(tensor)
             kept: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
             return kept if self.bits is None else self.quantize_values(kept)
+        if isinstance(tensor, SparseTensor):
+            if self.outliers is not None:
+                raise ValueError("outliers: expected None for a tensor that is stored sparse")
+            if self._made(tensor.values, SPARSE_GROUP_SIZE):
+                return tensor
+            masked = tensor.layout in ("mask", "index16", "index8")  # others also store zeros, which must stay so
+            return self.quantize_values(
+                tensor if masked or np.all(unpacked(tensor.values)) else tensor.to_layout("auto")
+            )
+        if isinstance(tensor, QuantizedTensor) and self._made(tensor, DEFAULT_GROUP_SIZE):
+            return tensor
         return quantize(
-            array,
+            unpacked(tensor),
             self.bits or 8,
             group_size=self.group_size,
             param_dtype=self.param_dtype,
             fit=self.fit,
             outliers=self.outliers,
         )
+
+    def _made(self, values: Weight, group_sizes: Mapping[int, int]) -> bool:
+        """Return whether values have these bits and groups already: quantized again they could only lose."""
+        if not isinstance(values, QuantizedTensor) or values.bits != self.bits:
+            return False
+        group_size = group_sizes[values.bits] if self.group_size == "auto" else self.group_size
+        return group_size == values.group_size and values.scale.dtype in (self.param_dtype, np.float32)
 
     def quantize_values(self, kept: SparseTensor) -> SparseTensor:
         """Return a pruned tensor with its values in `bits` bits."""
@@ -321,15 +345,20 @@ def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def pack_tensor(name: str, array: Array, recipe: Recipe) -> tuple[Weight, str]:
-    """Return a tensor packed as the recipe says, and why so."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"weights: {name!r} is a {type(array).__name__}, expected a NumPy array")
-    options, reason = recipe.of(name, array.shape, array.dtype)
+# Ends the reason of a tensor that was packed when it came.
+PACKED_BEFORE = "; was packed before"
+
+
+def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]:
+    """Return a tensor packed as the recipe says, and why so. One that is packed already stays so."""
+    tensor = require_weight(name, tensor)
+    options, reason = recipe.of(name, tensor.shape, tensor.dtype)
+    if isinstance(tensor, PackedTensor):
+        reason += PACKED_BEFORE
     if options is None:
-        return array, reason
+        return tensor, reason
     with naming_tensor(name):
-        return options.apply(array), reason
+        return options.apply(tensor), reason
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ class TensorReport:
     bits_per_weight : float
         Bits stored for each weight, all parts included.
     nbytes_before, nbytes : int
+        A tensor that was packed before counts the bytes that it was stored in.
     error : Error or None
         Distance from the original, where that was at hand and of a float type.
     reason : str
@@ -113,8 +114,20 @@ class Reporter:
         self._sums = ErrorSums()
         self._measured = False
 
-    def add(self, name: str, tensor: Weight, original: Array | None, reason: str, nbytes: int | None = None) -> None:
-        """Add a tensor as it was stored, in so many bytes if not its own; with the original its error is measured."""
+    def add(
+        self,
+        name: str,
+        tensor: Weight,
+        original: Array | None,
+        reason: str,
+        nbytes: int | None = None,
+        *,
+        nbytes_before: int | None = None,
+    ) -> None:
+        """Add a tensor as it is stored; with the original its error is measured.
+
+        `nbytes` are those in the file, and `nbytes_before` those in the source, if they are not those of the arrays.
+        """
         sums = None if original is None else _error_sums(tensor, original)
         if sums is not None:
             self._sums += sums
@@ -127,6 +140,7 @@ class Reporter:
             kind,
             tensor.nbytes if nbytes is None else nbytes,
             reason,
+            nbytes_before=nbytes_before,
             bits=bits,
             group_size=group_size,
             density=tensor.density if isinstance(tensor, SparseTensor) else 1.0,
@@ -146,10 +160,12 @@ class Reporter:
         group_size: int | None = None,
         density: float = 1.0,
         error: Error | None = None,
+        nbytes_before: int | None = None,
     ) -> None:
         """Add a tensor of which only this is known."""
         size = math.prod(shape)
-        per_weight, before = 8 * nbytes / max(size, 1), size * dtype.itemsize
+        per_weight = 8 * nbytes / max(size, 1)
+        before = size * dtype.itemsize if nbytes_before is None else nbytes_before
         self._tensors.append(
             TensorReport(
                 name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason

@@ -14,29 +14,32 @@ from fastopt.files.container import describe, disassemble
 from fastopt.files.safetensors_file import Part, Scratch, require_dtype, write
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
-from fastopt.files.weights import Weights, spec_of
+from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of
 from fastopt.models.choose import choose_bits
 from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
+from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import quantized_nbytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def plan(weights: Mapping[str, Array], recipe: Recipe) -> Report:
+def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
     """Return the report of packing `weights`, without errors and without packing what a shape can tell.
 
-    Only tensors that are pruned are read. The predicted bytes can be too small where float16 cannot hold the group
-    parameters, and too large where weights kept as outliers have no error at all.
+    Only tensors that are pruned, or packed already, are read. The predicted bytes can be too small where float16 cannot
+    hold the group parameters, and too large where weights kept as outliers have no error at all.
     """
     reporter = Reporter()
     for name in weights:
         shape, dtype = spec_of(weights, name)
         options, reason = recipe.of(name, shape, dtype)
-        if options is not None and options.prunes:
-            reporter.add(name, pack_tensor(name, weights[name], recipe)[0], None, reason)
+        before = stored_nbytes(weights, name)
+        if packed_of(weights, name) is not None or (options is not None and options.prunes):
+            tensor, reason = pack_tensor(name, stored_of(weights, name), recipe)
+            reporter.add(name, tensor, None, reason, nbytes_before=before)
             if isinstance(weights, Weights):
                 weights.release(name)
         elif options is not None:
@@ -65,7 +68,7 @@ def pack_file(
     """Pack a model from file to file, as `pack` does, one tensor at a time.
 
     The largest tensor must fit in memory, both packed and unpacked. The disk of the target must hold the packed model
-    twice.
+    twice. Tensors of the source that are packed already are treated as in `pack`.
 
     Parameters
     ----------
@@ -125,14 +128,14 @@ def pack_file(
         with naming(path), Scratch(path.parent) as scratch:
             for name in names:
                 progress.next(name)
-                array = weights[name]
-                tensor, reason = pack_tensor(name, array, recipe)
-                reporter.add(name, tensor, array, reason)
+                stored = stored_of(weights, name)
+                tensor, reason = pack_tensor(name, stored, recipe)
+                reporter.add(name, tensor, unpacked(stored), reason, nbytes_before=stored.nbytes)
                 arrays, entry = disassemble(name, tensor)
                 parts += [scratch.put(stored, part) for stored, part in arrays.items()]
                 if entry is not None:
                     entries[name] = entry
-                del array, tensor, arrays
+                del stored, tensor, arrays
                 weights.release(name)
             write(path, parts, describe(names, entries, recipe.to_dict()))
         return parts

@@ -28,7 +28,7 @@ from fastopt.tensors.sparse_layout import (
 )
 
 # Groups of non-zeros that share a scale and minimum, by bits: they run through the rows, so "a row" is no choice.
-_VALUE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
+SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,7 +236,7 @@ class SparseTensor(PackedTensor):
         """
         bits = require_bits(bits)
         if group_size == "auto":
-            group_size = _VALUE_GROUP_SIZE[bits]
+            group_size = SPARSE_GROUP_SIZE[bits]
         values = self._float_values()
         s = self
         if self.layout == "index8" and not values.all():
