@@ -27,8 +27,15 @@ def imports_of(tree, *, inside=False):
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (id(node) not in top) == inside:
-            names = [f"fastopt.{a.name}" for a in node.names] if node.module == "fastopt" else [node.module or ""]
+            names = {_module(node.module or "", a.name) for a in node.names}
             yield from (name for name in names if name.startswith("fastopt."))
+
+
+def _module(package, name):
+    """The module that `from package import name` needs: the package, or one in it."""
+    inner = f"{package}.{name}"
+    path = ROOT.joinpath(*inner.split(".")[1:])
+    return inner if package == "fastopt" or path.with_suffix(".py").exists() or path.is_dir() else package
 
 
 def graph():

@@ -1,5 +1,6 @@
 """Exports, read back by the runtimes that they are for."""
 
+import inspect
 import json
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from helpers import same_bits
 from test_cli import run
 
 import fastopt as fo
+from fastopt.formats import FORMATS
 
 
 def test_npz(rng, tmp_path):
@@ -83,6 +85,17 @@ def test_command(rng, tmp_path):
         if to in ("gguf", "onnx"):  # npz tells the time, and safetensors has metadata in any order
             assert paths[1].read_bytes() == paths[0].read_bytes()
     assert f"{paths[1]}: " in run("export", small, "--to", "npz", "-o", paths[1]).stdout
+
+
+def test_declarations():
+    """The options that a format declares are those of its `write`, and the command line has all."""
+    text = run("export", "--help").stdout
+    for name, module in FORMATS.items():
+        parameters = inspect.signature(module.write).parameters.values()
+        assert list(module.OPTIONS) == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        assert module.SUFFIX.startswith(".")
+        for keyword, option in module.OPTIONS.items():
+            assert (option.flag or "--" + keyword.replace("_", "-")) in text, name
 
 
 def test_command_called_wrongly(tmp_path):

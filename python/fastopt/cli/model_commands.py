@@ -13,10 +13,8 @@ from fastopt._types import Notify
 from fastopt.cli import page, tables
 from fastopt.cli.app import Json, app, byte_progress
 from fastopt.cli.options import (
-    AccuracyLevel,
     DryRun,
     Exclude,
-    Fast,
     Fit,
     Html,
     Include,
@@ -27,15 +25,17 @@ from fastopt.cli.options import (
     Target,
     Threshold,
     given,
+    given_to_format,
     group_size_of,
+    of_format,
     overrides_of,
-    parse_layer,
     usage,
+    with_options,
 )
 from fastopt.files.shards import read_index
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights
-from fastopt.formats import TARGETS
+from fastopt.formats import FORMATS
 from fastopt.formats import export as export_to
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.examine import diff as difference_of
@@ -82,6 +82,7 @@ def inspect(model: Source, as_json: Json = False) -> None:
     "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml\n\n"
     "fastopt pack model.onnx -o small.onnx --bits 4 --fast"
 )
+@with_options(*(p for p in of_format("onnx") if p.name != "graph"))
 def pack(
     model: Source,
     output: Target,
@@ -133,11 +134,10 @@ def pack(
         str | None,
         typer.Option(metavar="SIZE", help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB."),
     ] = None,
-    fast: Fast = False,
-    accuracy_level: AccuracyLevel = None,
     dry_run: DryRun = False,
     html: Html = None,
     as_json: Json = False,
+    **of_onnx: Any,
 ) -> None:
     """Pack a model: quantize it to 8, 4 or 2 bits, prune it, or both, tensor by tensor.
 
@@ -178,7 +178,7 @@ def pack(
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
     if not asked:
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
-    onnx = given(fast=fast or None, accuracy_level=accuracy_level)
+    onnx = given_to_format(of_onnx)
     if ".onnx" not in (model.suffix, output.suffix):
         if onnx:
             raise typer.BadParameter("--fast and --accuracy-level: expected for an ONNX model only")
@@ -256,30 +256,21 @@ def unpack(model: Source, output: Target, as_json: Json = False) -> None:
     "fastopt export small.safetensors --to onnx -o small.onnx --layer fc1:relu --layer fc2 --fast\n\n"
     "fastopt export small.safetensors --to mlx -o mlx.safetensors --param-dtype float16"
 )
+@with_options(*of_format(*FORMATS))
 def export(
     model: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="|".join(TARGETS), help="The format to write.", show_default=False)],
-    requantize: Annotated[
-        bool,
-        typer.Option("--requantize", help="gguf: requantize what the format cannot hold to Q8_0, or store it as F32."),
-    ] = False,
-    architecture: Annotated[str | None, typer.Option(help="gguf: general.architecture.", show_default=False)] = None,
-    layer: Annotated[
-        list[str] | None,
+    to: Annotated[
+        str,
         typer.Option(
-            metavar="NAME[:ACTIVATION]",
-            help="onnx: a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. "
-            "Without layers, the model has no input, and each decoded tensor is an output.",
+            metavar="|".join(FORMATS),
+            help="The format to write. " + "; ".join(f"{name}: {module.SUMMARY}" for name, module in FORMATS.items()),
+            autocompletion=lambda: list(FORMATS),
+            show_default=False,
         ),
-    ] = None,
-    fast: Fast = False,
-    accuracy_level: AccuracyLevel = None,
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(metavar="float32|float16", help="mlx: dtype of scales and biases, in which MLX decodes."),
-    ] = None,
+    ],
     as_json: Json = False,
+    **of_formats: Any,
 ) -> None:
     """Write a packed model in the format of another runtime.
 
@@ -288,16 +279,9 @@ def export(
 
     Activations: relu, relu6, leaky_relu, gelu, silu, tanh, sigmoid. JSON: source, target, to, file_bytes.
     """
-    if to not in TARGETS:
-        raise typer.BadParameter(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
-    options = given(
-        requantize=requantize or None,
-        architecture=architecture,
-        graph=None if not layer else [parse_layer(text) for text in layer],
-        fast=fast or None,
-        accuracy_level=accuracy_level,
-        param_dtype=param_dtype,
-    )
+    if to not in FORMATS:
+        raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    options = given_to_format(of_formats)
     with byte_progress("export") as notify:
         export_to(open_model(model), output, to=to, notify=notify, **options)
     size = _file_bytes(output)
@@ -355,6 +339,10 @@ def diff(
             )
 
 
+# Files of other formats, which a packed model must not be taken for.
+_FOREIGN = {*NOT_PACKED, *(module.SUFFIX for module in FORMATS.values())} - {".safetensors"}
+
+
 # ---- shared ---------------------------------------------------------------------------------------------
 
 
@@ -399,7 +387,7 @@ def _file_bytes(path: Path) -> int:
 
 def _check_outputs(target: Path | None, html: Path | None = None) -> None:
     """Reject, before the work, outputs that could not be written or whose names belong to another format."""
-    if target is not None and target.suffix in (*NOT_PACKED, ".gguf", ".onnx"):
+    if target is not None and target.suffix in _FOREIGN:
         raise typer.BadParameter(f"--output: expected a .safetensors file, got {target}; see also fastopt export")
     for path in (target, html):
         if path is not None and not path.absolute().parent.is_dir():

@@ -3,16 +3,20 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from enum import Enum
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fastopt.formats import FORMATS
+from fastopt.formats.common import Option
 from fastopt.models.recipe import Options
-from fastopt.models.shrinking import Layer
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class Fit(str, Enum):
@@ -52,18 +56,53 @@ Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most 
 Pattern = Annotated[
     str | None, typer.Option(metavar="N:M|1x16", help="Keep N of every M weights, such as 2:4, or whole blocks of 16.")
 ]
-Fast = Annotated[
-    bool,
-    typer.Option("--fast", help="onnx: multiply with MatMulNBits, an operator of ONNX Runtime alone."),
-]
-AccuracyLevel = Annotated[
-    int | None, typer.Option(help="onnx, with --fast: 0 multiplies in float32, 4 rounds activations to int8.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes without writing anything.")]
 Html = Annotated[
     Path | None,
     typer.Option(help="Write an HTML page with sizes, errors, and histograms with their grids.", show_default=False),
 ]
+
+
+def of_format(*names: str) -> list[Parameter]:
+    """Return the options that formats declare, as parameters of a command; one that several share is one."""
+    told: dict[str, list[str]] = {}
+    declared: dict[str, Option] = {}
+    for name in names:
+        for keyword, option in FORMATS[name].OPTIONS.items():
+            told.setdefault(keyword, []).append(f"{name}: {option.help}")
+            declared.setdefault(keyword, option)
+    return [_parameter(keyword, option, " ".join(told[keyword])) for keyword, option in declared.items()]
+
+
+def _parameter(keyword: str, option: Option, text: str) -> Parameter:
+    flag = option.flag or f"--{keyword.replace('_', '-')}"
+    kind: Any = {bool: bool, list: list[str] | None}.get(option.kind, option.kind | None)
+    annotation = Annotated[kind, typer.Option(flag, metavar=option.metavar, help=text, show_default=False)]
+    default = False if option.kind is bool else None
+    return Parameter(keyword, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def given_to_format(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of formats that were given on the command line, lists parsed."""
+    parsers = {keyword: option.parse for module in FORMATS.values() for keyword, option in module.OPTIONS.items()}
+    return {
+        keyword: [parsers[keyword](text) for text in value] if isinstance(value, list) else value
+        for keyword, value in options.items()
+        if not (value is None or value is False or value == [])
+    }
+
+
+def with_options(*parameters: Parameter) -> Callable[[_Command], _Command]:
+    """Let a command that takes ``**options`` have these parameters, which typer reads from its signature."""
+
+    def extend(command: _Command) -> _Command:
+        own = signature(command)
+        fixed = [p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        fixed = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in fixed]
+        command.__signature__ = own.replace(parameters=[*fixed, *parameters])  # type: ignore[attr-defined]
+        return command
+
+    return extend
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -94,12 +133,6 @@ def group_size_of(text: str) -> Any:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"group_size: expected a number, row or tensor, got {text!r}") from None
-
-
-def parse_layer(text: str) -> Layer:
-    """Parse ``NAME`` or ``NAME:ACTIVATION``."""
-    name, _, activation = text.partition(":")
-    return Layer(name, activation=activation or None)
 
 
 def overrides_of(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

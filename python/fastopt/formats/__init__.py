@@ -1,26 +1,20 @@
 """Packed models in other people's runtimes: a module for each, and one function in front of them."""
 
-import inspect
 import os
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import DTypeLike
-
-from fastopt._checks import as_matrix
-from fastopt._types import Array, Notify, PathLike
+from fastopt._types import Notify, PathLike
 from fastopt.files.weights import Weights
+from fastopt.formats import c, gguf, mlx, npz, onnx
 from fastopt.models.model import open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
-from fastopt.tensors.quantized import QuantizedTensor
 
-# Each is a module here with a function `write(model, path, progress, **options)`.
-TARGETS = ("c", "gguf", "mlx", "npz", "onnx")
+# Each has SUFFIX, of its files; SUMMARY, a line for help; OPTIONS, from keyword to `Option`; and
+# `write(model, path, progress, **options)`.
+FORMATS = {"c": c, "gguf": gguf, "mlx": mlx, "npz": npz, "onnx": onnx}
 
 
 def export(
@@ -76,46 +70,15 @@ def export(
     >>> np.load("model.npz")["w.codes"].shape  # one a byte
     (64, 64)
     """
-    if to not in TARGETS:
-        raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
-    write = import_module(f"fastopt.formats.{to}").write
-    known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(options.keys() - set(known))
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    known = FORMATS[to].OPTIONS
+    unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if not isinstance(model, Mapping):
         model = open_model(model)
     sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
     progress = Progress(sizes, notify)
-    write(model, Path(path), progress, **options)
+    FORMATS[to].write(model, Path(path), progress, **options)
     progress.next("")
-
-
-def require_package(name: str) -> None:
-    """Raise ImportError, with what to install, unless there is a package of that name."""
-    if find_spec(name) is None:
-        raise ImportError(f"this export needs {name}: pip install 'fastopt[export]'")
-
-
-def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
-    """Return scale and minimum of every `size` columns, or None where these do not share them.
-
-    The last of a row may be fewer.
-    """
-    rows, cols = as_matrix(q.shape)
-    own = cols if q.group_size in (None, -1) else q.group_size
-    if own % size and own < cols:
-        return None
-    groups = -(-cols // size)
-    if q.group_size is None:
-        return np.broadcast_to(q.scale, (rows, groups)), np.broadcast_to(q.minimum, (rows, groups))
-    times = -(-own // size)
-    return q.scale.repeat(times, axis=1)[:, :groups], q.minimum.repeat(times, axis=1)[:, :groups]
-
-
-def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:
-    """Return scale and minimum in another dtype, or None if it does not hold them."""
-    with np.errstate(over="ignore"):
-        scale, minimum = (array.astype(dtype, copy=False) for array in params)
-    same = np.array_equal(scale, params[0]) and np.array_equal(minimum, params[1])
-    return (scale, minimum) if same else None

@@ -11,10 +11,15 @@ import numpy as np
 from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
+from fastopt.formats.common import Option
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
+
+SUFFIX = ".c"
+SUMMARY = "constant arrays in C, with fastopt.h"
+OPTIONS: dict[str, Option] = {}
 
 _TYPES = {"float32": "FO_F32", "float16": "FO_F16", "bfloat16": "FO_BF16"}
 _LAYOUTS = {"1x16": "FO_BLOCK", "index16": "FO_INDEX16", "index8": "FO_INDEX8"}

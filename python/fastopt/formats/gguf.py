@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
-from fastopt.formats import cast_exactly, regroup, require_package
+from fastopt.formats.common import Option, cast_exactly, regroup, require_package
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import pack_bits, unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
+
+SUFFIX = ".gguf"
+SUMMARY = "tensors for llama.cpp and others that build on ggml"
+OPTIONS = {
+    "requantize": Option("requantize what the format cannot hold to Q8_0, or store it as F32.", bool),
+    "architecture": Option("general.architecture."),
+}
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
 _PANEL = 1 << 13  # blocks that are worked on at a time, in cache

@@ -11,10 +11,14 @@ from safetensors.numpy import save_file
 
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
-from fastopt.formats import cast_exactly, regroup
+from fastopt.formats.common import Option, cast_exactly, regroup
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 from fastopt.tensors.quantized import QuantizedTensor
+
+SUFFIX = ".safetensors"
+SUMMARY = "a safetensors file for the quantized layers of MLX"
+OPTIONS = {"param_dtype": Option("dtype of scales and biases, in which MLX decodes.", metavar="float32|float16")}
 
 _GROUP_SIZES = (128, 64, 32)
 

@@ -9,11 +9,16 @@ import numpy as np
 from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
+from fastopt.formats.common import Option
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
+
+SUFFIX = ".npz"
+SUMMARY = "arrays for NumPy, decoded and in parts"
+OPTIONS: dict[str, Option] = {}
 
 
 def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix
 from fastopt._types import Array
-from fastopt.formats import regroup, require_package
+from fastopt.formats.common import Option, regroup, require_package
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.shrinking import Concat, Layer, Node
 from fastopt.progress import Progress
@@ -38,6 +38,28 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {}),
     "tanh": ("Tanh", {}),
     "sigmoid": ("Sigmoid", {}),
+}
+
+
+def parse_layer(text: str) -> Layer:
+    """Parse ``NAME`` or ``NAME:ACTIVATION``."""
+    name, _, activation = text.partition(":")
+    return Layer(name, activation=activation or None)
+
+
+SUFFIX = ".onnx"
+SUMMARY = "a model for ONNX Runtime and others, of layers or of decoded tensors"
+OPTIONS = {
+    "graph": Option(
+        "a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. Without layers, the "
+        "model has no input, and each decoded tensor is an output.",
+        list,
+        "NAME[:ACTIVATION]",
+        "--layer",
+        parse_layer,
+    ),
+    "fast": Option("multiply with MatMulNBits, an operator of ONNX Runtime alone.", bool),
+    "accuracy_level": Option("with --fast: 0 multiplies in float32, 4 rounds activations to int8.", int),
 }
 
 

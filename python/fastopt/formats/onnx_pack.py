@@ -11,7 +11,7 @@ import numpy as np
 
 from fastopt._types import Notify, PathLike
 from fastopt.files.weights import Source, Weights
-from fastopt.formats import require_package
+from fastopt.formats.common import require_package
 from fastopt.formats.onnx import Builder, opset_of_bits
 from fastopt.formats.onnx_file import OnnxFile, save
 from fastopt.formats.onnx_graph import (

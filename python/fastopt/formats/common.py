@@ -1,0 +1,65 @@
+"""What several formats share: how they declare options, and how they read groups of codes."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fastopt._checks import as_matrix
+from fastopt._types import Array
+from fastopt.tensors.quantized import QuantizedTensor
+
+
+class Option(NamedTuple):
+    """A keyword of a format's `write`, as the command line offers it.
+
+    Attributes
+    ----------
+    help : str
+    kind : type
+        bool, int, str or list (which may be repeated).
+    metavar : str, optional
+        What stands for the value in help.
+    flag : str, optional
+        If not the keyword itself: "--layer".
+    parse : callable, optional
+        Makes a value of each text of a list.
+    """
+
+    help: str
+    kind: type = str
+    metavar: str | None = None
+    flag: str | None = None
+    parse: Callable[[str], Any] = str
+
+
+def require_package(name: str) -> None:
+    """Raise ImportError, with what to install, unless there is a package of that name."""
+    if find_spec(name) is None:
+        raise ImportError(f"this needs {name}: pip install 'fastopt[export]'")
+
+
+def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
+    """Return scale and minimum of every `size` columns, or None where these do not share them.
+
+    The last group of a row may be shorter.
+    """
+    rows, cols = as_matrix(q.shape)
+    own = cols if q.group_size in (None, -1) else q.group_size
+    if own % size and own < cols:
+        return None
+    groups = -(-cols // size)
+    if q.group_size is None:
+        return np.broadcast_to(q.scale, (rows, groups)), np.broadcast_to(q.minimum, (rows, groups))
+    times = -(-own // size)
+    return q.scale.repeat(times, axis=1)[:, :groups], q.minimum.repeat(times, axis=1)[:, :groups]
+
+
+def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:
+    """Return scale and minimum in another dtype, or None if it does not hold them."""
+    with np.errstate(over="ignore"):
+        scale, minimum = (array.astype(dtype, copy=False) for array in params)
+    same = np.array_equal(scale, params[0]) and np.array_equal(minimum, params[1])
+    return (scale, minimum) if same else None
