@@ -1,5 +1,6 @@
 """The checks: ``nox`` runs the default sessions, and ``nox --list`` shows them all."""
 
+import os
 from pathlib import Path
 
 import nox
@@ -13,6 +14,8 @@ KERNEL_TESTS = ["-m", "kernel", "tests/tensors", "tests/train", "tests/models"]
 # Tests with the fixture `isa` run every table themselves, so one session runs them.
 ONE_TABLE = ["-q", "-k", "not (baseline or v3 or v4 or vnni or neon or dotprod)"]
 PYTEST = ["pytest>=8.3", "hypothesis>=6.130"]
+# A wheel to test instead of building one in each session.
+WHEEL = os.environ.get("FASTOPT_WHEEL", ".")
 
 
 def install_variant(session, name, *settings):
@@ -23,7 +26,7 @@ def install_variant(session, name, *settings):
 @nox.session
 def tests(session):
     """Run all tests."""
-    session.install(".[test]")
+    session.install(f"{WHEEL}[test]")
     session.run("pytest", *session.posargs)
 
 
@@ -43,7 +46,7 @@ def lint(session):
 @nox.session
 def typing(session):
     """Check types, and the stub of the compiled module against the module."""
-    session.install("mypy>=2.4", ".[demo,export]")
+    session.install("mypy>=2.4", f"{WHEEL}[demo,export]")
     session.run("mypy", "--strict")
     session.run("python", "-m", "mypy.stubtest", "fastopt._core")
 
@@ -63,7 +66,7 @@ def tidy(session):
 @nox.session
 def asan(session):
     """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    # Debug, since optimizing the bindings takes minutes with sanitizers; kernels are optimized all the same.
+    # Debug, since optimizing takes minutes with sanitizers.
     install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=ON", "cmake.build-type=Debug")
     # Python itself is built without sanitizers, so their runtime must be loaded first, and the C++ runtime with it.
     runtime = [
@@ -76,14 +79,14 @@ def asan(session):
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     # The CI profile of Hypothesis has no deadline.
-    for tests in (KERNEL_TESTS, ["tests/files/test_hostile.py"]):
+    for tests in (KERNEL_TESTS, ["tests/files/test_hostile.py", "tests/fuzz"]):
         session.run("pytest", "--hypothesis-profile=ci", *tests, env=environment)
 
 
 @nox.session
 def isas(session):
     """Test every instruction set that this CPU runs, except the best: all other sessions use that one."""
-    session.install(*PYTEST, ".")
+    session.install(*PYTEST, WHEEL)
     code = "from fastopt import _core; print(*_core.available_isas())"
     for isa in session.run("python", "-c", code, silent=True).split()[:-1]:
         session.run("pytest", *ONE_TABLE, *KERNEL_TESTS, env={"FASTOPT_ISA": isa})
@@ -99,7 +102,7 @@ def serial(session):
 @nox.session
 def instructions(session):
     """Compare the instruction counts of kernels with those that are kept (needs valgrind)."""
-    session.install(".")
+    session.install(WHEEL)
     session.run("python", "bench/instructions.py", *session.posargs)
 
 
@@ -108,44 +111,43 @@ def lower_bounds(session):
     """Test with the oldest dependencies that are allowed."""
     dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     oldest = [dependency.replace(">=", "==") + ".*" for dependency in dependencies]
-    session.install(*oldest, ".[test]")
+    session.install(*oldest, f"{WHEEL}[test]")
     session.run("pytest", *ONE_TABLE, "--ignore=tests/core/test_isa.py", "--ignore=tests/edge")
 
 
 @nox.session
 def peers(session):
     """Test with PyTorch and SciPy, which no other session installs."""
-    session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, ".")
+    session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, WHEEL)
     files = ["tests/train/test_torch.py", "tests/tensors/test_sparse.py", "tests/files/test_files.py"]
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", *files)
 
 
 @nox.session
 def fuzz(session):
-    """Fuzz the readers of files: 60 s in Python and 30 s in C, or the given number of seconds."""
-    session.install("atheris>=3", ".")
-    seconds = session.posargs * 2 if session.posargs else ["60", "30"]
+    """Fuzz what reads foreign input for 60 s each, or for ``-- SECONDS [TARGET ...]``."""
+    targets = ["model", "npy", "npz", "index", "torch", "checkpoint", "state", "recipe", "tensor", "onnx", "edge"]
+    seconds, *chosen = session.posargs or ["60"]
+    session.install("atheris>=3", "onnx>=1.20", "torch==2.13.0", WHEEL)
     found = Path(session.create_tmp())  # new inputs go here; the corpora do not change
-    folders = [found / "python", found / "c"]
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
     sanitizers = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     fuzz_edge = str(found / "fuzz_edge")
     session.run("clang", "-std=c99", "-g", "-O1", *sanitizers, "tests/fuzz/fuzz_edge.c", "-o", fuzz_edge, external=True)
-    for command, folder, corpus, limit in (
-        (["python", "tests/fuzz/fuzz_load.py"], folders[0], "tests/fuzz/corpus", seconds[0]),
-        ([fuzz_edge], folders[1], "tests/fuzz/corpus_edge", seconds[1]),
-    ):
-        options = [f"-max_total_time={limit}", "-max_len=8192", f"-artifact_prefix={found}/"]
+    for target in chosen or targets:
+        folder = found / target
+        folder.mkdir(exist_ok=True)
+        python = ["python", "tests/fuzz/fuzz_python.py", target, str(folder)]
+        command = [fuzz_edge, str(folder), "tests/fuzz/corpus_edge"] if target == "edge" else python
+        options = [f"-max_total_time={seconds}", "-max_len=16384", f"-artifact_prefix={found}/{target}-"]
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        session.run(*command, str(folder), corpus, *options, env=environment, external=True)
+        session.run(*command, *options, env=environment, external=True)
 
 
 @nox.session
 def sdist(session):
-    """Build the sdist, and the wheel from it; check that the wheel is small and works."""
+    """Build the sdist, and the wheel from it, in ``-- FOLDER``; check that the wheel is small and works."""
     session.install("build>=1.2")
-    folder = Path(session.create_tmp())
+    folder = Path(*session.posargs or [session.create_tmp()]).resolve()
     session.run("python", "-m", "build", "--outdir", str(folder))
     (wheel,) = folder.glob("*.whl")
     if wheel.stat().st_size > 1_100_000:

@@ -2,11 +2,10 @@
 
 import json
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz.target import load_and_use, use
+from fuzz.targets import load_and_use, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -341,12 +340,4 @@ def test_mutated_files_load_or_raise(whole, tmp_path, changes, length, in_header
         content[min(int(place * end), end - 1)] = byte
     path = tmp_path / "mutated.safetensors"
     path.write_bytes(content[:length] if length < 0 else content + bytes(length))
-    load_and_use(path)
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "fuzz" / "corpus").iterdir()), ids=lambda path: path.name
-)
-def test_what_the_fuzzer_found(path):
-    """Its corpus: sound files, files that once were trouble, and those that reach far into the checks."""
     load_and_use(path)

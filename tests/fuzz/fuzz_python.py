@@ -1,7 +1,7 @@
 """Fuzz what reads foreign input, guided by the coverage of the code: ``nox -s fuzz -- 600`` does it, ten minutes each.
 
-``python fuzz_python.py TARGET FOLDER [options of libFuzzer]``: new inputs go into FOLDER. An input that makes an error which
-is not documented is written to the folder ``-artifact_prefix``; put it into corpus/TARGET when it is mended.
+``python fuzz_python.py TARGET FOLDER [options of libFuzzer]``: new inputs go into FOLDER. An input that makes an error
+which is not documented is written to the folder ``-artifact_prefix``; put it into corpus/TARGET when it is mended.
 """
 
 import sys
@@ -30,7 +30,8 @@ def main() -> None:
         return target.mutate(data, max_size, seed, atheris.Mutate)
 
     corpus = Path(__file__).parent / "corpus" / name
-    atheris.Setup([sys.argv[0], folder, *([str(corpus)] if corpus.exists() else []), *options], test_one_input, custom_mutator=mutate)
+    folders = [folder, str(corpus)] if corpus.exists() else [folder]
+    atheris.Setup([sys.argv[0], *folders, *options], test_one_input, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -292,7 +292,7 @@ class Recipe(Options):
         with Path(path).open("rb") as file:
             try:
                 return cls.from_dict(_without_none(tomllib.load(file)))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{path}: {error}") from error
 
