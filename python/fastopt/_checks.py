@@ -155,6 +155,7 @@ def require_count(options: Mapping[str, Any], name: str, what: str) -> int:
     value = options.get(name)
     fits = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
     require(bool(fits), what, "a whole number, 0 or more", value)
+    require(value < 1 << 62, what, "a number below 2**62", value)  # type: ignore[operator]
     return operator.index(value)  # type: ignore[arg-type]  # checked above
 
 

@@ -347,6 +347,8 @@ def test_a_copy_steps_its_own_arrays(copied):
     [
         (lambda d: d["state"].pop("v"), r"state: expected one of 'v', got \['w'\]"),
         (lambda d: d["state"]["v"].pop("step"), "step of 'v': expected a whole number, 0 or more, got None"),
+        (lambda d: d["state"]["v"].update(step=2**64), "step of 'v': expected a number below 2\\*\\*62"),
+        (lambda d: d.update(steps=2**64 - 1), "steps: expected a number below"),
         (lambda d: d["state"]["v"].update(step=-1), "step of 'v': expected a whole number, 0 or more, got -1"),
         (lambda d: d["state"]["v"].update(exp_avg=[0.0]), "exp_avg of 'v': expected an array, got \\[0.0\\]"),
         (

@@ -543,6 +543,10 @@ class Optimizer(abc.ABC):
         self._check_common(common)
         steps, skipped = (require_count({"skipped": 0, **state_dict}, key, key) for key in ("steps", "skipped"))
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
+        if not isinstance(saved_groups, list | tuple) or not _are_dicts(saved_groups):
+            raise TypeError(f"param_groups: expected a list of dicts, got {saved_groups!r:.80}")
+        if not isinstance(saved_states, Mapping) or not _are_dicts(saved_states.values()):
+            raise TypeError(f"state: expected a dict of dicts, got {saved_states!r:.80}")
         require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
 
         todo: list[tuple[Array, Array]] = []
@@ -586,6 +590,10 @@ class Optimizer(abc.ABC):
         size = sum(param.size for group in self._groups for param in group.params)
         options = ", ".join(f"{key}={value!r}" for key, value in self._defaults.items())
         return f"{type(self).__name__}({options}) over {size:,} parameters in {count} arrays"
+
+
+def _are_dicts(items: Iterable[Any]) -> bool:
+    return all(isinstance(item, Mapping) for item in items)
 
 
 def _mixed(seed: int, step: int, job: int) -> int:
