@@ -39,12 +39,15 @@ def raw(header, data=b"", length=None):
         (raw('{"a":' * 100_000), "not a safetensors file"),
         (raw("{}", b"rest"), "not a safetensors file"),
         (raw(f'{{"a":{{{F32},"shape":[2],"data_offsets":[0,8]}}}}', b"1234"), "not a safetensors file"),
-        (raw(f'{{"a":{{{F32},"shape":[1],"data_offsets":[4,8]}}}}', b"12345678"), "`a`"),  # a hole
+        (
+            raw(f'{{"a":{{{F32},"shape":[1],"data_offsets":[4,8]}}}}', b"12345678"),
+            "'a' starts at byte 4 of the data",
+        ),  # a hole
         (
             raw(f'{{"a":{{{F32},"shape":[2],"data_offsets":[0,4]}}}}', b"1234"),
-            "invalid shape, data type, or offset",
+            r"'a': F32 of shape \(2,\) has 8 bytes, got 4",
         ),  # short
-        (raw(f'{{"a":{{{F32},"shape":[1],"data_offsets":[4,0]}}}}', b"1234"), "`a`"),  # backwards
+        (raw(f'{{"a":{{{F32},"shape":[1],"data_offsets":[4,0]}}}}', b"1234"), "'a': F32 of shape"),  # backwards
         (raw(f'{{"a":{{{F32},"shape":[-1],"data_offsets":[0,4]}}}}', b"1234"), "not a safetensors file"),
         (raw(f'{{"a":{{{F32},"shape":[1.0],"data_offsets":[0,4]}}}}', b"1234"), "not a safetensors file"),
         (raw(f'{{"a":{{{F32},"shape":[1e99],"data_offsets":[0,4]}}}}', b"1234"), "not a safetensors file"),
@@ -57,15 +60,15 @@ def raw(header, data=b"", length=None):
         (raw(f'{{"a":{{{F32},"shape":[0{",1" * 40}],"data_offsets":[0,0]}}}}'), "'a': shape: expected the sizes of"),
         (raw('{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}', b"1234"), "not a safetensors file"),
         (
-            raw('{"a":{"dtype":"F8_E5M2","shape":[4],"data_offsets":[0,4]}}', b"1234"),
-            "'a' has dtype F8_E5M2, which NumPy",
+            raw('{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', b"1234"),
+            "'a' has dtype F4, which NumPy",
         ),
         (
             raw(
                 f'{{"a":{{{F32},"shape":[1],"data_offsets":[0,4]}},"b":{{{F32},"shape":[1],"data_offsets":[0,4]}}}}',
                 b"1234",
             ),
-            "invalid offset for tensor `[ab]`",  # an overlap
+            "'b' starts at byte 0 of the data, expected 4",  # an overlap
         ),
         (
             raw(
@@ -75,6 +78,13 @@ def raw(header, data=b"", length=None):
             "'a' is there twice",
         ),
         (raw('{"__metadata__":{"fastopt":"{}","fastopt":"{}"}}'), "'fastopt' is there twice"),
+        (raw('{"a":{"dtype":"F4","shape":[7],"data_offsets":[0,4]}}', b"1234"), "F4 of shape .* has 3.5 bytes, got 4"),
+        (
+            raw('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4.0]}}', b"1234"),
+            "data_offsets: expected two numbers",
+        ),
+        (raw('{"a":{"dtype":[],"shape":[1],"data_offsets":[0,4]}}', b"1234"), "dtype: expected a dtype of the format"),
+        (raw('{"a":1}'), "'a': expected a JSON object, got int"),
         (raw('{"__metadata__":{"fastopt":1}}'), "not a safetensors file"),
         (raw('{"__metadata__":{"fastopt":"' + "[" * 100_000 + '"}}'), "metadata: nested too deeply|metadata"),
     ],

@@ -1,68 +1,247 @@
-"""Files that are written whole or not at all."""
+"""Regular files: opened for reading, and written whole or not at all."""
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
-import tempfile
+import re
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from safetensors import SafetensorError
 
 from fastopt._types import PathLike
 
+_LONGEST_NAME = 200  # bytes; with what a temporary name adds it stays below the 255 of file systems
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: PathLike) -> IO[bytes]:
+    """Open a regular file for reading; raise OSError for a folder, a pipe or a device, which could block for good."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _require_regular(os.fstat(handle), path)
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def _require_regular(info: os.stat_result, path: PathLike) -> None:
+    if stat.S_ISDIR(info.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+class Temporary(NamedTuple):
+    """A file that is being written, and the permissions that it gets if it is a new one."""
+
+    path: Path
+    mode: int
+
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text, which takes the place of `path` when it is whole and on the disk."""
+    """Write a text, which replaces `path` when it is complete and on the disk."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; on success move it there, durably, else remove it."""
-    target = Path(path).resolve()
-    with naming(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
+    """Yield a temporary file beside `path` to write to; on success move it there, durably, otherwise remove it.
+
+    A symbolic link is followed. The new file has the permissions of the old one, and its owner and group as far as
+    the system allows. Other hard links to the old file keep the old content.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written, or if `path` is a folder, a pipe or a device; it is then as it was before.
+    """
+    target = real_path(path)
+    with naming(target), temporary_beside(target) as temporary:
+        try:
+            yield temporary.path
+        except SafetensorError as error:  # the library's word for a full disk
+            raise OSError(f"{target}: {error}") from error
+        move(temporary, target)
+
+
+def real_path(path: PathLike) -> Path:
+    """Return an absolute path without symbolic links; a loop of links stays in it, for the system to report."""
+    return Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def temporary_beside(target: Path) -> Iterator[Temporary]:
+    """Create a file beside `target`, under a name that nobody can guess, and remove it unless it was moved.
+
+    A lock tells a file that is being written from one that a killed process left. The latter are removed here.
+    """
+    existing = _existing(target)
+    _remove_abandoned(target)
+    while True:
+        path = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}.part")
+        handle, ours = -1, True
         try:
             try:
-                yield temporary
-            except SafetensorError as error:  # what the library makes of a full disk
-                raise OSError(f"{target}: {error}") from error
-            temporary.chmod(mode)
-            sync(temporary)
-            temporary.replace(target)
-            sync(target.parent)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                handle = os.open(path, flags, 0o666 if existing is None else 0o600)
+            except FileExistsError:
+                ours = False
+                continue
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)  # as the umask, or the folder, wants it
+            os.fchmod(handle, mode | 0o600)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink == 0:  # another process took it for abandoned before the lock was held
+                continue
+            yield Temporary(path, mode)
+            return
         finally:
-            temporary.unlink(missing_ok=True)
+            if ours:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            if handle >= 0:
+                os.close(handle)
+
+
+def move(temporary: Temporary, target: Path, *, durably: bool = True) -> None:
+    """Move a finished file to its place: first its content, then its name reach the disk.
+
+    Without `durably` the name may not yet be on the disk; `sync_folder` does that for several files at once.
+    """
+    existing = _existing(target)
+    # Both are opened first: what fails after the replacement cannot be undone. The file is opened anew, as a writer
+    # may have put another one under the name.
+    folder = _open_folder(target.parent)
+    try:
+        handle = os.open(temporary.path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(handle, temporary.mode if existing is None else _keep_owner(handle, existing))
+            os.fsync(handle)
+            temporary.path.replace(target)
+            if folder is None and durably:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        if folder is not None and durably:
+            _sync_entries(folder)
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the entries of a folder are on the disk, if it can be opened."""
+    folder = _open_folder(path)
+    if folder is not None:
+        try:
+            _sync_entries(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, for changes of several files; without one if the file system has no locks."""
+    handle = _open_folder(folder)
+    try:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 @contextlib.contextmanager
 def naming(target: Path) -> Iterator[None]:
-    """Let an error of the system name the file that cannot be written, and no temporary one beside it."""
+    """Let an error of the system name the file that cannot be written instead of a temporary one beside it."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and Path(error.filename).parent != target.parent):
-            raise
-        raise type(error)(error.errno, error.strerror, str(target)) from error
+        if error.errno is None:
+            if str(target) in str(error):
+                raise
+            raise OSError(f"{target}: cannot be written: {error}") from error
+        if error.filename is not None:
+            named, folder = real_path(os.fsdecode(error.filename)), real_path(target).parent
+            if folder not in (named, named.parent):
+                raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def _existing(target: Path) -> os.stat_result | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        info = target.stat()
+    except FileNotFoundError:
+        return None
+    _require_regular(info, target)
+    return info
+
+
+def _prefix(target: Path) -> str:
+    name = os.fsencode(target.name)
+    if len(name) > _LONGEST_NAME:
+        return f".{hashlib.sha256(name).hexdigest()}."
+    return f".{target.name}."
+
+
+def _remove_abandoned(target: Path) -> None:
+    ours = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}\.part")
+    with contextlib.suppress(OSError):  # a folder that cannot be listed, files of others: they stay
+        for path in target.parent.iterdir():
+            if ours.fullmatch(path.name):
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.fstat(handle).st_mode) and os.path.samestat(os.fstat(handle), path.lstat()):
+                path.unlink()
+        finally:
+            os.close(handle)
+
+
+def _keep_owner(handle: int, existing: os.stat_result) -> int:
+    """Give a file the owner of another as far as the system allows; return the permissions that fit."""
+    mode, mine = existing.st_mode & 0o777, os.fstat(handle)
+    if (existing.st_uid, existing.st_gid) == (mine.st_uid, mine.st_gid):
+        return mode
+    for owner in (existing.st_uid, -1):
+        with contextlib.suppress(OSError):
+            os.fchown(handle, owner, existing.st_gid)
+            return mode
+    if existing.st_gid == mine.st_gid:
+        return mode
+    return mode & ~0o070 | (mode & 0o007) << 3  # the group is another one: it may do what everybody may
+
+
+def _open_folder(path: Path) -> int | None:
+    """Return a handle of a folder; None for one that may be written to but not read."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return None
+
+
+def _sync_entries(folder: int) -> None:
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system cannot sync folders
+            raise

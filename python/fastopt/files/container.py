@@ -16,7 +16,7 @@ from fastopt.tensors.sparse import SparseTensor
 from fastopt.tensors.sparse_layout import BLOCK, require_layout
 
 FORMAT_VERSION = 2  # 1 had no tensors that only fill, and no recipe
-_FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
+_FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
 # The metadata key of a checkpoint, which `load` refuses.
 CHECKPOINT = "fastopt.checkpoint"
 
@@ -45,7 +45,7 @@ def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, 
 
 def _disassemble_quantized(name: str, q: QuantizedTensor) -> tuple[dict[str, Array], dict[str, Any]]:
     arrays = {f"{name}.codes": q.codes, f"{name}.scale": q.scale, f"{name}.minimum": q.minimum}
-    entry = {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": str(q.dtype)}
+    entry = {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": q.dtype.name}
     if q.outliers is not None:
         arrays |= {f"{name}.outlier_index": q.outliers.indices, f"{name}.outlier_value": q.outliers.values}
         entry["outliers"] = len(q.outliers.indices)

@@ -1,7 +1,10 @@
-"""Safetensors files: mapped into memory, and written aligned and whole or not at all.
+"""Safetensors files: mapped into memory, and written whole or not at all.
 
-Every tensor of a file that is written here starts at a multiple of 64 bytes. The format allows no holes, so a tensor
-of zeros whose name starts with ``fastopt.pad.`` fills what another leaves to the next multiple.
+Every tensor of a file of fastopt starts at a multiple of 64 bytes. The format allows no holes, so a tensor of zeros
+whose name starts with ``fastopt.pad.`` fills the space up to the next multiple.
+
+A reader trusts nothing that the file says. The header is read from the same descriptor that is mapped, takes at most
+64 bytes of memory for each of its own bytes, and time in proportion to its length.
 """
 
 import json
@@ -15,10 +18,9 @@ from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fastopt._types import Array, PathLike
-from fastopt.files.atomic import replacing
+from fastopt.files.atomic import naming, open_regular, replacing
 
 ALIGNMENT = 64
 PAD = "fastopt.pad."
@@ -28,6 +30,11 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "U16": np.dtype(np.uint16),
     "I16": np.dtype(np.int16),
     "F16": np.dtype(np.float16),
@@ -38,9 +45,12 @@ DTYPES = {
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
     "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # that a reader accepts
+# Bits of an element in dtypes of the format that NumPy does not have.
+_FOREIGN_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_LONGEST_HEADER = 100_000_000  # as in the library safetensors
 _LARGEST = 1 << 62  # elements; NumPy counts bytes in 63 bits
 
 
@@ -59,6 +69,8 @@ class Stored(NamedTuple):
 class MappedFile:
     """A safetensors file whose arrays are views of it, without a copy.
 
+    Header and content come from one descriptor: another process may replace the file at any time.
+
     Parameters
     ----------
     path : path-like
@@ -67,37 +79,42 @@ class MappedFile:
     ----------
     stored : dict from name to Stored
         In the order of the file.
+    foreign : dict from name to str
+        The dtypes of tensors that NumPy cannot hold.
     metadata : dict of str
 
     Raises
     ------
     OSError
-        If the file cannot be opened.
+        If the file cannot be opened, or is no regular file.
     ValueError
         If it is not a safetensors file.
     """
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            self.metadata, described = _checked_header(self.path)
-            _refuse_twice(self.path, file.read(length))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            try:
+                header = _read_header(file, size)
+                self.metadata, described = _checked_header(header, size - 8 - len(header))
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from error
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._content = np.frombuffer(self._map, np.uint8)
         self.stored: dict[str, Stored] = {}
-        start = 8 + length
-        for name, dtype_name, shape in described:
-            dtype = DTYPES.get(dtype_name)
-            if dtype is None:
-                raise ValueError(f"{self.path}: {name!r} has dtype {dtype_name}, which NumPy does not have")
-            require_shape(shape, f"{self.path}: {name!r}: shape")
-            end = start + math.prod(shape) * dtype.itemsize
-            if end > size:
-                raise ValueError(f"{self.path}: {name!r} ends at byte {end} of {size}")
-            self.stored[name] = Stored(dtype, tuple(shape), start, end)
-            start = end
+        self.foreign: dict[str, str] = {}
+        for name, dtype_name, shape, start, end in described:
+            if dtype_name in DTYPES:
+                data = 8 + len(header)
+                self.stored[name] = Stored(DTYPES[dtype_name], shape, data + start, data + end)
+            else:
+                self.foreign[name] = dtype_name
+
+    def require_known(self) -> None:
+        """Raise ValueError if the file has tensors that NumPy cannot hold."""
+        for name, dtype_name in self.foreign.items():
+            raise ValueError(f"{self.path}: {name!r} has dtype {dtype_name}, which NumPy does not have")
 
     def array(self, name: str) -> Array:
         """Return a tensor as a read-only view of the file."""
@@ -115,33 +132,97 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def _checked_header(path: Path) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:
-    """Return metadata and the name, dtype and shape of each tensor, in the order of the file."""
-    try:
-        # The library checks the header: its length, its JSON, and that tensors fill the file without overlap or hole.
-        with safe_open(path, framework="numpy") as opened:
-            specs = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
-            return opened.metadata() or {}, [(name, spec.get_dtype(), spec.get_shape()) for name, spec in specs]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+def _read_header(file: IO[bytes], size: int) -> bytes:
+    """Return the header, or raise ValueError if these are the first bytes of something else."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    first = file.read(1)
+    if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER) or first != b"{":
+        raise ValueError(_not_safetensors(start + first + file.read(16), size, length))
+    return first + file.read(length - 1)
 
 
-def _refuse_twice(path: Path, header: bytes) -> None:
-    """Raise if a name is in the header twice, which the library lets pass."""
+# First bytes of files that people take for safetensors.
+_MAGIC = {
+    b"version https://git-lf": "a pointer of git-lfs: 'git lfs pull' fetches the file",
+    b"PK\x03\x04": "a zip archive, as .npz and .pt files are",
+    b"\x93NUMPY": "a .npy file",
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+    b"\x80": "a pickle, as old .pt files are",
+    b"<": "a text, HTML or XML",
+}
+
+
+def _not_safetensors(start: bytes, size: int, length: int) -> str:
+    if start[4:8] == b"TFL3":
+        return "not a safetensors file but a TFLite file"
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            return f"not a safetensors file but {kind}"
+    if size < 8:
+        return f"not a safetensors file: it has {size} bytes"
+    if length > min(size - 8, _LONGEST_HEADER):
+        return "not a safetensors file: its first 8 bytes are not the length of a header"
+    return "not a safetensors file: it does not begin with a JSON object"
+
+
+def _checked_header(
+    header: bytes, size: int
+) -> tuple[dict[str, str], list[tuple[str, str, tuple[int, ...], int, int]]]:
+    """Return the metadata, and name, dtype, shape, start and end of each tensor in the order of the file.
+
+    Raises ValueError unless the tensors fill `size` bytes without overlap or hole.
+    """
     try:
-        parse_json(header.decode())
+        entries = parse_json(header.decode())
+        if not isinstance(entries, dict):
+            raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
+        metadata = entries.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("__metadata__: expected a map of texts")
+        described = sorted(
+            (_checked_entry(name, entry) for name, entry in entries.items()), key=lambda tensor: tensor[3:]
+        )
+        at = 0
+        for name, _, _, start, end in described:
+            if start != at:
+                raise ValueError(f"{name!r} starts at byte {start} of the data, expected {at}")
+            at = end
+        if at != size:
+            raise ValueError(f"the tensors have {at} bytes, the file has {size} behind the header")
     except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+        raise ValueError(f"not a safetensors file: {error}") from error
+    return metadata, described
+
+
+def _checked_entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name!r}: expected a JSON object, got {type(entry).__name__}")
+    kind, offsets = entry.get("dtype"), entry.get("data_offsets")
+    if not isinstance(kind, str) or kind not in DTYPES.keys() | _FOREIGN_BITS.keys():
+        raise ValueError(f"{name!r}: dtype: expected a dtype of the format, got {_shown(kind)}")
+    shape = require_shape(entry.get("shape"), f"{name!r}: shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
+        raise ValueError(f"{name!r}: data_offsets: expected two numbers, got {_shown(offsets)}")
+    start, end = offsets
+    bits = math.prod(shape) * (DTYPES[kind].itemsize * 8 if kind in DTYPES else _FOREIGN_BITS[kind])
+    if (end - start) * 8 != bits:
+        raise ValueError(f"{name!r}: {kind} of shape {shape} has {bits / 8:g} bytes, got {end - start}")
+    return name, kind, shape, start, end
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text of an untrusted file says; ValueError if it is none, too deep, or has a name twice."""
+    """Return the value of a JSON text of an untrusted file; ValueError if it is not one, too deep, or repeats a key."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    raise ValueError(f"{_shown(name)} is there twice")
+                seen.add(name)
         return made
 
     try:
@@ -150,17 +231,26 @@ def parse_json(text: str) -> Any:
         raise ValueError("metadata: nested too deeply") from error
 
 
+def _shown(value: Any) -> str:
+    """Return the beginning of a value of an untrusted file, for a message."""
+    try:
+        return f"{value!r:.100}"
+    except RecursionError:
+        return "a value that is nested too deeply"
+
+
 def require_shape(sizes: Any, name: str) -> tuple[int, ...]:
     """Return the sizes of axes as a tuple, or raise if no array can have them."""
     whole = isinstance(sizes, list) and len(sizes) <= 32 and all(type(n) is int and n >= 0 for n in sizes)
     if not whole or math.prod(max(n, 1) for n in sizes) >= _LARGEST // 8:
-        raise ValueError(f"{name}: expected the sizes of up to 32 axes, got {sizes!r:.100}")
+        raise ValueError(f"{name}: expected the sizes of up to 32 axes, got {_shown(sizes)}")
     return tuple(sizes)
 
 
 def read_arrays(path: PathLike) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the arrays of a safetensors file as views of it, and its metadata; raise as `MappedFile` does."""
     file = MappedFile(path)
+    file.require_known()
     return {name: file.array(name) for name in file.stored}, file.metadata
 
 
@@ -183,6 +273,8 @@ class Part(NamedTuple):
 
 def part_of(name: str, array: Array) -> Part:
     """Return a part of an array that is at hand, or raise if the file cannot hold it."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"tensors: {name!r} is a masked array, whose mask the file cannot hold; fill it")
     return Part(name, require_dtype(name, array.dtype), array.shape, lambda: array)
 
 
@@ -194,38 +286,69 @@ def require_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return native.newbyteorder("<")
 
 
-def write(path: PathLike, parts: Iterable[Part], metadata: Mapping[str, str]) -> None:
-    """Write arrays to one safetensors file, which takes the place of `path` when it is whole and on the disk.
+def write(
+    path: PathLike,
+    parts: Iterable[Part],
+    metadata: Mapping[str, str],
+    check: Callable[[MappedFile], object] | None = None,
+) -> None:
+    """Write arrays to one safetensors file, which replaces `path` when it is complete and on the disk.
 
-    Without metadata nothing tells a reader what only fills, so that nothing does: arrays are sorted by the sizes of
-    their elements, and so aligned to these.
+    Parameters
+    ----------
+    path : path-like
+    parts : iterable of Part
+    metadata : mapping of str
+        Where no key starts with ``fastopt``, other programs read the file, and nothing is padded: arrays are sorted by
+        the sizes of their elements instead, and so aligned to these.
+    check : callable, optional
+        The reader's checks: called with the complete file before it replaces `path`. What it raises is raised.
 
     Raises
     ------
     OSError
-        If the file cannot be written; what was there before is there still.
-    ValueError
-        If two parts have one name, or a name is one that the format keeps for itself.
+        If the file cannot be written. An existing file is then left as it was.
+    TypeError, ValueError
+        If a name is not text, is used twice or is reserved by the format, or a shape is one that no reader accepts.
     """
-    if not metadata:
-        parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    with replacing(path) as temporary:
+        write_to(temporary, parts, metadata, check)
+
+
+def write_to(
+    path: Path,
+    parts: Iterable[Part],
+    metadata: Mapping[str, str],
+    check: Callable[[MappedFile], object] | None = None,
+) -> None:
+    """Write arrays as `write` does to a file that is not in its place yet."""
     laid, header = _layout(list(parts), metadata)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(header)
         for part, fill in laid:
-            write_array(file, part.make())
+            array = part.make()
+            if array.dtype.newbyteorder("<") != part.dtype or array.shape != part.shape:
+                raise ValueError(f"tensors: {part.name!r} is {array.dtype} of shape {array.shape}, not as it was told")
+            write_array(file, array)
             part.release()
             file.write(bytes(fill))
+    if check is not None:
+        check(MappedFile(path))
 
 
 def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[Part, int]], bytes]:
-    """Return the parts, each with how many bytes of zeros follow it, and the header that describes them."""
+    """Return the parts, each with the number of zero bytes that follow it, and the header that describes them."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    alignment = ALIGNMENT if metadata else 1
+    alignment = ALIGNMENT
+    if not any(key.startswith("fastopt") for key in metadata):
+        alignment = 1
+        parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     laid, at = [], 0
     for i, part in enumerate(parts):
+        if not isinstance(part.name, str):
+            raise TypeError(f"tensors: expected texts as names, got {part.name!r}")
         if part.name == "__metadata__" or part.name.startswith(PAD):
-            raise ValueError(f"tensors: {part.name!r} is a name that the format keeps for itself")
+            raise ValueError(f"tensors: {part.name!r} is a name that the format reserves")
         if part.name in entries:
             raise ValueError(f"tensors: two would be stored as {part.name!r}")
         size = math.prod(part.shape) * part.dtype.itemsize
@@ -239,10 +362,18 @@ def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[
             entries[f"{PAD}{i}"] = {"dtype": "U8", "shape": [fill], "data_offsets": [at + size, at + size + fill]}
         laid.append((part, fill))
         at += size + fill
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        wrong = next((name for name in entries if not name.isprintable()), "the metadata")
+        raise ValueError(f"tensors: {wrong!r} is not valid Unicode: {error.reason}") from error
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > _LONGEST_HEADER:
         raise ValueError(f"tensors: names make a header of {len(text)} bytes, expected at most {_LONGEST_HEADER}")
+    try:
+        _checked_header(text, at)
+    except ValueError as error:
+        raise ValueError(f"tensors: no reader would accept them: {error}") from error
     return laid, len(text).to_bytes(8, "little") + text
 
 

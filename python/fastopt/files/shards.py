@@ -1,22 +1,37 @@
 """Models in several files under one index."""
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from fastopt._types import PathLike
-from fastopt.files.atomic import naming, sync, write_text
+from fastopt.files.atomic import (
+    Temporary,
+    locked,
+    move,
+    naming,
+    open_regular,
+    real_path,
+    sync_folder,
+    temporary_beside,
+    write_text,
+)
 from fastopt.files.safetensors_file import Part, parse_json
+
+T = TypeVar("T")
 
 
 def read_index(path: PathLike) -> dict[str, list[str]]:
-    """Return the files that an index of shards names, each with its tensors."""
+    """Return the files that an index of shards names, each with its tensors; raise ValueError if it is damaged."""
     path = Path(path)
     try:
-        parsed = parse_json(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            parsed = parse_json(file.read().decode())
     except ValueError as error:
         raise ValueError(f"{path}: not an index of shards: {error}") from error
     placed = parsed.get("weight_map") if isinstance(parsed, dict) else None
@@ -30,54 +45,99 @@ def read_index(path: PathLike) -> dict[str, list[str]]:
     return shards
 
 
+def opened_shards(path: PathLike, open_one: Callable[[Path], T]) -> dict[str, tuple[T, list[str]]]:
+    """Open the files that an index names; return each with the tensors that the index places in it.
+
+    A writer may replace the index meanwhile and remove the files of the old one: then the new ones are opened.
+    """
+    path = Path(path)
+    while True:
+        shards = read_index(path)
+        try:
+            return {file: (open_one(path.parent / file), names) for file, names in shards.items()}
+        except FileNotFoundError:
+            if read_index(path) == shards:
+                raise
+
+
 def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[Part]]) -> None:
     """Write files beside an index, and the index last.
 
-    Names of files tell their content, so files of an older model stay as they are until the index has been replaced;
-    then those that were written here, and only the old index named, are removed.
+    The name of a file has a digest of its content, so the files of the old model stay as they are until the index is
+    replaced. Then those that only the old index named are removed, if their names show that they were written here.
+    Several processes may write to one index: one of the models remains, complete.
 
     Parameters
     ----------
     index : Path
         ``NAME.index.json`` or ``NAME.safetensors.index.json``.
     count : int
-        How many files there are.
+        The number of files.
     write_one : callable
-        Writes file number i, from 0 on, to a path; returns what is in it.
+        Writes file number i, counted from 0, to a path; returns the parts that are in it.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written. The old model is then left as it was.
     """
-    index = index.resolve()
-    stem = index.name.removesuffix(".index.json").removesuffix(".safetensors")
+    index = real_path(index)
+    stem = _stem(index)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(index))
+        made: dict[str, Temporary] = {}
+        placed: dict[str, str] = {}
+        total = 0
+        for i in range(count):
+            temporary = stack.enter_context(temporary_beside(index))
+            parts = write_one(temporary.path, i)
+            file = f"{stem}-{i + 1:05}-of-{count:05}-{_digest(temporary.path)}.safetensors"
+            made[file] = temporary
+            for part in parts:
+                if part.name in placed:
+                    raise ValueError(f"{index}: two shards would store {part.name!r}")
+                placed[part.name] = file
+            total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
+        # No other writer may remove these files, as those of its old index, before the index names them.
+        stack.enter_context(locked(index.parent))
+        _place(index, made, text)
+
+
+def _place(index: Path, made: dict[str, Temporary], text: str) -> None:
+    """Move finished files to their places, replace the index, and remove the files that nothing names any more."""
+    old, new = _named(index), []
     try:
-        old = set(read_index(index))
-    except (OSError, ValueError):
-        old = set()
-    placed: dict[str, str] = {}
-    total, made, text = 0, [], ""
-    try:
-        with naming(index):
-            for i in range(count):
-                number = f"{stem}-{i + 1:05}-of-{count:05}"
-                temporary = index.with_name(f".{number}.part")
-                made.append(temporary)
-                parts = write_one(temporary, i)
-                name = f"{number}-{_digest(temporary)}.safetensors"
-                if name not in old:
-                    made.append(index.with_name(name))
-                temporary.replace(index.with_name(name))
-                placed |= {part.name: name for part in parts}
-                total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-            sync(index.parent)  # no index before what it names
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
-            write_text(index, text)
+        for file, temporary in made.items():
+            if not index.with_name(file).exists():
+                new.append(file)
+            move(temporary, index.with_name(file), durably=False)
+        sync_folder(index.parent)  # no index before the files that it names
+        write_text(index, text)
     except BaseException:
-        if not index.exists() or index.read_text(encoding="utf-8") != text:  # nothing names them
-            for path in made:
-                path.unlink(missing_ok=True)
+        if not index.exists() or index.read_text(encoding="utf-8") != text:
+            for file in new:
+                index.with_name(file).unlink(missing_ok=True)
         raise
+    stem, kept = _stem(index), set(made)
+    for name in (f"{stem}.index.json", f"{stem}.safetensors.index.json"):  # two indices may share a file
+        kept |= _named(index.with_name(name))
     ours = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
-    for name in old - set(placed.values()):
-        if ours.fullmatch(name):
-            index.with_name(name).unlink(missing_ok=True)
+    for file in old - kept:
+        if ours.fullmatch(file):
+            index.with_name(file).unlink(missing_ok=True)
+
+
+def _stem(index: Path) -> str:
+    return index.name.removesuffix(".index.json").removesuffix(".safetensors")
+
+
+def _named(index: Path) -> set[str]:
+    """Return the files that an index names; none if there is no index, or if it is damaged."""
+    try:
+        return set(read_index(index))
+    except (OSError, ValueError):
+        return set()
 
 
 def _digest(path: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from fastopt._types import Array, PathLike
 from fastopt.files.container import assemble, disassemble
 from fastopt.files.safetensors_file import PAD, MappedFile
-from fastopt.files.shards import read_index
+from fastopt.files.shards import opened_shards
 from fastopt.files.weights import Source, Weights
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
@@ -61,8 +61,7 @@ def open_weights(path: PathLike) -> Weights:
     if path.name.endswith(".index.json"):
         sources: dict[str, Source] = {}
         shards: dict[str, list[str]] = {}
-        for shard, names in read_index(path).items():
-            file = MappedFile(path.parent / shard)
+        for shard, (file, names) in opened_shards(path, MappedFile).items():
             missing = [name for name in names if name not in file.stored]
             if missing:
                 raise ValueError(f"{path}: {missing[0]!r} is not in {shard}")
@@ -99,6 +98,7 @@ def _open_folder(path: Path) -> Weights:
 
 
 def _of_safetensors(file: MappedFile) -> dict[str, Source]:
+    file.require_known()
     if "fastopt" not in file.metadata:
         return {name: _of_mapped(file, name) for name in file.stored if not name.startswith(PAD)}
     content = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)

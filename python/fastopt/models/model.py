@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble
 from fastopt.files.safetensors_file import Part, part_of, read_arrays, write
-from fastopt.files.shards import read_index
+from fastopt.files.shards import opened_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, stored_of
 from fastopt.models.choose import choose_bits
@@ -230,8 +230,7 @@ def load(path: PathLike) -> PackedModel:
         return _model_of(path, *read_arrays(path))
     tensors: dict[str, Weight] = {}
     recipe = None
-    for shard, names in read_index(path).items():
-        arrays, metadata = read_arrays(path.parent / shard)
+    for shard, ((arrays, metadata), names) in opened_shards(path, read_arrays).items():
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ValueError(f"{path}: {missing[0]!r} is not in {shard}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastopt._checks import require_group_size
 from fastopt._types import Array, Notify, PathLike
-from fastopt.files.atomic import naming
+from fastopt.files.atomic import naming, replacing
 from fastopt.files.container import describe, disassemble
-from fastopt.files.safetensors_file import Part, Scratch, require_dtype, write
+from fastopt.files.safetensors_file import Part, Scratch, require_dtype, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of
@@ -137,7 +137,7 @@ def pack_file(
                     entries[name] = entry
                 del stored, tensor, arrays
                 weights.release(name)
-            write(path, parts, describe(names, entries, recipe.to_dict()))
+            write_to(path, parts, describe(names, entries, recipe.to_dict()))
         return parts
 
     _write_all(weights, Path(target), pack_some)
@@ -181,7 +181,7 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
 
     def unpack_some(path: Path, names: Sequence[str]) -> list[Part]:
         parts = [part(name) for name in names]
-        write(path, parts, {})
+        write_to(path, parts, {})
         return parts
 
     _write_all(weights, Path(target), unpack_some)
@@ -194,4 +194,5 @@ def _write_all(weights: Weights, target: Path, write_some: Callable[[Path, Seque
         shards = list((weights.shards or {"": list(weights)}).values())
         write_shards(target, len(shards), lambda path, i: write_some(path, shards[i]))
     else:
-        write_some(target, list(weights))
+        with replacing(target) as temporary:
+            write_some(temporary, list(weights))
