@@ -178,6 +178,59 @@ def test_dry_run_and_targets(source, tmp_path):
     assert told[-1][2] == ""
 
 
+def layers(rng, tmp_path, shapes):
+    w = {f"layer{i}.weight": random(rng, *shape) for i, shape in enumerate(shapes)}
+    fo.export(w, tmp_path / "m.onnx", to="onnx", graph=[fo.Layer(f"layer{i}") for i in range(len(shapes))])
+    return tmp_path / "m.onnx"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8},
+        {"bits": 4},
+        {"bits": 2},
+        {"bits": 4, "outliers": 0.01},
+        {"bits": 4, "group_size": 48},
+        {"sparsity": 0.5},
+        {"sparsity": 0.99},
+        {"sparsity": 0.01},
+        {"bits": 8, "sparsity": 0.5},
+        {"bits": 2, "pattern": "2:4"},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_the_file(options, fast, rng, tmp_path):
+    source = layers(rng, tmp_path, [(96, 100), (64, 96)])
+    report = fo.pack_onnx(source, tmp_path / "p.onnx", **options, fast=fast)
+    assert fo.pack_onnx(source, tmp_path / "dry.onnx", **options, fast=fast, dry_run=True) == report
+    stored = {c.name: len(c.raw_data) for c in onnx.load(tmp_path / "p.onnx").graph.initializer}
+    for t in report.tensors:
+        own = {name: n for name, n in stored.items() if name.startswith(t.name)}
+        assert t.nbytes == sum(own.values()), own
+    x = random(rng, 3, 100)
+    assert run(tmp_path / "p.onnx", {"x": x})["layer1"].shape == (3, 64)
+    assert report.nbytes < (tmp_path / "p.onnx").stat().st_size < report.nbytes + 7000
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sparsity": 0.5}, {"group_size": 48}], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (96, 100)])
+def test_target_size_is_kept(shape, options, fast, rng, tmp_path):
+    source = layers(rng, tmp_path, [shape, *[(shape[0], shape[0])] * 7])
+    if fast and "group_size" in options:
+        options = {"group_size": 64}
+    full = source.stat().st_size
+    for share in (0.27, 0.3):
+        report = fo.pack_onnx(source, tmp_path / "p.onnx", **options, fast=fast, target_size=int(share * full))
+        assert 0.75 * share * full < (tmp_path / "p.onnx").stat().st_size <= share * full
+    assert all(t.bits for t in report.tensors)
+    with pytest.raises(ValueError, match="target_size: expected at least"):
+        fo.pack_onnx(source, tmp_path / "none.onnx", **options, fast=fast, target_size=5000)
+    assert not (tmp_path / "none.onnx").exists()
+
+
 def test_refused(source, weights, tmp_path):
     recipe = fo.Recipe(bits=4, min_size=1)
     out = tmp_path / "out.onnx"

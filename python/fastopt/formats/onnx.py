@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastopt._checks import as_matrix
-from fastopt._types import Array
+from fastopt._checks import as_matrix, require_group_size
+from fastopt._types import Array, GroupSize
 from fastopt.formats.common import Option, regroup, require_package
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.shrinking import Concat, Layer, Node
@@ -135,6 +135,24 @@ def opset_of_bits(bits: int | None) -> int:
     return _OPSET if bits is None else _OPSET_OF_BITS[bits]
 
 
+def quantized_nbytes(
+    shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None, fast: bool
+) -> int:
+    """Return the bytes of a quantized tensor here: rows are filled to whole groups, or blocks of MatMulNBits."""
+    rows, cols = as_matrix(shape)
+    size = require_group_size(group_size, bits)
+    own = cols if size in (None, -1) else min(size, cols)
+    groups = 1 if size is None else -(-cols // max(own, 1))
+    if fast:
+        fitting = [block for block in _BLOCKS if own % block == 0 or own >= cols]
+        own = min(fitting, key=lambda block: (-cols % block, -block), default=own)
+        groups = -(-cols // max(own, 1))
+    params = groups * (1 if size is None and not fast else rows)
+    entry = 4 + _index_type(rows * cols).itemsize
+    codes = rows * -(-groups * own * bits // 8) if fast else -(-rows * groups * own * bits // 8)
+    return codes + 2 * params * np.dtype(param_dtype).itemsize + round((outliers or 0) * rows * cols) * entry
+
+
 class _Described(NamedTuple):
     """An input or output of a model."""
 
@@ -165,6 +183,7 @@ class Builder:
         self.constants: list[Constant] = []
         self.opset = _OPSET
         self._names = taken
+        self._stems: dict[str, str] = {}  # of the outputs of nodes: what their names begin with
         self._shared: dict[Any, str] = {}
         self._blocks: dict[str, _Blocks] = {}
 
@@ -191,7 +210,9 @@ class Builder:
         """Add a node and return the name of its output."""
         from onnx import helper
 
-        output = output or self.fresh(f"{inputs[0]}.{kind}")
+        stem = self._stems.get(inputs[0], inputs[0])
+        output = output or self.fresh(f"{stem}.{kind}")
+        self._stems[output] = stem
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, domain=domain, **attributes))
         return output
 

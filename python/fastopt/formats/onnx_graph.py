@@ -353,7 +353,7 @@ def _all_nodes(nodes: Any) -> Iterator[NodeProto]:
 
 
 def at_opset(model: ModelProto, opset: int, payloads: Payloads) -> ModelProto:
-    """Return the model at an operator set, or a later one, that has the types of the codes.
+    """Return the model at an operator set, or a later one, that has the types of the codes; 0 means any.
 
     Raises
     ------
@@ -378,8 +378,9 @@ def at_opset(model: ModelProto, opset: int, payloads: Payloads) -> ModelProto:
             )
         _restore(model, converted)
         model = converted
-    needed = helper.find_min_ir_version_for([helper.make_opsetid("", max(now, opset))])
-    model.ir_version = max(model.ir_version, needed)
+    if opset:
+        needed = helper.find_min_ir_version_for([helper.make_opsetid("", max(now, opset))])
+        model.ir_version = max(model.ir_version, needed)
     return model
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from fastopt._types import Notify, PathLike
+from fastopt._types import GroupSize, Notify, PathLike
 from fastopt.files.weights import Source, Weights
 from fastopt.formats.common import require_package
-from fastopt.formats.onnx import Builder, opset_of_bits
-from fastopt.formats.onnx_file import OnnxFile, save
+from fastopt.formats.onnx import Builder, opset_of_bits, quantized_nbytes
+from fastopt.formats.onnx_file import OnnxFile, save, size_of
 from fastopt.formats.onnx_graph import (
     Found,
     Scope,
@@ -25,8 +26,8 @@ from fastopt.formats.onnx_graph import (
     scope_of,
     weights_of,
 )
-from fastopt.models.choose import choose_bits
-from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
+from fastopt.models.choose import Sizes, choose_bits_for, parse_size
+from fastopt.models.recipe import Options, Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
@@ -112,11 +113,61 @@ def pack_onnx(
     model = inlined(file.model, file.payloads)
     found, _ = weights_of(constants_of(scope_of(model)))
     weights = _weights(file, found)
-    recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
-    opsets = [_opset(recipe, name, weights) for name in weights]
+    budget = None if target_size is None else parse_size(target_size)
+    sizes = _Sizes(fast, size_of(model, file.payloads) - sum(weights.sizes.values()))
+    while True:
+        chosen = choose_bits_for(sizes, weights, recipe, target_bits=target_bits, target_size=target_size)
+        packed, report = _packed(file, model, weights, chosen, fast, accuracy_level, notify)
+        excess = 0 if budget is None else size_of(packed, file.payloads) - budget
+        if excess <= 0:
+            break
+        sizes.others += excess  # nodes are larger than was thought
     if not dry_run:
-        model = at_opset(model, max(opsets, default=0), file.payloads)
-    edit = _Edit(model, fast, accuracy_level)
+        save(packed, file.payloads, Path(target))
+    return report
+
+
+class _Sizes(Sizes):
+    """The bytes that a weight takes in an ONNX file, with the nodes that decode it."""
+
+    def __init__(self, fast: bool, others: int) -> None:
+        self.fast, self.others = fast, others
+
+    def quantized(
+        self, shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+    ) -> int:
+        return quantized_nbytes(shape, bits, group_size, param_dtype, outliers, self.fast)
+
+    def stored(self, tensor: Weight) -> int:
+        builder = Builder(False, 0, set())
+        builder.value("w", tensor)
+        return builder.nbytes
+
+    def header(self, name: str, options: Options | None) -> int:
+        if options is None:
+            return 0
+        parts = 6 + 2 * (options.outliers is not None) + 5 * (options.prunes or self.fast)
+        return parts * (100 + 4 * len(name))
+
+    def rest(self, recipe: Recipe) -> int:
+        return self.others
+
+
+def _packed(
+    file: OnnxFile,
+    model: ModelProto,
+    weights: Weights,
+    recipe: Recipe,
+    fast: bool,
+    accuracy_level: int,
+    notify: Notify | None,
+) -> tuple[ModelProto, Report]:
+    """Return the packed model, and the report."""
+    opsets = [_opset(recipe, name, weights) for name in weights]
+    changed = type(model)()
+    changed.CopyFrom(model)
+    changed = at_opset(changed, max(opsets, default=0), file.payloads)
+    edit = _Edit(changed, fast, accuracy_level)
     reporter = Reporter()
     progress = Progress(weights.sizes, notify)
     for name, opset in zip(weights, opsets, strict=True):
@@ -124,20 +175,18 @@ def pack_onnx(
         array = weights[name]
         tensor, reason = pack_tensor(name, array, recipe)
         nbytes = edit.put(name, tensor) if opset else tensor.nbytes
-        reporter.add(name, tensor, array, reason, nbytes)
+        reporter.add(name, tensor, array, reason, nbytes=nbytes)
         weights.release(name)
     progress.next("")
     for name, reason in edit.others.items():
-        tensor_proto = edit.constants[name].tensor
-        assert tensor_proto is not None
-        if math.prod(tensor_proto.dims) >= max(recipe.min_size, 1):
-            array = file.array(tensor_proto)
+        constant = edit.constants[name].tensor
+        assert constant is not None
+        if math.prod(constant.dims) >= max(recipe.min_size, 1):
+            array = file.array(constant)
             reporter.add(name, array, array, reason)
-            file.release(tensor_proto)
-    if not dry_run:
-        edit.finish(file)
-        save(model, file.payloads, Path(target))
-    return reporter.report()
+            file.release(constant)
+    edit.finish(file)
+    return changed, reporter.report()
 
 
 def _weights(file: OnnxFile, found: Mapping[str, Found]) -> Weights:

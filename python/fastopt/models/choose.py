@@ -9,7 +9,9 @@ from glob import escape
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from fastopt._types import GroupSize
 from fastopt.files.safetensors_file import ALIGNMENT
 from fastopt.files.weights import Weights, spec_of, stored_nbytes, stored_of
 from fastopt.models.recipe import Options, Recipe, naming_tensor, pack_tensor
@@ -27,6 +29,30 @@ _SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
 _SAMPLE = 1 << 20  # weights of a tensor that are measured at most
 _UNITS_OF_BUDGET = 1 << 14
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+class Sizes:
+    """The bytes that a tensor takes in a file: here in the safetensors file of a packed model."""
+
+    def quantized(
+        self, shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+    ) -> int:
+        """Return the bytes of a quantized tensor, at most."""
+        return quantized_nbytes(shape, bits, group_size, param_dtype, outliers)
+
+    def stored(self, tensor: Weight) -> int:
+        """Return the bytes of a packed tensor."""
+        return tensor.nbytes
+
+    def header(self, name: str, options: Options | None) -> int:
+        """Return how many bytes of a file describe a tensor, and fill what it leaves to the next, at most."""
+        parts = 1 if options is None else 3 + 2 * (options.outliers is not None or options.prunes)
+        letters = len(json.dumps(name))
+        return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters
+
+    def rest(self, recipe: Recipe) -> int:
+        """Return how many bytes of a file belong to no tensor, at most."""
+        return 1000 + 2 * len(str(recipe.to_dict()))
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,19 @@ def choose_bits(
     >>> fo.pack(weights, recipe=recipe).report().bits_per_weight
     4.5
     """
+    return choose_bits_for(Sizes(), weights, recipe, target_bits=target_bits, target_size=target_size, notify=notify)
+
+
+def choose_bits_for(
+    sizes: Sizes,
+    weights: Mapping[str, Weight],
+    recipe: Recipe,
+    *,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Recipe:
+    """Return a recipe as `choose_bits` does, for a file in which tensors take other sizes."""
     if target_bits is None and target_size is None:
         return recipe
     if target_bits is not None and target_size is not None:
@@ -98,7 +137,7 @@ def choose_bits(
         raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
     probe = recipe.replace(bits=8)
     fixed = weight_count = 0
-    header = 1000 + 2 * len(str(recipe.to_dict()))
+    header = sizes.rest(recipe)
     tried: dict[str, list[_Choice]] = {}
     for name in weights:
         if notify is not None:
@@ -107,14 +146,14 @@ def choose_bits(
         size = int(np.prod(shape, dtype=object))
         weight_count += size
         options, _ = probe.of(name, shape, dtype)
-        header += _header_bytes(name, options)
+        header += sizes.header(name, options)
         if options is None:
             fixed += stored_nbytes(weights, name)
         elif "bits" in probe.override_of(name)[1]:
-            fixed += pack_tensor(name, stored_of(weights, name), probe)[0].nbytes
+            fixed += sizes.stored(pack_tensor(name, stored_of(weights, name), probe)[0])
         else:
             with naming_tensor(name):
-                tried[name] = _useful(_choices(stored_of(weights, name), options))
+                tried[name] = _useful(_choices(stored_of(weights, name), options, sizes))
         if isinstance(weights, Weights):
             weights.release(name)
     budget = parse_size(target_size) - header if target_size is not None else int((target_bits or 0) * weight_count / 8)
@@ -132,14 +171,7 @@ def choose_bits(
     return recipe.replace(overrides={**mine, **others})
 
 
-def _header_bytes(name: str, options: Options | None) -> int:
-    """Return how many bytes of a file describe a tensor, and fill what it leaves to the next, at most."""
-    parts = 1 if options is None else 3 + 2 * (options.outliers is not None or options.prunes)
-    letters = len(json.dumps(name))
-    return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters
-
-
-def _choices(tensor: Weight, options: Options) -> Iterator[_Choice]:
+def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice]:
     """Yield what a tensor takes and misses, for each setting that is open."""
     kept: SparseTensor | None = None
     array = unpacked(tensor)
@@ -161,11 +193,11 @@ def _choices(tensor: Weight, options: Options) -> Iterator[_Choice]:
             if kept is None:
                 q = changed.apply(sample)
                 assert isinstance(q, QuantizedTensor)
-                nbytes = quantized_nbytes(array.shape, bits, group_size, q.scale.dtype, changed.outliers)
+                nbytes = sizes.quantized(array.shape, bits, group_size, q.scale.dtype, changed.outliers)
                 sums = q.error_sums(sample)
             else:
                 s = changed.apply(kept) if kept is tensor else changed.quantize_values(kept)
-                nbytes, sums = s.nbytes, ErrorSums()
+                nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
             relative = sums.noise / sums.signal if sums.signal > 0 else 0.0
             yield _Choice(nbytes, relative * math.sqrt(array.size), changes)
