@@ -35,10 +35,10 @@ class Option(NamedTuple):
     parse: Callable[[str], Any] = str
 
 
-def require_package(name: str) -> None:
+def require_package(name: str, install: str = "'fastopt[export]'") -> None:
     """Raise ImportError, with what to install, unless there is a package of that name."""
     if find_spec(name) is None:
-        raise ImportError(f"this needs {name}: pip install 'fastopt[export]'")
+        raise ImportError(f"this needs {name}: pip install {install}")
 
 
 def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
