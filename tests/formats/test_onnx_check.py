@@ -1,7 +1,10 @@
 """Outputs of two ONNX models, compared."""
 
+import json
+
 import numpy as np
 import pytest
+from test_cli import run as command
 from test_export_onnx import random
 from test_onnx_graph import info, node, save
 
@@ -63,6 +66,24 @@ def test_given_inputs(model, rng, tmp_path):
         check_onnx(model, packed, {**feed, "x": random(rng, 2, 63)})
     with pytest.raises(ValueError, match="inputs: expected one or more mappings"):
         check_onnx(model, packed, [])
+
+
+def test_command(model, tmp_path):
+    packed = tmp_path / "p.onnx"
+    options = ("--bits", 4, "--min-size", 1, "--check")
+    told = json.loads(command("pack", model, "-o", packed, *options, "--json").stdout)
+    outputs = check_onnx(model, packed)
+    assert [(o["name"], o["error"]["relative"]) for o in told["outputs"]] == [
+        (o.name, o.error.relative) for o in outputs
+    ]
+    text = command("pack", model, "-o", packed, *options).stdout
+    assert text.index("outputs, of both models") < text.index("scores")
+    line = command("pack", model, "-o", model, *options, code=2).stderr
+    assert "--check: compares two files" in line
+    assert (
+        "together with --check"
+        in command("pack", model, "-o", packed, "--bits", 4, "--check-inputs", model, code=2).stderr
+    )
 
 
 def test_refused(model, rng, tmp_path):

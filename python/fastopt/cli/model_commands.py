@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights
 from fastopt.formats import FORMATS
 from fastopt.formats import export as export_to
+from fastopt.formats.onnx_check import OutputReport, check_onnx
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.examine import diff as difference_of
 from fastopt.models.examine import inspect as facts_of
@@ -134,6 +135,17 @@ def pack(
         str | None,
         typer.Option(metavar="SIZE", help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="onnx: run both models in ONNX Runtime and show how far their outputs are apart."),
+    ] = False,
+    check_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="onnx, with --check: a .npz file with an array for each input; random ones by default.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: DryRun = False,
     html: Html = None,
     as_json: Json = False,
@@ -144,12 +156,13 @@ def pack(
     Only one tensor is in memory at a time. The report says which tensors were kept unchanged, and why. The recipe is
     stored in the file.
 
-    An ONNX model is packed to another ONNX model, which runs as before: the weights of its MatMul, Gemm and Conv nodes
-    are packed. This needs the extra export.
+    An ONNX model is packed to another ONNX model, which runs as before: the weights of its MatMul, Gemm, Conv,
+    ConvTranspose, Gather, LSTM, GRU, RNN and Einsum nodes are packed. This needs the extra export. Operator set and IR
+    version are raised to those that have low-bit types.
 
     JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
-    nbytes, error, reason).
+    nbytes, error, reason); with --check, outputs (name, shape, error, same_top).
     """
     options = given(
         bits=bits,
@@ -180,12 +193,18 @@ def pack(
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
     onnx = given_to_format(of_onnx)
     if ".onnx" not in (model.suffix, output.suffix):
-        if onnx:
-            raise typer.BadParameter("--fast and --accuracy-level: expected for an ONNX model only")
+        if onnx or check or check_inputs is not None:
+            raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
         _pack(model, output, wanted, dry_run, html, as_json, target_bits=target_bits, target_size=target_size)
         return
     if model.suffix != output.suffix or html is not None:
         raise typer.BadParameter("an ONNX model is packed to an ONNX model, without --html")
+    if check_inputs is not None and not check:
+        raise typer.BadParameter("--check-inputs: expected together with --check")
+    if check and (dry_run or output.resolve() == model.resolve()):
+        raise typer.BadParameter(
+            "--check: compares two files, expected no --dry-run and another --output than the input"
+        )
     with byte_progress("plan" if dry_run else "pack") as notify:
         packed = pack_onnx(
             model,
@@ -197,7 +216,8 @@ def pack(
             notify=notify,
             **onnx,
         )
-    _tell(model, output, wanted, packed, dry_run, as_json)
+    outputs = check_onnx(model, output, check_inputs) if check else None
+    _tell(model, output, wanted, packed, dry_run, as_json, outputs)
 
 
 @app.command(
@@ -365,17 +385,28 @@ def _pack(
     _tell(source, target, used, packed, dry_run, as_json)
 
 
-def _tell(source: Path, target: Path, recipe: Recipe, packed: Report, dry_run: bool, as_json: bool) -> None:
-    """Print the report, and the patterns that match no tensor."""
+def _tell(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    packed: Report,
+    dry_run: bool,
+    as_json: bool,
+    outputs: Sequence[OutputReport] | None = None,
+) -> None:
+    """Print the report, the patterns that match no tensor, and how far outputs are apart."""
     for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
         if not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
             typer.echo(f"fastopt: no tensor matches {pattern!r}", err=True)
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
-        typer.echo(tables.to_json({**about, "recipe": recipe.to_dict(), **packed.to_dict()}))
+        checked = {} if outputs is None else {"outputs": tables.plain(outputs)}
+        typer.echo(tables.to_json({**about, "recipe": recipe.to_dict(), **packed.to_dict(), **checked}))
     else:
         tables.print_report(packed)
+        if outputs is not None:
+            tables.print_outputs(outputs)
         typer.echo(f"{target}: {'not written' if size is None else tables.size_text(size)}")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
 from fastopt.models.recipe import PACKED_BEFORE, Recipe
 from fastopt.models.report import Report
@@ -240,6 +241,26 @@ def report_lines(report: Report) -> list[str]:
     if report.error:
         lines.append(_error_text(report.error))
     return lines
+
+
+def print_outputs(outputs: Sequence[OutputReport]) -> None:
+    """Print how far the outputs of two ONNX models are apart.
+
+    Parameters
+    ----------
+    outputs : sequence of OutputReport
+    """
+    columns = (
+        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("error", lambda t: percent_text(t.error.relative)),
+        _Column("max", lambda t: _short(t.error.max), 1),
+        _Column("SNR dB", lambda t: decibel_text(t.error.snr), 1),
+        _Column("cosine", lambda t: f"{t.error.cosine:.6f}", 3),
+        _Column("same top", lambda t: "" if t.same_top is None else percent_text(t.same_top), 2),
+    )
+    console = _console()
+    console.print(Text("outputs, of both models in ONNX Runtime:"))
+    _print(console, columns, outputs)
 
 
 def ratio_text(report: Report) -> str:
