@@ -14,6 +14,7 @@ LAYERS = [
     ["files"],
     ["train", "models"],
     ["formats"],
+    ["torch"],
     ["demo"],
     ["cli"],
     ["__main__"],

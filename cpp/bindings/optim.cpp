@@ -62,6 +62,9 @@ constexpr HyperField kHyperFields[] = {
 
 // The fields of a job, in the order of the function `job` in Python. Lists are over the tensors of a parameter group;
 // those at `indices` are stepped, or all where that is None, and their `counts` are raised by one.
+//
+// A tensor is given by NumPy arrays, or by addresses (`Operand`) where Python itself has checked its memory: then its
+// states are a tuple of their StateType and their addresses, and its count is the address of a float, or 0.
 namespace job_field {
 enum : std::size_t {
   rule,
@@ -204,6 +207,54 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
   return tensor;
 }
 
+std::size_t number_at(py::handle tuple, std::size_t i) { return item_of(tuple, i).cast<std::size_t>(); }
+
+// Memory that Python gives as a tuple of its address, its number of elements, and their Float.
+struct Operand {
+  char* data;
+  std::size_t size;
+  Float type;
+
+  static bool is(py::handle object) { return PyTuple_Check(object.ptr()); }
+
+  explicit Operand(py::handle tuple)
+      : data(reinterpret_cast<char*>(number_at(tuple, 0))),
+        size(number_at(tuple, 1)),
+        type(static_cast<Float>(number_at(tuple, 2))) {}
+};
+
+Tensor tensor_at(const Rule& rule, py::handle name, py::handle param, py::handle grad, py::handle state,
+                 Disjoint& memory) {
+  const Operand w(param), g(grad);
+  Tensor tensor{};
+  StepArgs& args = tensor.args;
+  tensor.kernel = rule.step;
+  tensor.size = w.size;
+  args.param = w.data;
+  args.grad = g.data;
+  args.param_type = w.type;
+  args.grad_type = g.type;
+  args.state_type = static_cast<StateType>(number_at(state, 0));
+  memory.writes(w.data, w.size * width_of(w.type), {"parameter", name});
+  memory.reads(g.data, g.size * width_of(g.type), {"gradient of", name});
+  auto add = [&, next = std::size_t{1}](std::size_t bytes) mutable {
+    char* data = reinterpret_cast<char*>(number_at(state, next++));
+    memory.writes(data, bytes, {"state of", name});
+    return data;
+  };
+  const bool u8 = args.state_type == StateType::u8;
+  const std::size_t width = u8 ? 1 : args.state_type == StateType::bf16 ? 2 : w.type == Float::f64 ? 8 : 4;
+  for (std::size_t s = 0; s < rule.states; ++s) args.state[s] = add(w.size * width);
+  for (std::size_t s = 0; u8 && s < rule.states; ++s) {
+    args.exponent[s] = reinterpret_cast<std::uint8_t*>(add(ceil_div(w.size, kStateBlock)));
+  }
+  const std::size_t states = rule.states * (u8 ? 2 : 1);
+  if (static_cast<std::size_t>(PyTuple_GET_SIZE(state.ptr())) > states + 1) {
+    args.master = reinterpret_cast<float*>(add(w.size * sizeof(float)));
+  }
+  return tensor;
+}
+
 // Everything is checked before anything is written: a call that raises has changed nothing. Counts, and the one number
 // in `steps`, are raised in the same call as the weights are, so that no interrupt comes between.
 void step(const py::list& jobs, const py::list& steps) {
@@ -242,7 +293,8 @@ void step(const py::list& jobs, const py::list& steps) {
     tensors.reserve(tensors.size() + length(params));
     memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
-      Tensor t = tensor_of(rule, item(names, i), item(params, i), item(grads, i), item(states, i), memory);
+      const auto read = Operand::is(item(params, i)) ? &tensor_at : &tensor_of;
+      Tensor t = read(rule, item(names, i), item(params, i), item(grads, i), item(states, i), memory);
       t.hyper = &hypers.back();
       t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
       t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
@@ -271,7 +323,14 @@ void step(const py::list& jobs, const py::list& steps) {
     PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
   };
   for (const py::handle job : jobs) {
-    for_indices(job, [&](std::size_t i) { raise(item_of(job, job_field::counts), i); });
+    for_indices(job, [&](std::size_t i) {
+      const py::handle counts = item_of(job, job_field::counts);
+      if (!Operand::is(item(item_of(job, job_field::params), i))) {
+        raise(counts, i);
+      } else if (const auto address = item(counts, i).cast<std::size_t>()) {
+        *reinterpret_cast<float*>(address) += 1;
+      }
+    });
   }
   raise(steps, 0);
 }
@@ -289,13 +348,18 @@ double sum_squares(const py::list& names, const py::list& grads) {
   for (std::size_t i = 0; i < grads.size(); ++i) {
     const py::handle grad = PyList_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
     if (grad.is_none()) continue;
-    const Label label{"gradient of", PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))};
-    const auto* array = array_of(grad, label);
-    const Float type = float_of(array, label);
-    check_layout(grad, array, Access::read, label);
-    parts.push_back({type, array->data, size_of(array), chunks});
+    if (Operand::is(grad)) {
+      const Operand g(grad);
+      parts.push_back({g.type, g.data, g.size, chunks});
+    } else {
+      const Label label{"gradient of", PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))};
+      const auto* array = array_of(grad, label);
+      const Float type = float_of(array, label);
+      check_layout(grad, array, Access::read, label);
+      parts.push_back({type, array->data, size_of(array), chunks});
+    }
     chunks += ceil_div(parts.back().size, kChunk);
-    bytes += static_cast<double>(parts.back().size * width_of(type));
+    bytes += static_cast<double>(parts.back().size * width_of(parts.back().type));
   }
   std::vector<double> sums(chunks);
   const Kernels& k = kernels();

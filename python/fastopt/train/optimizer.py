@@ -72,7 +72,7 @@ def job(
     names: list[str],
     params: list[Any],
     grads: list[Any],
-    states: list[tuple[Array, ...]],
+    states: list[tuple[Any, ...]],
     counts: list[int],
     indices: list[int] | None,
 ) -> Job:
@@ -446,7 +446,7 @@ class Optimizer(abc.ABC):
                         shrink=lr * options["l1"],
                         keep_zeros=options["keep_zeros"],
                         stochastic=self._common["stochastic_rounding"],
-                        noise=_mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
+                        noise=mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
                         names=group.names,
                         params=group.params,
                         grads=grads_of_group,
@@ -596,7 +596,7 @@ def _are_dicts(items: Iterable[Any]) -> bool:
     return all(isinstance(item, Mapping) for item in items)
 
 
-def _mixed(seed: int, step: int, job: int) -> int:
+def mixed(seed: int, step: int, job: int) -> int:
     """Return 32 bits that differ for every seed, step and job."""
     return (
         (seed + 1) * 0x9E3779B97F4A7C15 ^ (step + 1) * 0xC2B2AE3D27D4EB4F ^ (job + 1) * 0x165667B19E3779F9
