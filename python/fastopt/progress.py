@@ -22,6 +22,10 @@ class Progress:
         self._sizes, self._notify = sizes, notify
         self._done, self._total, self._name = 0, passes * sum(sizes.values()), ""
 
+    def restart(self, passes: int) -> None:
+        """Tell that after so many complete passes the work starts again."""
+        self._done, self._name = passes * sum(self._sizes.values()), ""
+
     def next(self, name: str) -> None:
         """Tell that the tensor named before is done, and that `name` is next."""
         if self._name:

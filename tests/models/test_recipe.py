@@ -1,13 +1,16 @@
 import dataclasses
 import itertools
+import json
 import math
+import re
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import fastopt as fo
-from fastopt.models.choose import parse_size
+from fastopt.models.choose import Sizes, make_to_fit, parse_size
 from fastopt.models.recipe import RecipeOptions
 from fastopt.models.stream import plan
 from fastopt.tensors.quantization import quantized_nbytes
@@ -218,6 +221,82 @@ def test_bits_are_chosen_within_the_target(weights, tmp_path):
         size = (tmp_path / "m.safetensors").stat().st_size
         assert size <= parse_size(target)
         assert size > parse_size(target) * 0.7
+
+
+def size_of(target):
+    return (
+        sum(path.stat().st_size for path in target.parent.iterdir())
+        if "index" in target.name
+        else target.stat().st_size
+    )
+
+
+@pytest.mark.parametrize(
+    "names", ["fc{}.weight", '"' * 90 + "\\{}", "\N{SNOWMAN}" * 50 + "{}", "[[*?]" * 9 + "{}", "\x01" * 40 + "{}"]
+)
+@pytest.mark.parametrize("target", ["m.safetensors", "m.safetensors.index.json"])
+def test_the_target_size_counts_the_whole_file(names, target, rng, tmp_path):
+    """From the smallest size that is accepted on, the file is never larger."""
+    arrays = {names.format(i): rng.standard_normal((32, 160)).astype("f4") for i in range(3)} | {"ids": np.arange(99)}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    index = {"weight_map": {}}
+    for i, (name, array) in enumerate(arrays.items()):
+        save_file({name: array}, tmp_path / "in" / f"{i}.safetensors")
+        index["weight_map"][name] = f"{i}.safetensors"
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    target = tmp_path / "out" / target
+    with pytest.raises(ValueError, match="target_size: expected at least") as refused:
+        fo.pack_file(tmp_path / "in", target, target_size=5000)
+    assert not target.exists()
+    least = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])
+    for size in (least, least + 100, least + 1500, 30_000):
+        report = fo.pack_file(tmp_path / "in", target, target_size=size)
+        assert size_of(target) <= size
+        assert fo.load(target).recipe == report.recipe
+    model = fo.pack(arrays, target_size=least)
+    model.save(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_size <= least
+
+
+def test_a_target_holds_where_the_sample_misses_large_weights(rng, tmp_path):
+    """Group parameters that float16 cannot hold take twice the bytes; they may be in rows that are not measured."""
+    w = rng.standard_normal((2049, 1024)).astype("f4")
+    w[1] *= 1e30
+    model = fo.pack({"w": w}, target_bits=4.5)
+    assert model.nbytes * 8 <= 4.5 * w.size
+    assert model["w"].scale.dtype == np.float32
+    np.savez(tmp_path / "m.npz", w=w)
+    report = fo.pack_file(tmp_path / "m.npz", tmp_path / "m.safetensors", target_size="1.2MB")
+    assert (tmp_path / "m.safetensors").stat().st_size <= 1_200_000
+    assert report.nbytes < 1_200_000
+
+
+def test_the_writer_of_another_format_tells_its_bytes(rng):
+    arrays = {name: rng.standard_normal((64, 64)).astype("f4") for name in "ab"}
+    tried = []
+
+    class Triple(Sizes):
+        def quantized(self, *args):
+            return 3 * super().quantized(*args)
+
+        def header(self, name, options):
+            return 0
+
+        def rest(self, recipe):
+            return 1000
+
+    def make(recipe, check):
+        model = fo.pack(arrays, recipe)
+        tried.append(3 * model.nbytes + 5000)
+        check(tried[-1] - 5000, tried[-1])
+        return model
+
+    model = make_to_fit(arrays, fo.Recipe(), make, target_size=20_000, sizes=Triple())
+    assert len(tried) > 1  # the rest was 5000
+    assert 3 * model.nbytes + 5000 <= 20_000
+    with pytest.raises(ValueError, match=r"expected at least 1\d{4} bytes"):
+        make_to_fit(arrays, fo.Recipe(), make, target_size=10_000, sizes=Triple())
 
 
 def test_no_other_choice_is_better(rng):

@@ -376,13 +376,12 @@ def _pack(
     )  # before the target, which may be the same file, is written
     with byte_progress("plan" if dry_run else "pack") as notify:
         packed = pack_file(source, target, recipe, dry_run=dry_run, notify=notify, **targets)
-    model = None if dry_run else load(target)
     if html is not None and weights is not None:
+        model = None if dry_run else load(target)
         with byte_progress("page") as notify:
             watched = _Watched(weights, notify)
-            page.write(html, page.of_packing(source, target, packed, recipe, watched, model))
-    used = recipe if model is None or model.recipe is None else model.recipe
-    _tell(source, target, used, packed, dry_run, as_json)
+            page.write(html, page.of_packing(source, target, packed, packed.recipe or recipe, watched, model))
+    _tell(source, target, packed.recipe or recipe, packed, dry_run, as_json)
 
 
 def _tell(

@@ -60,14 +60,13 @@ def of_packing(
         *_error_tiles(report.error),
     ]
     packed = sum(t.kind != "dense" for t in report.tensors)
-    used = recipe if after is None or after.recipe is None else after.recipe
     return {
         "title": f"{source.name} \u2192 {target.name}",
         "subtitle": f"{len(tensors)} tensors, {packed} packed, {len(tensors) - packed} kept as they are"
         + ("; a plan: nothing was written" if after is None else ""),
         "tiles": tiles,
         "tensors": tensors,
-        "recipe": json.dumps(used.to_dict(), indent=2),
+        "recipe": json.dumps(recipe.to_dict(), indent=2),
     }
 
 

@@ -336,6 +336,12 @@ def write_to(
         check(MappedFile(path))
 
 
+def file_nbytes(parts: Iterable[Part], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of the file that `write` makes of these parts."""
+    laid, header = _layout(list(parts), metadata)
+    return len(header) + sum(math.prod(part.shape) * part.dtype.itemsize + fill for part, fill in laid)
+
+
 def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[Part, int]], bytes]:
     """Return the parts, each with the number of zero bytes that follow it, and the header that describes them."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

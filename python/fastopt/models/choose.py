@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
-from typing import Any
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -28,11 +28,21 @@ _SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
 
 _SAMPLE = 1 << 20  # weights of a tensor that are measured at most
 _UNITS_OF_BUDGET = 1 << 14
+_WORST = 1e100  # the error of a setting whose decoded values are not finite
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 class Sizes:
-    """The bytes that a tensor takes in a file: here in the safetensors file of a packed model."""
+    """The bytes that a model takes in a file: here in the safetensors file of a packed model.
+
+    Parameters
+    ----------
+    files : int
+        The number of shards.
+    """
+
+    def __init__(self, files: int = 1) -> None:
+        self.files = files
 
     def quantized(
         self, shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
@@ -45,14 +55,15 @@ class Sizes:
         return tensor.nbytes
 
     def header(self, name: str, options: Options | None) -> int:
-        """Return how many bytes of a file describe a tensor, and fill what it leaves to the next, at most."""
+        """Return an estimate, rather too large, of the bytes that describe a tensor, and of its padding."""
         parts = 1 if options is None else 3 + 2 * (options.outliers is not None or options.prunes)
         letters = len(json.dumps(name))
-        return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters
+        recipes = (self.files - 1) * (200 + 2 * letters)
+        return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters + recipes
 
     def rest(self, recipe: Recipe) -> int:
-        """Return how many bytes of a file belong to no tensor, at most."""
-        return 1000 + 2 * len(str(recipe.to_dict()))
+        """Return an estimate, rather too large, of the bytes of a file that belong to no tensor."""
+        return 1000 + 2 * len(str(recipe.to_dict())) * self.files
 
 
 @dataclass(frozen=True)
@@ -129,50 +140,137 @@ def choose_bits_for(
     """Return a recipe as `choose_bits` does, for a file in which tensors take other sizes."""
     if target_bits is None and target_size is None:
         return recipe
-    if target_bits is not None and target_size is not None:
-        raise ValueError("target_bits, target_size: expected one of them, got both")
-    if target_bits is not None and not 0 <= target_bits < math.inf:
-        raise ValueError(f"target_bits: expected a number, 0 or more, got {target_bits!r}")
-    if recipe.bits is not None:
-        raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
-    probe = recipe.replace(bits=8)
-    fixed = weight_count = 0
-    header = sizes.rest(recipe)
-    tried: dict[str, list[_Choice]] = {}
-    for name in weights:
-        if notify is not None:
-            notify(name)
-        shape, dtype = spec_of(weights, name)
-        size = int(np.prod(shape, dtype=object))
-        weight_count += size
-        options, _ = probe.of(name, shape, dtype)
-        header += sizes.header(name, options)
-        if options is None:
-            fixed += stored_nbytes(weights, name)
-        elif "bits" in probe.override_of(name)[1]:
-            fixed += sizes.stored(pack_tensor(name, stored_of(weights, name), probe)[0])
-        else:
-            with naming_tensor(name):
-                tried[name] = _useful(_choices(stored_of(weights, name), options, sizes))
-        if isinstance(weights, Weights):
-            weights.release(name)
-    budget = parse_size(target_size) - header if target_size is not None else int((target_bits or 0) * weight_count / 8)
-    least = fixed + sum(choices[0].nbytes for choices in tried.values())
-    if least > budget:
-        if target_bits is not None:
-            fewest = 8 * least / max(weight_count, 1)
-            raise ValueError(f"target_bits: expected at least {fewest:.3f}, got {target_bits}")
-        raise ValueError(f"target_size: expected at least {least + header} bytes, got {target_size}")
-    best = _best(list(tried.values()), budget - least)
-    mine = {
-        escape(name): {**probe.override_of(name)[1], **choice.changes} for name, choice in zip(tried, best, strict=True)
-    }
-    others = {pattern: changes for pattern, changes in recipe.overrides.items() if pattern not in mine}
-    return recipe.replace(overrides={**mine, **others})
+    return _Search(sizes, weights, recipe, target_bits, target_size, notify).recipe(strict=True)
+
+
+# Raises if a model that was made, of so many bytes in its tensors and so many in its file, is larger than the target.
+Check: TypeAlias = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+def make_to_fit(
+    weights: Mapping[str, Weight],
+    recipe: Recipe,
+    make: Callable[[Recipe, Check], T],
+    *,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    notify: Callable[[str], None] | None = None,
+    sizes: Sizes | None = None,
+) -> T:
+    """Return what `make` makes with the recipe that `choose_bits` chooses, and within the target.
+
+    Parameters
+    ----------
+    weights, recipe, target_bits, target_size, notify
+        As in `choose_bits`.
+    make : callable
+        Called with a recipe and a check. Before it replaces anything, it calls the check with the bytes of all tensors
+        and of the whole file. If these are more than the target, the check raises, and `make` is called with a smaller
+        recipe.
+    sizes : Sizes, optional
+        The bytes of tensors in the file, by default in a safetensors file.
+    """
+    if target_bits is None and target_size is None:
+        return make(recipe, lambda tensors, file: None)
+    search = _Search(sizes or Sizes(), weights, recipe, target_bits, target_size, notify)
+    while True:
+        try:
+            return make(search.recipe(), search.check)
+        except _TooLargeError as error:
+            search.lower(error.excess)
+
+
+class _TooLargeError(Exception):
+    def __init__(self, excess: int) -> None:
+        super().__init__(f"{excess} bytes more than the target")
+        self.excess = excess
+
+
+class _Search:
+    """The settings of each tensor with their bytes and errors, and a budget of bytes for all tensors."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        weights: Mapping[str, Weight],
+        recipe: Recipe,
+        target_bits: float | None,
+        target_size: int | str | None,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        if target_bits is not None and target_size is not None:
+            raise ValueError("target_bits, target_size: expected one of them, got both")
+        if target_bits is not None and not 0 <= target_bits < math.inf:
+            raise ValueError(f"target_bits: expected a number, 0 or more, got {target_bits!r}")
+        if recipe.bits is not None:
+            raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
+        size = None if target_size is None else parse_size(target_size)
+        self._recipe, self._probe, self._target_bits = recipe, recipe.replace(bits=8), target_bits
+        self._target = target_bits if target_size is None else target_size
+        self._tried: dict[str, list[_Choice]] = {}
+        fixed = self._count = 0
+        self._overhead = sizes.rest(recipe)
+        for name in weights:
+            if notify is not None:
+                notify(name)
+            shape, dtype = spec_of(weights, name)
+            self._count += int(np.prod(shape, dtype=object))
+            options, _ = self._probe.of(name, shape, dtype)
+            self._overhead += sizes.header(name, options)
+            if options is None:
+                fixed += stored_nbytes(weights, name)
+            elif "bits" in self._probe.override_of(name)[1]:
+                fixed += sizes.stored(pack_tensor(name, stored_of(weights, name), self._probe)[0])
+            else:
+                with naming_tensor(name):
+                    self._tried[name] = _useful(_choices(stored_of(weights, name), options, sizes))
+            if isinstance(weights, Weights):
+                weights.release(name)
+        self._limit = int((target_bits or 0) * self._count / 8) if size is None else size
+        self._budget = self._limit if size is None else size - self._overhead
+        self._least = fixed + sum(choices[0].nbytes for choices in self._tried.values())
+        self._smallest = False
+
+    def recipe(self, *, strict: bool = False) -> Recipe:
+        """Return the recipe of least error within the budget.
+
+        The overhead is an estimate, so the smallest recipe is returned too if only that can fit, unless `strict`.
+        """
+        if self._least > self._budget:
+            if strict or self._smallest or self._target_bits is not None or self._least > self._limit:
+                self._refuse(self._least + (self._overhead if self._target_bits is None else 0))
+            self._smallest = True
+        best = _best(list(self._tried.values()), max(self._budget - self._least, 0))
+        mine = {
+            escape(name): {**self._probe.override_of(name)[1], **choice.changes}
+            for name, choice in zip(self._tried, best, strict=True)
+        }
+        others = {pattern: changes for pattern, changes in self._recipe.overrides.items() if pattern not in mine}
+        return self._recipe.replace(overrides={**mine, **others})
+
+    def check(self, tensors: int, file: int) -> None:
+        """Raise if a model of these bytes is larger than the target."""
+        excess = (file if self._target_bits is None else tensors) - self._limit
+        if excess > 0:
+            raise _TooLargeError(excess)
+
+    def lower(self, excess: int) -> None:
+        """Lower the budget, because a model had so many bytes more than the target."""
+        if self._smallest or self._budget <= self._least:
+            self._refuse(self._limit + excess)
+        self._budget = max(self._budget - excess, self._least)
+
+    def _refuse(self, needed: int) -> NoReturn:
+        if self._target_bits is not None:
+            fewest = 8 * needed / max(self._count, 1)
+            raise ValueError(f"target_bits: expected at least {fewest:.3f}, got {self._target_bits}")
+        got = self._target if str(self._target).isdecimal() else f"{self._target} ({self._limit} bytes)"
+        raise ValueError(f"target_size: expected at least {needed} bytes, got {got}")
 
 
 def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice]:
-    """Yield what a tensor takes and misses, for each setting that is open."""
+    """Yield the bytes and the error of a tensor for each setting that is open."""
     kept: SparseTensor | None = None
     array = unpacked(tensor)
     if isinstance(tensor, SparseTensor) and not options.prunes:
@@ -200,7 +298,7 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice
                 nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
             relative = sums.noise / sums.signal if sums.signal > 0 else 0.0
-            yield _Choice(nbytes, relative * math.sqrt(array.size), changes)
+            yield _Choice(nbytes, relative * math.sqrt(array.size) if math.isfinite(relative) else _WORST, changes)
 
 
 def _useful(choices: Iterator[_Choice]) -> list[_Choice]:

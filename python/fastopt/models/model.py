@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble
-from fastopt.files.safetensors_file import Part, part_of, read_arrays, write
+from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
 from fastopt.files.shards import opened_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, stored_of
-from fastopt.models.choose import choose_bits
+from fastopt.models.choose import Check, make_to_fit
 from fastopt.models.recipe import Recipe, RecipeOptions, naming_tensor, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import Weight, unpacked
@@ -100,7 +100,7 @@ class PackedModel(Mapping[str, Weight]):
         w quantized 2560 0.0 for all
         b dense 256 0.0 64 weights, fewer than min_size 4096
         """
-        reporter = Reporter()
+        reporter = Reporter(self.recipe)
         for name, tensor in self._tensors.items():
             reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
             original = None if weights is None or name not in weights else stored_of(weights, name)
@@ -129,6 +129,10 @@ class PackedModel(Mapping[str, Weight]):
         TypeError, ValueError
             If a tensor has a dtype that the file cannot hold, or two tensors would be stored under one name.
         """
+        write(path, *self._content())
+
+    def _content(self) -> tuple[list[Part], dict[str, str]]:
+        """Return the parts and the metadata of the file."""
         parts: list[Part] = []
         entries: dict[str, Any] = {}
         for name, tensor in self._tensors.items():
@@ -136,7 +140,7 @@ class PackedModel(Mapping[str, Weight]):
             parts += [part_of(stored, array) for stored, array in arrays.items()]
             if entry is not None:
                 entries[name] = entry
-        write(path, parts, describe(self._tensors, entries, None if self.recipe is None else self.recipe.to_dict()))
+        return parts, describe(self._tensors, entries, None if self.recipe is None else self.recipe.to_dict())
 
 
 def pack(
@@ -189,8 +193,14 @@ def pack(
     recipe = recipe_of(recipe, options)
     if not isinstance(weights, Mapping):
         weights = open_weights(weights)
-    recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
-    return PackedModel({name: pack_tensor(name, stored_of(weights, name), recipe)[0] for name in weights}, recipe)
+    source = weights
+
+    def make(chosen: Recipe, check: Check) -> PackedModel:
+        model = PackedModel({name: pack_tensor(name, stored_of(source, name), chosen)[0] for name in source}, chosen)
+        check(model.nbytes, 0 if target_size is None else file_nbytes(*model._content()))
+        return model
+
+    return make_to_fit(weights, recipe, make, target_bits=target_bits, target_size=target_size)
 
 
 def open_model(path: PathLike) -> PackedModel | Weights:

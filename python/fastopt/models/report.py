@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastopt._types import FLOATS, Array
+from fastopt.models.recipe import Recipe
 from fastopt.tensors.error import Error, ErrorSums
 from fastopt.tensors.packed import Weight, storage_of, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
@@ -61,10 +62,13 @@ class Report:
     tensors : tuple of TensorReport
     error : Error or None
         Over all tensors whose error is known.
+    recipe : Recipe or None
+        The recipe that packed them, with the bits that were chosen for a target.
     """
 
     tensors: tuple[TensorReport, ...]
     error: Error | None
+    recipe: Recipe | None = None
 
     @property
     def nbytes_before(self) -> int:
@@ -109,7 +113,8 @@ def _plain_error(error: Error | None) -> dict[str, float | None] | None:
 class Reporter:
     """Collects a `Report`, tensor by tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self._recipe = recipe
         self._tensors: list[TensorReport] = []
         self._sums = ErrorSums()
         self._measured = False
@@ -174,7 +179,7 @@ class Reporter:
 
     def report(self) -> Report:
         """Return what was collected."""
-        return Report(tuple(self._tensors), self._sums.error() if self._measured else None)
+        return Report(tuple(self._tensors), self._sums.error() if self._measured else None, self._recipe)
 
 
 def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:

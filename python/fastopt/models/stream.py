@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,11 @@ from fastopt._checks import require_group_size
 from fastopt._types import Array, Notify, PathLike
 from fastopt.files.atomic import naming, replacing
 from fastopt.files.container import describe, disassemble
-from fastopt.files.safetensors_file import Part, Scratch, require_dtype, write_to
+from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, require_dtype, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of
-from fastopt.models.choose import choose_bits
+from fastopt.models.choose import Check, Sizes, make_to_fit
 from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
@@ -32,7 +33,7 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
     Only tensors that are pruned, or packed already, are read. The predicted bytes can be too small where float16 cannot
     hold the group parameters, and too large where weights kept as outliers have no error at all.
     """
-    reporter = Reporter()
+    reporter = Reporter(recipe)
     for name in weights:
         shape, dtype = spec_of(weights, name)
         options, reason = recipe.of(name, shape, dtype)
@@ -117,12 +118,35 @@ def pack_file(
     weights = open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
-    recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size, notify=progress.next)
-    if dry_run or target is None:
-        return plan(weights, recipe)
-    reporter = Reporter()
+    shards = _shards(weights, target)
+
+    def make(chosen: Recipe, check: Check) -> Report:
+        if dry_run or target is None:
+            return plan(weights, chosen)
+        progress.restart(int(searches))
+        return _write_packed(weights, Path(target), shards, chosen, check, progress)
+
+    return make_to_fit(
+        weights,
+        recipe,
+        make,
+        target_bits=target_bits,
+        target_size=target_size,
+        notify=progress.next,
+        sizes=Sizes(len(shards)),
+    )
+
+
+def _write_packed(
+    weights: Weights, target: Path, shards: Sequence[Sequence[str]], recipe: Recipe, check: Check, progress: Progress
+) -> Report:
+    """Pack and write a model; `check` may raise before anything is replaced."""
+    reporter = Reporter(recipe)
+    written: dict[str, int] = {}  # bytes, by the name that an array has in the file
+    file = 0
 
     def pack_some(path: Path, names: Sequence[str]) -> list[Part]:
+        nonlocal file
         parts: list[Part] = []
         entries: dict[str, Any] = {}
         with naming(path), Scratch(path.parent) as scratch:
@@ -132,15 +156,19 @@ def pack_file(
                 tensor, reason = pack_tensor(name, stored, recipe)
                 reporter.add(name, tensor, unpacked(stored), reason, nbytes_before=stored.nbytes)
                 arrays, entry = disassemble(name, tensor)
-                parts += [scratch.put(stored, part) for stored, part in arrays.items()]
+                parts += [scratch.put(part, array) for part, array in arrays.items()]
+                written.update((part, array.nbytes) for part, array in arrays.items())
                 if entry is not None:
                     entries[name] = entry
                 del stored, tensor, arrays
                 weights.release(name)
-            write_to(path, parts, describe(names, entries, recipe.to_dict()))
+            metadata = describe(names, entries, recipe.to_dict())
+            file += file_nbytes(parts, metadata)
+            check(sum(written.values()), file + _index_nbytes(target, len(shards), written))
+            write_to(path, parts, metadata)
         return parts
 
-    _write_all(weights, Path(target), pack_some)
+    _write_all(target, shards, pack_some)
     progress.next("")
     return reporter.report()
 
@@ -184,15 +212,36 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
         write_to(path, parts, {})
         return parts
 
-    _write_all(weights, Path(target), unpack_some)
+    _write_all(Path(target), _shards(weights, target), unpack_some)
     progress.next("")
 
 
-def _write_all(weights: Weights, target: Path, write_some: Callable[[Path, Sequence[str]], list[Part]]) -> None:
-    """Write one file, or, if `target` is an index, one file for each shard of the source."""
-    if target.name.endswith(".index.json"):
-        shards = list((weights.shards or {"": list(weights)}).values())
+def _shards(weights: Weights, target: PathLike | None) -> list[list[str]]:
+    """Return the names in each file to write: one file, or, if the target is an index, one for each of the source."""
+    if target is None or not _is_index(Path(target)) or not weights.shards:
+        return [list(weights)]
+    return [list(names) for names in weights.shards.values()]
+
+
+def _is_index(target: Path) -> bool:
+    return target.name.endswith(".index.json")
+
+
+def _write_all(
+    target: Path, shards: Sequence[Sequence[str]], write_some: Callable[[Path, Sequence[str]], list[Part]]
+) -> None:
+    if _is_index(target):
         write_shards(target, len(shards), lambda path, i: write_some(path, shards[i]))
     else:
         with replacing(target) as temporary:
-            write_some(temporary, list(weights))
+            write_some(temporary, shards[0])
+
+
+def _index_nbytes(target: Path, files: int, written: Mapping[str, int]) -> int:
+    """Return the bytes of the index of such a model; 0 if it has none."""
+    if not _is_index(target):
+        return 0
+    stem = target.name.removesuffix(".index.json").removesuffix(".safetensors")
+    file = f"{stem}-{1:05}-of-{files:05}-{'0' * 16}.safetensors"
+    index = {"metadata": {"total_size": sum(written.values())}, "weight_map": dict.fromkeys(written, file)}
+    return len(json.dumps(index, indent=1)) + 1
