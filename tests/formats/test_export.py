@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import re
+import shutil
+import subprocess
 
 import ml_dtypes
 import numpy as np
@@ -85,6 +88,70 @@ def test_command(rng, tmp_path):
         if to in ("gguf", "onnx"):  # npz tells the time, and safetensors has metadata in any order
             assert paths[1].read_bytes() == paths[0].read_bytes()
     assert f"{paths[1]}: " in run("export", small, "--to", "npz", "-o", paths[1]).stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "message"),
+    [
+        ("fastopt.c", "w", "its header would be that of the library"),
+        ("FastOpt.c", "w", "its header would be that of the library"),
+        ("fo.c", "linear", "'linear': would be fo_linear in C, which is a name of fastopt.h"),
+        ("fo_linear.c", "int8", "would be fo_linear_int8 in C"),
+        ("FO.c", "DENSE", "would be FO_DENSE in C"),
+        ("size.c", "t", "would be size_t in C"),
+        ("uint8.c", "t", "would be uint8_t in C"),
+        ("INT8.c", "MAX", "would be INT8_MAX in C"),
+        ("static.c", "assert", "would be static_assert in C"),
+        ('quo"te.c', "w", "that an #include can hold"),
+        ("back\\slash.c", "w", "that an #include can hold"),
+        ("new\nline.c", "w", "that an #include can hold"),
+        ("1st.c", "w", "starts with a letter"),
+        ("m.txt", "w", "ends in .c"),
+    ],
+)
+def test_names_that_c_does_not_have(file, name, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fo.export({name: np.ones((4, 8), "f4")}, tmp_path / file, to="c")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize("file", ["M.c", "m-1 a.c", "fo_x.c", "model_H.c", "F.c"])
+def test_names_that_meet_those_of_parts(file, rng, tmp_path):
+    q = fo.quantize(rng.standard_normal((8, 64)).astype("f4"), 4, outliers=0.1)
+    names = (
+        "w",
+        "w.values",
+        "w.values_",
+        "w_scale",
+        "w.outlier index",
+        "H",
+        "h",
+        "h_h",
+        "ENTRY",
+        "\u00e9",
+        "*/ w",
+        "0",
+    )
+    model = {name: q if name == "w" else np.ones((2, 8), "f4") for name in names}
+    fo.export(model, tmp_path / file, to="c")
+    for compiler in (["cc", "-std=c99", "-pedantic"], ["c++", "-x", "c++", "-std=c++17"]):
+        command = [*compiler, "-Wall", "-Werror", "-c", file, "-o", "m.o"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_left_out(rng, tmp_path):
+    model = {"w": rng.standard_normal((4, 8)).astype("f4"), "b.mask": np.ones(3, bool), "c.mask": np.ones(3, bool)}
+    fo.export(model, tmp_path / "m.npz", to="npz", exclude=["*.mask"])
+    assert list(np.load(tmp_path / "m.npz")) == ["w"]
+    fo.export(model, tmp_path / "m.npz", to="npz", exclude="c*")
+    assert list(np.load(tmp_path / "m.npz")) == ["w", "b.mask"]
+    with pytest.raises(ValueError, match=r"exclude: no tensor matches 'd\*'"):
+        fo.export(model, tmp_path / "m.npz", to="npz", exclude=["d*"])
+    np.savez(tmp_path / "s.npz", **model)
+    run("export", tmp_path / "s.npz", "--to", "npz", "-o", tmp_path / "t.npz", "--exclude", "b*", "--exclude", "c*")
+    assert list(np.load(tmp_path / "t.npz")) == ["w"]
 
 
 def test_declarations():

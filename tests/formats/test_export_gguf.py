@@ -201,3 +201,16 @@ import fastopt as fo
 fo.export({{}}, {str(tmp_path / "m.gguf")!r}, to="gguf")"""
     done = run_python(code)
     assert "needs gguf: pip install 'fastopt[export]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [OSError("32768 requested and 7088 written"), OSError(28, "No space left on device")])
+def test_full_disk(error, tmp_path, monkeypatch):
+    """What the library says of a full disk names no file."""
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(OSError, match=r"m\.gguf"):
+        fo.export({"w": np.ones((4, 32), "f4")}, tmp_path / "m.gguf", to="gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """ONNX models, packed and run by ONNX Runtime."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from test_cli import run as command
 from test_export_onnx import distance, random, run
 
 import fastopt as fo
+from fastopt.formats import onnx_file
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -257,6 +259,125 @@ def test_refused(source, weights, tmp_path):
     with pytest.raises(ValueError, match=r"is of operator set 17, .* cannot be brought to 21"):
         fo.pack_onnx(tmp_path / "old.onnx", out, recipe)
     assert not out.exists()
+
+
+def external(tmp_path, **changed):
+    """A model whose weight is in another file, and what is said of that changed."""
+    w = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "g",
+        [w("x", 1, [4, 64])],
+        [w("y", 1, [4, 64])],
+        [numpy_helper.from_array(np.eye(64, dtype="f4"), "W")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path = tmp_path / "model" / "m.onnx"
+    path.parent.mkdir()
+    onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    entries = {entry.key: entry.value for entry in model.graph.initializer[0].external_data} | changed
+    del model.graph.initializer[0].external_data[:]
+    for key, value in entries.items():
+        if value is not None:
+            model.graph.initializer[0].external_data.add(key=key, value=value)
+    onnx.save(model, path)
+    return path
+
+
+def test_data_in_another_file(tmp_path):
+    path = external(tmp_path)
+    report = fo.pack_onnx(path, tmp_path / "p.onnx", bits=8)
+    assert [t.kind for t in report.tensors] == ["quantized"]
+    x = np.ones((4, 64), "f4")
+    assert distance(run(tmp_path / "p.onnx", {"x": x})["y"], x) < 0.01
+    (tmp_path / "model" / "m.data").rename(tmp_path / "blob")  # a link, but within what the model's own link leads to
+    path.rename(tmp_path / "blob2")
+    path.symlink_to("../blob2")
+    (tmp_path / "model" / "m.data").symlink_to("../blob")
+    assert fo.pack_onnx(path, tmp_path / "q.onnx", bits=8) == report
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"location": "../secret"}, "expected its data in the folder of the model, got the location '../secret'"),
+        ({"location": "/etc/passwd"}, "expected its data in the folder of the model, got the location '/etc/passwd'"),
+        ({"location": "link"}, "expected its data in the folder of the model, got the location 'link'"),
+        ({"location": None}, "expected its data in the folder of the model, got the location ''"),
+        ({"location": "gone"}, "which is missing or no regular file"),
+        ({"location": "."}, "which is missing or no regular file"),
+        ({"location": "pipe"}, "which is missing or no regular file"),
+        ({"offset": "1"}, "bytes 1 to 16385 of .*, which has 16384"),
+        ({"offset": "-1"}, "bytes -1 to"),
+        ({"length": "-1"}, "bytes 0 to -1"),
+        ({"length": "many"}, "its place in .* is not sound"),
+        ({"length": "16380"}, "not a sound tensor"),
+    ],
+)
+def test_data_that_are_not_there(changed, message, tmp_path):
+    path = external(tmp_path, **changed)
+    (tmp_path / "secret").write_bytes(bytes(20000))
+    (tmp_path / "model" / "link").symlink_to("../secret")
+    os.mkfifo(tmp_path / "model" / "pipe")
+    with pytest.raises(ValueError, match=f"m.onnx: 'W': .*{message}"):
+        fo.pack_onnx(path, tmp_path / "p.onnx", bits=8)
+    line = command("pack", path, "-o", tmp_path / "p.onnx", "--bits", 8, code=1).stderr
+    assert line.startswith("fastopt: ")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "p.onnx").exists()
+
+
+def test_nodes_that_lack_something(rng, tmp_path):
+    """Whatever onnx itself would refuse later, no error is of another kind."""
+    node = helper.make_node
+    many = [
+        [node("Identity", [], ["i"])],
+        [node("Identity", ["W"], [])],
+        [node("Transpose", ["W"], ["t"], perm=[0, 0])],
+        [node("Transpose", ["W"], ["t"], perm=1)],
+        [node("Cast", ["W"], ["t"], to="float")],
+        [node("Cast", ["W"], ["t"])],
+        [node("Einsum", ["x", "W"], ["t"], equation=1)],
+        [node("Einsum", ["x", "W"], ["t"], equation="ab")],
+        [node("Einsum", ["x", "W"], ["t"], equation="a,b,c->")],
+        [node("Gather", ["W"], ["t"], axis=7)],
+        [node("Constant", [], [])],
+        [node("Constant", [], ["k"], value=1)],
+        [node("MatMul", ["", "W"], [])],
+        [node("If", ["W"], [])],
+        [node("", ["W"], ["t"])],
+    ]
+    for nodes in many:
+        ends = [helper.make_tensor_value_info(name, 1, [64, 64]) for name in "xy"]
+        graph = helper.make_graph(
+            [*nodes, node("MatMul", ["x", "W"], ["y"])], "g", ends[:1], ends[1:],
+            [numpy_helper.from_array(random(rng, 64, 64), "W")],
+        )  # fmt: skip
+        for opset in (13, 21):
+            model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+            onnx.save(model, tmp_path / "m.onnx")
+            for fast in (False, True):
+                try:
+                    fo.pack_onnx(tmp_path / "m.onnx", tmp_path / "p.onnx", bits=8, fast=fast)
+                except ValueError as error:
+                    assert str(error)  # noqa: PT017
+
+
+def test_more_than_a_file_holds(weights, rng, tmp_path, monkeypatch):
+    """Above 2 GiB tensors are in a file beside it: initializers, Constant nodes, those of branches."""
+    source = save_model(tmp_path / "m.onnx", weights)
+    one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
+    recipe = fo.Recipe(bits=8, min_size=1, exclude=["constant", "inner", "conv"])
+    fo.pack_onnx(source, one, recipe)
+    monkeypatch.setattr(onnx_file, "_LIMIT", 30_000)
+    fo.pack_onnx(source, two, recipe)
+    assert two.stat().st_size < 30_000
+    feeds = {"x": random(rng, 2, 3, 16, 16), "yes": np.array(True)}
+    assert np.array_equal(run(two, feeds)["y"], run(one, feeds)["y"])
+    again = fo.pack_onnx(two, tmp_path / "three.onnx", recipe)
+    assert again.nbytes_before > 0
+    assert np.array_equal(run(tmp_path / "three.onnx", feeds)["y"], run(one, feeds)["y"])
 
 
 def test_command(source, tmp_path):

@@ -289,6 +289,9 @@ def export(
             show_default=False,
         ),
     ],
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors whose names match; may be repeated.")
+    ] = None,
     as_json: Json = False,
     **of_formats: Any,
 ) -> None:
@@ -303,7 +306,7 @@ def export(
         raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
     options = given_to_format(of_formats)
     with byte_progress("export") as notify:
-        export_to(open_model(model), output, to=to, notify=notify, **options)
+        export_to(open_model(model), output, to=to, exclude=exclude or (), notify=notify, **options)
     size = _file_bytes(output)
     if as_json:
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}

@@ -50,6 +50,19 @@ class Weights(Mapping[str, Array]):
         """Bytes of each array."""
         return {name: source.nbytes for name, source in self._sources.items()}
 
+    def only(self, names: Sequence[str]) -> "Weights":
+        """Return the arrays of these names.
+
+        Parameters
+        ----------
+        names : sequence of str
+
+        Returns
+        -------
+        Weights
+        """
+        return Weights({name: self._sources[name] for name in names})
+
     def spec(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Return the shape and the dtype of an array without reading it.
 

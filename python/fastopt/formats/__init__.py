@@ -1,7 +1,8 @@
 """Packed models in other people's runtimes: a module for each, and one function in front of them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     to: str,
+    exclude: str | Sequence[str] = (),
     notify: Notify | None = None,
     **options: Any,
 ) -> None:
@@ -41,6 +43,8 @@ def export(
         quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and what
         they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output; any
         bits, groups, outliers and sparse weights.
+    exclude : glob pattern, or a sequence of these
+        Tensors whose names match are left out.
     notify : callable, optional
         Called with the bytes of the model that are done, those of all, and the name of the tensor that is next, "" at
         the end.
@@ -78,7 +82,18 @@ def export(
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if not isinstance(model, Mapping):
         model = open_model(model)
+    names = _kept(model, (exclude,) if isinstance(exclude, str) else exclude)
+    if len(names) < len(model):
+        model = model.only(names) if isinstance(model, Weights) else {name: model[name] for name in names}
     sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
     progress = Progress(sizes, notify)
     FORMATS[to].write(model, Path(path), progress, **options)
     progress.next("")
+
+
+def _kept(names: Collection[str], exclude: Sequence[str]) -> list[str]:
+    """Return the names that match no pattern; a pattern that matches none is an error."""
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude: no tensor matches {pattern!r}")
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]

@@ -24,6 +24,13 @@ OPTIONS: dict[str, Option] = {}
 _TYPES = {"float32": "FO_F32", "float16": "FO_F16", "bfloat16": "FO_BF16"}
 _LAYOUTS = {"1x16": "FO_BLOCK", "index16": "FO_INDEX16", "index8": "FO_INDEX8"}
 _WORDS_A_LINE = 10
+# Names of C and C++, and of the headers that fastopt.h includes, that have an underscore within.
+_OF_C = re.compile(
+    r"(u?int(_least|_fast)?\d+|u?intptr|u?intmax|size|ptrdiff|wchar|max_align|char\d+|nullptr)_t"
+    r"|(U?INT(_LEAST|_FAST)?\d+|U?INTPTR|U?INTMAX|SIZE|PTRDIFF|WCHAR|CHAR|SCHAR|INT|LONG|SHRT|FLT|DBL)_\w+|M_(E|PI\w*|LN\w*|LOG\w*|SQRT\w*|[12]_\w+)"
+    r"|(static|const|dynamic|reinterpret)_cast|static_assert|thread_local|co_(await|return|yield)"
+    r"|(and|or|xor|not)_eq|typeof_unqual"
+)
 
 
 def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
@@ -48,18 +55,31 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     base = _identifier(path.stem)
     if not base[:1].isalpha():
         raise ValueError(f"path: expected a name that starts with a letter, as names in C do, got {path.name!r}")
+    if not path.stem.isprintable() or '"' in path.stem or "\\" in path.stem:
+        raise ValueError(f"path: expected a name that an #include can hold, got {path.name!r}")
+    library = files("fastopt").joinpath("fastopt.h").read_bytes()
+    taken = set(re.findall(r"\b(?:fo_|FO_|FASTOPT_)\w+", library.decode()))
+    if path.stem.casefold() == "fastopt":
+        raise ValueError(f"path: {path.name!r}: its header would be that of the library, fastopt.h; take another name")
     identifiers: dict[str, str] = {}
     for name in model:
-        other = identifiers.setdefault(f"{base}_{_identifier(name)}", name)
+        identifier = f"{base}_{_identifier(name)}"
+        other = identifiers.setdefault(identifier, name)
         if other != name:
-            raise ValueError(f"{name!r} and {other!r}: both would be {base}_{_identifier(name)} in C; rename one")
+            raise ValueError(f"{name!r} and {other!r}: both would be {identifier} in C; rename one")
+        if identifier in taken or _OF_C.fullmatch(identifier):
+            raise ValueError(
+                f"{name!r}: would be {identifier} in C, which is a name of fastopt.h or of C; take another name than "
+                f"{path.name!r}"
+            )
+    names = set(identifiers)
     with (
         replacing(path) as source_path,
         replacing(path.with_suffix(".h")) as header_path,
         source_path.open("w", encoding="utf-8") as source,
         header_path.open("w", encoding="utf-8") as header,
     ):
-        guard = f"{base}_H".upper()
+        guard = f"FASTOPT_MODEL_{base}_H".upper()
         source.write(f'/* Written by fastopt. */\n#include "{path.stem}.h"\n')
         header.write(f'/* Written by fastopt. */\n#ifndef {guard}\n#define {guard}\n\n#include "fastopt.h"\n')
         header.write('\n#ifdef __cplusplus\nextern "C" {\n#endif\n')
@@ -67,7 +87,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
             progress.next(name)
             tensor = model[name]
             try:
-                _write_tensor(source, identifier, tensor)
+                _write_tensor(source, identifier, tensor, names)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
             header.write(
@@ -75,7 +95,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
             )
         header.write("\n#ifdef __cplusplus\n}\n#endif\n\n#endif\n")
     with replacing(path.with_name("fastopt.h")) as copy:
-        copy.write_bytes(files("fastopt").joinpath("fastopt.h").read_bytes())
+        copy.write_bytes(library)
 
 
 def _identifier(name: str) -> str:
@@ -92,8 +112,8 @@ def _summary(tensor: Weight) -> str:
     return repr(tensor)
 
 
-def _write_tensor(source: TextIO, identifier: str, tensor: Weight) -> None:
-    """Write the arrays of a tensor, and the structure that points to them."""
+def _write_tensor(source: TextIO, identifier: str, tensor: Weight, names: set[str]) -> None:
+    """Write the arrays of a tensor, by names that are not there yet, and the structure that points to them."""
     rows, cols = as_matrix(tensor.shape)
     values = tensor.values if isinstance(tensor, SparseTensor) else tensor
     parts: dict[str, Array] = {}
@@ -119,11 +139,12 @@ def _write_tensor(source: TextIO, identifier: str, tensor: Weight) -> None:
         layout = _LAYOUTS.get(tensor.layout, "FO_MASK")
         offsets, offset_bytes = _short(tensor.row_offsets)
         parts |= {"positions": tensor.positions, "row_offsets": offsets}
+    arrays = {part: _fresh(f"{identifier}_{part}", names) for part in parts}
     for part, array in parts.items():
-        _write_array(source, f"{identifier}_{part}", array)
+        _write_array(source, arrays[part], array)
 
     def pointer(part: str) -> str:
-        return f"{identifier}_{part}" if part in parts and parts[part].size else "NULL"
+        return arrays[part] if part in parts and parts[part].size else "NULL"
 
     outliers = parts["outlier_value"].size if "outlier_value" in parts else 0
     source.write(
@@ -140,6 +161,13 @@ const fo_tensor {identifier} = {{
     {layout}, {type_}, {bits}, {param_type}, {offset_bytes}, {index_bytes}}};
 """
     )
+
+
+def _fresh(name: str, names: set[str]) -> str:
+    while name in names:
+        name += "_"
+    names.add(name)
+    return name
 
 
 def _short(index: Array) -> tuple[Array, int]:

@@ -4,7 +4,8 @@ Its type Q4_1 is our 4 bits in groups of 32 with float16 parameters: ``w = m + d
 of 32 can say with one scale, one minimum and codes up to 15 becomes the same: 2 bits, larger groups, rows.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def write(
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     stored = {name: _stored(name, tensor, requantize) for name, tensor in model.items()}
-    with replacing(path) as temporary:
+    with _naming(path), replacing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
             writer.add_name(path.stem)
@@ -98,6 +99,19 @@ def write(
             writer.close()
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of the library, as of a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path}: {error}") from error
+
+
 def _nbytes(tensor: _Stored) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -108,18 +122,20 @@ def _nbytes(tensor: _Stored) -> int:
 def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
     """Return how a tensor is stored, or raise."""
     if len(name.encode()) > _NAME_BYTES:
-        raise ValueError(f"{name!r}: GGUF has names of up to {_NAME_BYTES} bytes, got {len(name.encode())}; rename it")
+        raise ValueError(
+            f"{name!r}: GGUF has names of up to {_NAME_BYTES} bytes, got {len(name.encode())}; rename it, or exclude it"
+        )
     if len(tensor.shape) > _AXES:
         raise ValueError(f"{name!r}: GGUF has tensors of up to {_AXES} axes, got shape {tensor.shape}; reshape it")
     if 0 in tensor.shape:  # ggml divides by the size
-        raise ValueError(f"{name!r}: GGUF has no empty tensors, got shape {tensor.shape}; leave it out")
+        raise ValueError(f"{name!r}: GGUF has no empty tensors, got shape {tensor.shape}; exclude it")
     shape = tuple(tensor.shape) or (1,)
     if isinstance(tensor, np.ndarray):
         if tensor.dtype.name == "bfloat16":
             return _Stored(shape, "BF16", lambda: np.ascontiguousarray(tensor).view(np.uint16))
         if tensor.dtype.name not in _PLAIN:
             raise ValueError(
-                f"{name!r}: GGUF has no {tensor.dtype}; convert it to one of {', '.join(_PLAIN)}, or leave it out"
+                f"{name!r}: GGUF has no {tensor.dtype}; convert it to one of {', '.join(_PLAIN)}, or exclude it"
             )
         return _Stored(shape, f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}", lambda: _contiguous(tensor))
     blocks = shape[-1] % _BLOCK == 0

@@ -81,7 +81,9 @@ def _groups(name: str, tensor: QuantizedTensor) -> tuple[int, tuple[Array, Array
         params = regroup(tensor, size) if len(tensor.shape) > 1 and tensor.shape[-1] % size == 0 else None
         if params is not None:
             return size, params
+    fits = len(tensor.shape) > 1 and tensor.shape[-1] % _GROUP_SIZES[-1] == 0
+    way_out = "pack it in groups of 32" if fits else "keep it unpacked (exclude it when you pack)"
     raise ValueError(
-        f"{name!r}: MLX has weights of two or more axes whose rows are made of groups of 32, 64 or 128, "
-        f"got shape {tensor.shape} and group_size {tensor.group_size}; pack it in groups of 32, or leave it unpacked"
+        f"{name!r}: MLX has weights of two or more axes whose last one is made of groups of 32, 64 or 128, "
+        f"got shape {tensor.shape} and group_size {tensor.group_size}; {way_out}"
     )

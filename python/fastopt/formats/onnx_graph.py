@@ -128,14 +128,22 @@ def constants_of(root: Scope) -> dict[str, Value]:
 
 
 def _constant(node: NodeProto) -> TensorProto | None:
-    return attribute(node, "value", None) if node.op_type == "Constant" and node.domain in _ONNX else None
+    if node.op_type != "Constant" or node.domain not in _ONNX:
+        return None
+    return next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """Return an attribute of a node."""
+    """Return an attribute of a node, or raise ValueError if it is not of the type of the default."""
     from onnx import helper
 
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+    for a in node.attribute:
+        if a.name == name:
+            value = helper.get_attribute_value(a)
+            if type(value) is not type(default):
+                raise ValueError(f"{node.op_type} {node.name!r}: attribute {name!r}: got {value!r:.80}")
+            return value
+    return default
 
 
 def _named_subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
@@ -241,7 +249,7 @@ def _passed(node: NodeProto, axes: Sequence[int]) -> Sequence[int] | None:
     if node.op_type == "Identity" or (node.op_type == "Cast" and attribute(node, "to", 0) in _FLOAT_TYPES):
         return axes
     if node.op_type == "Transpose":
-        perm = attribute(node, "perm", range(len(axes))[::-1])
+        perm = attribute(node, "perm", list(range(len(axes)))[::-1])
         return [axes[axis] for axis in perm] if sorted(perm) == list(range(len(axes))) else None
     return None
 

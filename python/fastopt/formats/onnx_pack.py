@@ -272,7 +272,7 @@ class _Edit:
             gone = {name for owner, name in self._gone if owner is scope}
             nodes = list(head.nodes)
             for at, node in enumerate(scope.nodes):
-                if node.op_type != "Constant" or node.output[0] not in gone:
+                if node.op_type != "Constant" or gone.isdisjoint(node.output):
                     nodes += self._replaced.get((scope, at), [node])
             if len(nodes) != len(scope.nodes) or gone:
                 del graph.node[:]
@@ -296,7 +296,9 @@ def _multiplies(use: Use, tensor: Weight) -> bool:
     if use.place != 1 or len(tensor.shape) != 2 or node.domain == "com.microsoft":
         return False
     if node.op_type == "Gemm":
-        return all(attribute(node, name, value) == value for name, value in (("alpha", 1), ("beta", 1), ("transA", 0)))
+        return all(
+            attribute(node, name, value) == value for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+        )
     return node.op_type == "MatMul"
 
 
