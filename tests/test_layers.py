@@ -9,7 +9,7 @@ ROOT = Path(fastopt.__file__).parent
 # From the ground up.
 LAYERS = [
     ["_core", "_types", "_threads"],
-    ["_checks", "config", "progress", "schedules"],
+    ["_checks", "_text", "config", "progress", "schedules"],
     ["tensors"],
     ["files"],
     ["train", "models"],

@@ -655,3 +655,96 @@ def test_without_the_extra(module):
     assert done.returncode == 1
     # An editable install may report its build before.
     assert done.stderr.splitlines()[-1] == "fastopt: the command line needs its extra: pip install 'fastopt[cli]'"
+
+
+# ---- names that a terminal would act on --------------------------------------------------------------------------
+
+EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp\u2066\u200b\u2028\x7f\x85\nforged 1x1 row\r\t\ud800"
+
+
+def is_safe(text):
+    return all(line.isprintable() for line in text.replace("\u2502", "").split("\n"))
+
+
+@pytest.fixture
+def evil(tmp_path):
+    name = EVIL.replace("\ud800", "")
+    path = tmp_path / "evil\x1b[2J\n\u202e.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, **{name: rng.standard_normal((64, 64)), "layers.0." + name: rng.standard_normal(3), "w": np.ones(9)})
+    return path
+
+
+@pytest.mark.parametrize("columns", [None, "80"])
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_names_do_nothing_to_the_terminal(evil, columns, as_json, tmp_path, monkeypatch):
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    out, html = tmp_path / "a\x9b.safetensors", tmp_path / "r.html"
+    np.savez(tmp_path / "b.npz", other=np.ones(3))
+    for args in (
+        ["inspect", evil],
+        ["pack", evil, "-o", out, "--bits", 4, "--exclude", EVIL.replace("\ud800", ""), "--html", html],
+        ["pack", evil, "-o", out, "--bits", 4, "--target-size", 1, "--override", f"{EVIL[:40]}:bits=8"],
+        ["prune", evil, "-o", out, "--sparsity", 0.5],
+        ["diff", evil, out, "--max-error", 0, "--html", html],
+        ["diff", evil, tmp_path / "b.npz"],
+        ["export", evil, "--to", "npz", "-o", tmp_path / "x\x1b.npz"],
+        ["unpack", evil, "-o", out],
+        ["inspect", tmp_path / "none\x1b[1m\x85.npz"],
+        ["pack", evil, "-o", tmp_path / "\x1bno" / "x", "--bits", 4],
+        ["pack", evil, "-o", out, "--bits", 4, "--recipe", tmp_path / "\x1b.toml"],
+        ["pack", evil, "-o", out, "--bits", 4, f"extra{EVIL}"],
+        ["pack", evil, "-o", out, "--bits", EVIL],
+        ["pack", evil, "-o", out, f"--{EVIL}"],
+        [EVIL],
+    ):
+        result = CliRunner().invoke(app, [*map(str, args), *(as_json if args[0] != EVIL else [])])
+        assert isinstance(result.exception, SystemExit | None), args
+        assert is_safe(result.stdout), args
+        assert is_safe(result.stderr), args
+        assert "forged" not in [line.split()[0] for line in result.stdout.splitlines() if line.split()]
+        if as_json and result.exit_code == 0:
+            told = json.loads(result.stdout)
+            if args[0] == "inspect":
+                assert told["tensors"][0]["name"] == EVIL.replace("\ud800", "")  # JSON escapes, and loses nothing
+        if html.exists():
+            assert is_safe(html.read_text())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_the_terminal_cannot_show_are_no_failure(encoding, tmp_path):
+    name = "\N{CYRILLIC SMALL LETTER ZHE}\N{GRINNING FACE}.weight"
+    np.savez(tmp_path / "m.npz", **{name: np.random.default_rng(0).standard_normal((64, 64))})
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    for args in (
+        ["pack", "m.npz", "-o", "a.safetensors", "--bits", "4"],
+        ["inspect", "m.npz", "--json"],
+        ["inspect", "m.npz"],
+    ):
+        done = start(*ENTRY, *args, cwd=tmp_path, env=env, encoding=encoding)
+        assert (done.returncode, done.stderr) == (0, "")
+        if "--json" in args:
+            assert json.loads(done.stdout)["tensors"][0]["name"] == name
+        else:
+            assert ".weight" in done.stdout
+
+
+def test_an_error_of_any_kind_is_one_line(model, monkeypatch):
+    for error in (
+        RecursionError("deep"),
+        KeyError("k"),
+        AttributeError("no\nattribute"),
+        AssertionError(),
+        SystemError("x"),
+    ):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr("fastopt.cli.model_commands.open_model", fail)
+        result = run("inspect", model, code=1)
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"fastopt: {type(error).__name__}")
+        result = CliRunner().invoke(app, ["--debug", "inspect", str(model)])
+        assert result.exception is error

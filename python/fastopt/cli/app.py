@@ -4,6 +4,9 @@ Exit codes: 0 success, 1 failure with one line on stderr, 2 usage error, 130 int
 """
 
 import contextlib
+import io
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -24,6 +27,7 @@ from rich.progress import (
 from typer.core import TyperGroup
 
 from fastopt import __version__
+from fastopt._text import printable
 
 
 class _Commands(TyperGroup):
@@ -35,27 +39,59 @@ class _Commands(TyperGroup):
             command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
         return command
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
+        debug = ctx.params["debug"]
+        if not debug:
+            warnings.showwarning = _show_warning
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # the caller ends quietly on a closed pipe
-            raise
-        except (OSError, TypeError, ValueError, ImportError, MemoryError) as error:
-            if ctx.params["debug"]:
-                raise
-            typer.echo(f"fastopt: {_one_line(error)}", err=True)
-            raise typer.Exit(1) from None
+            with _printable_usage_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            if ctx.params["debug"]:
+            if debug:
                 raise
-            typer.echo("fastopt: interrupted", err=True)
+            say("fastopt: interrupted", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            handled = hasattr(error, "exit_code") or isinstance(error, BrokenPipeError | typer.Abort)
+            if debug or handled:  # by the caller, which prints usage errors and is quiet about closed pipes
+                raise
+            say(f"fastopt: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "message"):  # click's UsageError, which typer does not export
+            error.message = printable(error.message)
+        raise
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, OSError | TypeError | ValueError | ImportError | MemoryError):
+        text = f"{type(error).__name__}: {text} (--debug shows where)" if text else type(error).__name__
+    return text
+
+
+def _show_warning(message: Warning | str, *args: Any, **options: Any) -> None:
+    say(f"fastopt: warning: {' '.join(str(message).split())}", err=True)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line, whatever names are in it."""
+    typer.echo(printable(text), err=err)
 
 
 app = typer.Typer(
@@ -120,6 +156,7 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
         task, room = bars.add_task(what, total=None, name=""), max(0, bars.console.width - 70)
 
         def notify(done: int, total: int, name: str) -> None:
+            name = printable(name)
             end = name if len(name) <= room else f"…{name[len(name) - room + 1 :]}" if room > 10 else ""
             bars.update(task, completed=done, total=total, name=escape(end))
 

@@ -11,7 +11,7 @@ import typer
 
 from fastopt._types import Notify
 from fastopt.cli import page, tables
-from fastopt.cli.app import Json, app, byte_progress
+from fastopt.cli.app import Json, app, byte_progress, say
 from fastopt.cli.options import (
     DryRun,
     Exclude,
@@ -268,7 +268,7 @@ def unpack(model: Source, output: Target, as_json: Json = False) -> None:
     if as_json:
         typer.echo(tables.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
     else:
-        typer.echo(f"{output}: {tables.size_text(size)}")
+        say(f"{output}: {tables.size_text(size)}")
 
 
 @app.command(
@@ -312,7 +312,7 @@ def export(
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
         typer.echo(tables.to_json(about))
     else:
-        typer.echo(f"{output}: {tables.size_text(size)}")
+        say(f"{output}: {tables.size_text(size)}")
 
 
 @app.command(
@@ -399,7 +399,7 @@ def _tell(
     """Print the report, the patterns that match no tensor, and how far outputs are apart."""
     for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
         if not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
-            typer.echo(f"fastopt: no tensor matches {pattern!r}", err=True)
+            say(f"fastopt: no tensor matches {pattern!r}", err=True)
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
@@ -409,7 +409,7 @@ def _tell(
         tables.print_report(packed)
         if outputs is not None:
             tables.print_outputs(outputs)
-        typer.echo(f"{target}: {'not written' if size is None else tables.size_text(size)}")
+        say(f"{target}: {'not written' if size is None else tables.size_text(size)}")
 
 
 def _file_bytes(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fastopt.cli.app import say
 from fastopt.formats import FORMATS
 from fastopt.formats.common import Option
 from fastopt.models.recipe import Options
@@ -141,7 +142,7 @@ def overrides_of(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     for text in texts:
         pattern, options = _override(text)
         if pattern in overrides:
-            typer.echo(f"fastopt: --override {pattern!r} is given twice; the first one counts", err=True)
+            say(f"fastopt: --override {pattern!r} is given twice; the first one counts", err=True)
         overrides.setdefault(pattern, options)
     return overrides
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import as_matrix
+from fastopt._text import printable
 from fastopt._types import Array
 from fastopt.cli.tables import decibel_text, percent_text, ratio_text, size_text, storage_text, to_json
 from fastopt.files.atomic import write_text
@@ -49,7 +50,7 @@ def of_packing(
         {
             **_entry(t.name, t.shape, t.nbytes_before, t.nbytes, t.error, before, after),
             "description": storage_text(t.kind, t.bits, t.group_size),
-            "why": t.reason,
+            "why": printable(t.reason),
         }
         for t in report.tensors
     ]
@@ -61,7 +62,7 @@ def of_packing(
     ]
     packed = sum(t.kind != "dense" for t in report.tensors)
     return {
-        "title": f"{source.name} \u2192 {target.name}",
+        "title": printable(f"{source.name} \u2192 {target.name}"),
         "subtitle": f"{len(tensors)} tensors, {packed} packed, {len(tensors) - packed} kept as they are"
         + ("; a plan: nothing was written" if after is None else ""),
         "tiles": tiles,
@@ -93,7 +94,7 @@ def of_difference(
     one, other = (sum(t.nbytes[i] for t in difference.tensors) for i in (0, 1))
     apart = len(difference.missing) + len(difference.extra) + len(difference.reshaped)
     return {
-        "title": f"{first.name} and {second.name}",
+        "title": printable(f"{first.name} and {second.name}"),
         "subtitle": f"{len(tensors)} tensors that both have, {apart} that only one has or whose shapes differ",
         "tiles": [(size_text(one), "the first"), (size_text(other), "the second"), *_error_tiles(difference.total)],
         "tensors": tensors,
@@ -112,7 +113,7 @@ def _entry(
 ) -> dict[str, Any]:
     size = math.prod(shape)
     return {
-        "name": name,
+        "name": printable(name),
         "shape": shape,
         "size": size,
         "bits_per_weight": 8 * nbytes / max(size, 1),

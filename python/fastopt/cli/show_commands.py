@@ -1,14 +1,14 @@
 """The commands ``demo`` and ``bench``; the import adds those on models, which --help lists first."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastopt.cli import model_commands as model_commands
-from fastopt.cli.app import Json, progress
+from fastopt.cli import tables
+from fastopt.cli.app import Json, progress, say
 from fastopt.cli.app import app as app
 
 
@@ -40,10 +40,12 @@ def demo(
     picture = out / "fastopt-demo.png"
     show.draw(result, picture)
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(result.summary), "picture": str(picture)}))
+        typer.echo(tables.to_json({**dataclasses.asdict(result.summary), "picture": str(picture)}))
     else:
         show.print_table(result.summary)
-        typer.echo(f"\nmodel    {result.summary.file}\npicture  {picture}")
+        say("")
+        say(f"model    {result.summary.file}")
+        say(f"picture  {picture}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastopt._text import printable, printable_json
 from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
 from fastopt.models.recipe import PACKED_BEFORE, Recipe
@@ -68,8 +70,13 @@ def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
 
 
 def to_json(value: Any) -> str:
-    """Return one JSON object; numbers that JSON lacks, such as an infinite signal-to-noise ratio, become null."""
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+    """Return one JSON object in one line of characters that any terminal shows; NaN and infinity become null."""
+    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+    return printable_json(text if _is_utf8(sys.stdout) else json.dumps(plain(value), allow_nan=False))
+
+
+def _is_utf8(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def plain(value: Any) -> Any:
@@ -127,9 +134,13 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
     lines: list[tuple[str, Any]] = []
     for layer, group in groupby(sorted(rows, key=_by_name), lambda row: layer_of(row.name)):
         members = list(group)
+        layer = printable(layer)
         under = layer if len(members) > 1 and console.width < _UNBOUNDED else ""
         lines += [(under, None)] if under else []
-        lines += [(f"  {row.name[len(under) + 1 :]}" if under else row.name, row) for row in members]
+        lines += [
+            (f"  {name[len(under) + 1 :]}" if under else name, row)
+            for name, row in ((printable(row.name), row) for row in members)
+        ]
     widths = {column: 2 + max(len(column.head), *(len(column.text(row)) for row in rows)) for column in columns}
     shown, longest = list(columns), max(len(name) for name, row in lines if row is not None)
     while sum(widths[column] for column in shown) + min(longest, _NAME) > console.width:
@@ -144,7 +155,7 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
         table.add_column(column.head, justify="right", no_wrap=True)
     for name, row in lines:
         # Names come from files, so they must not be read as markup.
-        cells = [] if row is None else [Text(column.text(row)) for column in shown]
+        cells = [] if row is None else [Text(printable(column.text(row))) for column in shown]
         table.add_row(Text(_tail(name, room), style="bold" if row is None else ""), *cells)
     console.print(table)
 
@@ -179,7 +190,7 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
         changed = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
         lines.append(f"recipe: {json.dumps(changed, ensure_ascii=False)}")
     for line in lines:
-        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
+        console.print(Text(printable(line)), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def facts_lines(file: Path, facts: Sequence[TensorFacts]) -> list[str]:
@@ -224,7 +235,7 @@ def print_report(report: Report) -> None:
     if packed:
         _print(console, columns, packed)
     for line in report_lines(report):
-        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
+        console.print(Text(printable(line)), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def report_lines(report: Report) -> list[str]:
@@ -291,7 +302,7 @@ def print_difference(difference: Difference) -> None:
     if different:
         _print(console, columns, different)
     for line in difference_lines(difference):
-        console.print(Text(line), soft_wrap=True)  # the terminal wraps it; copied text stays one line
+        console.print(Text(printable(line)), soft_wrap=True)  # the terminal wraps it; copied text stays one line
 
 
 def difference_lines(difference: Difference) -> list[str]:

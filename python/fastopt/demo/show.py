@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fastopt._text import printable
 from fastopt.demo.run import Result, Summary
 from fastopt.files.atomic import replacing
 
@@ -27,6 +29,7 @@ def print_table(summary: Summary) -> None:
     ----------
     summary : Summary
     """
+    name = printable(summary.dataset)
     layers = "-".join(map(str, summary.layers))
     caption = [
         f"Network {layers}, {summary.parameters:,} parameters, Adam, {summary.epochs} epochs.",
@@ -36,7 +39,7 @@ def print_table(summary: Summary) -> None:
     if summary.same_weights:
         caption.append("The two fp32 trainings end in the same weights, bit for bit.")
     table = Table(
-        title=f"{summary.dataset}: {summary.train_images:,} training and {summary.test_images:,} test images",
+        title=Text(f"{name}: {summary.train_images:,} training and {summary.test_images:,} test images"),
         caption="\n".join(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
