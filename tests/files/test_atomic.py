@@ -148,7 +148,7 @@ def test_a_file_that_becomes_a_pipe_meanwhile_is_refused(tmp_path):
     assert names(tmp_path) == ["m.txt"]
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.index.json"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.index.json", "m.npz", "m.npy", "m.pt", "m"])
 def test_a_pipe_is_not_read(name, tmp_path):
     if name == "m.pt":
         pytest.importorskip("torch")

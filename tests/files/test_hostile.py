@@ -1,7 +1,9 @@
 """Files that lie: each is refused by a ValueError that says where, before memory is taken for what it claims."""
 
 import json
+import time
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,6 +108,198 @@ def test_containers_that_lie(content, message, tmp_path):
 def test_nothing_is_a_model_too(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(raw("{}"))
     assert len(fo.load(tmp_path / "m.safetensors")) == 0
+
+
+# ---- bounds of memory and time -----------------------------------------------------------------------------------
+
+
+def bounded(read, size, seconds=2.0):
+    """Call what must raise ValueError, in at most 64 bytes of memory for each byte of the file, and in little time."""
+    tracemalloc.start()
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"m\.\w+"):
+        read()
+    took = time.process_time() - begin
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * size + (1 << 23)
+    assert took < seconds
+
+
+N = 40_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{" + ",".join(f'"{i:05}":1' for i in [*range(N), N - 1]) + "}",
+        "{" + ",".join(['"a":1'] * N) + "}",
+        "{" + ",".join(['"":{}'] * N) + "}",
+        '{"a":[' + "[]," * N + "[]]}",
+        '{"a":[' + "{}," * N + "{}]}",
+        '{"a":[' + '{"":1},' * N + "{}]}",
+        '{"a":[' + "1," * N + "1]}",
+        '{"a":{"dtype":"F32","shape":[' + "1," * N + '1],"data_offsets":[0,4]}}',
+        '{"a":"' + "\\ud83d\\ude00" * N + '"}',
+        '{"a":"\U0001f600' + "x" * 10 * N + '"}',
+        '{"a":' + "9" * 4000 + "}",
+        '{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(N)) + ',"0":""}}',
+        '{"__metadata__":{"fastopt":"[' + "[]," * N + '[]]"}}',
+        '{"__metadata__":{"fastopt.checkpoint":"' + "[1," * N + '"}}',
+    ],
+    ids=range(14),
+)
+def test_headers_take_little_memory_and_time(header, tmp_path):
+    path = tmp_path / "m.safetensors"
+    content = raw(header)
+    path.write_bytes(content)
+    for read in (fo.load, fo.load_checkpoint):
+        bounded(lambda read=read: read(path), len(content))
+
+
+def npy(header, data=b"", version=(1, 0), length=None):
+    header = header.encode("latin-1") if isinstance(header, str) else header
+    width = 2 if version == (1, 0) else 4
+    length = len(header) if length is None else length
+    return b"\x93NUMPY" + bytes(version) + length.to_bytes(width, "little") + header + data
+
+
+def about_npy(descr="'<f4'", shape="(2,)", order="False"):
+    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(about_npy("'|V0'", "(-1,)")),
+        npy(about_npy("'|V0'", "(4,)")),
+        npy(about_npy("'|S0'", "(4,)")),
+        npy(about_npy("'<U0'", "(0,)")),
+        npy(about_npy("'<U1'"), b"\xff" * 8),
+        npy(about_npy("'|V4'"), bytes(8)),
+        npy(about_npy("'<M8[s]'"), bytes(16)),
+        npy(about_npy("'|O'"), bytes(16)),
+        npy(about_npy("[('a', '<f4')]"), bytes(8)),
+        npy(about_npy("('<f4', (1000000000,))"), bytes(8)),
+        npy(about_npy("'<f4,<f4'"), bytes(16)),
+        npy(about_npy("None"), bytes(16)),
+        npy(about_npy("float"), bytes(16)),
+        npy(about_npy(shape="(-2, -1)"), bytes(8)),
+        npy(about_npy(shape=f"({10**21},)"), bytes(8)),
+        npy(about_npy(shape=f"({1 << 62}, {1 << 62})"), bytes(8)),
+        npy(about_npy(shape=f"(0, {1 << 62})")),
+        npy(about_npy(shape="(" + "1," * 64 + ")"), bytes(4)),
+        npy(about_npy(shape="(True, 2)"), bytes(8)),
+        npy(about_npy(shape="(2.0,)"), bytes(8)),
+        npy(about_npy(shape="[2]"), bytes(8)),
+        npy(about_npy(order="1"), bytes(8)),
+        npy("[" * 9000),
+        npy("(" * 150 + ")" * 150),
+        npy("-" * 9000 + "1"),
+        npy("{" + "'a':{" * 1500),
+        npy("{'descr': '<f4', 'shape': (2,)}", bytes(8)),
+        npy("print(1)"),
+        npy(b"\x00" * 20),
+        npy(about_npy() + " " * 20_000, bytes(8)),
+        npy(about_npy(), bytes(8), version=(2, 0), length=1 << 31),
+        npy(about_npy(), bytes(8), version=(9, 9)),
+        b"\x93NUMPY",
+        b"\x93NUMPY\x01\x00\xff",
+    ],
+    ids=range(34),
+)
+def test_arrays_that_lie(content, tmp_path):
+    path, archive = tmp_path / "m.npy", tmp_path / "m.npz"
+    path.write_bytes(content)
+    bounded(lambda: fo.open_weights(path), len(content))
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(archive, "w", method) as opened:
+            opened.writestr("w.npy", content)
+        bounded(lambda: fo.open_weights(archive), archive.stat().st_size)
+        assert list(fo.open_weights(archive, skip="w")) == []
+    (tmp_path / "m").mkdir()
+    path.rename(tmp_path / "m" / "m.npy")
+    bounded(lambda: fo.open_weights(tmp_path / "m"), len(content))
+
+
+def test_sound_arrays_of_every_kind_are_read(tmp_path):
+    arrays = {
+        "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(4, dtype=">i4"),
+        "none": np.zeros((0, 3), "f2"),
+        "scalar": np.array(1j),
+        "flag": np.array([True, False]),
+    }
+    np.savez_compressed(tmp_path / "m.npz", **arrays)
+    opened = fo.open_weights(tmp_path / "m.npz")
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        for found in (opened[name], fo.open_weights(tmp_path / f"{name}.npy")[name]):
+            assert found.dtype == array.dtype
+            assert np.array_equal(found, array)
+    (tmp_path / "old.npy").write_bytes(npy(about_npy(shape="(2L,)"), np.ones(2, "<f4").tobytes()))
+    assert fo.open_weights(tmp_path / "old.npy")["old"].tolist() == [1, 1]
+
+
+def zipped(path, members, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return bytearray(path.read_bytes())
+
+
+def test_archives_that_lie(tmp_path):
+    path = tmp_path / "m.npz"
+    whole = npy(about_npy(shape="(1000,)"), bytes(4000))
+    header = npy(about_npy(), version=(2, 0), length=(1 << 32) - 1)
+    zipped(path, {"w.npy": header + bytes(1 << 24)})  # 16 MB of header in 16 kB
+    bounded(lambda: fo.open_weights(path), path.stat().st_size)
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # which make thousands of bytes of one
+        zipped(path, {"w.npy": whole}, method)
+        with pytest.raises(ValueError, match=r"'w' is compressed by method 1\d, expected deflate or none"):
+            fo.open_weights(path)
+    zipped(path, {"w.npy": whole, "w": whole})
+    with pytest.raises(ValueError, match=r"has two arrays of one name, 'w'"):
+        fo.open_weights(path)
+    # Two entries of the directory over one content.
+    content = zipped(path, {"a.npy": whole, "b.npy": whole}, zipfile.ZIP_STORED)
+    second = content.rindex(b"PK\x01\x02")
+    content[second + 42 : second + 46] = bytes(4)
+    del content[content.index(b"PK\x03\x04", 4) : content.index(b"PK\x01\x02")]
+    end = content.rindex(b"PK\x05\x06")
+    content[end + 16 : end + 20] = content.index(b"PK\x01\x02").to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.npz"):
+        fo.open_weights(path)
+    # Fields of the directory: version needed, method, sizes, offset, flags.
+    for offset, width in [(4, 2), (6, 2), (8, 2), (10, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)]:
+        for value in (0, 1, 65, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF):
+            content = zipped(path, {"w.npy": whole})
+            entry = content.rindex(b"PK\x01\x02") + offset
+            content[entry : entry + width] = (value & (256**width - 1)).to_bytes(width, "little")
+            path.write_bytes(content)
+            try:
+                opened = fo.open_weights(path)
+                assert all(array.nbytes == 4000 for array in opened.values())
+            except ValueError as error:
+                assert "m.npz" in str(error)  # noqa: PT017
+
+
+def test_pointers_and_other_formats_are_named(tmp_path):
+    for name, content, message in [
+        ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+        ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "not a safetensors file but an HDF5 file"),
+        ("m.gguf", b"GGUF\x03\x00\x00\x00" + bytes(99), "not a safetensors file but a GGUF file"),
+        ("m.tflite", b"\x1c\x00\x00\x00TFL3" + bytes(99), "not a safetensors file but a TFLite file"),
+        ("m.pkl", b"\x80\x04\x95" + bytes(99), "not a safetensors file but a pickle"),
+        ("m.keras", b"PK\x03\x04" + bytes(99), "not a safetensors file but a zip archive"),
+        ("m.safetensors", b"<!DOCTYPE html><html>Not found", "not a safetensors file but a text"),
+        ("m.safetensors", b"", "not a safetensors file: it has 0 bytes"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        for read in (fo.load, fo.open_weights, fo.load_checkpoint):
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path / name)
 
 
 # ---- the description ---------------------------------------------------------------------------------------------

@@ -78,6 +78,46 @@ def test_keys_that_look_like_paths_keep_their_own_arrays(tmp_path):
         assert same_bits(ours, theirs)
 
 
+def test_a_tree_that_could_not_be_read_again_replaces_nothing(tmp_path):
+    path = tmp_path / "c.safetensors"
+
+    def nested(levels):
+        tree = {"w": np.arange(3)}
+        for i in range(levels):
+            tree = [tree] if i % 2 else {"a": tree}
+        return tree
+
+    fo.save_checkpoint(nested(99), path)
+    whole = path.read_bytes()
+    tree = fo.load_checkpoint(path)
+    for i in reversed(range(99)):
+        tree = tree[0] if i % 2 else tree["a"]
+    assert tree["w"].tolist() == [0, 1, 2]
+    for bad, error, message in [
+        (nested(3000), ValueError, r"tree: /.*is nested more than 100 levels deep"),
+        (nested(100), ValueError, "more than 100 levels"),
+        ({"n": 10**5000}, ValueError, "tree: /n is an integer of more than 4000 digits"),
+        ({"\ud800": np.zeros(3)}, ValueError, r"tensors: '/\\ud800' is not valid Unicode"),
+        ({"m": np.ma.masked_array([1, 2], [True, False])}, TypeError, "tensors: '/m' is a masked array"),
+        ({"e": np.zeros((0, 1 << 59))}, ValueError, "'/e': shape: expected the sizes of up to 32 axes"),
+    ]:
+        with pytest.raises(error, match=message):
+            fo.save_checkpoint(bad, path)
+        assert path.read_bytes() == whole
+    fo.save_checkpoint({"n": -(10**4000), "\ud800": "\udfff", "x": float("inf")}, path)
+    assert fo.load_checkpoint(path) == {"n": -(10**4000), "\ud800": "\udfff", "x": float("inf")}
+
+
+def test_an_array_is_read_once(tmp_path):
+    """A name takes fewer bytes than an array: two hundred thousand names of one array are no tree of ours."""
+    path = tmp_path / "c.safetensors"
+    tree = [{"array": "/0"}] * 200_000
+    text = json.dumps({"version": 1, "tree": tree})
+    save_file({"/0": np.zeros(1 << 20, "u1")}, path, metadata={"fastopt.checkpoint": text})
+    with pytest.raises(ValueError, match="not a checkpoint of fastopt: KeyError"):
+        fo.load_checkpoint(path)
+
+
 def test_bad_trees_and_files(tmp_path):
     path = tmp_path / "c.safetensors"
     for scalar in (np.complex64(1), np.datetime64("2020-01-01"), np.longdouble(1)):

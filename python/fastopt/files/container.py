@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt._checks import require_bits, require_group_size
 from fastopt._types import FLOATS, Array
-from fastopt.files.safetensors_file import DTYPES, PAD, parse_json, require_shape
+from fastopt.files.safetensors_file import DTYPES, PAD, MappedFile, parse_json, require_shape, shown
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
@@ -68,6 +68,14 @@ def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str
         return _assemble(metadata["fastopt"], arrays)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def require_readable(file: MappedFile) -> None:
+    """Raise unless `assemble` accepts a file: a writer's last check before the file replaces another."""
+    try:
+        _assemble(file.metadata["fastopt"], {name: file.array(name) for name in file.stored})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tensors: no reader would accept them: {error}") from error
 
 
 def _assemble(text: str, arrays: Mapping[str, Array]) -> Content:
@@ -149,5 +157,5 @@ class _Object:
     def get(self, key: str, *types: type) -> Any:
         value = self._raw.get(key)
         if not isinstance(value, types) or isinstance(value, bool):
-            raise ValueError(f"{key}: expected {' or '.join(t.__name__ for t in types)}, got {value!r:.100}")
+            raise ValueError(f"{key}: expected {' or '.join(t.__name__ for t in types)}, got {shown(value)}")
         return value

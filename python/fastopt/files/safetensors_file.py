@@ -9,7 +9,6 @@ A reader trusts nothing that the file says. The header is read from the same des
 
 import json
 import math
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 
 from fastopt._types import Array, PathLike
 from fastopt.files.atomic import naming, open_regular, replacing
+from fastopt.files.mapped import Map
 
 ALIGNMENT = 64
 PAD = "fastopt.pad."
@@ -100,8 +100,7 @@ class MappedFile:
                 self.metadata, described = _checked_header(header, size - 8 - len(header))
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from error
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._content = np.frombuffer(self._map, np.uint8)
+            self._map = Map(file)
         self.stored: dict[str, Stored] = {}
         self.foreign: dict[str, str] = {}
         for name, dtype_name, shape, start, end in described:
@@ -114,22 +113,18 @@ class MappedFile:
     def require_known(self) -> None:
         """Raise ValueError if the file has tensors that NumPy cannot hold."""
         for name, dtype_name in self.foreign.items():
-            raise ValueError(f"{self.path}: {name!r} has dtype {dtype_name}, which NumPy does not have")
+            raise ValueError(
+                f"{self.path}: {name!r} has dtype {dtype_name}, which NumPy does not have; skip leaves it out"
+            )
 
     def array(self, name: str) -> Array:
         """Return a tensor as a read-only view of the file."""
-        dtype, shape, start, end = self.stored[name]
-        array = self._content[start:end].view(dtype).reshape(shape)
-        # Files of other writers may place a tensor on an address that its dtype does not allow.
-        return array if array.flags.aligned else array.copy()
+        dtype, shape, start, _ = self.stored[name]
+        return self._map.array(dtype, shape, start)
 
     def release(self, name: str) -> None:
         """Tell the system that the memory of a tensor is not needed for now; it is read again if it is."""
-        _, _, start, end = self.stored[name]
-        first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, end
-        if end > start and hasattr(mmap, "MADV_DONTNEED"):
-            assert isinstance(self._map, mmap.mmap)
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        self._map.release(self.stored[name].start, self.stored[name].end)
 
 
 def _read_header(file: IO[bytes], size: int) -> bytes:
@@ -201,10 +196,10 @@ def _checked_entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], in
         raise ValueError(f"{name!r}: expected a JSON object, got {type(entry).__name__}")
     kind, offsets = entry.get("dtype"), entry.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES.keys() | _FOREIGN_BITS.keys():
-        raise ValueError(f"{name!r}: dtype: expected a dtype of the format, got {_shown(kind)}")
+        raise ValueError(f"{name!r}: dtype: expected a dtype of the format, got {shown(kind)}")
     shape = require_shape(entry.get("shape"), f"{name!r}: shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
-        raise ValueError(f"{name!r}: data_offsets: expected two numbers, got {_shown(offsets)}")
+        raise ValueError(f"{name!r}: data_offsets: expected two numbers, got {shown(offsets)}")
     start, end = offsets
     bits = math.prod(shape) * (DTYPES[kind].itemsize * 8 if kind in DTYPES else _FOREIGN_BITS[kind])
     if (end - start) * 8 != bits:
@@ -221,7 +216,7 @@ def parse_json(text: str) -> Any:
             seen: set[str] = set()
             for name, _ in pairs:
                 if name in seen:
-                    raise ValueError(f"{_shown(name)} is there twice")
+                    raise ValueError(f"{shown(name)} is there twice")
                 seen.add(name)
         return made
 
@@ -231,7 +226,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("metadata: nested too deeply") from error
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return the beginning of a value of an untrusted file, for a message."""
     try:
         return f"{value!r:.100}"
@@ -243,7 +238,7 @@ def require_shape(sizes: Any, name: str) -> tuple[int, ...]:
     """Return the sizes of axes as a tuple, or raise if no array can have them."""
     whole = isinstance(sizes, list) and len(sizes) <= 32 and all(type(n) is int and n >= 0 for n in sizes)
     if not whole or math.prod(max(n, 1) for n in sizes) >= _LARGEST // 8:
-        raise ValueError(f"{name}: expected the sizes of up to 32 axes, got {_shown(sizes)}")
+        raise ValueError(f"{name}: expected the sizes of up to 32 axes, got {shown(sizes)}")
     return tuple(sizes)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,6 +58,11 @@ def opened_shards(path: PathLike, open_one: Callable[[Path], T]) -> dict[str, tu
         except FileNotFoundError:
             if read_index(path) == shards:
                 raise
+
+
+def is_placed_in(shard: str, parts: Iterable[str], placed: Mapping[str, str]) -> bool:
+    """Return whether a tensor counts in a shard: the index decides, if it names one of the tensor's parts."""
+    return shard == next((placed[part] for part in parts if part in placed), shard)
 
 
 def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[Part]]) -> None:

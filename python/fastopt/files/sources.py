@@ -1,46 +1,54 @@
 """Arrays of files of any kind, one at a time."""
 
-import contextlib
-import math
+import fnmatch
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import numpy as np
 
 from fastopt._types import Array, PathLike
+from fastopt.files.atomic import open_regular
 from fastopt.files.container import assemble, disassemble
+from fastopt.files.numpy_files import npy_source, npz_sources
 from fastopt.files.safetensors_file import PAD, MappedFile
-from fastopt.files.shards import opened_shards
+from fastopt.files.shards import is_placed_in, opened_shards, read_index
+from fastopt.files.torch_files import torch_sources
 from fastopt.files.weights import Source, Weights
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
-_TORCH = (".pt", ".pth", ".bin")
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_INDEX = ".index.json"
 
 
-def open_weights(path: PathLike) -> Weights:
+def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable[str] = ()) -> Weights:
     """Open the arrays of a model; each is read when it is asked for.
 
     Parameters
     ----------
     path : path-like
-        A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; the
-        ``.index.json`` of one in shards, or a folder with one; a ``.npy`` or ``.npz`` file, or a folder of ``.npy``
-        files; a state dict that torch saved (``.pt``, ``.pth``, ``.bin``), through torch, which must be installed.
+        A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; a
+        ``.npy`` or ``.npz`` file; a state dict or a training checkpoint that torch saved (``.pt``, ``.pth``, ``.bin``,
+        ``.ckpt``), through torch, which must be installed; the ``.index.json`` of a model in shards; or a folder with
+        one of them. Other suffixes are judged by the first bytes. In a folder an index comes before a safetensors
+        file, and that before files of torch; a folder of ``.npy`` files alone is one model.
+    key : str, optional
+        Which part of a training checkpoint is the model, as ``"model"`` or ``"generator/state_dict"``; ``""`` is all
+        of it. By default the part that stands out: the only one with tensors, not counting those of optimizers, or the
+        one under a usual key such as ``state_dict`` or ``model``.
+    skip : str or iterable of str
+        Glob patterns: tensors whose names match are left out, even if they could not be read.
 
     Returns
     -------
     Weights
-        A mapping from name to array, which also knows shapes, dtypes and shards.
+        A mapping from name to array, which also knows shapes, dtypes and shards. Pairs ``NAME_orig`` and ``NAME_mask``
+        of ``torch.nn.utils.prune`` are one array ``NAME``.
 
     Raises
     ------
     OSError
-        If a file cannot be opened.
+        If a file cannot be opened, or is a pipe or a device.
     ValueError
-        If it is none of these, or not sound.
+        If it is none of these, or not sound, or if it is not clear which part is the model.
     ImportError
         If torch is needed and not installed.
 
@@ -56,55 +64,164 @@ def open_weights(path: PathLike) -> Weights:
     6
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if path.name.endswith(".index.json"):
-        sources: dict[str, Source] = {}
-        shards: dict[str, list[str]] = {}
-        for shard, (file, names) in opened_shards(path, MappedFile).items():
-            missing = [name for name in names if name not in file.stored]
-            if missing:
-                raise ValueError(f"{path}: {missing[0]!r} is not in {shard}")
-            opened = _of_safetensors(file)
-            both = sorted(sources.keys() & opened.keys())
-            if both:
-                raise ValueError(f"{path}: {both[0]!r} is in two shards")
-            sources |= opened
-            shards[shard] = list(opened)
-        return Weights(sources, shards)
-    if path.suffix == ".npz":
-        return Weights(_of_npz(path))
-    if path.suffix == ".npy":
-        return Weights({path.stem: _of_npy(path)})
-    if path.suffix in _TORCH:
-        return Weights(_of_torch(path))
-    return Weights(_of_safetensors(MappedFile(path)))
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+
+    def skipped(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    found = model_files(path)
+    if isinstance(found, list):
+        if key is not None:
+            raise _no_key(path)
+        return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)})
+    if not found.name.endswith(_INDEX):
+        return Weights(_joined(_open_file(found, key, skipped)))
+    sources: dict[str, Source] = {}
+    shards: dict[str, list[str]] = {}
+    opened = opened_shards(found, lambda file: _open_file(file, key, skipped))
+    placed = {name: shard for shard, (_, names) in opened.items() for name in names}
+    for shard, (of_shard, names) in opened.items():
+        stored = {part for name, source in of_shard.items() for part in (name, *source.parts)}
+        missing = [name for name in names if name not in stored and not skipped(name)]
+        if missing and not patterns:
+            raise ValueError(f"{found}: {missing[0]!r} is not in {shard}")
+        for name, source in of_shard.items():
+            # Of a tensor in several files that of the index counts.
+            if not is_placed_in(shard, (name, *source.parts), placed):
+                continue
+            if name in sources:
+                raise ValueError(f"{found}: {name!r} is in two shards")
+            sources[name] = source
+            shards.setdefault(shard, []).append(name)
+    joined = _joined(sources)
+    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()})
 
 
-def _open_folder(path: Path) -> Weights:
-    indices = sorted(path.glob("*.index.json"))
+def model_files(path: Path) -> Path | list[Path]:
+    """Return the file of a model: `path` itself, or the one that a folder holds; a list of its .npy files.
+
+    Raises
+    ------
+    ValueError
+        If a folder holds none, or several.
+    """
+    if not path.is_dir():
+        return path
+    safetensors = sorted(path.glob("*.safetensors"))
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    if len(indices) > 1:  # those of one model in two formats
+        indices = [index for index in indices if not index.name.endswith(f".bin{_INDEX}")]
     arrays = sorted(path.glob("*.npy"))
-    files = sorted(path.glob("*.safetensors"))
-    if len(indices) == 1:
-        return open_weights(indices[0])
-    if arrays and not files and not indices:
-        return Weights({file.stem: _of_npy(file) for file in arrays})
-    if len(files) == 1 and not arrays and not indices:
-        return open_weights(files[0])
+    torch = sorted(file for file in path.iterdir() if file.suffix in _TORCH)
+    for found in (indices, safetensors):
+        if len(found) == 1 and (found is indices or not (arrays or indices)):
+            return found[0]
+    if arrays and not (safetensors or indices or torch):
+        return arrays
+    if not (arrays or safetensors or indices):
+        named = [file for file in torch if file.name == "pytorch_model.bin"]
+        for candidates in (torch, named):
+            if len(candidates) == 1:
+                return candidates[0]
     raise ValueError(
-        f"{path}: expected one .index.json, one .safetensors file or .npy files, "
-        f"found {len(indices)}, {len(files)} and {len(arrays)}"
+        f"{path}: expected one .index.json, one .safetensors file or .npy files, found {len(indices)}, "
+        f"{len(safetensors)} and {len(arrays)}, and {len(torch)} files of torch; name the file"
     )
 
 
-def _of_safetensors(file: MappedFile) -> dict[str, Source]:
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file, or the files that an index names, are read as safetensors."""
+    if path.name.endswith(_INDEX):
+        return not any(Path(file).suffix in _TORCH for file in read_index(path))
+    return _kind(path) == "safetensors"
+
+
+def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> dict[str, Source]:
+    kind = _kind(path)
+    if kind == "torch":
+        return torch_sources(path, key, skipped)
+    if key is not None:
+        raise _no_key(path)
+    if kind == "npz":
+        return npz_sources(path, skipped)
+    if kind == "npy":
+        return {} if skipped(path.stem) else {path.stem: npy_source(path)}
+    return _of_safetensors(MappedFile(path), skipped)
+
+
+def _no_key(path: Path) -> ValueError:
+    return ValueError(f"{path}: key: expected a checkpoint of torch")
+
+
+def _kind(path: Path) -> str:
+    """Return the kind of a file by its suffix, or by its first bytes if the suffix says nothing."""
+    if path.suffix in (".npz", ".npy", ".safetensors"):
+        return path.suffix[1:]
+    if path.suffix in _TORCH:
+        return "torch"
+    with open_regular(path) as file:
+        start = file.read(16)
+        if start.startswith(b"\x93NUMPY"):
+            return "npy"
+        if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"[:16]):  # torch before zip archives
+            return "torch"
+        if start.startswith(b"PK"):
+            try:
+                names = zipfile.ZipFile(file).namelist()
+            except Exception:  # the reader of safetensors says that it is none
+                return "safetensors"
+            if any(name.endswith("/data.pkl") for name in names):
+                return "torch"
+            if names and all(name.endswith(".npy") for name in names):
+                return "npz"
+    return "safetensors"
+
+
+def _joined(sources: dict[str, Source]) -> dict[str, Source]:
+    """Return the sources with each NAME_orig and NAME_mask, as torch.nn.utils.prune stores them, as one NAME."""
+    joined: dict[str, Source] = {}
+    for name, source in sources.items():
+        base = name.removesuffix("_orig").removesuffix("_mask")
+        orig, mask = sources.get(f"{base}_orig"), sources.get(f"{base}_mask")
+        if base == name or base in sources or orig is None or mask is None or orig.shape != mask.shape:
+            joined[name] = source
+        elif base not in joined:
+            joined[base] = _masked(orig, mask)
+    return joined
+
+
+def _masked(orig: Source, mask: Source) -> Source:
+    def read() -> Array:
+        factor = mask.read().astype(orig.dtype)
+        array: Array = orig.read() * factor
+        array[factor == 0] = 0  # +0, whatever was pruned
+        return array
+
+    def release() -> None:
+        orig.release()
+        mask.release()
+
+    return Source(orig.shape, orig.dtype, read, release)
+
+
+def _renamed(names: list[str], joined: dict[str, Source]) -> list[str]:
+    """Return the names of a shard after joining; a joined array is where its values are."""
+    kept = [name if name in joined else name.removesuffix("_orig") for name in names]
+    return [name for name in kept if name in joined]
+
+
+def _of_safetensors(file: MappedFile, skipped: Callable[[str], bool]) -> dict[str, Source]:
+    for name in [name for name in file.foreign if skipped(name)]:
+        del file.foreign[name]
     file.require_known()
     if "fastopt" not in file.metadata:
-        return {name: _of_mapped(file, name) for name in file.stored if not name.startswith(PAD)}
+        names = [name for name in file.stored if not name.startswith(PAD) and not skipped(name)]
+        return {name: _of_mapped(file, name) for name in names}
     content = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
     return {
         name: _of_mapped(file, name) if name in file.stored else _of_packed(file, name, tensor)
         for name, tensor in content.tensors.items()
+        if not skipped(name)
     }
 
 
@@ -114,117 +231,11 @@ def _of_mapped(file: MappedFile, name: str) -> Source:
 
 
 def _of_packed(file: MappedFile, name: str, tensor: Weight) -> Source:
+    parts = list(disassemble(name, tensor)[0])
+
     def release() -> None:
-        for part in disassemble(name, tensor)[0]:
+        for part in parts:
             file.release(part)
 
     packed = tensor if isinstance(tensor, PackedTensor) else None
-    return Source(tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed)
-
-
-def _npy_spec(file: IO[bytes], what: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return shape, dtype and where the data begin of an open .npy file."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version} of the format")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except Exception as error:  # NumPy reads its header as Python text
-        raise ValueError(f"{what}: not an array of NumPy: {error}") from error
-    if dtype.hasobject:
-        raise ValueError(f"{what}: holds Python objects, expected numbers")
-    return shape, dtype, file.tell()
-
-
-def _of_npy(path: Path) -> Source:
-    with path.open("rb") as file:
-        shape, dtype, start = _npy_spec(file, str(path))
-    size = path.stat().st_size
-    if start + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{path}: expected {start + math.prod(shape) * dtype.itemsize} bytes, got {size}")
-    mode: Literal["r"] | None = "r" if math.prod(shape) else None  # a file without elements cannot be mapped
-    return Source(shape, dtype, lambda: np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False)))
-
-
-def _of_npz(path: Path) -> dict[str, Source]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a .npz file: {error}") from error
-    return dict(_of_member(path, archive, info) for info in _once(path, archive.infolist()))
-
-
-def _once(path: Path, infos: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
-    if len({info.filename for info in infos}) < len(infos):
-        raise ValueError(f"{path}: has two arrays of one name")
-    return infos
-
-
-def _of_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, Source]:
-    name = info.filename.removesuffix(".npy")
-    with _opened(path, archive, info) as file:
-        shape, dtype, start = _npy_spec(file, f"{path}: {name!r}")
-    expected = start + math.prod(shape) * dtype.itemsize
-    # Deflate makes at most 1032 bytes of one, so no size is believed that the file cannot hold.
-    if expected != info.file_size or info.file_size > 1032 * info.compress_size + 1032:
-        raise ValueError(f"{path}: {name!r} has {info.file_size} bytes, expected {expected}")
-
-    def read() -> Array:
-        with _opened(path, archive, info) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-
-    return name, Source(shape, dtype, read)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
-    try:
-        with archive.open(info) as file:
-            yield file
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: {info.filename!r} cannot be read: {error}") from error
-
-
-def _of_torch(path: Path) -> dict[str, Source]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(f"{path}: a file of torch needs torch: pip install torch") from error
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # a file of the old format, which cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever its parts raise
-        raise ValueError(f"{path}: not a state dict of torch: {error!s:.300}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: expected a state dict, got a {type(state).__name__}")
-    sources = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
-        sources[name] = _of_tensor(torch, tensor, f"{path}: {name!r}")
-    return sources
-
-
-def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{what} is stored as {tensor.layout}, expected a dense tensor")
-
-    def read() -> Array:
-        if tensor.dtype == torch.bfloat16:
-            import ml_dtypes
-
-            return np.asarray(tensor.contiguous().view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
-        return np.asarray(tensor.numpy())
-
-    try:
-        return Source(tuple(tensor.shape), read().dtype, read)
-    except TypeError as error:
-        raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have") from error
+    return Source(tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed, parts)

@@ -116,13 +116,14 @@ class Weights(Mapping[str, Array]):
 
 @dataclass(frozen=True)
 class Source:
-    """Where an array comes from."""
+    """Where an array comes from; `parts` are the names in the file if it is stored as several arrays."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
     release: Callable[[], None] = _nothing
     packed: PackedTensor | None = None
+    parts: Sequence[str] = ()
 
     @property
     def nbytes(self) -> int:

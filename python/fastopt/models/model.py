@@ -8,15 +8,15 @@ specifies it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastopt._types import Array, PathLike
-from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble
+from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
-from fastopt.files.shards import opened_shards
-from fastopt.files.sources import open_weights
+from fastopt.files.shards import is_placed_in, opened_shards
+from fastopt.files.sources import is_safetensors, model_files, open_weights
 from fastopt.files.weights import Weights, stored_of
 from fastopt.models.choose import Check, make_to_fit
 from fastopt.models.recipe import Recipe, RecipeOptions, naming_tensor, pack_tensor, recipe_of
@@ -114,9 +114,9 @@ class PackedModel(Mapping[str, Weight]):
     def save(self, path: PathLike) -> None:
         """Write the model to one safetensors file.
 
-        The file is written beside its place and moved there when it is complete and on the disk: whatever
-        happens, there is either the old file or the new one; a process that is killed may leave ``.NAME.*.part``.
-        The same model makes the same bytes.
+        The file is written beside its place, read back, and moved there when it is complete and on the disk: whatever
+        happens, there is either the old file or the new one. A process that is killed may leave ``.NAME.*.part``, which
+        the next save to this path removes. The same model makes the same bytes.
 
         Parameters
         ----------
@@ -125,11 +125,11 @@ class PackedModel(Mapping[str, Weight]):
         Raises
         ------
         OSError
-            If the file cannot be written.
+            If the file cannot be written, or `path` is a folder, a pipe or a device.
         TypeError, ValueError
             If a tensor has a dtype that the file cannot hold, or two tensors would be stored under one name.
         """
-        write(path, *self._content())
+        write(path, *self._content(), require_readable)
 
     def _content(self) -> tuple[list[Part], dict[str, str]]:
         """Return the parts and the metadata of the file."""
@@ -203,13 +203,15 @@ def pack(
     return make_to_fit(weights, recipe, make, target_bits=target_bits, target_size=target_size)
 
 
-def open_model(path: PathLike) -> PackedModel | Weights:
-    """Open a file or folder in any format that `open_weights` or `load` reads; packed tensors stay packed."""
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
-        return load(found[0]) if len(found) == 1 else open_weights(path)
-    return open_weights(path) if path.suffix in NOT_PACKED else load(path)
+def open_model(path: PathLike, *, key: str | None = None, skip: str | Iterable[str] = ()) -> PackedModel | Weights:
+    """Open a file or folder in any format that `open_weights` reads, with its options; packed tensors stay packed."""
+    found = model_files(Path(path))
+    if isinstance(found, list) or not is_safetensors(found):
+        return open_weights(path, key=key, skip=skip)
+    if not skip and key is None:
+        return load(found)
+    weights = open_weights(found, key=key, skip=skip)
+    return PackedModel({name: stored_of(weights, name) for name in weights})
 
 
 def load(path: PathLike) -> PackedModel:
@@ -240,15 +242,18 @@ def load(path: PathLike) -> PackedModel:
         return _model_of(path, *read_arrays(path))
     tensors: dict[str, Weight] = {}
     recipe = None
-    for shard, ((arrays, metadata), names) in opened_shards(path, read_arrays).items():
+    opened = opened_shards(path, read_arrays)
+    placed = {name: shard for shard, (_, names) in opened.items() for name in names}
+    for shard, ((arrays, metadata), names) in opened.items():
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ValueError(f"{path}: {missing[0]!r} is not in {shard}")
         model = _model_of(path.parent / shard, arrays, metadata)
-        both = sorted(tensors.keys() & model.keys())
-        if both:
-            raise ValueError(f"{path}: {both[0]!r} is in two shards")
-        tensors |= model
+        for name, tensor in model.items():
+            if is_placed_in(shard, disassemble(name, tensor)[0], placed):
+                if name in tensors:
+                    raise ValueError(f"{path}: {name!r} is in two shards")
+                tensors[name] = tensor
         recipe = recipe or model.recipe
     return PackedModel(tensors, recipe)
 

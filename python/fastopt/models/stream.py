@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastopt._checks import require_group_size
 from fastopt._types import Array, Notify, PathLike
 from fastopt.files.atomic import naming, replacing
-from fastopt.files.container import describe, disassemble
+from fastopt.files.container import describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, require_dtype, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
@@ -165,7 +165,7 @@ def _write_packed(
             metadata = describe(names, entries, recipe.to_dict())
             file += file_nbytes(parts, metadata)
             check(sum(written.values()), file + _index_nbytes(target, len(shards), written))
-            write_to(path, parts, metadata)
+            write_to(path, parts, metadata, require_readable)
         return parts
 
     _write_all(target, shards, pack_some)

@@ -10,6 +10,9 @@ import numpy as np
 from fastopt.files.container import CHECKPOINT
 from fastopt.files.safetensors_file import parse_json, part_of, read_arrays, write
 
+_DEEPEST = 100  # levels of a tree; Python can read some ten times as many
+_LARGEST = 10**4000  # Python reads integers of up to 4300 digits
+
 
 def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
     """Write a tree of dicts and lists to one safetensors file.
@@ -27,8 +30,10 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
     ------
     TypeError
         If `tree` holds anything else; the message names the place.
+    ValueError
+        If `tree` has more than 100 levels.
     OSError
-        If the file cannot be written.
+        If the file cannot be written, or `path` is a folder, a pipe or a device.
 
     Examples
     --------
@@ -43,7 +48,9 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
     """
     arrays: dict[str, np.ndarray[Any, Any]] = {}
 
-    def plain(node: Any, at: str) -> Any:
+    def plain(node: Any, at: str, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise ValueError(f"tree: {at[:100]}... is nested more than {_DEEPEST} levels deep")
         if isinstance(node, np.ndarray):
             name = at
             while name in arrays:  # a key with a slash can look like another path
@@ -56,14 +63,16 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
             wrong = [key for key in node if not isinstance(key, str)]
             if wrong:
                 raise TypeError(f"tree: {at or 'the root'} has the key {wrong[0]!r}, expected texts")
-            return {"dict": {key: plain(value, f"{at}/{key}") for key, value in node.items()}}
+            return {"dict": {key: plain(value, f"{at}/{key}", depth + 1) for key, value in node.items()}}
         if isinstance(node, list | tuple):
-            return [plain(value, f"{at}/{i}") for i, value in enumerate(node)]
+            return [plain(value, f"{at}/{i}", depth + 1) for i, value in enumerate(node)]
+        if isinstance(node, int) and abs(node) > _LARGEST:
+            raise ValueError(f"tree: {at or 'the root'} is an integer of more than 4000 digits")
         if node is None or isinstance(node, bool | int | float | str):
             return node
         raise TypeError(f"tree: {at or 'the root'} is a {type(node).__name__}, which a file cannot hold")
 
-    text = json.dumps({"version": 1, "tree": plain(tree, "")})
+    text = json.dumps({"version": 1, "tree": plain(tree, "", 0)})
     write(path, [part_of(name, array) for name, array in arrays.items()], {CHECKPOINT: text})
 
 
@@ -103,11 +112,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: not a checkpoint of fastopt: {error!r:.200}") from error
 
 
-def _built(node: Any, arrays: Mapping[str, Any]) -> Any:
+def _built(node: Any, arrays: dict[str, Any]) -> Any:
     if isinstance(node, list):
         return [_built(value, arrays) for value in node]
     if isinstance(node, dict):
         if "array" in node:
-            return arrays[node["array"]].copy()
+            return arrays.pop(node["array"]).copy()  # only once: a name takes fewer bytes than an array
         return {key: _built(value, arrays) for key, value in node["dict"].items()}
     return node
