@@ -121,7 +121,7 @@ def peers(session):
     session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, WHEEL)
     files = ["tests/train/test_torch.py", "tests/tensors/test_sparse.py", "tests/files/test_files.py"]
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", *files)
-    session.run("pytest", "-q", "tests/torch")
+    session.run("pytest", "-q", "tests/torch_door")
 
 
 @nox.session
