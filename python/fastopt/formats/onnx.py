@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _OPSET = 21  # the first with uint4
 _OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
+TAG = "fastopt.weight"
 _UINT8 = 2  # of TensorProto
 _CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
@@ -151,6 +152,11 @@ def quantized_nbytes(
     entry = 4 + _index_type(rows * cols).itemsize
     codes = rows * -(-groups * own * bits // 8) if fast else -(-rows * groups * own * bits // 8)
     return codes + 2 * params * np.dtype(param_dtype).itemsize + round((outliers or 0) * rows * cols) * entry
+
+
+def tag(node: "NodeProto", weight: str) -> None:
+    """Let a node say which weight it decodes, or multiplies by, for `onnx_weights`."""
+    node.metadata_props.add(key=TAG, value=weight)
 
 
 class _Described(NamedTuple):
@@ -341,6 +347,7 @@ class Builder:
         options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": blocks.size}
         options["accuracy_level"] = self.accuracy_level
         y = self.node("MatMulNBits", x, blocks.codes, blocks.scale, domain="com.microsoft", **options)
+        tag(self.nodes[-1], name)
         added = self.node("MatMul", self._block_sums(x, cols, blocks.size), blocks.offset)
         if not blocks.outliers:
             return self.node("Add", y, added, output=output)

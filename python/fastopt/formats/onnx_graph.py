@@ -42,7 +42,14 @@ class Value:
     name: str
     scope: Scope
     tensor: TensorProto | None = None  # of an initializer or a Constant
+    node: NodeProto | None = None  # that computes it
+    shape: tuple[int, ...] = ()  # of a tensor, or of what nodes decode
+    kind: int = 0  # data type of what nodes decode
     uses: list[Use] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.tensor is not None:
+            self.shape = tuple(self.tensor.dims)
 
 
 class Scope:
@@ -68,7 +75,7 @@ class Scope:
             self.values[sparse.values.name] = Value(sparse.values.name, self)
         for node in self.nodes:
             for name in filter(None, node.output):
-                self.values[name] = Value(name, self, _constant(node))
+                self.values[name] = Value(name, self, _constant(node), node)
         self.inner = [
             Scope(inner, self, f"{node.name or node.output[0] if node.output else node.op_type}.{at}")
             for node in self.nodes
@@ -113,18 +120,22 @@ def scope_of(model: ModelProto) -> Scope:
 
 
 def constants_of(root: Scope) -> dict[str, Value]:
-    """Return all constants of a model by names that differ: where several share one, the inner ones get a path."""
-    found = [value for scope in root.walk() for value in scope.values.values() if value.tensor is not None]
+    """Return all constants of a model by names that differ."""
+    return named(root, [value for scope in root.walk() for value in scope.values.values() if value.tensor is not None])
+
+
+def named(root: Scope, found: Sequence[Value]) -> dict[str, Value]:
+    """Return values by names that differ: where several share one, the inner ones get a path."""
     counts = Counter(value.name for value in found)
-    named: dict[str, Value] = {}
+    by_name: dict[str, Value] = {}
     for value in found:
         inner = counts[value.name] > 1 and value.scope is not root
         unique = name = f"{value.scope.path}/{value.name}" if inner else value.name
         number = 2
-        while unique in named:
+        while unique in by_name:
             unique, number = f"{name}.{number}", number + 1
-        named[unique] = value
-    return named
+        by_name[unique] = value
+    return by_name
 
 
 def _constant(node: NodeProto) -> TensorProto | None:
@@ -177,8 +188,7 @@ class Found:
     @property
     def dims(self) -> tuple[int, ...]:
         """Return the shape that the model has."""
-        assert self.value.tensor is not None
-        return tuple(self.value.tensor.dims)
+        return self.value.shape
 
     @property
     def ordered(self) -> tuple[int, ...]:
@@ -202,9 +212,8 @@ def weights_of(constants: dict[str, Value]) -> tuple[dict[str, Found], dict[str,
     """Return the constants that are weights, and for each other one why it is none."""
     found, others = {}, {}
     for name, value in constants.items():
-        assert value.tensor is not None
         search = _Search()
-        search.follow(value, tuple(range(len(value.tensor.dims))))
+        search.follow(value, tuple(range(len(value.shape))))
         if search.trouble or not search.uses:
             others[name] = search.trouble or "no node reads it"
         else:

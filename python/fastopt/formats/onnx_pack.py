@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 from fastopt._types import GroupSize, Notify, PathLike
 from fastopt.files.weights import Source, Weights
 from fastopt.formats.common import require_package
-from fastopt.formats.onnx import Builder, opset_of_bits, quantized_nbytes
+from fastopt.formats.onnx import Builder, opset_of_bits, quantized_nbytes, tag
 from fastopt.formats.onnx_file import OnnxFile, save, size_of
 from fastopt.formats.onnx_graph import (
     Found,
@@ -308,9 +308,11 @@ def _decode(builder: Builder, found: Found, tensor: Weight) -> None:
     natural = axes == tuple(range(len(axes)))
     if natural and found.shape == found.dims:
         builder.value(name, tensor, output=name)
+        tag(builder.nodes[-1], name)
         return
     decoded = builder.value(name, tensor)
     if found.ordered != found.shape:
         decoded = builder.node("Reshape", decoded, builder.numbers(*found.ordered), output=name if natural else None)
     if not natural:
         builder.node("Transpose", decoded, output=name, perm=[axes.index(axis) for axis in range(len(axes))])
+    tag(builder.nodes[-1], name)

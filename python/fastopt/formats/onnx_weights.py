@@ -1,0 +1,267 @@
+"""The weights of an ONNX model as arrays: constants, and what nodes decode from codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastopt._types import Array
+from fastopt.files.weights import Source
+from fastopt.formats.common import require_package
+from fastopt.formats.onnx import TAG
+from fastopt.formats.onnx_file import OnnxFile
+from fastopt.formats.onnx_graph import (
+    Found,
+    Scope,
+    Value,
+    attribute,
+    constants_of,
+    inlined,
+    named,
+    scope_of,
+    weights_of,
+)
+from fastopt.tensors.quantization import unpack_bits
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+# What decodes a weight, of constants alone.
+_DECODERS = {
+    "Add", "BitwiseAnd", "Cast", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Identity", "Mod", "Mul",
+    "NonZero", "Reshape", "ScatterElements", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+
+def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False) -> dict[str, Source]:
+    """Return the arrays of an ONNX model by name.
+
+    Weights have the names, and the shapes [out, in, ...], in which `pack_onnx` sees them. Those of a packed model are
+    decoded when they are read, be they decoded by nodes or read by MatMulNBits.
+
+    Parameters
+    ----------
+    path : Path
+    skipped : callable
+        Says of a name whether it is left out.
+
+    Returns
+    -------
+    dict from name to Source
+
+    Raises
+    ------
+    ImportError
+        If onnx is not installed.
+    OSError
+        If the file cannot be opened.
+    ValueError
+        If it is not an ONNX model.
+    """
+    require_package("onnx")
+    file = OnnxFile(path)
+    model = inlined(file.model, file.payloads)
+    root = scope_of(model)
+    decoded, products, parts = _decoded(root), list(_products(root)), set()
+    for steps in (*decoded.values(), *(steps for _, _, steps in products)):
+        parts.update(steps)
+    _infer(model, root, decoded)
+    constants = [value for value in constants_of(root).values() if value not in parts]
+    values = named(root, [*constants, *decoded])
+    found, _ = weights_of(values)
+    sources = {name: _source(file, model, value, found.get(name)) for name, value in values.items()}
+    for scope, node, _ in products:
+        name = _tag(node) or node.input[1].removesuffix(".codes")
+        sources.setdefault(name, _source_of_product(file, scope, node))
+    return {name: source for name, source in sources.items() if not skipped(name)}
+
+
+def _source(file: OnnxFile, model: ModelProto, value: Value, found: Found | None) -> Source:
+    from onnx import helper
+
+    def read() -> Array:
+        array = _evaluated(file, model, value) if value.tensor is None else file.array(value.tensor)
+        return array if found is None else found.seen(array)
+
+    def release() -> None:
+        if value.tensor is not None:
+            file.release(value.tensor)
+
+    kind = value.kind if value.tensor is None else value.tensor.data_type
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    except KeyError as error:
+        raise ValueError(f"{file.path}: {value.name!r}: has data type {kind}, which onnx does not know") from error
+    if value.tensor is None and not value.kind:  # a shape that onnx cannot tell without the values
+        array = read()
+        return Source(array.shape, array.dtype, read)
+    return Source(value.shape if found is None else found.shape, dtype, read, release)
+
+
+def _tag(node: NodeProto | None) -> str:
+    entries = () if node is None else node.metadata_props
+    return next((entry.value for entry in entries if entry.key == TAG), "")
+
+
+# ---- weights that nodes decode ------------------------------------------------------------------------------------
+
+
+def _decoded(root: Scope) -> dict[Value, list[Value]]:
+    """Return what nodes decode from constants, with all that they go through."""
+    values = [value for scope in root.walk() for value in scope.values.values() if value.tensor is None]
+    decoded: dict[Value, list[Value]] = {}
+    inside: set[Value] = set()
+    for ours in (True, False):
+        for value in values:
+            node = value.node
+            if node is None or value in inside or bool(_tag(node)) is not ours:
+                continue
+            if node.op_type in _DECODERS if ours else node.op_type == "DequantizeLinear":
+                steps = _steps(value, [])
+                if steps is not None:
+                    decoded[value] = steps
+                    inside.update(steps)
+    return decoded
+
+
+def _steps(value: Value, before: list[Value]) -> list[Value] | None:
+    """Return what a value is computed from, each after what it needs itself; None if not from constants alone."""
+    if value in before:
+        return before
+    if value.tensor is None:
+        node = value.node
+        if node is None or node.op_type not in _DECODERS or len(node.output) != 1:
+            return None
+        for name in filter(None, node.input):
+            needed = value.scope.find(name)
+            if needed is None or needed is value or _steps(needed, before) is None:
+                return None
+    before.append(value)
+    return before
+
+
+def _infer(model: ModelProto, root: Scope, decoded: Iterable[Value]) -> None:
+    """Tell values their shapes and types, as far as onnx knows them without their data."""
+    from onnx import shape_inference
+
+    wanted = set(decoded)
+    if not wanted:
+        return
+    for scope, inferred in zip(root.walk(), Scope(shape_inference.infer_shapes(model).graph).walk(), strict=True):
+        for described in (*inferred.graph.value_info, *inferred.graph.output):
+            value, kind = scope.values.get(described.name), described.type.tensor_type
+            dims = [dim.dim_value for dim in kind.shape.dim] if kind.HasField("shape") else [0]
+            if value in wanted and value is not None and kind.elem_type and all(dims):
+                value.kind, value.shape = kind.elem_type, tuple(dims)
+
+
+def _evaluated(file: OnnxFile, model: ModelProto, value: Value) -> Array:
+    """Compute a value from constants."""
+    from onnx import NodeProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    steps = _steps(value, [])
+    assert steps is not None
+    names: dict[Value, str] = {step: f"v{place}" for place, step in enumerate(steps)}
+    nodes = []
+    for step in steps:
+        if step.tensor is None and step.node is not None:
+            node = NodeProto()
+            node.CopyFrom(step.node)
+            needed = [step.scope.find(name) if name else None for name in node.input]
+            del node.input[:]
+            node.input.extend("" if one is None else names[one] for one in needed)
+            node.output[0] = names[step]
+            nodes.append(node)
+    constants = [step for step in steps if step.tensor is not None]
+    inputs = [helper.make_empty_tensor_value_info(names[step]) for step in constants]
+    outputs = [helper.make_empty_tensor_value_info(names[value])]
+    graph = helper.make_graph(nodes, "decode", inputs, outputs)
+    part = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+    try:
+        feeds = {names[step]: file.array(step.tensor) for step in constants if step.tensor is not None}
+        (array,) = ReferenceEvaluator(part).run(None, feeds)
+        return np.asarray(array)
+    except Exception as error:  # whatever its operators raise
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise ValueError(f"{file.path}: {value.name!r} cannot be decoded: {error}") from error
+
+
+# ---- weights that MatMulNBits reads -------------------------------------------------------------------------------
+
+
+def _products(root: Scope) -> Iterator[tuple[Scope, NodeProto, list[Value]]]:
+    """Give the nodes that multiply by codes, each with its graph and the constants that belong to the weight."""
+    for scope in root.walk():
+        for node in scope.nodes:
+            if node.op_type == "MatMulNBits" and node.domain == "com.microsoft" and _parts(scope, node) is not None:
+                steps: list[Value] = []
+                for value in (_parts(scope, node) or {}).values():
+                    _steps(value, steps)
+                yield scope, node, steps
+
+
+def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
+    """Return codes, scale, zero points, and what fastopt adds, None if they are no constants."""
+    parts = {
+        part: value
+        for part, place in (("codes", 1), ("scale", 2), ("zero", 3))
+        if place < len(node.input) and node.input[place] and (value := scope.find(node.input[place])) is not None
+    }
+    stem = node.input[1].removesuffix(".codes") if len(node.input) > 1 else ""
+    if _tag(node):
+        for part in ("minimum", "outlier_index", "outlier_value"):
+            value = scope.find(f"{stem}.{part}")
+            if value is not None and value.tensor is not None:
+                parts[part] = value
+    whole = {"codes", "scale"} <= parts.keys() and all(_steps(value, []) is not None for value in parts.values())
+    return parts if whole and parts["codes"].tensor is not None else None
+
+
+def _source_of_product(file: OnnxFile, scope: Scope, node: NodeProto) -> Source:
+    rows, cols, bits = (int(attribute(node, name, 0)) for name in ("N", "K", "bits"))
+    size = int(attribute(node, "block_size", 0))
+    parts = _parts(scope, node)
+    assert parts is not None
+
+    def constant(part: str) -> Array:
+        step = next(value for value in _steps(parts[part], []) or [] if value.tensor is not None)
+        assert step.tensor is not None
+        return file.array(step.tensor)
+
+    def read() -> Array:
+        try:
+            groups = -(-cols // size)
+            codes = unpack_bits(constant("codes").reshape(-1), bits, rows * groups * size).astype(np.float32)
+            codes = codes.reshape(rows, groups, size)
+            scale = constant("scale").astype(np.float32).reshape(rows, groups, 1)
+            if "minimum" in parts:
+                w = constant("minimum").astype(np.float32).reshape(rows, groups, 1) + scale * codes
+            else:
+                w = (codes - _zero_points(parts, constant, rows, groups, bits)) * scale
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{file.path}: {node.input[1]!r} cannot be decoded: {error}") from error
+        array = np.ascontiguousarray(w.reshape(rows, -1)[:, :cols])
+        if "outlier_index" in parts:
+            array.reshape(-1)[constant("outlier_index")] += constant("outlier_value").reshape(-1)
+        return array
+
+    return Source((rows, cols), np.dtype(np.float32), read)
+
+
+def _zero_points(
+    parts: dict[str, Value], constant: Callable[[str], Array], rows: int, groups: int, bits: int
+) -> Array | np.float32:
+    if "zero" not in parts:
+        return np.float32(1 << (bits - 1))
+    zero = constant("zero")
+    if zero.dtype != np.uint8:
+        return zero.astype(np.float32).reshape(rows, groups, 1)
+    per_row = zero.size // rows * 8 // bits
+    return (
+        unpack_bits(zero.reshape(-1), bits, rows * per_row).reshape(rows, per_row)[:, :groups, None].astype(np.float32)
+    )
