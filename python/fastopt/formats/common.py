@@ -5,10 +5,11 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix
 from fastopt._types import Array
+from fastopt.tensors.quantization import unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 
 
@@ -55,6 +56,13 @@ def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
         return np.broadcast_to(q.scale, (rows, groups)), np.broadcast_to(q.minimum, (rows, groups))
     times = -(-own // size)
     return q.scale.repeat(times, axis=1)[:, :groups], q.minimum.repeat(times, axis=1)[:, :groups]
+
+
+def codes_matrix(q: QuantizedTensor) -> NDArray[np.uint8]:
+    """Return the codes, one a byte, as a matrix of rows and columns."""
+    rows, cols = as_matrix(q.shape)
+    stored = q.codes.shape[1] * 8 // q.bits  # with those that fill the last byte of a row
+    return unpack_bits(q.codes, q.bits, rows * stored).reshape(rows, stored)[:, :cols]
 
 
 def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
-from fastopt.formats.common import Option
+from fastopt.formats.common import Option, codes_matrix
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
-from fastopt.tensors.quantization import unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
@@ -64,10 +62,7 @@ def _parts(name: str, tensor: Weight) -> Iterator[tuple[str, Array]]:
 
 
 def _quantized_parts(name: str, q: QuantizedTensor) -> Iterator[tuple[str, Array]]:
-    rows, cols = as_matrix(q.shape)
-    row_codes = q.codes.shape[1] * 8 // q.bits  # with those that fill the last byte of a row
-    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)
-    yield f"{name}.codes", codes[:, :cols].reshape(q.shape)
+    yield f"{name}.codes", codes_matrix(q).reshape(q.shape)
     yield f"{name}.scale", q.scale
     yield f"{name}.minimum", q.minimum
     if q.outliers is not None:

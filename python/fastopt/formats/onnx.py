@@ -15,12 +15,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix, require_group_size
 from fastopt._types import Array, GroupSize
-from fastopt.formats.common import Option, regroup, require_package
+from fastopt.formats.common import Option, codes_matrix, regroup, require_package
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.shrinking import Concat, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
-from fastopt.tensors.quantization import pack_bits, unpack_bits
+from fastopt.tensors.quantization import pack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
@@ -440,16 +440,11 @@ def _padded(codes: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
 
 
 def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
-    """Return the codes in rows of so many, one behind the other; codes of 0 fill the rows."""
-    rows, cols = as_matrix(q.shape)
-    row_bytes = q.codes.shape[1]
-    if cols == wide and cols * q.bits % 8 == 0:
-        return _bytes(q.codes)
-    if wide * q.bits % 8 == 0:
-        return _bytes(np.pad(q.codes, ((0, 0), (0, wide * q.bits // 8 - row_bytes))))
-    row_codes = row_bytes * 8 // q.bits
-    codes = unpack_bits(q.codes, q.bits, rows * row_codes).reshape(rows, row_codes)[:, :cols]
-    return pack_bits(np.pad(codes, ((0, 0), (0, wide - cols))), q.bits)
+    """Return the codes in rows of so many, one after the other; codes of 0 fill the rows."""
+    cols, row_bits = as_matrix(q.shape)[1], wide * q.bits
+    if row_bits % 8 == 0:
+        return _padded(q.codes, row_bits // 8)
+    return pack_bits(np.pad(codes_matrix(q), ((0, 0), (0, wide - cols))), q.bits)
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
