@@ -279,6 +279,23 @@ def test_other_formats(model, tmp_path):
         assert answer("diff", model, source)["total"]["rmse"] == 0
 
 
+def test_what_cannot_be_read_is_left_out(tmp_path):
+    path, out = tmp_path / "m.npz", tmp_path / "m.safetensors"
+    np.savez(path, w=np.ones((64, 80), "f4"), labels=np.array(["a", "b"]), odd=np.array([None]))
+    assert "'labels': has dtype <U1, expected numbers; skip leaves it out" in run("inspect", path, code=1).stderr
+    skip = ("--skip", "labels", "--skip", "od*")
+    assert [t["name"] for t in answer("inspect", path, *skip)["tensors"]] == ["w"]
+    for line in (["pack", "--bits", "4"], ["prune", "--sparsity", "0.5", "--html", tmp_path / "m.html"], ["unpack"]):
+        run(*line, path, "-o", out, *skip)
+        assert list(fo.load(out)) == ["w"]
+        assert answer("diff", path, out, *skip)["missing"] == []
+    run("export", path, "--to", "npz", "-o", tmp_path / "e.npz", *skip)
+    assert (
+        "key: expected a checkpoint of torch"
+        in run("pack", path, "-o", out, "--bits", "4", "--key", "a", code=1).stderr
+    )
+
+
 def test_shards(tmp_path):
     parts = {"a.safetensors": ["embed.weight", "ids"], "b.safetensors": ["layers.0.weight", "layers.0.bias"]}
     (tmp_path / "in").mkdir()
@@ -739,7 +756,7 @@ def test_an_error_of_any_kind_is_one_line(model, monkeypatch):
         SystemError("x"),
     ):
 
-        def fail(*args, error=error):
+        def fail(*args, error=error, **options):
             raise error
 
         monkeypatch.setattr("fastopt.cli.model_commands.open_model", fail)

@@ -18,8 +18,10 @@ from fastopt.cli.options import (
     Fit,
     Html,
     Include,
+    Key,
     MinSize,
     Pattern,
+    Skip,
     Source,
     Sparsity,
     Target,
@@ -33,7 +35,7 @@ from fastopt.cli.options import (
     with_options,
 )
 from fastopt.files.shards import read_index
-from fastopt.files.sources import open_weights
+from fastopt.files.sources import is_torch, open_weights
 from fastopt.files.weights import Weights
 from fastopt.formats import FORMATS
 from fastopt.formats import export as export_to
@@ -53,7 +55,7 @@ from fastopt.tensors.packed import Weight
     epilog="Examples:\n\nfastopt inspect model.safetensors\n\n"
     "fastopt inspect small.safetensors --json | jq '.tensors[] | select(.outliers > 0) | .name'"
 )
-def inspect(model: Source, as_json: Json = False) -> None:
+def inspect(model: Source, key: Key = None, skip: Skip = None, as_json: Json = False) -> None:
     """Show the tensors of a model: size, range, zeros, outliers, and how many bits are enough.
 
     Outliers are more than 6 standard deviations away from the mean. The suggestion is the lowest bit width whose root
@@ -64,7 +66,7 @@ def inspect(model: Source, as_json: Json = False) -> None:
     maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
     """
     with byte_progress("inspect") as notify:
-        opened = open_model(model)
+        opened = open_model(model, key=key, skip=skip or ())
         facts = facts_of(_Watched(opened, notify))
     recipe = opened.recipe if isinstance(opened, PackedModel) else None
     if as_json:
@@ -118,6 +120,8 @@ def pack(
         ),
     ] = None,
     min_size: MinSize = None,
+    key: Key = None,
+    skip: Skip = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -195,7 +199,9 @@ def pack(
     if ".onnx" not in (model.suffix, output.suffix):
         if onnx or check or check_inputs is not None:
             raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
-        _pack(model, output, wanted, dry_run, html, as_json, target_bits=target_bits, target_size=target_size)
+        weights = open_weights(model, key=key, skip=skip or ())
+        targets = {"target_bits": target_bits, "target_size": target_size}
+        _pack(model, weights, output, wanted, dry_run, html, as_json, **targets)
         return
     if model.suffix != output.suffix or html is not None:
         raise typer.BadParameter("an ONNX model is packed to an ONNX model, without --html")
@@ -233,6 +239,8 @@ def prune(
     include: Include = None,
     exclude: Exclude = None,
     min_size: MinSize = None,
+    key: Key = None,
+    skip: Skip = None,
     dry_run: DryRun = False,
     html: Html = None,
     as_json: Json = False,
@@ -249,21 +257,21 @@ def prune(
         recipe = Recipe(**options)
     if not recipe.prunes:
         raise typer.BadParameter("expected --sparsity, --threshold or --pattern")
-    _pack(model, output, recipe, dry_run, html, as_json)
+    _pack(model, open_weights(model, key=key, skip=skip or ()), output, recipe, dry_run, html, as_json)
 
 
 @app.command(
     epilog="Examples:\n\nfastopt unpack small.safetensors -o back.safetensors\n\n"
     "fastopt unpack model.npz -o model.safetensors"
 )
-def unpack(model: Source, output: Target, as_json: Json = False) -> None:
+def unpack(model: Source, output: Target, key: Key = None, skip: Skip = None, as_json: Json = False) -> None:
     """Convert a packed model, or one in another format, to plain tensors that every safetensors reader can read.
 
     Tensors get their original shapes and dtypes. JSON: source, target, file_bytes.
     """
     _check_outputs(output)
     with byte_progress("unpack") as notify:
-        unpack_file(model, output, notify=notify)
+        unpack_file(open_weights(model, key=key, skip=skip or ()), output, notify=notify)
     size = _file_bytes(output)
     if as_json:
         typer.echo(tables.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
@@ -292,6 +300,8 @@ def export(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors whose names match; may be repeated.")
     ] = None,
+    key: Key = None,
+    skip: Skip = None,
     as_json: Json = False,
     **of_formats: Any,
 ) -> None:
@@ -306,7 +316,9 @@ def export(
         raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
     options = given_to_format(of_formats)
     with byte_progress("export") as notify:
-        export_to(open_model(model), output, to=to, exclude=exclude or (), notify=notify, **options)
+        export_to(
+            open_model(model, key=key, skip=skip or ()), output, to=to, exclude=exclude or (), notify=notify, **options
+        )
     size = _file_bytes(output)
     if as_json:
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
@@ -330,6 +342,8 @@ def diff(
             show_default=False,
         ),
     ] = None,
+    key: Key = None,
+    skip: Skip = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -343,7 +357,7 @@ def diff(
     null.
     """
     _check_outputs(None, html)
-    one, other = open_model(first), open_model(second)
+    one, other = (open_model(path, key=key if is_torch(path) else None, skip=skip or ()) for path in (first, second))
     with byte_progress("compare") as notify:
         found = difference_of(_Watched(one, notify), other)
     if html is not None:
@@ -370,16 +384,20 @@ _FOREIGN = {*NOT_PACKED, *(module.SUFFIX for module in FORMATS.values())} - {".s
 
 
 def _pack(
-    source: Path, target: Path, recipe: Recipe, dry_run: bool, html: Path | None, as_json: bool, **targets: Any
+    source: Path,
+    weights: Weights,
+    target: Path,
+    recipe: Recipe,
+    dry_run: bool,
+    html: Path | None,
+    as_json: bool,
+    **targets: Any,
 ) -> None:
     """Pack from file to file, and print the report."""
     _check_outputs(target, html)
-    weights = (
-        None if html is None else open_weights(source)
-    )  # before the target, which may be the same file, is written
     with byte_progress("plan" if dry_run else "pack") as notify:
-        packed = pack_file(source, target, recipe, dry_run=dry_run, notify=notify, **targets)
-    if html is not None and weights is not None:
+        packed = pack_file(weights, target, recipe, dry_run=dry_run, notify=notify, **targets)
+    if html is not None:
         model = None if dry_run else load(target)
         with byte_progress("page") as notify:
             watched = _Watched(weights, notify)

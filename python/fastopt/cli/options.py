@@ -31,7 +31,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         help="A .safetensors file, the .index.json of one in shards, a folder with either, .npz, .npy or a folder of "
-        ".npy files, or a state dict of torch (.pt, .pth, .bin; needs torch).",
+        ".npy files, or a state dict or checkpoint of torch (.pt, .pth, .bin, .ckpt, also in shards; needs torch).",
         show_default=False,
     ),
 ]
@@ -44,6 +44,18 @@ Target = Annotated[
         "A name that ends in .index.json writes one file for each shard of the input.",
         show_default=False,
     ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="The part of a checkpoint of torch that is the model, such as generator/state_dict, if none stands out.",
+        show_default=False,
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Leave out tensors whose names match, even unreadable ones; may be repeated."),
 ]
 Include = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Pack only tensors whose names match; may be repeated.")

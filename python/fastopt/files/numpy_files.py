@@ -133,9 +133,9 @@ def _read_spec(file: IO[bytes], what: str) -> _Spec:
     except (ValueError, TypeError, SyntaxError) as error:
         raise ValueError(f"{what}: not an array of NumPy: {error!s:.200}") from error
     if dtype.hasobject:
-        raise ValueError(f"{what}: holds Python objects, expected numbers")
+        raise ValueError(f"{what}: holds Python objects, expected numbers; skip leaves it out")
     if dtype.kind not in "biufc" or dtype.itemsize == 0:
-        raise ValueError(f"{what}: has dtype {dtype.str}, expected numbers")
+        raise ValueError(f"{what}: has dtype {dtype.str}, expected numbers; skip leaves it out")
     return _Spec(dtype, shape, "F" if fortran else "C", len(start) + len(header))
 
 

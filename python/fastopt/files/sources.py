@@ -131,9 +131,19 @@ def model_files(path: Path) -> Path | list[Path]:
 
 def is_safetensors(path: Path) -> bool:
     """Return whether a file, or the files that an index names, are read as safetensors."""
+    return _kind_of_all(path) == "safetensors"
+
+
+def is_torch(path: Path) -> bool:
+    """Return whether a file, the files that an index names, or those of a folder are read through torch."""
+    found = model_files(path)
+    return isinstance(found, Path) and _kind_of_all(found) == "torch"
+
+
+def _kind_of_all(path: Path) -> str:
     if path.name.endswith(_INDEX):
-        return not any(Path(file).suffix in _TORCH for file in read_index(path))
-    return _kind(path) == "safetensors"
+        return "torch" if any(Path(file).suffix in _TORCH for file in read_index(path)) else "safetensors"
+    return _kind(path)
 
 
 def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> dict[str, Source]:

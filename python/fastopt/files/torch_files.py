@@ -73,7 +73,9 @@ def torch_sources(path: Path, key: str | None, skipped: Callable[[str], bool]) -
         if not skipped(name):
             source = _of_tensor(torch, tensor, f"{path}: {name!r}")
             if source.nbytes > MOST_OF_ONE_BYTE * size:
-                raise ValueError(f"{path}: {name!r} is expanded to {source.nbytes} bytes, the file has {size}")
+                raise ValueError(
+                    f"{path}: {name!r} is expanded to {source.nbytes} bytes, the file has {size}; skip leaves it out"
+                )
             sources[name] = source
     return sources
 
@@ -174,9 +176,9 @@ def _keys(node: Any) -> str:
 def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{what} is stored as {tensor.layout}, expected a dense tensor")
+        raise ValueError(f"{what} is stored as {tensor.layout}, expected a dense tensor; skip leaves it out")
     if tensor.device.type == "meta":
-        raise ValueError(f"{what} has no content: it is on the device 'meta'")
+        raise ValueError(f"{what} has no content: it is on the device 'meta'; skip leaves it out")
     kind = str(tensor.dtype).removeprefix("torch.")
 
     def read() -> Array:
@@ -189,5 +191,5 @@ def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
     try:
         dtype = torch.zeros(1, dtype=tensor.dtype).numpy().dtype if kind not in _VIEWS else np.dtype(_VIEWS[kind][1])
     except Exception as error:  # torch raises whatever its parts raise
-        raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have") from error
+        raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have; skip leaves it out") from error
     return Source(tuple(tensor.shape), dtype, read)

@@ -56,7 +56,7 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
 
 
 def pack_file(
-    source: PathLike,
+    source: PathLike | Weights,
     target: PathLike | None = None,
     recipe: Recipe | None = None,
     *,
@@ -73,8 +73,8 @@ def pack_file(
 
     Parameters
     ----------
-    source : path-like
-        Any file that `open_weights` opens.
+    source : path-like or Weights
+        Any file that `open_weights` opens, or what it returned.
     target : path-like
         A safetensors file, which appears when it is complete and on the disk; it may be the source itself. With
         ``NAME.index.json``, each shard of the source becomes a shard beside it, and the index is written last.
@@ -115,7 +115,7 @@ def pack_file(
     recipe = recipe_of(recipe, options)
     if target is None and not dry_run:
         raise TypeError("target: expected a path, got None; only a dry run needs none")
-    weights = open_weights(source)
+    weights = source if isinstance(source, Weights) else open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
     shards = _shards(weights, target)
@@ -173,7 +173,7 @@ def _write_packed(
     return reporter.report()
 
 
-def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = None) -> None:
+def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify | None = None) -> None:
     """Unpack a model from file to file, one tensor at a time: all tensors become plain arrays.
 
     Parameters
@@ -195,7 +195,7 @@ def unpack_file(source: PathLike, target: PathLike, *, notify: Notify | None = N
     >>> fo.load("plain.safetensors")
     PackedModel(1 tensors, 32,768 bytes)
     """
-    weights = open_weights(source)
+    weights = source if isinstance(source, Weights) else open_weights(source)
     progress = Progress(weights.sizes, notify)
 
     def part(name: str) -> Part:
