@@ -1,4 +1,4 @@
-"""Packed models in other people's runtimes: a module for each, and one function in front of them."""
+"""Formats of other runtimes: a module for each, and `export` in front of them."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -13,8 +13,8 @@ from fastopt.models.model import open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 
-# Each has SUFFIX, of its files; SUMMARY, a line for help; OPTIONS, from keyword to `Option`; and
-# `write(model, path, progress, **options)`.
+# Each module has SUFFIX, the suffix of its files; SUMMARY, a phrase for --help; OPTIONS, a dict from keyword to
+# `Option`; and `write(model, path, progress, **options)`.
 FORMATS = {"c": c, "gguf": gguf, "mlx": mlx, "npz": npz, "onnx": onnx}
 
 
@@ -29,31 +29,30 @@ def export(
 ) -> None:
     """Write a model in the format of another runtime.
 
-    Codes, scales and minima are taken over as they are: the other runtime decodes the same weights. What a format
-    cannot hold is refused by the name of the tensor, and never quantized anew unless that is asked for.
+    Codes, scales and minima are copied unchanged: the other runtime decodes the same weights. A tensor that the format
+    cannot hold is an error; nothing is requantized unless you ask for it.
 
     Parameters
     ----------
     model : PackedModel, mapping from name to array, QuantizedTensor or SparseTensor, or path-like
     path : path-like
-        Replaced when the file is complete.
+        The file to write. An existing file is replaced when the new one is complete.
     to : str
-        "c": constant arrays in BASE.c, beside BASE.h and fastopt.h, which multiplies with them on any machine. "gguf":
-        ggml's and llama.cpp's; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a safetensors file for MLX's
-        quantized layers; groups of 32, 64, 128 or a multiple. "npz": NumPy's, to look into: decoded weights, and what
-        they are stored as. "onnx": a model that runs, of a `graph` of layers, or with every tensor as an output; any
-        bits, groups, outliers and sparse weights.
+        The format. "c": constant arrays in BASE.c, with BASE.h and a copy of fastopt.h, which multiplies with them on
+        any machine. "gguf": for ggml and llama.cpp; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a
+        safetensors file for the quantized layers of MLX; groups of 32, 64, 128 or a multiple. "npz": arrays for NumPy,
+        for inspection: decoded weights, and the parts that store them. "onnx": a model that runs, made from a `graph`
+        of layers, or one whose outputs are the decoded tensors; any bits, groups, outliers and sparse weights.
     exclude : glob pattern, or a sequence of these
         Tensors whose names match are left out.
     notify : callable, optional
-        Called with the bytes of the model that are done, those of all, and the name of the tensor that is next, "" at
-        the end.
+        Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
     **options
-        Of the target. "gguf": ``requantize=True`` decodes what the format cannot say and stores it as Q8_0, else that
-        is an error; ``architecture`` is a text for the file's head. "mlx": ``param_dtype="float16"`` makes the file
-        smaller, and MLX decode in float16. "onnx": ``graph``, a list of `Layer` (dense), `Add` and `Concat` as for
-        `shrink`, makes a model from ``x`` [batch, in]; ``fast=True`` multiplies by ONNX Runtime's MatMulNBits instead
-        of standard operators, and ``accuracy_level=4`` lets that round x to int8.
+        Options of the format. "gguf": ``requantize=True`` decodes tensors that the format cannot hold and stores them
+        as Q8_0; ``architecture`` is the file's ``general.architecture``. "mlx": ``param_dtype="float16"`` makes the
+        file smaller, and MLX decodes in float16. "onnx": ``graph``, a list of `Layer` (dense), `Add` and `Concat` as
+        for `shrink`, makes a model with the input ``x`` [batch, in]; ``fast=True`` multiplies with MatMulNBits, an
+        operator of ONNX Runtime, instead of standard operators; ``accuracy_level=4`` lets it round x to int8.
 
     Raises
     ------
@@ -62,7 +61,7 @@ def export(
     OSError
         If the file cannot be written.
     TypeError, ValueError
-        If `to` or an option is unknown, or a tensor cannot be told in that format; the message names it and says
+        If `to` or an option is unknown, or the format cannot hold a tensor; the message names the tensor and says
         what to do.
 
     Examples

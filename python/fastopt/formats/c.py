@@ -1,4 +1,4 @@
-"""C: constant arrays and a table of them, for cpp/edge/fastopt.h without a file and without a parser."""
+"""C: constant arrays for fastopt.h, so that a program needs neither a file nor a parser."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Option] = {}
 _TYPES = {"float32": "FO_F32", "float16": "FO_F16", "bfloat16": "FO_BF16"}
 _LAYOUTS = {"1x16": "FO_BLOCK", "index16": "FO_INDEX16", "index8": "FO_INDEX8"}
 _WORDS_A_LINE = 10
-# Names of C and C++, and of the headers that fastopt.h includes, that have an underscore within.
+# Names with an underscore that belong to C, to C++ or to the headers that fastopt.h includes.
 _OF_C = re.compile(
     r"(u?int(_least|_fast)?\d+|u?intptr|u?intmax|size|ptrdiff|wchar|max_align|char\d+|nullptr)_t"
     r"|(U?INT(_LEAST|_FAST)?\d+|U?INTPTR|U?INTMAX|SIZE|PTRDIFF|WCHAR|CHAR|SCHAR|INT|LONG|SHRT|FLT|DBL)_\w+|M_(E|PI\w*|LN\w*|LOG\w*|SQRT\w*|[12]_\w+)"
@@ -40,7 +40,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     ----------
     model : mapping from name to array, QuantizedTensor or SparseTensor
     path : Path
-        BASE.c. What a name in C cannot hold becomes an underscore.
+        BASE.c. Characters that a name in C cannot have become underscores.
     progress : Progress
 
     Raises
@@ -48,7 +48,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     OSError
         If a file cannot be written.
     ValueError
-        If a tensor has float64 values, or two would get one name.
+        If a tensor has float64 values, or a name is taken: by another tensor, by fastopt.h or by C.
     """
     if path.suffix != ".c":
         raise ValueError(f"path: expected a name that ends in .c, got {path.name!r}")
@@ -113,7 +113,7 @@ def _summary(tensor: Weight) -> str:
 
 
 def _write_tensor(source: TextIO, identifier: str, tensor: Weight, names: set[str]) -> None:
-    """Write the arrays of a tensor, by names that are not there yet, and the structure that points to them."""
+    """Write the arrays of a tensor, under names that are still free, and the structure that points to them."""
     rows, cols = as_matrix(tensor.shape)
     values = tensor.values if isinstance(tensor, SparseTensor) else tensor
     parts: dict[str, Array] = {}
@@ -178,7 +178,7 @@ def _short(index: Array) -> tuple[Array, int]:
 
 
 def _write_array(source: TextIO, name: str, array: Array) -> None:
-    """Write an array as little-endian words of 32 bits, which give it its alignment."""
+    """Write an array as little-endian words of 32 bits, so that it is aligned to 4 bytes."""
     if array.size == 0:
         return
     little: Any = array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -1,7 +1,7 @@
-"""GGUF, the format of ggml and llama.cpp, written by the gguf package.
+"""GGUF, the format of ggml and llama.cpp, written with the gguf package.
 
-Its type Q4_1 is our 4 bits in groups of 32 with float16 parameters: ``w = m + d * code``. What else each of its blocks
-of 32 can say with one scale, one minimum and codes up to 15 becomes the same: 2 bits, larger groups, rows.
+Its type Q4_1 has blocks of 32 codes of 4 bits with a float16 scale and minimum: ``w = m + d * code``. This is our
+4-bit format with groups of 32 and float16 parameters. Codes of 2 bits, larger groups and rows are stored as Q4_1 too.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ OPTIONS = {
 }
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
-_PANEL = 1 << 13  # blocks that are worked on at a time, in cache
+_PANEL = 1 << 13  # blocks that are converted at a time, in cache
 _BELOW, _FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 _PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
 _NAME_BYTES = 63
@@ -36,7 +36,7 @@ _AXES = 4
 
 
 class _Stored(NamedTuple):
-    """A tensor as the file has it: what the directory says, and a function that makes the content."""
+    """A tensor as the file stores it: its entry in the directory, and a function that makes its content."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -59,8 +59,8 @@ def write(
     path : Path
     progress : Progress
     requantize : bool
-        Decode what Q4_1 cannot say and quantize it to Q8_0; or, where rows are not made of blocks of 32, store it as
-        float32.
+        Decode tensors that Q4_1 cannot hold and quantize them to Q8_0, or, if their rows do not consist of blocks of
+        32, store them as float32.
     architecture : str
         The file's ``general.architecture``.
 
@@ -71,7 +71,7 @@ def write(
     OSError
         If the file cannot be written.
     ValueError
-        If a tensor cannot be told in GGUF; the message names it.
+        If GGUF cannot hold a tensor; the message names it.
     """
     require_package("gguf")
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -171,7 +171,7 @@ def _contiguous(array: Array) -> Array:
 
 
 def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
-    """Return blocks of scale, minimum and 16 bytes, of which byte j has code j below and code j + 16 above."""
+    """Return blocks of scale, minimum and 16 bytes: byte j has code j in its low and code j + 16 in its high half."""
     out = np.empty(scale.size, [("scale", "<f2"), ("minimum", "<f2"), ("codes", "<u2", 8)])
     out["scale"], out["minimum"] = scale.reshape(-1), minimum.reshape(-1)
     flat = q.codes.reshape(-1)
@@ -181,7 +181,7 @@ def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
         panel = flat[begin * step : (begin + len(codes)) * step]
         if q.bits == 2:  # to 4 bits a code
             panel = pack_bits(unpack_bits(panel, 2, len(codes) * _BLOCK), 4)
-        # Eight bytes at a time: codes 0 to 15 of each block, and 16 to 31. Even codes stand below, odd ones above.
+        # Eight bytes at a time: codes 0 to 15 of each block, and 16 to 31. Even codes are in the low halves.
         first, second = panel.view("<u8").reshape(-1, 2).T
         even = (first & _BELOW) | ((second & _BELOW) << _FOUR)
         odd = ((first >> _FOUR) & _BELOW) | (second & ~_BELOW)

@@ -1,4 +1,4 @@
-"""MLX: a safetensors file with what its quantized layers read, which is our codes in words of 32 bits."""
+"""MLX: a safetensors file for its quantized layers, which read our codes in words of 32 bits."""
 
 import json
 from collections.abc import Mapping
@@ -32,15 +32,15 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress, *, param_
     path : Path
     progress : Progress
     param_dtype : "float32" or "float16"
-        Of scales and biases: MLX decodes in this type. With float16 the file is smaller, and what MLX decodes is
-        rounded to it.
+        The dtype of scales and biases, in which MLX decodes. float16 makes the file smaller, and the decoded weights
+        are rounded to float16.
 
     Raises
     ------
     OSError
         If the file cannot be written.
     ValueError
-        If a tensor cannot be told in MLX's layout; the message names it.
+        If MLX cannot hold a tensor; the message names it.
     """
     dtype = np.dtype(param_dtype)
     if dtype not in (np.float16, np.float32):

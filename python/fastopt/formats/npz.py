@@ -1,4 +1,4 @@
-"""NumPy's npz, to look into: every weight decoded, and beside it what it is stored as."""
+"""NumPy's npz, for inspection: every weight decoded, and the parts that store it."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
                 if part in written:
                     raise ValueError(f"{part!r}: two arrays would be stored under this name; rename one")
                 written.add(part)
-                # NumPy's files do not know bfloat16; every one is a float32.
+                # A file of NumPy has no bfloat16; float32 holds every value.
                 known = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
                 with archive.open(f"{part}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, known, allow_pickle=False)

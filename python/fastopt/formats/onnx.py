@@ -1,8 +1,8 @@
-"""ONNX: a model that runs, of a chain of layers or of decoded tensors.
+"""ONNX: a model that runs a chain of layers, or one whose outputs are decoded tensors.
 
-Codes become a tensor of uint8, uint4 or uint2, whose bytes are ours, and DequantizeLinear and Add decode them. Where
-only ONNX Runtime has to run the model, its MatMulNBits multiplies with the codes as they are; what is left of
-each weight, the same for a block, is multiplied by the sum of x over the block.
+Codes are tensors of uint8, uint4 or uint2 with the same bytes as ours; DequantizeLinear and Add decode them. For ONNX
+Runtime alone, its operator MatMulNBits can multiply with the codes. It has no minimum of a block, so the minima are
+multiplied with the sum of x over each block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -81,14 +81,14 @@ def write(
     path : Path
     progress : Progress
     graph : sequence of Layer, Add and Concat, optional
-        As `shrink` takes it, of dense layers. The model's input is ``x`` [batch, in], its outputs are the nodes that no
-        other reads. Tensors that it does not name are left out. Without a graph there is no input, and every tensor is
-        an output, decoded.
+        Dense layers, in the form that `shrink` takes. The model has the input ``x`` [batch, in]; its outputs are the
+        nodes that no other node reads. Tensors that the graph does not name are left out. Without a graph the model
+        has no input, and each decoded tensor is an output.
     fast : bool
-        Multiply by MatMulNBits, which is ONNX Runtime's own: about as fast as it gets with 4 bits, and with 8 and 2
-        where `accuracy_level` is 4.
+        Multiply with MatMulNBits, an operator of ONNX Runtime. It is fast with 4 bits, and with 8 and 2 bits if
+        `accuracy_level` is 4.
     accuracy_level : int
-        Of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
+        Option of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def write(
     OSError
         If the file cannot be written.
     ValueError
-        If the graph does not fit the model, or a tensor cannot be told in ONNX; the message names it.
+        If the graph does not fit the model, or ONNX cannot hold a tensor; the message names it.
     """
     require_package("onnx")
     names = list(model) if graph is None else ["x", *(node.name for node in graph)]
@@ -117,7 +117,7 @@ def write(
 
 
 class Constant(NamedTuple):
-    """A constant of a graph, and a function that makes its bytes."""
+    """A constant of a graph; `content` makes its bytes."""
 
     name: str
     kind: int
@@ -132,14 +132,14 @@ class Constant(NamedTuple):
 
 
 def opset_of_bits(bits: int | None) -> int:
-    """Return the operator set that is needed to decode a tensor of codes of so many bits, or of none."""
+    """Return the operator set that decodes codes of this bit width; None stands for a tensor without codes."""
     return _OPSET if bits is None else _OPSET_OF_BITS[bits]
 
 
 def quantized_nbytes(
     shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None, fast: bool
 ) -> int:
-    """Return the bytes of a quantized tensor here: rows are filled to whole groups, or blocks of MatMulNBits."""
+    """Return the bytes of a quantized tensor in ONNX, where rows are padded to whole groups or blocks."""
     rows, cols = as_matrix(shape)
     size = require_group_size(group_size, bits)
     own = cols if size in (None, -1) else min(size, cols)
@@ -155,7 +155,7 @@ def quantized_nbytes(
 
 
 def tag(node: "NodeProto", weight: str) -> None:
-    """Let a node say which weight it decodes, or multiplies by, for `onnx_weights`."""
+    """Mark a node that decodes this weight or multiplies with it; `onnx_weights` reads the mark."""
     node.metadata_props.add(key=TAG, value=weight)
 
 
@@ -168,7 +168,7 @@ class _Described(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """Names of what MatMulNBits reads of a weight: scale of each block, and, transposed, what else is in each."""
+    """The names of the inputs of MatMulNBits, and of the offset that the sums of x are multiplied with."""
 
     size: int
     codes: str
@@ -178,7 +178,7 @@ class _Blocks(NamedTuple):
 
 
 class Builder:
-    """Nodes and constants of a graph in the making."""
+    """Collects the nodes and constants of a graph."""
 
     def __init__(self, fast: bool, accuracy_level: int, taken: set[str]) -> None:
         if accuracy_level not in range(5):
@@ -189,13 +189,13 @@ class Builder:
         self.constants: list[Constant] = []
         self.opset = _OPSET
         self._names = taken
-        self._stems: dict[str, str] = {}  # of the outputs of nodes: what their names begin with
+        self._stems: dict[str, str] = {}  # how the name of an output begins
         self._shared: dict[Any, str] = {}
         self._blocks: dict[str, _Blocks] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all constants, but for shapes."""
+        """Bytes of all constants except shapes."""
         shapes = set(self._shared.values())
         return sum(constant.nbytes for constant in self.constants if constant.name not in shapes)
 
@@ -233,13 +233,13 @@ class Builder:
         return name
 
     def numbers(self, *values: int) -> str:
-        """Return the name of a constant of int64 numbers, the same for the same ones."""
+        """Return the name of a constant with these int64 values; equal ones are shared."""
         if values not in self._shared:
             self._shared[values] = self.constant(f"numbers.{'.'.join(map(str, values))}", np.array(values, np.int64))
         return self._shared[values]
 
     def value(self, name: str, tensor: Weight, output: str | None = None, dtype: Any = None) -> str:
-        """Add a tensor, decoded, and return its name; of its own dtype if no other is given."""
+        """Add nodes that decode a tensor, to its own dtype by default, and return the name of the result."""
         from onnx import helper
 
         dtype = np.dtype(tensor.dtype if dtype is None else dtype)
@@ -255,14 +255,14 @@ class Builder:
         return value if output is None else self.node("Identity", value, output=output)
 
     def _float32(self, name: str, array: Array) -> str:
-        """Add a constant as it is stored, and return the name of its value in float32."""
+        """Add a constant in its own dtype, and return the name of its value in float32."""
         from onnx import TensorProto
 
         constant = self.constant(name, array)
         return constant if array.dtype == np.float32 else self.node("Cast", constant, to=TensorProto.FLOAT)
 
     def _decoded(self, name: str, q: QuantizedTensor) -> str:
-        """Add minimum + scale * code, in float32 and of the weight's shape."""
+        """Add minimum + scale * code, in float32 and in the shape of the weight."""
         from onnx import TensorProto
 
         if q.size == 0:
@@ -271,7 +271,7 @@ class Builder:
         rows, cols = as_matrix(q.shape)
         groups = q.scale.shape[1]
         size = q.group_size if groups > 1 and q.group_size is not None else cols
-        wide = groups * size  # the last group of a row is filled with codes of 0
+        wide = groups * size  # the last group of a row is padded with codes of 0
         codes = self.fresh(f"{name}.codes")
         kind, nbytes = TensorProto.DataType.Value(_CODES[q.bits]), -(-rows * wide * q.bits // 8)
         self.constants.append(Constant(codes, kind, (rows, wide), nbytes, partial(_codes, q, wide)))
@@ -295,9 +295,9 @@ class Builder:
         return self.node("Reshape", value, self.numbers(*q.shape))
 
     def _scattered(self, name: str, tensor: SparseTensor) -> str:
-        """Add the stored values, scattered over zeros: by their places or by a bit for each weight.
+        """Add nodes that scatter the stored values over zeros.
 
-        Where neither takes less than the whole weight, add that.
+        The file has a position for each value, or a bit for each weight, or the dense weight: whichever is smallest.
         """
         from onnx import TensorProto, helper
 
@@ -305,7 +305,7 @@ class Builder:
         by_places, by_bits = tensor.nnz * index_type.itemsize, -(-tensor.size // 8)
         if tensor.values.nbytes + min(by_places, by_bits) >= tensor.size * tensor.dtype.itemsize:
             return self.constant(f"{name}.value", tensor.to_dense())
-        # Where each value stands, of any layout: the numbers of the values in their places.
+        # The position of each value, whatever the layout: decode the numbers 1, 2, 3 ... instead of the values.
         numbers = np.arange(1, tensor.nnz + 1, dtype=np.float64)
         numbered = SparseTensor(tensor.layout, tensor.positions, tensor.row_offsets, numbers, tensor.shape)
         found = numbered.to_dense().reshape(-1)
@@ -354,12 +354,12 @@ class Builder:
         return self._add_outliers(x, self.node("Add", y, added), (rows, cols), blocks.outliers, output)
 
     def block_constants(self, name: str, q: QuantizedTensor) -> "_Blocks":
-        """Add what MatMulNBits reads of a weight, unless it is there."""
+        """Add the inputs of MatMulNBits for a weight, once."""
         if name not in self._blocks:
             size, scale, minimum = _blocks(name, q)
             rows, groups = scale.shape
             scale_name = self._float32(f"{name}.scale", scale)
-            # Without a zero point codes count from the middle, which leaves less to cancel.
+            # Without a zero point, codes count from the middle; so smaller numbers cancel.
             middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32))
             offset = self.node("Mul", scale_name, middle)
             offset = self.node("Add", self._float32(f"{name}.minimum", minimum), offset)
@@ -374,7 +374,7 @@ class Builder:
         return self._blocks[name]
 
     def _outlier_constants(self, name: str, q: QuantizedTensor) -> tuple[str, str, str]:
-        """Add rows, columns and values of outliers."""
+        """Add the rows, columns and values of the outliers."""
         from onnx import TensorProto
 
         assert q.outliers is not None
@@ -387,7 +387,7 @@ class Builder:
         return rows, self.node("Mod", index, cols), values
 
     def _block_sums(self, x: str, cols: int, size: int) -> str:
-        """Add the sums of x over blocks of columns, unless they are there."""
+        """Add the sums of x over blocks of columns, once."""
         if (x, size) not in self._shared:
             padded, groups = x, -(-cols // size)
             if cols % size:
@@ -401,7 +401,7 @@ class Builder:
     def _add_outliers(
         self, x: str, y: str, shape: tuple[int, int], outliers: tuple[str, str, str], output: str | None
     ) -> str:
-        """Add to y, row by row of its transpose, the columns of x at outliers times what these add."""
+        """Add the products of the outliers with their columns of x to the rows of y.T."""
         rows, cols, values = outliers
         shape_of_y = self.node("Shape", y)
         columns = self.node("Transpose", self.node("Reshape", x, self.numbers(-1, shape[1])), perm=[1, 0])
@@ -435,12 +435,12 @@ def _bytes(array: Array) -> NDArray[np.uint8]:
 
 
 def _padded(codes: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
-    """Return rows of codes of so many bytes, filled with codes of 0."""
+    """Return the codes with each row padded to this number of bytes."""
     return _bytes(np.pad(codes, ((0, 0), (0, nbytes - codes.shape[1]))) if nbytes > codes.shape[1] else codes)
 
 
 def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
-    """Return the codes in rows of so many, one after the other; codes of 0 fill the rows."""
+    """Return the bytes of the codes with each row padded to this number of codes."""
     cols, row_bits = as_matrix(q.shape)[1], wide * q.bits
     if row_bits % 8 == 0:
         return _padded(q.codes, row_bits // 8)
@@ -448,7 +448,7 @@ def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
-    """Return a block size that MatMulNBits has, with scale and minimum of each block, or raise."""
+    """Return a block size of MatMulNBits that fits, with scale and minimum of each block."""
     cols = as_matrix(q.shape)[1]
     for size in sorted(_BLOCKS, key=lambda size: (-cols % size, -size)):  # with the least padding
         params = regroup(q, size)
@@ -536,7 +536,7 @@ def _vector(builder: Builder, model: Mapping[str, Weight], name: str, rows: int)
 
 
 def _norm(builder: Builder, model: Mapping[str, Weight], layer: Layer, rows: int, y: str) -> str:
-    """Add a batch normalization as a factor and a summand."""
+    """Add a batch normalization as one multiplication and one addition."""
     default = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
     if not any(f"{layer.norm}.{part}" in model for part in ("weight", "running_mean")):
         raise ValueError(f"model: the graph needs '{layer.norm}.weight', which is missing")

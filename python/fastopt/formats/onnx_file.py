@@ -54,10 +54,10 @@ class Payload:
 
 
 class Payloads:
-    """Bytes of tensors, by the tokens that stand for them in messages."""
+    """Bytes of tensors by token; the messages hold the tokens."""
 
     def __init__(self) -> None:
-        self.mark = os.urandom(12)  # no file can know it
+        self.mark = os.urandom(12)  # random, so that no file can contain it
         self._payloads: list[Payload] = []
 
     def add(self, payload: Payload) -> bytes:
@@ -66,13 +66,13 @@ class Payloads:
         return self.mark + (len(self._payloads) - 1).to_bytes(4, "little")
 
     def of(self, token: bytes) -> Payload | None:
-        """Return the bytes that a token stands for, or None if it is no token."""
+        """Return the payload of a token, or None if these bytes are not a token."""
         if len(token) != len(self.mark) + 4 or not token.startswith(self.mark):
             return None
         return self._payloads[int.from_bytes(token[-4:], "little")]
 
     def set(self, tensor: TensorProto, payload: Payload) -> None:
-        """Give a tensor its bytes; a few are stored in the message."""
+        """Set the bytes of a tensor; a small number of bytes is stored in the message."""
         small = payload.nbytes <= _SMALL
         tensor.raw_data = bytes(payload.read()) if small else self.add(payload)
 
@@ -171,12 +171,12 @@ class OnnxFile:
         return Payload(size, lambda: memoryview(data)[start : start + size], release)
 
     def _open_external(self, tensor: TensorProto) -> None:
-        """Take the bytes of a tensor from the other file that holds them."""
+        """Map the bytes of a tensor that is stored in another file."""
         what = f"{self.path}: {tensor.name!r}"
         told = {entry.key: entry.value for entry in tensor.external_data}
         location = told.get("location", "")
         data = self.path.parent / location
-        # A link, as in the cache of a hub, may lead to where the model itself lies.
+        # In the cache of Hugging Face, the model and its data are links into one other folder.
         folders = (self.path.parent.resolve(), self.path.resolve().parent)
         if not location or not any(data.resolve().is_relative_to(folder) for folder in folders):
             raise ValueError(f"{what}: expected its data in the folder of the model, got the location {location!r}")
@@ -281,7 +281,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def _name_constants(graph: GraphProto, payloads: Payloads) -> None:
-    """Let initializers take the place of large Constant nodes: not every runtime reads the data of these elsewhere."""
+    """Replace large Constant nodes by initializers, since not every runtime reads external data of attributes."""
     nodes = []
     for node in graph.node:
         for inner in subgraphs(node):
@@ -298,7 +298,7 @@ def _name_constants(graph: GraphProto, payloads: Payloads) -> None:
 
 
 def _move_beside(model: ModelProto, payloads: Payloads, name: str) -> list[Payload]:
-    """Let large tensors be in a file of this name; return what it is to hold, each aligned."""
+    """Let large tensors refer to a file of this name; return its content, where each payload is aligned."""
     beside: list[Payload] = []
     offset = 0
     for tensor in tensors_of(model):
@@ -322,7 +322,7 @@ def _write(file: Any, piece: bytes | Payload) -> None:
         piece.release()
 
 
-# ---- protobuf's wire format: fields of a number, a wire type, and for bytes and messages their length ----------------
+# ---- the wire format of protobuf: a field has a number, a wire type, and for bytes and messages a length ---------
 
 
 def _pieces_of(message: Any, payloads: Payloads) -> tuple[list[bytes | Payload], int]:
@@ -330,7 +330,7 @@ def _pieces_of(message: Any, payloads: Payloads) -> tuple[list[bytes | Payload],
 
 
 def _with_payloads(kind: Any, data: bytes, payloads: Payloads) -> tuple[list[bytes | Payload], int]:
-    """Return a message in pieces, tokens replaced by what they stand for, and its length."""
+    """Return the pieces of a message, with payloads in place of tokens, and its length."""
     pieces: list[bytes | Payload] = []
     length = done = 0
     for number, wire, begin, content, finish in _fields(data, 0, len(data)):
@@ -389,7 +389,7 @@ def _varint(data: Any, at: int, end: int) -> tuple[int, int]:
 
 
 def _head(number: int, length: int) -> bytes:
-    """Return how a field of bytes or of a message begins."""
+    """Return the head of a field of bytes or of a message: its number and its length."""
     out = bytearray()
     for value in (number << 3 | _BYTES, length):
         rest = value

@@ -1,4 +1,4 @@
-"""The graphs of an ONNX model: what each name means, which constants are weights, and a newer operator set.
+"""The graphs of an ONNX model: the meaning of names, the weights, local functions and operator sets.
 
 A name means something together with the graph that it is read in: it is looked up there, then in the graph around it.
 Two branches of an If may use one name for two things.
@@ -37,14 +37,14 @@ class Use(NamedTuple):
 
 @dataclass(eq=False)
 class Value:
-    """What a name means in a graph: an input, an initializer or the output of a node, and where it is read."""
+    """A named value of a graph: an input, an initializer or the output of a node; and where it is read."""
 
     name: str
     scope: Scope
     tensor: TensorProto | None = None  # of an initializer or a Constant
-    node: NodeProto | None = None  # that computes it
-    shape: tuple[int, ...] = ()  # of a tensor, or of what nodes decode
-    kind: int = 0  # data type of what nodes decode
+    node: NodeProto | None = None  # the node that computes it
+    shape: tuple[int, ...] = ()  # known for tensors and for decoded weights
+    kind: int = 0  # data type of a decoded weight
     uses: list[Use] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Scope:
         ]
 
     def find(self, name: str) -> Value | None:
-        """Return what a name means here."""
+        """Return the value that a name means in this graph."""
         scope: Scope | None = self
         while scope is not None:
             if name in scope.values:
@@ -169,7 +169,7 @@ def _named_subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
 
 
 class Order(NamedTuple):
-    """How a tensor is seen as rows, one for each output, of columns: its axes, and how many of them are rows."""
+    """How a tensor is read as a matrix with a row for each output: the order of its axes, the number of row axes."""
 
     axes: tuple[int, ...]
     rows: int
@@ -177,12 +177,12 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """A constant that is a weight, and nothing else."""
+    """A constant that is only used as a weight."""
 
     value: Value
     order: Order
-    uses: tuple[tuple[Use, Order], ...]  # by nodes that read it as a weight
-    between: tuple[Use, ...]  # by nodes that only pass it on, as Identity
+    uses: tuple[tuple[Use, Order], ...]  # nodes that read it as a weight
+    between: tuple[Use, ...]  # nodes between, such as Identity
     measured: bool  # a node reads its shape
 
     @property
@@ -209,11 +209,14 @@ class Found:
 
 
 def weights_of(constants: dict[str, Value]) -> tuple[dict[str, Found], dict[str, str]]:
-    """Return the constants that are weights, and for each other one why it is none."""
+    """Return the constants that are weights, and for each other constant the reason why it is not."""
     found, others = {}, {}
     for name, value in constants.items():
         search = _Search()
-        search.follow(value, tuple(range(len(value.shape))))
+        try:
+            search.follow(value, tuple(range(len(value.shape))))
+        except RecursionError:
+            search.trouble = "read through too many nodes"
         if search.trouble or not search.uses:
             others[name] = search.trouble or "no node reads it"
         else:
@@ -224,7 +227,7 @@ def weights_of(constants: dict[str, Value]) -> tuple[dict[str, Found], dict[str,
 
 
 class _Search:
-    """Looks for all that reads a constant, also behind nodes that pass it on."""
+    """Finds the nodes that read a constant, directly or through nodes such as Transpose."""
 
     def __init__(self) -> None:
         self.uses: list[tuple[Use, Order]] = []
@@ -252,7 +255,7 @@ class _Search:
 
 
 def _passed(node: NodeProto, axes: Sequence[int]) -> Sequence[int] | None:
-    """Return the axes behind a node that only passes a tensor on, None if it does more."""
+    """Return the axes after a node that only passes a tensor on; None if it does more."""
     if node.domain not in _ONNX or len(node.input) != 1 or len(node.output) != 1:
         return None
     if node.op_type == "Identity" or (node.op_type == "Cast" and attribute(node, "to", 0) in _FLOAT_TYPES):
@@ -264,7 +267,7 @@ def _passed(node: NodeProto, axes: Sequence[int]) -> Sequence[int] | None:
 
 
 def _order(node: NodeProto, place: int, ndim: int) -> Order | None:
-    """Return how an operator sees the weight that is this input of it, None if that is no weight."""
+    """Return how an operator reads this input as a weight; None if it does not."""
     kind = node.op_type.removeprefix("Fused") if node.domain == "com.microsoft" else node.op_type
     if node.domain not in (*_ONNX, "com.microsoft") or (node.domain == "com.microsoft" and kind == node.op_type):
         return None
@@ -287,7 +290,7 @@ def _order(node: NodeProto, place: int, ndim: int) -> Order | None:
 
 
 def _order_of_einsum(node: NodeProto, place: int, ndim: int) -> Order | None:
-    """Return the axes that stay, then those that are summed."""
+    """Return the axes that stay, followed by those that are summed over."""
     terms, arrow, result = attribute(node, "equation", b"").decode(errors="replace").replace(" ", "").partition("->")
     letters = terms.split(",")[place] if arrow and place < len(terms.split(",")) else ""
     stay = [axis for axis, letter in enumerate(letters) if letter in result]
@@ -402,7 +405,7 @@ def at_opset(model: ModelProto, opset: int, payloads: Payloads) -> ModelProto:
 
 
 def _lost(before: ModelProto, after: ModelProto, payloads: Payloads) -> str:
-    """Return what a model has lost by being converted, "" if nothing."""
+    """Return what a model has lost in a conversion, "" if nothing."""
     if before.functions:
         return f"its local functions, as {before.functions[0].name!r}"
     for kind in ("input", "output"):
@@ -452,7 +455,7 @@ def _invalid(model: ModelProto) -> str:
 
 
 def _restore(before: ModelProto, after: ModelProto) -> None:
-    """Give back to a model what tools of ONNX drop, and what does not depend on the operator set."""
+    """Copy to a model what the tools of onnx drop and what does not depend on the operator set."""
     for name in ("metadata_props", "training_info", "configuration"):
         _copy_field(before, after, name)
     for name in ("input", "output", "doc_string", "metadata_props", "quantization_annotation", "name"):

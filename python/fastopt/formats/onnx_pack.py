@@ -53,39 +53,37 @@ def pack_onnx(
 ) -> Report:
     """Pack the weights of an ONNX model, and write one that runs.
 
-    Weights are constants that only MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU, RNN and Einsum nodes read as
-    such, also behind Identity, Transpose and Cast, in the branches of an If and the bodies of loops. Local functions
-    are inlined. One tensor is in memory at a time, and all packed ones.
+    A weight is a constant that is only read by MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU, RNN and Einsum
+    nodes, directly or through Identity, Transpose and Cast, also in the branches of an If and in the bodies of loops.
+    Local functions are inlined. Only one tensor is in memory at a time, beside those that are packed.
 
     Parameters
     ----------
     source : path-like
         An ONNX file. Tensors that it keeps in other files of its folder are read too.
     target : path-like
-        It appears when it is complete; it may be the source. An initializer that is packed is no input of the model
-        any more, as some models list them.
+        It appears when it is complete; it may be the source. If the model lists a weight among its inputs too, as old
+        ones do, it does not after the weight was packed.
     recipe, **options
-        As in `pack`, by the names of the weights in the model. Where several graphs use one name, an inner one has
-        that of its node before it, as "If_0.then_branch/W". A weight is taken as [out, in, ...], whichever way the
+        As in `pack`, by the names of the weights in the model. If several graphs use one name, those in inner graphs
+        are preceded by the node, as in "If_0.then_branch/W". A weight is packed as [out, in, ...], whichever way the
         model stores it: groups lie along the input axis.
     target_bits, target_size
         As in `pack`: bits for each of these weights, bytes of the whole file.
     fast : bool
-        Multiply by MatMulNBits, which is ONNX Runtime's own, where a quantized float32 weight is only read by MatMul,
-        and Gemm that only adds a bias. Other weights are decoded by standard operators.
+        Multiply with MatMulNBits, an operator of ONNX Runtime, if a quantized float32 weight is only read by MatMul and
+        by Gemm nodes that at most add a bias. Other weights are decoded by standard operators.
     accuracy_level : int
-        Of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
+        Option of MatMulNBits: 0 multiplies in float32, 4 rounds x to int8 in blocks.
     dry_run : bool
         Write nothing.
     notify : callable, optional
-        Called with the bytes of the weights that are done, those of all, and the name of the weight that is next, "" at
-        the end.
+        Called with the bytes done, the bytes in total, and the name of the next weight, "" at the end.
 
     Returns
     -------
     Report
-        Of the weights, with the bytes that they take in the file, and of other constants that are no smaller than the
-        recipe's `min_size`.
+        The weights, with the bytes that they take in the file, and other constants of at least `min_size` elements.
 
     Raises
     ------
@@ -213,10 +211,10 @@ def _opset(recipe: Recipe, name: str, weights: Weights) -> int:
 
 
 class _Edit:
-    """Puts packed weights in the place of constants of a model.
+    """Replaces constants of a model by packed weights.
 
-    Nodes that decode, and constants that nodes read, stand in the graph that had the constant; nodes that multiply by
-    codes in that of the node that they replace.
+    Nodes that decode, and their constants, are added to the graph that had the constant. Nodes that multiply with codes
+    are added to the graph of the node that they replace.
     """
 
     def __init__(self, model: ModelProto, fast: bool, accuracy_level: int) -> None:
@@ -225,7 +223,7 @@ class _Edit:
         self._found, self.others = weights_of(self.constants)
         taken = set(self._root.names())
         scopes = list(self._root.walk())
-        # Of each graph: what decodes constants, which comes first, and what multiplies, in the place of a node.
+        # For each graph: nodes that decode, which come first, and nodes that take the place of products.
         self._heads = {scope: Builder(fast, accuracy_level, taken) for scope in scopes}
         self._products = {scope: Builder(fast, accuracy_level, taken) for scope in scopes}
         self._replaced: dict[tuple[Scope, int], list[NodeProto]] = {}

@@ -1,4 +1,4 @@
-"""The weights of an ONNX model as arrays: constants, and what nodes decode from codes."""
+"""The weights of an ONNX model as arrays: constants, and weights that nodes decode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastopt.tensors.quantization import unpack_bits
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-# What decodes a weight, of constants alone.
+# Operators that decode weights.
 _DECODERS = {
     "Add", "BitwiseAnd", "Cast", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Identity", "Mod", "Mul",
     "NonZero", "Reshape", "ScatterElements", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
@@ -110,7 +110,7 @@ def _tag(node: NodeProto | None) -> str:
 
 
 def _decoded(root: Scope) -> dict[Value, list[Value]]:
-    """Return what nodes decode from constants, with all that they go through."""
+    """Return the values that are decoded from constants, each with the values that it is computed from."""
     values = [value for scope in root.walk() for value in scope.values.values() if value.tensor is None]
     decoded: dict[Value, list[Value]] = {}
     inside: set[Value] = set()
@@ -120,7 +120,10 @@ def _decoded(root: Scope) -> dict[Value, list[Value]]:
             if node is None or value in inside or bool(_tag(node)) is not ours:
                 continue
             if node.op_type in _DECODERS if ours else node.op_type == "DequantizeLinear":
-                steps = _steps(value, [])
+                try:
+                    steps = _steps(value, [])
+                except RecursionError:
+                    steps = None
                 if steps is not None:
                     decoded[value] = steps
                     inside.update(steps)
@@ -128,7 +131,7 @@ def _decoded(root: Scope) -> dict[Value, list[Value]]:
 
 
 def _steps(value: Value, before: list[Value]) -> list[Value] | None:
-    """Return what a value is computed from, each after what it needs itself; None if not from constants alone."""
+    """Return the values that a value needs, in order, and itself; None if it does not depend on constants alone."""
     if value in before:
         return before
     if value.tensor is None:
@@ -144,7 +147,7 @@ def _steps(value: Value, before: list[Value]) -> list[Value] | None:
 
 
 def _infer(model: ModelProto, root: Scope, decoded: Iterable[Value]) -> None:
-    """Tell values their shapes and types, as far as onnx knows them without their data."""
+    """Set the shapes and types of decoded values, as far as onnx can infer them."""
     from onnx import shape_inference
 
     wanted = set(decoded)
@@ -195,7 +198,7 @@ def _evaluated(file: OnnxFile, model: ModelProto, value: Value) -> Array:
 
 
 def _products(root: Scope) -> Iterator[tuple[Scope, NodeProto, list[Value]]]:
-    """Give the nodes that multiply by codes, each with its graph and the constants that belong to the weight."""
+    """Yield the nodes that multiply with codes, each with its graph and the constants of its weight."""
     for scope in root.walk():
         for node in scope.nodes:
             if node.op_type == "MatMulNBits" and node.domain == "com.microsoft" and _parts(scope, node) is not None:
@@ -206,7 +209,7 @@ def _products(root: Scope) -> Iterator[tuple[Scope, NodeProto, list[Value]]]:
 
 
 def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
-    """Return codes, scale, zero points, and what fastopt adds, None if they are no constants."""
+    """Return codes, scale and zero points, and the parts that fastopt adds; None if they are not constants."""
     parts = {
         part: value
         for part, place in (("codes", 1), ("scale", 2), ("zero", 3))
