@@ -102,7 +102,7 @@ def test_command(rng, tmp_path):
         ("uint8.c", "t", "would be uint8_t in C"),
         ("INT8.c", "MAX", "would be INT8_MAX in C"),
         ("static.c", "assert", "would be static_assert in C"),
-        ('quo"te.c', "w", "that an #include can hold"),
+        ('a"quote.c', "w", "that an #include can hold"),
         ("back\\slash.c", "w", "that an #include can hold"),
         ("new\nline.c", "w", "that an #include can hold"),
         ("1st.c", "w", "starts with a letter"),

@@ -57,7 +57,7 @@ def assert_close_in_both(source, target, rng, bound):
 def test_branches_with_one_name(fast, opset, rng, tmp_path):
     """Each branch keeps its own weight, and the report tells of both."""
     product = [node("MatMul", ["x", "W"], ["y"])]
-    then, other = (branch(name, product, W=random(rng, 64, 32)) for name in "te")
+    then, other = (branch(name, product, W=random(rng, 64, 32)) for name in ("then", "other"))
     source = save_branches(tmp_path / "m.onnx", then, other, opset)
     report = fo.pack_onnx(source, tmp_path / "p.onnx", EIGHT, fast=fast)
     assert {t.name: t.bits for t in report.tensors} == {"if.then_branch/W": 8, "if.else_branch/W": 8}

@@ -69,7 +69,7 @@ def test_each_operator(case, fast, rng, tmp_path):
 
 def test_branches(rng, tmp_path):
     product = [node("MatMul", ["x", "W"], ["y"])]
-    then, other = (branch(name, product, W=random(rng, 64, 32)) for name in "te")
+    then, other = (branch(name, product, W=random(rng, 64, 32)) for name in ("then", "other"))
     source = save_branches(tmp_path / "m.onnx", then, other)
     fo.pack_onnx(source, tmp_path / "p.onnx", bits=8, min_size=1)
     plain, packed = opened(source), opened(tmp_path / "p.onnx")
