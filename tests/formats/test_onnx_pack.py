@@ -393,7 +393,7 @@ def test_command(source, tmp_path):
     assert "gemm" in command("pack", source, "-o", model, "--target-bits", 6, "--min-size", 500, "--dry-run").stdout
     for wrong in (["-o", tmp_path / "m.safetensors"], ["-o", model, "--html", tmp_path / "page.html"]):
         assert "an ONNX model is packed to an ONNX model" in command("pack", source, *wrong, "--bits", 4, code=2).stderr
-    fo.pack({"w": np.eye(64, dtype="f4")}).save(tmp_path / "w.safetensors")
+    fo.PackedModel({"w": np.eye(64, dtype="f4")}).save(tmp_path / "w.safetensors")
     paths = (tmp_path / "w.safetensors", "-o", tmp_path / "p.safetensors")
     assert "for an ONNX model only" in command("pack", *paths, "--bits", 4, "--fast", code=2).stderr
     assert not model.exists()

@@ -33,12 +33,14 @@ def weights(rng):
 
 def models(weights):
     small = {"min_size": 1}
-    yield fo.pack(weights)
+    yield fo.PackedModel(weights)
     yield fo.pack(weights, bits=4, **small)
     yield fo.pack(weights, bits=8, group_size=None, param_dtype="float32", **small)
     yield fo.pack(weights, sparsity=0.5, **small)
     yield fo.pack(weights, bits=4, sparsity=0.5, **small)
-    yield fo.pack(weights, bits=2, exclude=["*bias"], overrides={"embed": {"bits": 8}, "conv": {"sparsity": 0.9}})
+    yield fo.pack(
+        weights, bits=2, exclude=["*bias"], overrides={"embed": {"bits": 8}, "conv": {"sparsity": 0.9}}, **small
+    )
 
 
 def contents(tensor):
@@ -135,7 +137,7 @@ def test_same_input_same_bytes(weights, tmp_path, threads):
 
 def test_saving_replaces_whole_or_not_at_all(weights, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
-    model = fo.pack(weights, bits=4)
+    model = fo.pack(weights, bits=4, min_size=1)
     model.save(path)
     path.chmod(0o640)
     before = path.read_bytes()
@@ -147,7 +149,7 @@ def test_saving_replaces_whole_or_not_at_all(weights, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(os if step == "fsync" else Path, step, fail)
             with pytest.raises(OSError, match="no space left"):
-                fo.pack(weights, bits=8).save(path)
+                fo.pack(weights, bits=8, min_size=1).save(path)
         assert path.read_bytes() == before
         assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
     fo.load(path)  # a model that is mapped from the file may be saved over it
@@ -159,7 +161,7 @@ def test_saving_replaces_whole_or_not_at_all(weights, tmp_path, monkeypatch):
 
 
 def test_where_it_cannot_be_saved(weights, tmp_path):
-    model = fo.pack(weights)
+    model = fo.PackedModel(weights)
     with pytest.raises(FileNotFoundError):
         model.save(tmp_path / "nowhere" / "m.safetensors")
     with pytest.raises(IsADirectoryError):
@@ -203,3 +205,47 @@ def test_outliers_are_saved(tmp_path, rng):
         "b",
         *(f"w.{x}" for x in ("codes", "minimum", "outlier_index", "outlier_value", "scale")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            "no tensor is packed: nothing is asked for; give bits, sparsity, threshold, pattern, overrides or a target",
+        ),
+        ({"bits": 4}, "no tensor is packed: 7 x fewer than min_size 4096; 1 x int64 is not quantized or pruned"),
+        ({"bits": 4, "min_size": 1, "include": "no*"}, "no tensor is packed: 8 x not included"),
+        ({"bits": 4, "min_size": 1, "exclude": "*"}, r"no tensor is packed: 8 x excluded by '\*'"),
+    ],
+)
+def test_what_packs_nothing_says_so(options, message, weights, tmp_path):
+    fo.PackedModel(weights).save(tmp_path / "m.safetensors")
+    for call in (
+        lambda: fo.pack(weights, **options),
+        lambda: fo.pack(tmp_path / "m.safetensors", **options),
+        lambda: fo.pack_file(tmp_path / "m.safetensors", tmp_path / "o.safetensors", **options),
+        lambda: fo.pack_file(tmp_path / "m.safetensors", dry_run=True, **options),
+    ):
+        with pytest.warns(UserWarning, match=message) as caught:
+            call()
+        assert caught[0].filename == __file__
+    assert len(fo.pack({}, bits=4)) == 0
+    fo.pack(weights, bits=4, include=[])  # nothing is what was asked for
+
+
+@pytest.mark.parametrize("weights", [[np.ones((64, 64))], None, object()])
+def test_what_is_no_mapping_is_named(weights):
+    with pytest.raises(TypeError, match=f"weights: expected a mapping .* got {type(weights).__name__}"):
+        fo.pack(weights, bits=4)
+
+
+def test_a_report_is_read_in_python(rng):
+    w = {"a.weight": rng.standard_normal((64, 128)).astype("f4"), "b\x1b": np.ones(3, "f4")}
+    report = fo.pack(w, bits=4).report(w)
+    assert repr(report).startswith("Report(2 tensors, 1 packed, 32,780 -> 5,132 bytes, 5.01 bits per weight, relative")
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["tensor", "a.weight", "b\\x1b"]
+    assert lines[3] == repr(report)
+    assert "64x128" in lines[1]
+    assert report.recipe.bits == 4

@@ -228,3 +228,25 @@ def test_layers_of_a_stack(rng):
     ]:
         with pytest.raises(ValueError, match=message):
             fo.drop_layers(weights, **{"prefix": "net.{}.", "count": 1, **options})
+
+
+@pytest.mark.parametrize("criterion", ["activity", "taylor"])
+def test_only_layers_that_may_lose_units_are_scored(criterion, rng):
+    weights = {f"{name}.weight": rng.standard_normal((6, 6)).astype("f4") for name in "abcd"}
+    graph = [fo.Layer(name) for name in "abcd"]
+    given = {
+        "activity": {"activations": {"b": rng.standard_normal((9, 6))}},
+        "taylor": {"gradients": {"b.weight": rng.standard_normal((6, 6))}},
+    }[criterion]
+    small = fo.shrink(weights, graph, share=0.5, criterion=criterion, layers=["b"], fold=False, **given)
+    assert [len(small.kept[name]) for name in "abcd"] == [6, 3, 6, 6]
+    assert fo.shrink(weights, graph, share=0.5, criterion=criterion, layers=["none"]).weights["b.weight"].shape == (
+        6,
+        6,
+    )
+    missing = {"activity": "activations: nothing for 'a'", "taylor": "gradients: nothing for 'a.weight'"}[criterion]
+    with pytest.raises(ValueError, match=missing):
+        fo.shrink(weights, graph, share=0.5, criterion=criterion, layers=["a", "b"], fold=False, **given)
+    next(iter(given.values())).update(dict.fromkeys(("b", "b.weight"), np.full((6, 6), np.nan)))
+    with pytest.raises(ValueError, match="of 'b' is not finite"):
+        fo.shrink(weights, graph, share=0.5, criterion=criterion, layers=["b"], fold=False, **given)

@@ -141,8 +141,8 @@ def _print(console: Console, columns: Sequence[_Column], rows: Sequence[Any]) ->
             (f"  {name[len(under) + 1 :]}" if under else name, row)
             for name, row in ((printable(row.name), row) for row in members)
         ]
-    widths = {column: 2 + max(len(column.head), *(len(column.text(row)) for row in rows)) for column in columns}
-    shown, longest = list(columns), max(len(name) for name, row in lines if row is not None)
+    widths = {column: 2 + max(len(text) for text in (column.head, *map(column.text, rows))) for column in columns}
+    shown, longest = list(columns), max((len(name) for name, row in lines if row is not None), default=0)
     while sum(widths[column] for column in shown) + min(longest, _NAME) > console.width:
         last = max(shown, key=lambda column: column.rank)
         if last.rank == 0:
@@ -184,7 +184,8 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
         _Column("> 6 std", lambda t: f"{t.outliers:,}"),
         _Column("bits", lambda t: str(t.suggested_bits or "")),
     )
-    _print(console, columns, facts)
+    if facts:
+        _print(console, columns, facts)
     lines = facts_lines(file, facts)
     if recipe is not None:
         changed = {name: value for name, value in recipe.to_dict().items() if value != Recipe().to_dict()[name]}
@@ -321,4 +322,6 @@ def difference_lines(difference: Difference) -> list[str]:
 
 
 def _error_text(error: Error) -> str:
+    if error.rmse == 0:
+        return "no error"
     return f"relative error {percent_text(error.relative)}, SNR {decibel_text(error.snr)} dB, cosine {error.cosine:.6f}"

@@ -499,7 +499,7 @@ def run(data: Dataset, file: Path, *, epochs: int | None = None, notify: Notify 
     options: dict[str, Any] = {"bits": BITS, "include": ["*.weight"], "min_size": 0}
     quantized = fo.pack(trained, **options)
     packed = fo.pack(network.params, sparsity=0.0, **options)  # what is zero already is left out
-    sizes_on_disk = [_file_size(model) for model in (fo.pack(plain.params), fo.pack(trained), quantized)]
+    sizes_on_disk = [_file_size(model) for model in (fo.PackedModel(plain.params), fo.PackedModel(trained), quantized)]
     packed.save(file)
     loaded = fo.load(file)  # memory-mapped: products read the packed weights where they lie in the file
     for name, mask in masks.items():

@@ -8,6 +8,7 @@ specifies it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,16 @@ from fastopt.files.shards import is_placed_in, opened_shards
 from fastopt.files.sources import is_safetensors, model_files, open_weights
 from fastopt.files.weights import Weights, stored_of
 from fastopt.models.choose import Check, make_to_fit
-from fastopt.models.recipe import Recipe, RecipeOptions, naming_tensor, pack_tensor, recipe_of
+from fastopt.models.recipe import (
+    Recipe,
+    RecipeOptions,
+    naming_tensor,
+    pack_tensor,
+    recipe_of,
+    warn_if_nothing_is_packed,
+)
 from fastopt.models.report import Report, Reporter
-from fastopt.tensors.packed import Weight, unpacked
+from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -182,6 +190,11 @@ def pack(
     TypeError, ValueError
         If an option is unknown or out of range, or a tensor has NaN or infinity; the message names it.
 
+    Warns
+    -----
+    UserWarning
+        If no tensor is packed: because nothing is asked for, or all are too small or excluded.
+
     Examples
     --------
     >>> import numpy as np
@@ -191,12 +204,16 @@ def pack(
     PackedModel(2 tensors, 2,816 bytes)
     """
     recipe = recipe_of(recipe, options)
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, str | os.PathLike):
         weights = open_weights(weights)
+    elif not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a mapping from name to array, or a path, got {type(weights).__name__}")
     source = weights
 
     def make(chosen: Recipe, check: Check) -> PackedModel:
-        model = PackedModel({name: pack_tensor(name, stored_of(source, name), chosen)[0] for name in source}, chosen)
+        made = {name: pack_tensor(name, stored_of(source, name), chosen) for name in source}
+        warn_if_nothing_is_packed(chosen, [(isinstance(tensor, PackedTensor), why) for tensor, why in made.values()])
+        model = PackedModel({name: tensor for name, (tensor, _) in made.items()}, chosen)
         check(model.nbytes, 0 if target_size is None else file_nbytes(*model._content()))
         return model
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import difflib
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -123,6 +126,7 @@ class Options:
         return kept.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
 
 
+NOT_ASKED = "nothing is asked for"
 _OPTIONS = tuple(f.name for f in fields(Options))
 
 
@@ -215,7 +219,7 @@ class Recipe(Options):
         options = self.changed(changes)
         reason = "for all" if matching is None else f"override {matching!r}"
         if options.bits is None and not options.prunes:
-            return None, "nothing is asked for" if matching is None else reason
+            return None, NOT_ASKED if matching is None else reason
         return options, reason
 
     def override_of(self, name: str) -> tuple[str | None, Mapping[str, Any]]:
@@ -359,6 +363,26 @@ def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]
         return tensor, reason
     with naming_tensor(name):
         return options.apply(tensor), reason
+
+
+def warn_if_nothing_is_packed(recipe: Recipe, tensors: Iterable[tuple[bool, str]]) -> None:
+    """Warn if of tensors, given as whether they are packed and why so, none is packed."""
+    tensors = list(tensors)
+    if not tensors or not recipe.include or any(packed for packed, _ in tensors):
+        return
+    reasons = Counter(re.sub(r"^\d+ weights, ", "", reason) for _, reason in tensors)
+    text = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+    if reasons[NOT_ASKED]:
+        text = f"{NOT_ASKED}; give bits, sparsity, threshold, pattern, overrides or a target"
+    warnings.warn(f"no tensor is packed: {text}", stacklevel=_outside())
+
+
+def _outside() -> int:
+    """Return the `stacklevel` of the first frame that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastopt."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextlib.contextmanager

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastopt._text import printable
 from fastopt._types import FLOATS, Array
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.error import Error, ErrorSums
-from fastopt.tensors.packed import Weight, storage_of, unpacked
-from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor
+from fastopt.tensors.packed import PackedTensor, Weight, storage_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TensorReport:
     bits, group_size : int or None
         Of the codes, as in `QuantizedTensor`.
     density : float
-        Share of weights that is stored.
+        Fraction of the weights that is stored.
     bits_per_weight : float
         Bits stored for each weight, all parts included.
     nbytes_before, nbytes : int
@@ -53,7 +52,7 @@ class TensorReport:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The result of packing a model: each tensor, and the totals.
 
@@ -84,6 +83,27 @@ class Report:
     def bits_per_weight(self) -> float:
         """Bits stored for each weight of all tensors."""
         return 8 * self.nbytes / max(sum(math.prod(tensor.shape) for tensor in self.tensors), 1)
+
+    def __repr__(self) -> str:
+        packed = sum(tensor.kind != "dense" for tensor in self.tensors)
+        error = "" if self.error is None else f", relative error {self.error.relative:.3g}"
+        return (
+            f"Report({len(self.tensors)} tensors, {packed} packed, {self.nbytes_before:,} -> {self.nbytes:,} bytes, "
+            f"{self.bits_per_weight:.2f} bits per weight{error})"
+        )
+
+    def __str__(self) -> str:
+        """Return a table of the tensors, and the totals in its last line."""
+        rows = [("tensor", "shape", "stored", "bits/w", "bytes", "error", "why")]
+        for t in self.tensors:
+            stored = t.kind if t.bits is None else f"{t.kind}, {t.bits} bits"
+            error = "" if t.error is None else f"{t.error.relative:.3g}"
+            shape = "x".join(map(str, t.shape))
+            per_weight = f"{t.bits_per_weight:.2f}"
+            rows.append((printable(t.name), shape, stored, per_weight, f"{t.nbytes:,}", error, printable(t.reason)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, repr(self)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as a plain dict; what is not finite, which JSON cannot say, as None.
@@ -148,7 +168,7 @@ class Reporter:
             nbytes_before=nbytes_before,
             bits=bits,
             group_size=group_size,
-            density=tensor.density if isinstance(tensor, SparseTensor) else 1.0,
+            density=tensor.density if isinstance(tensor, PackedTensor) else 1.0,
             error=None if sums is None else sums.error(),
         )
 
@@ -188,10 +208,8 @@ def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:
         return None
     if tensor.shape != original.shape:
         raise ValueError(f"weights: expected shape {tensor.shape}, got {original.shape}")
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, PackedTensor):
         return tensor.error_sums(original)
     sums = ErrorSums()
-    ours, theirs, step = unpacked(tensor).reshape(-1), original.reshape(-1), 1 << 20
-    for at in range(0, theirs.size, step):
-        sums.add(ours[at : at + step], theirs[at : at + step])
+    sums.add(tensor, original)
     return sums

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
@@ -223,11 +223,12 @@ def _scores(
     criterion: str,
     activations: Mapping[str, Array] | None,
     gradients: Mapping[str, Array] | None,
+    removable: Set[int],
 ) -> dict[int, float]:
-    """Return how important each unit is: the mean over the layers that make it."""
+    """Return the importance of each unit that may be removed: the mean over the layers that share it."""
     found: dict[int, list[float]] = defaultdict(list)
     for name, node in plan.nodes.items():
-        if not isinstance(node, Layer):
+        if not isinstance(node, Layer) or removable.isdisjoint(plan.roots(name).tolist()):
             continue
         w = plan.tensor(f"{name}.weight").astype(np.float64)
         if criterion == "activity":
@@ -247,6 +248,8 @@ def _scores(
                 w = w * gradient
             flat = w.reshape(len(w), -1)
             values = np.sqrt(np.square(flat).mean(axis=1)) if criterion == "l2" else np.abs(flat).mean(axis=1)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{criterion}: the importance of a unit of {name!r} is not finite")
         for root, value in zip(plan.roots(name), values, strict=True):
             found[int(root)].append(float(value))
     return {root: sum(values) / len(values) for root, values in found.items()}
@@ -349,7 +352,7 @@ def shrink(
         Importance of a unit: mean magnitude or root mean square of its weights, mean magnitude of its activations, or
         of weight * gradient; the mean over layers that share it.
     activations : mapping from name of layer to array, shape (samples, channels, ...)
-        For "activity".
+        For "activity": the outputs of each layer that may lose units, and of each that shares units with it.
     gradients : mapping from name of tensor to array
         For "taylor".
     layers : sequence of glob patterns
@@ -412,7 +415,8 @@ def shrink(
     for root, (name, _) in groups.items():
         if root not in fixed:
             by_layer[name].append(root)
-    scores = _scores(plan, criterion, activations, gradients) if by_layer else {}
+    removable = {root for group in by_layer.values() for root in group}
+    scores = _scores(plan, criterion, activations, gradients, removable)
     removed = _choose(by_layer.values(), scores, share, threshold, scope, round_to)
 
     drop = {name: np.isin(plan.roots(name), list(removed)) for name in plan.nodes}

@@ -17,7 +17,7 @@ from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of
 from fastopt.models.choose import Check, Sizes, make_to_fit
-from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of
+from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, warn_if_nothing_is_packed
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -122,9 +122,12 @@ def pack_file(
 
     def make(chosen: Recipe, check: Check) -> Report:
         if dry_run or target is None:
-            return plan(weights, chosen)
-        progress.restart(int(searches))
-        return _write_packed(weights, Path(target), shards, chosen, check, progress)
+            report = plan(weights, chosen)
+        else:
+            progress.restart(int(searches))
+            report = _write_packed(weights, Path(target), shards, chosen, check, progress)
+        warn_if_nothing_is_packed(chosen, [(t.kind != "dense", t.reason) for t in report.tensors])
+        return report
 
     return make_to_fit(
         weights,

@@ -109,6 +109,11 @@ class PackedTensor(ABC):
         return 8 * self.nbytes / max(self.size, 1)
 
     @property
+    def density(self) -> float:
+        """Fraction of the weights that is stored."""
+        return 1.0
+
+    @property
     def T(self) -> Transposed:  # noqa: N802 - NumPy's name
         """The transpose, for ``x @ w.T``."""
         return Transposed(self)
