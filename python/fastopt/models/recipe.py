@@ -126,7 +126,7 @@ class Options:
         return kept.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
 
 
-NOT_ASKED = "nothing is asked for"
+_NO_FLOATS = "is not quantized or pruned"
 _OPTIONS = tuple(f.name for f in fields(Options))
 
 
@@ -211,7 +211,7 @@ class Recipe(Options):
                 return None, f"excluded by {pattern!r}"
         kind = np.dtype(dtype).name
         if kind not in FLOATS:
-            return None, f"{kind} is not quantized or pruned"
+            return None, f"{kind} {_NO_FLOATS}"
         size = int(np.prod(shape, dtype=object))
         if size < self.min_size:
             return None, f"{size} weights, fewer than min_size {self.min_size}"
@@ -219,7 +219,7 @@ class Recipe(Options):
         options = self.changed(changes)
         reason = "for all" if matching is None else f"override {matching!r}"
         if options.bits is None and not options.prunes:
-            return None, NOT_ASKED if matching is None else reason
+            return None, "nothing is asked for" if matching is None else reason
         return options, reason
 
     def override_of(self, name: str) -> tuple[str | None, Mapping[str, Any]]:
@@ -366,14 +366,14 @@ def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]
 
 
 def warn_if_nothing_is_packed(recipe: Recipe, tensors: Iterable[tuple[bool, str]]) -> None:
-    """Warn if of tensors, given as whether they are packed and why so, none is packed."""
-    tensors = list(tensors)
+    """Warn if of tensors, given as whether they are packed and why so, none is packed; integers are not counted."""
+    tensors = [(packed, reason) for packed, reason in tensors if not reason.endswith(_NO_FLOATS)]
     if not tensors or not recipe.include or any(packed for packed, _ in tensors):
         return
     reasons = Counter(re.sub(r"^\d+ weights, ", "", reason) for _, reason in tensors)
     text = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-    if reasons[NOT_ASKED]:
-        text = f"{NOT_ASKED}; give bits, sparsity, threshold, pattern, overrides or a target"
+    if recipe.bits is None and not recipe.prunes and not recipe.overrides:
+        text = "nothing is asked for; give bits, sparsity, threshold, pattern, overrides or a target"
     warnings.warn(f"no tensor is packed: {text}", stacklevel=_outside())
 
 
