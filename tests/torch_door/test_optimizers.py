@@ -331,7 +331,10 @@ def test_clipping_is_that_of_torch():
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q)
     before = copy.deepcopy(params)
+    late = ft.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, max_norm=0.5)
     params[1].grad[0] = torch.nan
+    late.step()
+    assert not any(late.state.values())  # its first step is still to come
     opt.step()
     assert opt.skipped == 1
     assert all(map(same_bits, params, before))

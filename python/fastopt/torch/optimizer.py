@@ -145,6 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         if any(group.get("max_norm") is not None for group in self.param_groups):
             self.grad_norm = scale * math.sqrt(batch.sum_squares())
             if not math.isfinite(self.grad_norm):
+                batch.forget_new_states()
                 self.skipped += 1
                 return
         self._apply(batch, scale)
@@ -178,7 +179,11 @@ class Optimizer(torch.optim.Optimizer):
                     indices=None,
                 )
             )
-        _core.step(jobs, [0])
+        try:
+            _core.step(jobs, [0])
+        except BaseException:
+            batch.forget_new_states()
+            raise
         for count in batch.other_counts:
             count.add_(1)
         if batch.changed:
@@ -320,6 +325,7 @@ class _Batch:
         self.others: list[Part] = []
         self.again: list[Part] = []  # parameters whose memory is in the batch already
         self.changed: list[torch.Tensor] = []
+        self._new: list[tuple[dict[str, Any], str]] = []  # states that begin with this step
         self.other_counts: list[torch.Tensor] = []  # step counts that are not float32
         self._alive: list[torch.Tensor] = []  # gradients, of which some are copies
         self._shards: dict[Any, list[Memory]] = {}  # gradients by the process groups that they are spread over
@@ -420,6 +426,8 @@ class _Batch:
                     or not s.is_cpu
                     or (not s.is_contiguous() if contiguous else s.stride() != strides)
                 ):
+                    if not started:
+                        self._new.append((state, name))
                     s = find_or_make(state, key, p, state_dtype, initial)
                     s = s.to_local() if sharded else s
                 addresses.append(s.data_ptr())
@@ -465,6 +473,11 @@ class _Batch:
         if group.get("keep_zeros", False):
             master.masked_fill_(w == 0, 0)  # what was pruned since the last step
         return int(master.data_ptr())
+
+    def forget_new_states(self) -> None:
+        """Take back the states of parameters that would have taken their first step: SGD's first is another one."""
+        for state, name in self._new:
+            state.pop(name, None)
 
     def sum_squares(self) -> float:
         """Return the sum of squares of all gradients, over all processes that hold shards of them."""
