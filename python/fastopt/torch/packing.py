@@ -1,0 +1,302 @@
+"""Pack the weights of a module in place, unpack them, save and load them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastopt._types import PathLike
+from fastopt.models.choose import choose_bits
+from fastopt.models.model import PackedModel, load
+from fastopt.models.recipe import Recipe, pack_tensor, recipe_of
+from fastopt.models.report import Report, Reporter
+from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
+from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.torch.modules import PACKED, PackedConv1D, PackedEmbedding, PackedModule, is_layer, tensors_of
+from fastopt.train.param_tree import as_array
+
+# Ends the name of a saved weight that is packed the other way round than its layer has it: [out, in].
+TRANSPOSED = ".T"
+
+
+class _Place(NamedTuple):
+    """A parameter, and all modules that hold it: more than one if it is tied."""
+
+    name: str
+    weight: torch.nn.Parameter
+    owners: list[tuple[str, torch.nn.Module]]  # names of the parameter there, and the modules
+
+    @property
+    def kept(self) -> str:
+        """Why its modules cannot hold it packed; empty if they can."""
+        weight = self.weight
+        for name, module in self.owners:
+            cls = type(module)
+            if name != "weight" or not any(is_layer(cls, packed.layer) for packed in PACKED):
+                return f"is no weight of a layer that can be packed, but {name!r} of a {cls.__name__}"
+            if isinstance(module, torch.nn.Embedding) and module.max_norm is not None:
+                return "has max_norm, which changes it"
+        if not (weight.is_cpu and weight.is_floating_point() and weight.layout is torch.strided):
+            return f"is {weight.dtype} on {weight.device}"
+        return "is not in one order in all layers that share it" if len({*map(self._turned, self.owners)}) > 1 else ""
+
+    @staticmethod
+    def _turned(owner: tuple[str, torch.nn.Module]) -> bool:
+        return is_layer(type(owner[1]), PackedConv1D.layer)
+
+    @property
+    def turned(self) -> bool:
+        """Whether its layers hold it as [in, out]."""
+        return self._turned(self.owners[0])
+
+    def array(self) -> Any:
+        """Return its values as an array, as [out, in]."""
+        weight = self.weight.detach().T if self.turned else self.weight.detach()
+        return as_array(weight.contiguous())
+
+    def hold(self, packed: PackedTensor, precision: Precision) -> None:
+        """Let all its modules hold it packed, in the same tensors."""
+        tensors, about = tensors_of(packed)
+        for _, module in self.owners:
+            PackedModule.hold(module, tensors, about, self.weight.dtype, precision)
+
+
+def _places(module: torch.nn.Module) -> Iterator[_Place]:
+    """Yield all parameters."""
+    owners: dict[int, list[tuple[str, torch.nn.Module]]] = {}
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is not None:
+                owners.setdefault(id(param), []).append((name, child))
+    for name, param in module.named_parameters():
+        yield _Place(name, param, owners[id(param)])
+
+
+def pack_(
+    module: torch.nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    bits: int | None = 4,
+    precision: Precision = "exact",
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    **options: Any,
+) -> Report:
+    """Pack the weights of a module in place, chosen by the same options as `fastopt.pack` takes.
+
+    ``Linear``, ``Embedding``, ``Conv1d`` and ``Conv2d``, and transformers' ``Conv1D``, become modules that hold their
+    weight packed and multiply by it as it is; convolutions decode it for each call. Other parameters stay. Weights
+    that modules share stay shared.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    recipe : Recipe, optional
+        All options in one object, instead of `bits` and the keywords below.
+    bits : 8, 4, 2 or None
+        None with a pruning option: weights are stored sparse, not quantized.
+    precision : "exact", "int8" or "blas"
+        As in `fastopt.linear`; an attribute of each packed module.
+    target_bits, target_size
+        As in `fastopt.pack`, instead of `bits`.
+    **options
+        The fields of `fastopt.Recipe`; patterns match names of ``named_parameters()``.
+
+    Returns
+    -------
+    Report
+        What became of each parameter.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option is unknown or out of range, or a weight has NaN or infinity. The module is then as it was.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastopt.torch as ft
+    >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    >>> report = ft.pack_(model, bits=4)
+    >>> model[0]
+    PackedLinear(in_features=128, out_features=64, bias=True, quantized, bits=4, group_size=32, precision='exact')
+    >>> [tensor.kind for tensor in report.tensors]
+    ['quantized', 'dense', 'dense', 'dense']
+    """
+    _require_module(module)
+    if precision not in ("exact", "int8", "blas"):
+        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
+    targeted = target_bits is not None or target_size is not None
+    given: dict[str, Any] = dict(options)
+    if bits != 4 or (recipe is None and not targeted):
+        given["bits"] = bits
+    recipe = recipe_of(recipe, given)
+    places = list(_places(module))
+    if targeted:
+        weights = {place.name: place.array() for place in places if not place.kept}
+        recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
+
+    reporter = Reporter()
+    todo: list[tuple[_Place, PackedTensor]] = []
+    for place in places:
+        if place.weight.dtype not in _DTYPES or not place.weight.is_cpu:
+            continue
+        array, kept = place.array(), place.kept
+        packed, reason = (array, kept) if kept else pack_tensor(place.name, array, recipe)
+        if isinstance(packed, PackedTensor):
+            if _holds(place, packed):
+                todo.append((place, packed))
+            else:
+                packed, reason = array, "an embedding is not stored sparse"
+        reporter.add(place.name, packed, array, reason)
+    for place, packed in todo:
+        place.hold(packed, precision)
+    return reporter.report()
+
+
+def unpack_(module: torch.nn.Module) -> None:
+    """Undo `pack_`: layers are what they were, and their weights parameters again, decoded.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastopt.torch as ft
+    >>> model = torch.nn.Linear(128, 64)
+    >>> _ = ft.pack_(model)
+    >>> ft.unpack_(model)
+    >>> model
+    Linear(in_features=128, out_features=64, bias=True)
+    """
+    _require_module(module)
+    made: dict[int, torch.nn.Parameter] = {}
+    for child in list(module.modules()):
+        if isinstance(child, PackedModule):
+            held = child.buffers_of_weight[0]
+            if id(held) not in made:
+                made[id(held)] = torch.nn.Parameter(child.dense(), child.weight_requires_grad)
+            child.release(made[id(held)])
+
+
+def save(module: torch.nn.Module, path: PathLike) -> None:
+    """Write the parameters and buffers of a module to one safetensors file, which `load_` and `fastopt.load` read.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Packed by `pack_`, or not.
+    path : path-like
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    TypeError, ValueError
+        If the file cannot hold a tensor, naming it.
+    """
+    _require_module(module)
+    tensors: dict[str, Weight] = {}
+    seen: set[int] = set()
+    for prefix, child in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        packed = isinstance(child, PackedModule)
+        if packed:
+            held = child.buffers_of_weight[0]
+            if id(held) not in seen:
+                seen.add(id(held))
+                turned = TRANSPOSED if isinstance(child, PackedConv1D) else ""
+                tensors[f"{dot}weight{turned}"] = child.packed
+        for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+            skip = name in child._non_persistent_buffers_set or (packed and name in child.stored)
+            if tensor is None or skip or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            tensors[f"{dot}{name}"] = as_array(tensor.detach().cpu().contiguous())
+    PackedModel(tensors).save(path)
+
+
+def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "exact") -> None:
+    """Put the weights of a file to work in a module: its layers become packed where the file has them packed.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Packed or not; parameters and buffers have the names and shapes of the file.
+    path : path-like
+        A file of `save`, or of ``fastopt pack`` from the same model's weights.
+    precision : "exact", "int8" or "blas"
+        As in `pack_`.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    ValueError
+        If names or shapes differ, or a layer cannot hold a packed weight. The module is then as it was, but for
+        layers that were packed: these are unpacked.
+    """
+    _require_module(module)
+    model: Mapping[str, Weight] = load(path)
+    unpack_(module)
+    places = {place.name: place for place in _places(module)}
+    alias = {
+        other: name
+        for other, param in module.named_parameters(remove_duplicate=False)
+        for name, place in places.items()
+        if place.weight is param
+    }
+    persistent = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    found: dict[str, tuple[Weight, bool]] = {}
+    unexpected: list[str] = []
+    for name, tensor in model.items():
+        turned = name.endswith(TRANSPOSED) and name not in alias and name not in buffers
+        plain = alias.get(name.removesuffix(TRANSPOSED) if turned else name, name)
+        if plain in places or plain in buffers:
+            found.setdefault(plain, (tensor, turned))
+        else:
+            unexpected.append(name)
+    missing = sorted((places.keys() | buffers.keys()) - found.keys())
+    if missing or unexpected:
+        raise ValueError(f"{path}: expected the names of the module; missing {missing}, unexpected {unexpected}")
+    for name, (tensor, turned) in found.items():
+        shape = tuple((places[name].weight if name in places else buffers[name]).shape)
+        got = tuple(tensor.shape[::-1]) if turned else tuple(tensor.shape)
+        if got != shape:
+            raise ValueError(f"{path}: {name!r}: expected shape {shape}, got {got}")
+
+    for name, (tensor, turned) in found.items():
+        place = places.get(name)
+        fits = place is not None and not place.kept and place.turned == turned
+        if fits and isinstance(tensor, PackedTensor) and _holds(place, tensor):  # type: ignore[arg-type]
+            place.hold(tensor, precision)  # type: ignore[union-attr]
+            continue
+        dense = unpacked(tensor)
+        target = buffers[name] if place is None else place.weight
+        with torch.no_grad():
+            target.copy_(_tensor_of(dense.T if turned else dense))
+
+
+def _holds(place: _Place, tensor: PackedTensor) -> bool:
+    """Return whether the layers of a parameter can use a packed tensor: an embedding takes no sparse one."""
+    embedded = any(isinstance(owner, PackedEmbedding | torch.nn.Embedding) for _, owner in place.owners)
+    return isinstance(tensor, QuantizedTensor) or not embedded
+
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def _tensor_of(array: Any) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.astype("float32"))
+    return torch.from_numpy(array.copy())
+
+
+def _require_module(module: Any) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
