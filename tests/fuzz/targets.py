@@ -248,7 +248,7 @@ def construct(path: Path) -> None:
     """Make a packed tensor of the arguments that stand in JSON as ``[class, arguments]``, and compute with it."""
     classes = {"quantized": fo.QuantizedTensor, "sparse": fo.SparseTensor}
     given = described(path)
-    if not isinstance(given, list) or len(given) != 2 or given[0] not in [*classes] or not isinstance(given[1], dict):
+    if not isinstance(given, list) or [type(part) for part in given] != [str, dict] or given[0] not in classes:
         return
     kind, arguments = given
     try:
