@@ -67,7 +67,7 @@ def tidy(session):
 def asan(session):
     """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
     # Debug, since optimizing takes minutes with sanitizers.
-    install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=ON", "cmake.build-type=Debug")
+    install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=address,undefined", "cmake.build-type=Debug")
     # Python itself is built without sanitizers, so their runtime must be loaded first, and the C++ runtime with it.
     runtime = [
         session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
@@ -81,6 +81,21 @@ def asan(session):
     # The CI profile of Hypothesis has no deadline.
     for tests in (KERNEL_TESTS, ["tests/files/test_hostile.py", "tests/fuzz"]):
         session.run("pytest", "--hypothesis-profile=ci", *tests, env=environment)
+
+
+@nox.session
+def tsan(session):
+    """Test threads with ThreadSanitizer, which needs Clang and its OpenMP runtime (Debian: clang libomp-dev)."""
+    session.env["CXX"] = "clang++"  # libgomp synchronizes by futexes, which the sanitizer does not see
+    install_variant(session, "tsan", "cmake.define.FASTOPT_SANITIZE=thread", "cmake.build-type=Debug")
+    find = ["clang++", "-print-file-name=libclang_rt.tsan-x86_64.so"]
+    environment = {
+        "LD_PRELOAD": session.run(*find, external=True, silent=True).strip(),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1",
+        "OMP_NUM_THREADS": "3",
+    }
+    tests = [*KERNEL_TESTS, "tests/core/test_threads.py"]
+    session.run("pytest", "--hypothesis-profile=ci", *ONE_TABLE, *tests, env=environment)
 
 
 @nox.session
