@@ -391,10 +391,11 @@ def test_command(source, tmp_path):
     assert {t["name"]: t["bits"] for t in told["tensors"]}["turned"] == 4
     model.unlink()
     assert "gemm" in command("pack", source, "-o", model, "--target-bits", 6, "--min-size", 500, "--dry-run").stdout
-    for wrong in (["-o", tmp_path / "m.safetensors"], ["-o", model, "--html", tmp_path / "page.html"]):
-        assert "an ONNX model is packed to an ONNX model" in command("pack", source, *wrong, "--bits", 4, code=2).stderr
     fo.PackedModel({"w": np.eye(64, dtype="f4")}).save(tmp_path / "w.safetensors")
     paths = (tmp_path / "w.safetensors", "-o", tmp_path / "p.safetensors")
+    wrong = command("pack", paths[0], "-o", model, "--bits", 4, code=2).stderr
+    assert "an ONNX model is made of an ONNX model" in wrong
+    assert "use --exclude" in command("pack", source, "-o", model, "--bits", 4, "--skip", "conv", code=2).stderr
     assert "for an ONNX model only" in command("pack", *paths, "--bits", 4, "--fast", code=2).stderr
     assert not model.exists()
 

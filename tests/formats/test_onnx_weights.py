@@ -1,10 +1,12 @@
 """The weights of ONNX models, plain, packed or quantized by others, as arrays."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import same_bits
+from test_cli import run as command
 from test_export_onnx import random
 from test_onnx_graph import CASES, branch, info, node, run, save, save_branches
 from test_onnx_pack import RECIPES, TRANSPOSED, save_model
@@ -114,3 +116,32 @@ def test_products_of_others(bits, zero, rng, tmp_path):
     assert found.spec("b") == ((rows, cols), np.float32)
     expected = run(path, x=np.eye(cols, dtype="f4")).T
     assert np.allclose(found["b"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_commands(weights, tmp_path):
+    """inspect, diff, prune, unpack, pack, export and --html take ONNX models like others."""
+    source, packed = save_model(tmp_path / "m.onnx", weights), tmp_path / "p.onnx"
+    command("pack", source, "-o", packed, "--bits", 8, "--min-size", 500, "--fast", "--html", tmp_path / "p.html")
+    assert "shared" in (tmp_path / "p.html").read_text()
+    facts = {t["name"]: t for t in json.loads(command("inspect", packed, "--json").stdout)["tensors"]}
+    assert facts["gemm"]["shape"] == [40, 48]
+    told = json.loads(command("diff", source, packed, "--json").stdout)
+    assert told["missing"] == []
+    assert told["reshaped"] == []
+    assert 0 < told["total"]["relative"] < 0.01
+    command("unpack", packed, "-o", tmp_path / "u.safetensors")
+    unpacked = fo.load(tmp_path / "u.safetensors")
+    assert same_bits(unpacked["gemm"], opened(packed)["gemm"])
+    command("pack", source, "-o", tmp_path / "s.safetensors", "--bits", 8, "--min-size", 500)
+    assert np.array_equal(fo.load(tmp_path / "s.safetensors")["gemm"].dequantize(), unpacked["gemm"])
+    command("prune", source, "-o", tmp_path / "pruned.onnx", "--sparsity", 0.5, "--min-size", 500)
+    assert np.mean(opened(tmp_path / "pruned.onnx")["gemm"] == 0) == 0.5
+    command("prune", source, "-o", tmp_path / "pruned.safetensors", "--sparsity", 0.5, "--min-size", 500)
+    assert fo.load(tmp_path / "pruned.safetensors")["gemm"].density == 0.5
+    command("export", source, "--to", "npz", "-o", tmp_path / "e.npz")
+    assert same_bits(fo.open_weights(tmp_path / "e.npz")["gemm"], fo.open_weights(source)["gemm"])
+    assert "key: expected a checkpoint of torch" in command("inspect", source, "--key", "model", code=1).stderr
+    (tmp_path / "bad.onnx").write_bytes(b"\x08\x07")
+    assert command("inspect", tmp_path / "bad.onnx", code=1).stderr.startswith(
+        f"fastopt: {tmp_path}/bad.onnx: not an ONNX"
+    )

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,34 +197,20 @@ def pack(
     if not asked:
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
     onnx = given_to_format(of_onnx)
-    if ".onnx" not in (model.suffix, output.suffix):
-        if onnx or check or check_inputs is not None:
-            raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
-        weights = open_weights(model, key=key, skip=skip or ())
-        targets = {"target_bits": target_bits, "target_size": target_size}
-        _pack(model, weights, output, wanted, dry_run, html, as_json, **targets)
+    targets = {"target_bits": target_bits, "target_size": target_size}
+    if output.suffix == ".onnx":
+        if check_inputs is not None and not check:
+            raise typer.BadParameter("--check-inputs: expected together with --check")
+        if check and (dry_run or output.resolve() == model.resolve()):
+            raise typer.BadParameter("--check: compares two files, without --dry-run and with another --output")
+        _refuse_parts(key, skip)
+        checked = check_inputs if check_inputs is not None else check
+        _pack_onnx(model, output, wanted, dry_run, html, as_json, checked, **targets, **onnx)
         return
-    if model.suffix != output.suffix or html is not None:
-        raise typer.BadParameter("an ONNX model is packed to an ONNX model, without --html")
-    if check_inputs is not None and not check:
-        raise typer.BadParameter("--check-inputs: expected together with --check")
-    if check and (dry_run or output.resolve() == model.resolve()):
-        raise typer.BadParameter(
-            "--check: compares two files, expected no --dry-run and another --output than the input"
-        )
-    with byte_progress("plan" if dry_run else "pack") as notify:
-        packed = pack_onnx(
-            model,
-            output,
-            wanted,
-            target_bits=target_bits,
-            target_size=target_size,
-            dry_run=dry_run,
-            notify=notify,
-            **onnx,
-        )
-    outputs = check_onnx(model, output, check_inputs) if check else None
-    _tell(model, output, wanted, packed, dry_run, as_json, outputs)
+    if onnx or check or check_inputs is not None:
+        raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
+    weights = open_weights(model, key=key, skip=skip or ())
+    _pack(model, weights, output, wanted, dry_run, html, as_json, **targets)
 
 
 @app.command(
@@ -257,7 +244,11 @@ def prune(
         recipe = Recipe(**options)
     if not recipe.prunes:
         raise typer.BadParameter("expected --sparsity, --threshold or --pattern")
-    _pack(model, open_weights(model, key=key, skip=skip or ()), output, recipe, dry_run, html, as_json)
+    if output.suffix == ".onnx":
+        _refuse_parts(key, skip)
+        _pack_onnx(model, output, recipe, dry_run, html, as_json)
+    else:
+        _pack(model, open_weights(model, key=key, skip=skip or ()), output, recipe, dry_run, html, as_json)
 
 
 @app.command(
@@ -405,6 +396,40 @@ def _pack(
     _tell(source, target, packed.recipe or recipe, packed, dry_run, as_json)
 
 
+def _refuse_parts(key: str | None, skip: Sequence[str] | None) -> None:
+    if key is not None or skip:
+        raise typer.BadParameter("--key, --skip: not for an ONNX model; use --exclude")
+
+
+def _pack_onnx(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    dry_run: bool,
+    html: Path | None,
+    as_json: bool,
+    check: Path | bool = False,
+    **options: Any,
+) -> None:
+    """Pack an ONNX model, print the report, and compare the outputs on random inputs or those of a file."""
+    if source.suffix != ".onnx":
+        raise typer.BadParameter(f"--output: an ONNX model is made of an ONNX model, got {source}; see fastopt export")
+    _check_folders(target, html)
+    before = None if html is None else open_weights(source)  # before the target, which may be the same file, is written
+    with byte_progress("plan" if dry_run else "pack") as notify:
+        packed = pack_onnx(source, target, recipe, dry_run=dry_run, notify=notify, **options)
+    if html is not None and before is not None:
+        after = None if dry_run else open_weights(target)
+        shown = [t for t in packed.tensors if t.name in before and (after is None or t.name in after)]
+        with byte_progress("page") as notify:
+            content = page.of_packing(
+                source, target, replace(packed, tensors=tuple(shown)), recipe, _Watched(before, notify), after
+            )
+            page.write(html, content)
+    outputs = check_onnx(source, target, None if check is True else check) if check else None
+    _tell(source, target, packed.recipe or recipe, packed, dry_run, as_json, outputs)
+
+
 def _tell(
     source: Path,
     target: Path,
@@ -440,6 +465,10 @@ def _check_outputs(target: Path | None, html: Path | None = None) -> None:
     """Reject, before the work, outputs that could not be written or whose names belong to another format."""
     if target is not None and target.suffix in _FOREIGN:
         raise typer.BadParameter(f"--output: expected a .safetensors file, got {target}; see also fastopt export")
+    _check_folders(target, html)
+
+
+def _check_folders(target: Path | None, html: Path | None) -> None:
     for path in (target, html):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))

@@ -31,7 +31,8 @@ Source = Annotated[
     Path,
     typer.Argument(
         help="A .safetensors file, the .index.json of one in shards, a folder with either, .npz, .npy or a folder of "
-        ".npy files, or a state dict or checkpoint of torch (.pt, .pth, .bin, .ckpt, also in shards; needs torch).",
+        ".npy files, an .onnx model (needs onnx), or a state dict or checkpoint of torch (.pt, .pth, .bin, .ckpt, also "
+        "in shards; needs torch).",
         show_default=False,
     ),
 ]
@@ -40,7 +41,8 @@ Target = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="The safetensors file to write. It appears when it is complete, and may be the input itself. "
+        help="The safetensors file to write; for an .onnx model, pack and prune also write one that ends in "
+        ".onnx. It appears when it is complete, and may be the input itself. "
         "A name that ends in .index.json writes one file for each shard of the input.",
         show_default=False,
     ),

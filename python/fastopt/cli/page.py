@@ -19,7 +19,6 @@ from fastopt._types import Array
 from fastopt.cli.tables import decibel_text, percent_text, ratio_text, size_text, storage_text, to_json
 from fastopt.files.atomic import write_text
 from fastopt.models.examine import Difference, is_numeric
-from fastopt.models.model import PackedModel
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
 from fastopt.tensors.error import Error
@@ -29,7 +28,12 @@ from fastopt.tensors.sparse import SparseTensor
 
 
 def of_packing(
-    source: Path, target: Path, report: Report, recipe: Recipe, before: Mapping[str, Weight], after: PackedModel | None
+    source: Path,
+    target: Path,
+    report: Report,
+    recipe: Recipe,
+    before: Mapping[str, Weight],
+    after: Mapping[str, Weight] | None,
 ) -> dict[str, Any]:
     """Return the content of the page of a packed model.
 
@@ -39,7 +43,7 @@ def of_packing(
     report : Report
     recipe : Recipe
     before : mapping from name to array
-    after : PackedModel or None
+    after : mapping from name to array or packed tensor, or None
         None: it has only been planned.
 
     Returns

@@ -18,6 +18,9 @@ from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
 
+# Readers of formats that other layers know, by suffix; they get a path and a function that says which names to skip.
+READERS: dict[str, Callable[[Path, Callable[[str], bool]], dict[str, Source]]] = {}
+
 
 def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable[str] = ()) -> Weights:
     """Open the arrays of a model; each is read when it is asked for.
@@ -28,7 +31,8 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
         A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; a
         ``.npy`` or ``.npz`` file; a state dict or a training checkpoint that torch saved (``.pt``, ``.pth``, ``.bin``,
         ``.ckpt``), through torch, which must be installed; the ``.index.json`` of a model in shards; or a folder with
-        one of them. Other suffixes are judged by the first bytes. In a folder an index comes before a safetensors
+        one of them; an ``.onnx`` model, through onnx, with its weights as [out, in, ...]. Other suffixes are judged by
+        the first bytes. In a folder an index comes before a safetensors
         file, and that before files of torch; a folder of ``.npy`` files alone is one model.
     key : str, optional
         Which part of a training checkpoint is the model, as ``"model"`` or ``"generator/state_dict"``; ``""`` is all
@@ -152,6 +156,8 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> d
         return torch_sources(path, key, skipped)
     if key is not None:
         raise _no_key(path)
+    if kind in READERS:
+        return READERS[kind](path, skipped)
     if kind == "npz":
         return npz_sources(path, skipped)
     if kind == "npy":
@@ -167,6 +173,8 @@ def _kind(path: Path) -> str:
     """Return the kind of a file by its suffix, or by its first bytes if the suffix says nothing."""
     if path.suffix in (".npz", ".npy", ".safetensors"):
         return path.suffix[1:]
+    if path.suffix in READERS:
+        return path.suffix
     if path.suffix in _TORCH:
         return "torch"
     with open_regular(path) as file:

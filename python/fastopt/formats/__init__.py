@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastopt._types import Notify, PathLike
+from fastopt.files.sources import READERS
 from fastopt.files.weights import Weights
 from fastopt.formats import c, gguf, mlx, npz, onnx
+from fastopt.formats.onnx_weights import onnx_sources
 from fastopt.models.model import open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
@@ -16,6 +18,7 @@ from fastopt.tensors.packed import Weight
 # Each module has SUFFIX, the suffix of its files; SUMMARY, a phrase for --help; OPTIONS, a dict from keyword to
 # `Option`; and `write(model, path, progress, **options)`.
 FORMATS = {"c": c, "gguf": gguf, "mlx": mlx, "npz": npz, "onnx": onnx}
+READERS[onnx.SUFFIX] = onnx_sources
 
 
 def export(

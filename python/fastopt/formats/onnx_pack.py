@@ -166,7 +166,7 @@ def _packed(
     changed.CopyFrom(model)
     changed = at_opset(changed, max(opsets, default=0), file.payloads)
     edit = _Edit(changed, fast, accuracy_level)
-    reporter = Reporter()
+    reporter = Reporter(recipe)
     progress = Progress(weights.sizes, notify)
     for name, opset in zip(weights, opsets, strict=True):
         progress.next(name)
