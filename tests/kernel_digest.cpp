@@ -5,6 +5,7 @@
 //   kernel_digest NAME   prints the digest of one
 //
 // Built with -DFASTOPT_DIGEST=ON. It needs no Python, so it also runs in an emulator of another CPU.
+#include <cfloat>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -274,8 +275,8 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
   const std::vector<float> x = numbers<float>(c, rows * cols, kind);
   Bytes codes(rows * row_bytes + kGuard);
   std::vector<float> scale(rows * groups), minimum(rows * groups), out(cols + kGuard);
-  const Quantized q = {codes.data(), scale.data(), minimum.data(),    half, bits, rows, cols, row_bytes,
-                       length,       groups,       group ? groups : 0};
+  const Quantized q = {codes.data(), scale.data(), minimum.data(),     half,   bits, rows, cols, row_bytes,
+                       length,       groups,       group ? groups : 0, FLT_MAX};
 
   Shared shared = {};
   unsigned flags = group ? 0 : k.quant.range(x.data(), x.size(), &shared.range);
@@ -428,7 +429,7 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
     Bytes codes(count);
     for (auto& code : codes) code = static_cast<std::uint8_t>(c.random());
     const float scale = 0.01f, minimum = -1.0f;
-    const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0};
+    const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0, 0};
     const std::vector<float> x = numbers<float>(c, batch * cols, plain);
     std::vector<float> padded(3 * stride), tile(cols * 32), y(batch * rows);
     for (std::size_t b = 0; b < 3; ++b) std::memcpy(&padded[b * stride], &x[b * cols], cols * sizeof(float));

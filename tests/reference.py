@@ -271,7 +271,31 @@ def sum_squares(x):
 # ---- quantization -----------------------------------------------------------------------------------------
 
 
-def grid(low, high, bits, half):
+FLT_MAX = np.finfo(np.float32).max
+# The largest float32 that rounds to a finite number of each dtype.
+LIMITS = {
+    "float16": np.nextafter(np.float32(65520), np.float32(0)),
+    "bfloat16": np.nextafter(np.float32(float.fromhex("0x1.ffp127")), np.float32(0)),
+    "float32": FLT_MAX,
+    "float64": FLT_MAX,
+}
+
+
+def decoded(code, scale, minimum):
+    """minimum + scale * code in float32; halved where scale * code could overflow."""
+    with np.errstate(over="ignore"):
+        twice = np.where(scale > np.float32(2.0**119), np.float32(2), np.float32(1))
+        return (minimum / twice + scale / twice * code) * twice
+
+
+def bounded(scale, minimum, bits, limit, dtype):
+    """The largest scale of a dtype, up to the given one, whose largest code stands for `limit` or less."""
+    while decoded(np.float32(2**bits - 1), scale, minimum) > limit:
+        scale = np.float32(np.nextafter(dtype(scale), dtype(0)))
+    return scale
+
+
+def grid(low, high, bits, half, limit=FLT_MAX):
     """Scale and minimum as stored, how to code against them, and whether float16 fits.
 
     code = round((x * half - offset) / divisor * levels)
@@ -283,7 +307,8 @@ def grid(low, high, bits, half):
         if not high > low:
             exact = (f(0), low, f(0), f(0), f(1), f(0))
         elif np.isinf(width):  # the difference overflows: halve both
-            exact = (high / top - low / top, low, f(0.5), low * f(0.5), high * f(0.5) - low * f(0.5), top)
+            scale = bounded(high / top - low / top, low, bits, limit, f)
+            exact = (scale, low, f(0.5), low * f(0.5), high * f(0.5) - low * f(0.5), top)
         else:
             scale = width / top
             if scale < np.finfo(f).tiny:
@@ -291,7 +316,7 @@ def grid(low, high, bits, half):
                 scale = np.nextafter(scale, f(np.inf)) if scale * top < width else scale
                 exact = (scale, low, f(1), low, scale, f(1))
             else:
-                exact = (scale, low, f(1), low, width, top)
+                exact = (bounded(scale, low, bits, limit, f), low, f(1), low, width, top)
         if not half:
             return exact, True
         rounded = f(np.float16(low))
@@ -301,6 +326,8 @@ def grid(low, high, bits, half):
             return (f(0), rounded, f(0), f(0), f(1), f(0)), bool(fits)
         scale = f(np.float16((high - rounded) / top))
         fits = smallest <= scale <= 65504 and abs(rounded - low) <= exact[0] * f(0.5)
+        if fits:
+            scale = bounded(scale, rounded, bits, limit, np.float16)
         return (scale, rounded, f(1), rounded, scale, f(1)), bool(fits)
 
 
@@ -340,8 +367,11 @@ def fit(x, scale, minimum, bits):
     return scale, minimum
 
 
-def quantize(w, bits, group_size, half, refit=False):
-    """Codes (one a byte), scale and minimum of a matrix; float32 parameters where float16 does not fit."""
+def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX):
+    """Codes (one a byte), scale and minimum of a matrix; float32 parameters where float16 does not fit.
+
+    No code stands for a value beyond `limit`: a scale is lowered, and a fitted pair is given up, where one would.
+    """
     f = np.float32
     rows, cols = w.shape
     size = {None: cols, -1: cols}.get(group_size, group_size)
@@ -355,17 +385,26 @@ def quantize(w, bits, group_size, half, refit=False):
             values = w.reshape(-1) if group_size is None else w[r, part]
             # + 0 makes -0 into +0: which of the two a minimum is would depend on the order
             low, high = values.min() + f(0), values.max() + f(0)
-            (s, m, factor, offset, divisor, levels), fits = grid(low, high, bits, half)
-            exact = grid(low, high, bits, False)[0]
+            (s, m, factor, offset, divisor, levels), fits = grid(low, high, bits, half, limit)
+            exact = grid(low, high, bits, False, limit)[0]
+
+            def within(s, m):
+                return m >= -limit and decoded(f(2**bits - 1), s, m) <= limit
+
             if refit and exact[2] == 1 and 2.0**-100 <= exact[0] <= 2.0**100:
-                s, m = best = fit(values, exact[0], exact[1], bits)
-                if half:
-                    with np.errstate(over="ignore"):
-                        s, m = f(np.float16(s)), f(np.float16(m))
-                    fits = 2.0**-14 <= s <= 65504 and abs(m - best[1]) <= best[0] * f(0.5)
-                factor, offset, divisor, levels = f(1), m, s, f(1)
+                best = fit(values, exact[0], exact[1], bits)
+                if within(*best):
+                    pair = best
+                    if half:
+                        with np.errstate(over="ignore"):
+                            pair = f(np.float16(best[0])), f(np.float16(best[1]))
+                        good = 2.0**-14 <= pair[0] <= 65504 and abs(pair[1] - best[1]) <= best[0] * f(0.5)
+                        fits = good and (fits or within(*pair))
+                    if within(*pair):
+                        s, m = pair
+                        factor, offset, divisor, levels = f(1), m, s, f(1)
             if half and not fits:
-                return quantize(w, bits, group_size, False, refit)
+                return quantize(w, bits, group_size, False, refit, limit)
             with np.errstate(over="ignore"):
                 scaled = (w[r, part] * factor - offset) / divisor * levels
             codes[r, part] = np.clip(np.round(scaled), 0, 2**bits - 1)
@@ -389,8 +428,7 @@ def dequantize(codes, scale, minimum, group_size):
     scale, minimum = scale.astype(np.float32), minimum.astype(np.float32)
     if group_size is not None and group_size != -1:
         scale, minimum = (np.repeat(p, group_size, axis=1)[:, : codes.shape[1]] for p in (scale, minimum))
-    twice = np.where(scale > np.float32(2.0**119), np.float32(2), np.float32(1))
-    return (minimum / twice + scale / twice * codes.astype(np.float32)) * twice
+    return decoded(codes.astype(np.float32), scale, minimum)
 
 
 # ---- linear -----------------------------------------------------------------------------------------------

@@ -32,18 +32,24 @@ bool is_float32(py::handle object) {
   return py::isinstance<py::array>(object) && has_dtype(py::detail::array_proxy(object.ptr()), py::dtype::of<float>());
 }
 
+// x or bias of another float type; the checks and the conversion are Python's.
+py::object as_float32(const py::object& array, const char* name) {
+  return py::module_::import("fastopt._checks").attr("as_float32")(array, name);
+}
+
 [[noreturn]] void fail_float32(py::handle got, const Label& label) {
   const py::object name = py::hasattr(got, "dtype") ? got.attr("dtype") : py::type::of(got).attr("__name__");
   fail_type(label, "expected a float32 array, got " + std::string(py::str(name)));
 }
 
 void set_x(Operands& o, py::object x, const py::tuple& weight_shape) {
-  if (!py::isinstance<py::array>(x)) x = py::module_::import("numpy").attr("asarray")(x);
+  if (!is_float32(x)) x = as_float32(x, "x");
   const auto* array = py::detail::array_proxy(x.ptr());
-  if (!has_dtype(array, py::dtype::of<float>())) fail_type({"x"}, "expected float32, got " + dtype_name(array));
-  if (array->nd == 0 || dimension(x, array->nd - 1) != o.cols) {
+  const std::size_t last = array->nd == 0 ? 0 : dimension(x, array->nd - 1);
+  if (array->nd == 0 || last != o.cols) {
     fail_value({"x"}, "expected shape (..., " + std::to_string(o.cols) + ") for w of shape " +
-                          std::string(py::str(weight_shape)) + ", got " + std::string(py::str(x.attr("shape"))));
+                          std::string(py::str(weight_shape)) + ", got " + std::string(py::str(x.attr("shape"))) +
+                          (last == o.rows ? "; a weight is [out, in]: pack the transpose of an [in, out] one" : ""));
   }
   o.x = in_c_order(std::move(x));
   array = py::detail::array_proxy(o.x.ptr());
@@ -52,9 +58,9 @@ void set_x(Operands& o, py::object x, const py::tuple& weight_shape) {
   for (int i = 0; i + 1 < array->nd; ++i) o.io.batch *= dimension(o.x, i);
 }
 
-void set_bias(Operands& o, const py::object& bias) {
+void set_bias(Operands& o, py::object bias) {
   if (bias.is_none()) return;
-  if (!is_float32(bias)) fail_float32(bias, {"bias"});
+  if (!is_float32(bias)) bias = as_float32(bias, "bias");
   if (py::detail::array_proxy(bias.ptr())->nd != 1 || dimension(bias, 0) != o.rows) {
     fail_value({"bias"},
                "expected shape (" + std::to_string(o.rows) + ",), got " + std::string(py::str(bias.attr("shape"))));
@@ -110,7 +116,7 @@ void check_disjoint(const Operands& o, const AddWeight& add_weight) {
   memory.check();
 }
 
-// The checks alone, for products that NumPy computes; `weight` maps names to arrays. Returns x and out.
+// The checks alone, for products that NumPy computes; `weight` maps names to arrays. Returns x, bias and out.
 py::tuple check_linear(const py::object& x, const py::tuple& shape, const py::object& bias, const py::object& out,
                        const py::dict& weight) {
   const Operands o = operands_of(x, shape, bias, out);
@@ -120,7 +126,7 @@ py::tuple check_linear(const py::object& x, const py::tuple& shape, const py::ob
       memory.reads(extent.begin, extent.bytes, {PyUnicode_AsUTF8(name.ptr())});
     }
   });
-  return py::make_tuple(o.x, o.out);
+  return py::make_tuple(o.x, o.bias ? o.bias : py::none(), o.out);
 }
 
 // ---- quantized weights ---------------------------------------------------------------------------------------

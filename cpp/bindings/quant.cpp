@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <limits>
 
 #include "bindings/storage.hpp"
 #include "dispatch.hpp"
@@ -28,11 +29,12 @@ unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
 
 // Fills codes, scale and minimum; returns kNonFinite and kHalfMisfit flags.
 unsigned quantize(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum,
-                  int bits, std::size_t group_size, bool refit) {
+                  int bits, std::size_t group_size, bool refit, float limit) {
   require_2d(x, {"x"});
   const View<const float> from = view<const float>(x, {"x"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
-  const Quantized q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  Quantized q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  q.limit = limit;
   if (q.rows != rows)
     fail_value({"codes"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(q.rows));
   Disjoint memory;
@@ -114,7 +116,7 @@ void bind_quant(py::module_& m) {
   m.attr("NON_FINITE") = kNonFinite;
   m.attr("HALF_MISFIT") = kHalfMisfit;
   m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
-        py::arg("group_size"), py::arg("refit") = false);
+        py::arg("group_size"), py::arg("refit") = false, py::arg("limit") = std::numeric_limits<float>::max());
   m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("out"));
   m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));

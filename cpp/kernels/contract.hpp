@@ -113,6 +113,7 @@ struct Quantized {
   int bits;   // one of kCodeBits
   std::size_t rows, cols, row_bytes;
   std::size_t group, groups, param_stride;
+  float limit;  // for quantizing: no code of finite weights stands for a value beyond +-limit
 };
 
 struct Range {

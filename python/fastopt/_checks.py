@@ -16,6 +16,8 @@ from fastopt._types import BITS, FLOATS, Array, GroupSize
 DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
 _BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
 _FLOATS_TEXT = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+# Halfway from the largest number to the next, which rounds to infinity, lies just above.
+_LARGEST = {"float16": float.fromhex("0x1.ffdffep15"), "bfloat16": float.fromhex("0x1.fefffep127")}
 FLAGS = {
     "amsgrad",
     "centered",
@@ -32,6 +34,12 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def require_real(value: Any, name: str) -> None:
+    """Raise if an argument is neither None nor a number."""
+    if value is not None and not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def as_index(value: Any, name: str, needed: str = "an integer") -> int:
@@ -105,12 +113,35 @@ def require_float_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     return found
 
 
+def as_any_array(value: ArrayLike, name: str) -> Array:
+    """Return `value` as an array, or raise."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal lengths, tensors on a GPU ...
+        raise TypeError(f"{name}: cannot become an array: {error}") from error
+
+
 def as_float_array(w: ArrayLike, name: str) -> Array:
     """Return `w` as an array of a float type, or raise."""
-    array = np.asarray(w)
+    array = as_any_array(w, name)
     if array.dtype.name not in FLOATS:
         raise TypeError(f"{name}: expected {_FLOATS_TEXT}, got {array.dtype}")
     return array
+
+
+def as_float32(array: Any, name: str) -> Array:
+    """Return an array of a float type as float32, or raise if it is of another type or float32 cannot hold it."""
+    x = as_float_array(array, name)
+    with np.errstate(over="ignore"):
+        result = x.astype(np.float32, copy=False)
+    if x.dtype.itemsize > 4 and (lost := np.isinf(result) & np.isfinite(x)).any():
+        raise ValueError(f"{name}: expected values that float32 can hold, got {x[lost][0]}")
+    return result
+
+
+def largest_of(dtype: np.dtype[Any]) -> float:
+    """Return the largest float32 that a dtype of weights rounds to a finite number."""
+    return _LARGEST.get(dtype.name, float(np.finfo(np.float32).max))
 
 
 def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:
@@ -120,6 +151,8 @@ def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
     if not out.flags.c_contiguous:
         raise ValueError(f"out: must be C-contiguous; got strides {out.strides}")
+    if not out.flags.writeable:
+        raise ValueError("out: is read-only, but is to be changed in place")
     return out.reshape(as_matrix(shape))
 
 

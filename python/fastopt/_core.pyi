@@ -23,23 +23,30 @@ def rule(name: str) -> int: ...
 def step(jobs: list[Any], steps: list[int]) -> None: ...
 def sum_squares(names: list[Any], grads: list[Any]) -> float: ...
 def quantize(
-    x: _Array, codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, refit: bool = False
-) -> int: ...
-def dequantize(codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, out: _Array) -> None: ...
-def pack(codes: _Array, bits: int, packed: _Array) -> None: ...
-def unpack(packed: _Array, bits: int, codes: _Array) -> None: ...
-def check_linear(
-    x: _Array, shape: tuple[int, ...], bias: _Array | None, out: _Array | None, weight: dict[str, _Array]
-) -> tuple[_Array, _Array]: ...
-def linear_quantized(
     x: _Array,
     codes: _Array,
     scale: _Array,
     minimum: _Array,
     bits: int,
     group_size: int,
+    refit: bool = False,
+    limit: float = ...,
+) -> int: ...
+def dequantize(codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, out: _Array) -> None: ...
+def pack(codes: _Array, bits: int, packed: _Array) -> None: ...
+def unpack(packed: _Array, bits: int, codes: _Array) -> None: ...
+def check_linear(
+    x: Any, shape: tuple[int, ...], bias: Any, out: _Array | None, weight: dict[str, _Array]
+) -> tuple[_Array, _Array | None, _Array]: ...
+def linear_quantized(
+    x: Any,
+    codes: _Array,
+    scale: _Array,
+    minimum: _Array,
+    bits: int,
+    group_size: int,
     shape: tuple[int, ...],
-    bias: _Array | None,
+    bias: Any,
     out: _Array | None,
     limbs: int,
     outliers: tuple[_Array, _Array] | None = None,
@@ -66,17 +73,17 @@ def column_gaps(
 def gap_columns(gaps: _Array, row_offsets: _Array, cols: int, columns: _Array) -> None: ...
 def expand(layout: str, positions: _Array, row_offsets: _Array, values: _Array, out: _Array) -> None: ...
 def linear_sparse(
-    x: _Array,
+    x: Any,
     layout: str,
     positions: _Array,
     row_offsets: _Array,
     values: _Array,
     shape: tuple[int, ...],
-    bias: _Array | None,
+    bias: Any,
     out: _Array | None,
 ) -> _Array: ...
 def linear_sparse_quantized(
-    x: _Array,
+    x: Any,
     layout: str,
     positions: _Array,
     row_offsets: _Array,
@@ -87,7 +94,7 @@ def linear_sparse_quantized(
     group_size: int,
     count: int,
     shape: tuple[int, ...],
-    bias: _Array | None,
+    bias: Any,
     out: _Array | None,
 ) -> _Array: ...
 def limit_read(x: _Array) -> float: ...

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import same_bits
+from helpers import FLOATS, dtype_of, same_bits
 
 import fastopt as fo
 from fastopt.tensors.packed import storage_of, unpacked
@@ -116,3 +116,49 @@ def test_error(store, w):
     assert t.error(w).max == np.abs(t.to_dense().astype("f8") - w).max()
     with pytest.raises(ValueError, match="w: expected shape"):
         t.error(w[0])
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_to_dense_writes_float32_or_the_own_dtype(dtype, out_dtype, rng):
+    w = rng.standard_normal((6, 48)).astype(dtype_of(dtype))
+    for t in (
+        fo.quantize(w, outliers=0.02),
+        fo.quantize(w, 8),
+        *(fo.prune(w, sparsity=0.5, layout=layout) for layout in ("mask", "index16", "index8", "1x16")),
+        fo.prune(w, sparsity=0.5).quantize(4),
+    ):
+        out = np.full((6, 48), 7, dtype_of(out_dtype))
+        if out_dtype not in ("float32", dtype):
+            with pytest.raises(TypeError, match=f"^out: expected float32.*, got {out_dtype}$"):
+                t.to_dense(out)
+            assert (out == 7).all()
+            continue
+        assert t.to_dense(out) is out
+        narrower = np.dtype("f4") if dtype == "float64" else w.dtype
+        assert same_bits(out.astype(narrower), t.to_dense().astype(narrower))
+        if out_dtype == dtype:
+            assert same_bits(out, t.to_dense())
+
+
+def test_to_dense_names_what_is_wrong_with_out(rng):
+    w = rng.standard_normal((6, 48)).astype("f4")
+    locked = np.empty((6, 48), "f4")
+    locked.flags.writeable = False
+    memory = np.zeros(6 * 48, "f4")
+    sparse = fo.SparseTensor("mask", np.full((6, 6), 255, "u1"), np.arange(0, 289, 48), memory, (6, 48))
+    plain = fo.quantize(w, 8)
+    shared = fo.QuantizedTensor(memory.view("u1")[:288].reshape(6, 48), *plain._fields()[1:])
+    for t in (plain, fo.quantize(w, outliers=0.1), fo.prune(w, sparsity=0.5), sparse, shared):
+        for bad, error, message in [
+            ([1.0], TypeError, "expected a NumPy array, got list"),
+            (np.empty((6, 47), "f4"), ValueError, "expected shape"),
+            (np.empty((48, 6), "f4").T, ValueError, "must be C-contiguous"),
+            (locked, ValueError, "is read-only"),
+            (np.empty((6, 48), ">f4"), TypeError, "expected float32"),
+        ]:
+            with pytest.raises(error, match=f"^out: {message}"):
+                t.to_dense(bad)
+    for t in (sparse, shared):
+        with pytest.raises(ValueError, match="shares memory"):
+            t.to_dense(memory.reshape(6, 48))

@@ -2,6 +2,7 @@ import copy
 import pickle
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -499,7 +500,7 @@ def test_iteration_gives_rows_or_says_that_there_are_none(rng):
 def test_error(dtype, rng):
     w = rng.standard_normal((30, 50)).astype(dtype_of(dtype))
     q = fo.quantize(w, 4)
-    exact, ours = w.astype("f8"), q.dequantize(dtype="f8")
+    exact, ours = w.astype("f8"), q.dequantize().astype("f8")
     error = q.error(w)
     assert error.rmse == pytest.approx(np.sqrt(np.mean((ours - exact) ** 2)))
     assert error.max == abs(ours - exact).max()
@@ -563,3 +564,80 @@ def test_a_quantized_tensor_checks_its_outliers(rng):
     ]:
         with pytest.raises(error, match=message):
             fo.QuantizedTensor(*parts, Outliers(indices, values))
+
+
+def near_the_limit(rng, dtype):
+    """Rows with values next to the largest number of a dtype, in many ways."""
+    top = float(np.finfo(np.float32).max) if dtype in ("float32", "float64") else float(ml_dtypes.finfo(dtype).max)
+    w = rng.standard_normal((12, 96))
+    w[0] *= top
+    w[1] *= top * 0.45
+    w[2, 5] = top
+    w[3, 40] = -top
+    w[4] = np.where(rng.random(96) < 0.5, top, -top)
+    w[5] = np.linspace(-top, top, 96)
+    w[6] = top * (1 - np.abs(w[6]) * 1e-2)
+    w[7] = -top * (1 - np.abs(w[7]) * 1e-2)
+    w[8] = np.where(rng.random(96) < 0.9, top, 0)
+    w[9] = top * (1 - rng.integers(0, 3, 96) * 2.0**-7)
+    w[10] = top
+    w[11] = np.abs(w[11]) * top
+    return np.clip(w, -top, top).astype(dtype_of(dtype))
+
+
+@pytest.mark.parametrize("fit", ["minmax", "lsq"])
+@pytest.mark.parametrize("param_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
+def test_finite_weights_come_back_finite(isa, bits, dtype, param_dtype, fit, rng):
+    """Rounding the scale or fitting it may carry the ends of a group beyond the largest number."""
+    whole = near_the_limit(rng, dtype)
+    for w in (whole, *whole[:, None]):
+        for group_size in (None, -1, 8, 16, 32, 64, 50):
+            q = fo.quantize(w, bits, group_size=group_size, param_dtype=param_dtype, fit=fit)
+            x, half, limit = w.astype("f4"), param_dtype == "float16", reference.LIMITS[dtype]
+            codes, scale, minimum = reference.quantize(x, bits, group_size, half, fit == "lsq", limit)
+            assert np.array_equal(q.codes, reference.pack(codes, bits))
+            assert same_bits(q.scale, scale)
+            assert same_bits(q.minimum, minimum)
+            assert np.isfinite(q.dequantize()).all()
+            assert np.isfinite(q.error(w).rmse)
+            if fit == "minmax":
+                step = (x.max() / (2**bits - 1) - x.min() / (2**bits - 1)).astype("f8")
+                assert q.error(w).max <= 0.76 * step + 2.0**-7 * float(np.abs(x).max())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("options", [{"outliers": 0.01}, {"max_error": 1.0}, {"outliers": 0.02, "fit": "lsq"}])
+def test_finite_weights_with_outliers_come_back_finite(bits, dtype, options, rng):
+    for w in near_the_limit(rng, dtype)[:, None]:
+        q = fo.quantize(w, bits, **options)
+        assert np.isfinite(q.dequantize()).all()
+        if "max_error" in options and dtype in ("float16", "bfloat16"):
+            assert q.error(w).max <= 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_errors_are_those_of_the_dtype_that_a_reader_gets(dtype, rng):
+    w = rng.standard_normal((64, 128)).astype(dtype_of(dtype))
+    q = fo.quantize(w, 8)
+    off = w.astype("f8") - q.dequantize().astype("f8")
+    assert q.error(w).max == np.abs(off).max()
+    assert q.error(w).rmse == pytest.approx(np.sqrt(np.square(off).mean()), rel=1e-12)
+    assert fo.quantize(w, 8, max_error=0.01).error(w).max <= 0.01
+
+
+def test_out_of_a_narrower_dtype():
+    out = fo.quantize(np.zeros((2, 32), "f2"), 8, param_dtype="float32")
+    w = np.linspace(-65519, 65519, 64, dtype="f4").reshape(2, 32)
+    assert np.isfinite(fo.quantize(w, 8, out=out).dequantize()).all()
+    with pytest.raises(ValueError, match=r"^w: expected values that float16"):
+        fo.quantize(w * 2, 8, out=out)
+
+
+def test_the_byte_order_of_the_weight_is_not_that_of_the_result():
+    q = fo.quantize(np.arange(8, dtype=">f4"), 8)
+    assert q.dtype == np.dtype("f4")
+    assert q.dtype.isnative
+    assert replace(q, dtype=np.dtype(">f8")).dtype.isnative

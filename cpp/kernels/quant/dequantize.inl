@@ -22,19 +22,16 @@ inline float param_at(const Quantized& q, const void* params, std::size_t at) {
   for (; i % 16 != 0; ++i) out[i] = 0.0f;
 }
 
-// minimum + scale * code. If scale * code could overflow although the sum does not, both are halved and the sum is
-// doubled, which changes no bit of the result.
+// The values of n codes of one group.
 inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float minimum, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
-  const float twice = scale > 0x1p119f ? 2.0f : 1.0f, half = scale > 0x1p119f ? 0.5f : 1.0f;
-  scale *= half;
-  minimum *= half;
+  const Decoder value(scale, minimum);
   std::size_t i = 0;
-  if (twice == 1.0f) {
+  if (value.twice == 1.0f) {
     for (; i + lanes <= n; i += lanes) store(out + i, minimum + scale * float_of_bytes(codes + i));
   }
-  for (; i + lanes <= n; i += lanes) store(out + i, (minimum + scale * float_of_bytes(codes + i)) * twice);
-  for (; i < n; ++i) out[i] = (minimum + scale * static_cast<float>(codes[i])) * twice;
+  for (; i + lanes <= n; i += lanes) store(out + i, value(float_of_bytes(codes + i)));
+  for (; i < n; ++i) out[i] = value(static_cast<float>(codes[i]));
 }
 
 // Columns [begin, end) of one row. Codes are unpacked a buffer at a time, and parameters loaded kGroupsAtOnce at a

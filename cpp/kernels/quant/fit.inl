@@ -110,7 +110,7 @@ inline bool can_fit(Range r, float scale) {
 
 Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
   const float top = static_cast<float>((1 << bits) - 1);
-  const Grid exact = grid_f32(r, top);
+  const Grid exact = grid_f32(r, top, 0x1.fffffep127f);
   if (!can_fit(r, exact.scale)) return {};
   PerGroup scale = {exact.scale}, minimum = {exact.minimum};
   fit_groups(x, n, n, top, scale, minimum);

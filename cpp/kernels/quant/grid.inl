@@ -80,48 +80,86 @@ struct Grid {
 
 constexpr float kSmallestNormal = 0x1p-126f, kSmallestHalf = 0x1p-14f;
 
+// minimum + scale * code. If scale * code could overflow although the sum does not, both are halved and the sum is
+// doubled, which changes no bit of the result.
+struct Decoder {
+  float scale, minimum, twice;
+
+  Decoder(float s, float m) : twice(s > 0x1p119f ? 2.0f : 1.0f) {
+    scale = s * (1.0f / twice);
+    minimum = m * (1.0f / twice);
+  }
+  template <class V>
+  V operator()(V code) const {
+    return (minimum + scale * code) * twice;
+  }
+};
+
 inline float next_up(float f) { return bit_cast<float>(bit_cast<std::uint32_t>(f) + 1u); }
 
+// Whether no code stands for a value beyond +-limit.
+inline bool within(Pair p, float top, float limit) {
+  return p.minimum >= -limit && Decoder(p.scale, p.minimum)(top) <= limit;
+}
+
+// The scale, lowered as little as it takes to have the largest code stand for no more than `limit`. Weights near the
+// largest number of their dtype need that: they would decode to infinity where the scale was rounded up.
+inline float bounded(float scale, Range r, float minimum, float top, bool half, float limit) {
+  if (!(r.min >= -limit && r.max <= limit)) return scale;  // not finite, which is an error
+  while (Decoder(scale, minimum)(top) > limit) {
+    scale = half ? float_of_half(static_cast<std::uint16_t>(half_of_float(scale) - 1))
+                 : bit_cast<float>(bit_cast<std::uint32_t>(scale) - 1u);
+  }
+  return scale;
+}
+
 // The grid of a range with float32 parameters.
-inline Grid grid_f32(Range r, float top) {
+inline Grid grid_f32(Range r, float top, float limit) {
   if (!(r.max > r.min)) return {0.0f, r.min, 0.0f, 0.0f, 1.0f, 0.0f};
   const float width = r.max - r.min;
   if (width > 0x1.fffffep127f) {
     const float half_width = r.max * 0.5f - r.min * 0.5f;
-    return {r.max / top - r.min / top, r.min, 0.5f, r.min * 0.5f, half_width, top};
+    const float wide = bounded(r.max / top - r.min / top, r, r.min, top, false, limit);
+    return {wide, r.min, 0.5f, r.min * 0.5f, half_width, top};
   }
   const float scale = width / top;
   if (scale < kSmallestNormal) {  // subnormal, so too coarse: round up, and encode against the stored scale
     const float up = scale * top < width ? next_up(scale) : scale;
     return {up, r.min, 1.0f, r.min, up, 1.0f};
   }
-  return {scale, r.min, 1.0f, r.min, width, top};
+  return {bounded(scale, r, r.min, top, false, limit), r.min, 1.0f, r.min, width, top};
 }
 
 // The grid of a range with float16 parameters. The minimum is rounded first, the scale follows from it, and codes are
 // chosen against the rounded pair. Sets `misfit` if the rounded minimum is off by more than half a step, or float16
 // cannot hold one of the two: the matrix is then quantized again with float32 parameters.
-inline Grid grid_f16(Range r, float top, bool* misfit) {
+inline Grid grid_f16(Range r, float top, float limit, bool* misfit) {
   const float minimum = float_of_half(half_of_float(r.min));
-  const Grid exact = grid_f32(r, top);
+  const Grid exact = grid_f32(r, top, limit);
   if (exact.scale == 0.0f) {
     *misfit |= !(minimum >= -65504.0f && minimum <= 65504.0f);
     *misfit |= r.min != 0.0f && minimum < kSmallestHalf && minimum > -kSmallestHalf;
     return {0.0f, minimum, 0.0f, 0.0f, 1.0f, 0.0f};
   }
-  const float scale = float_of_half(half_of_float((r.max - minimum) / top));
+  const float rounded = float_of_half(half_of_float((r.max - minimum) / top));
   const float moved = minimum > r.min ? minimum - r.min : r.min - minimum;
-  *misfit |= !(scale >= kSmallestHalf && scale <= 65504.0f && moved <= exact.scale * 0.5f);
+  const bool fits = rounded >= kSmallestHalf && rounded <= 65504.0f && moved <= exact.scale * 0.5f;
+  *misfit |= !fits;
+  const float scale = fits ? bounded(rounded, r, minimum, top, true, limit) : rounded;
   return {scale, minimum, 1.0f, minimum, scale, 1.0f};
 }
 
-// The grid of a fitted pair; float16 rounds it first.
-inline Grid grid_of_pair(Pair p, bool half, bool* misfit) {
+// The grid of a fitted pair, which float16 rounds first; that of the range where the pair is of scale 0, or has codes
+// for values beyond the limit.
+inline Grid grid_of(Pair p, Range r, bool half, float top, float limit, bool* misfit) {
+  const auto of_range = [&] { return half ? grid_f16(r, top, limit, misfit) : grid_f32(r, top, limit); };
+  if (!(p.scale > 0) || !within(p, top, limit)) return of_range();
   if (half) {
     const Pair exact = p;
     p = {float_of_half(half_of_float(p.scale)), float_of_half(half_of_float(p.minimum))};
     const float moved = p.minimum > exact.minimum ? p.minimum - exact.minimum : exact.minimum - p.minimum;
     *misfit |= !(p.scale >= kSmallestHalf && p.scale <= 65504.0f && moved <= exact.scale * 0.5f);
+    if (!within(p, top, limit)) return of_range();
   }
   return {p.scale, p.minimum, 1.0f, p.minimum, p.scale, 1.0f};
 }
@@ -156,10 +194,10 @@ inline Vec<float> rounded_to_half(Vec<float> v) {
 }
 
 // The grids of kGroupsAtOnce ranges, or of fitted pairs where the fitted scale is not 0. They are computed as vectors,
-// and one by one if any of them is a special case: constant, too wide, too narrow, or a misfit. Both ways give the same
-// bits, as divide() by each possible top was tested with all significands.
+// and one by one if any of them is a special case: constant, too wide, too narrow, beyond the limit, or a misfit. Both
+// ways give the same bits, as divide() by each possible top was tested with all significands.
 inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup* fitted_scale,
-                       const PerGroup* fitted_minimum, bool half, float top, Grids* grids, bool* misfit) {
+                       const PerGroup* fitted_minimum, bool half, float top, float limit, Grids* grids, bool* misfit) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   bool usual = true;
@@ -171,7 +209,8 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
     const V minimum = half ? rounded_to_half(lowest) : lowest;
     const V exact = fitted_scale ? load<V>(*fitted_scale + i) : divide(h - minimum, tops, inverse_top);
     const V scale = half ? rounded_to_half(exact) : exact;
-    auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f);
+    auto good = (exact >= 0x1p-60f) & (exact <= 0x1p50f) & (minimum + scale * tops <= limit);
+    if (fitted_scale) good &= (lowest + exact * tops <= limit) & (lowest >= -limit) & (minimum >= -limit);
     if (half) {
       const V step = fitted_scale ? exact : width * (0.999f / top);  // a lower bound that needs no division
       good &= (scale >= kSmallestHalf) & (scale <= 65504.0f) & (abs(minimum - lowest) <= step * 0.5f);
@@ -191,9 +230,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
   grids->plain = true;
   for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
     const Range r = {low[i] + 0.0f, high[i] + 0.0f};
-    grids->set(i, fitted_scale && (*fitted_scale)[i] > 0
-                      ? grid_of_pair({(*fitted_scale)[i], (*fitted_minimum)[i]}, half, misfit)
-                  : half ? grid_f16(r, top, misfit)
-                         : grid_f32(r, top));
+    const Pair pair = fitted_scale ? Pair{(*fitted_scale)[i], (*fitted_minimum)[i]} : Pair{};
+    grids->set(i, grid_of(pair, r, half, top, limit, misfit));
   }
 }

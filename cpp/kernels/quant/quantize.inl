@@ -117,7 +117,7 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
     low[i] = 0.0f;
     high[i] = 1.0f;
   }
-  make_grids(low, high, nullptr, nullptr, q.half && !refit, top, grids, misfit);
+  make_grids(low, high, nullptr, nullptr, q.half && !refit, top, q.limit, grids, misfit);
   if (refit) {
     PerGroup scale, minimum;
     for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
@@ -125,7 +125,7 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
       minimum[i] = grids->minimum[i];
     }
     fit_groups(x, size, q.group, top, scale, minimum);
-    make_grids(low, high, &scale, &minimum, q.half, top, grids, misfit);
+    make_grids(low, high, &scale, &minimum, q.half, top, q.limit, grids, misfit);
   }
 }
 
@@ -232,8 +232,7 @@ struct Groups {
 
 // The one grid of a matrix whose groups share their parameters.
 inline Grid shared_grid(const Shared& shared, const Quantized& q, float top, bool* misfit) {
-  if (shared.pair.scale > 0) return grid_of_pair(shared.pair, q.half, misfit);
-  return q.half ? grid_f16(shared.range, top, misfit) : grid_f32(shared.range, top);
+  return grid_of(shared.pair, shared.range, q.half, top, q.limit, misfit);
 }
 
 // Quantizes rows [begin, end) with three lots in flight, as drawn above. The two Grids take turns: one is read by the

@@ -32,11 +32,8 @@ inline void decode_codes(const Quantized& q, std::size_t begin, std::size_t n, f
   std::size_t g = begin / q.group, next = (g + 1) * q.group - begin;
   for (std::size_t i = 0; i < n; ++g, next += q.group) {
     const std::size_t end = next < n ? next : n;
-    float scale = param_at(q, q.scale, g), minimum = param_at(q, q.minimum, g);
-    const float twice = scale > 0x1p119f ? 2.0f : 1.0f, once = 1.0f / twice;
-    scale *= once;
-    minimum *= once;
-    for (; i < end; i += lanes) store(out + i, (minimum + scale * float_of_bytes(codes + i)) * twice);
+    const Decoder value(param_at(q, q.scale, g), param_at(q, q.minimum, g));
+    for (; i < end; i += lanes) store(out + i, value(float_of_bytes(codes + i)));
     i = end;
   }
 }

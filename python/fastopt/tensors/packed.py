@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastopt._checks import as_float_array, as_matrix
+from fastopt._checks import as_float_array, as_matrix, matrix_of_out
 from fastopt._types import Array
 from fastopt.tensors.error import Error, ErrorSums
 
@@ -28,8 +28,8 @@ class PackedTensor(ABC):
     Attributes
     ----------
     shape : tuple of int
-        The shape of the weight. The weight is seen as a matrix: the first axis by all others, or one row if there is
-        only one axis.
+        The shape of the weight, (out, in, ...). The weight is seen as a matrix: the first axis by all others, or one
+        row if there is only one axis.
     dtype : numpy.dtype
         The dtype of `to_dense`.
     bits : int or None
@@ -40,6 +40,9 @@ class PackedTensor(ABC):
 
     Notes
     -----
+    A weight is [out, in], as in torch. Pack the transpose of a weight that is [in, out], as in Keras, scikit-learn and
+    GPT-2's Conv1D: ``quantize(kernel.T)``.
+
     ``w @ x`` and ``x @ w.T`` multiply, as `linear` does. ``w[rows]`` with a number, a slice, a mask or an array of
     numbers returns these rows, packed; of a weight with more than two axes, a single row is refused, because it
     would start in the middle of a byte. ``np.asarray(w)`` decodes.
@@ -69,7 +72,25 @@ class PackedTensor(ABC):
 
     @abstractmethod
     def to_dense(self, out: Array | None = None) -> Array:
-        """Return the weight as an array."""
+        """Return the weight as an array.
+
+        Parameters
+        ----------
+        out : array of the weight's shape, of float32 or of `dtype`, optional
+            The array to write and return; C-contiguous.
+
+        Returns
+        -------
+        array
+            `out`, or a new array of `dtype`.
+
+        Raises
+        ------
+        TypeError
+            If `out` is of another dtype, or no array.
+        ValueError
+            If `out` is of another shape, read-only, not contiguous, or shares memory with what is stored.
+        """
 
     @abstractmethod
     def _arrays(self) -> tuple[Array, ...]:
@@ -80,7 +101,7 @@ class PackedTensor(ABC):
         """Return some rows as a weight of `shape`; `key` is a slice without a step, or the same as `rows`."""
 
     @abstractmethod
-    def _linear(self, x: Array, bias: Array | None, out: Array | None, precision: Precision) -> Array:
+    def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         """Return ``x @ self.T + bias``; the kernels check x, bias and out."""
 
     @property
@@ -117,6 +138,16 @@ class PackedTensor(ABC):
     def T(self) -> Transposed:  # noqa: N802 - NumPy's name
         """The transpose, for ``x @ w.T``."""
         return Transposed(self)
+
+    def _check_out(self, out: Array) -> None:
+        """Raise if `out` is nothing that `to_dense` can write."""
+        matrix_of_out(out, self.shape)
+        if out.dtype != np.float32 and out.dtype != self.dtype:
+            other = "" if self.dtype == np.float32 else f" or {self.dtype}"
+            swapped = "" if out.dtype.isnative else " in the other byte order"
+            raise TypeError(f"out: expected float32{other}, got {out.dtype.name}{swapped}")
+        if any(np.may_share_memory(out, array) for array in self._arrays()):
+            raise ValueError("out: shares memory with what is stored")
 
     def error(self, w: ArrayLike) -> Error:
         """Return the error against the original weight.
@@ -197,7 +228,10 @@ class PackedTensor(ABC):
     def __getitem__(self, rows: Any) -> Self:
         if self.ndim < 2:
             raise IndexError(f"rows: expected a weight of two or more axes, got shape {self.shape}")
-        numbers = np.arange(self.shape[0])[rows]
+        try:
+            numbers = np.arange(self.shape[0])[rows]
+        except (IndexError, TypeError, ValueError) as error:
+            raise IndexError(f"rows: {error}") from error
         if numbers.ndim > 1 or (numbers.ndim == 0 and self.ndim > 2):
             raise IndexError(f"rows: expected a slice or numbers along one axis, got {rows!r:.80}")
         flat = numbers.reshape(-1)
@@ -210,12 +244,15 @@ class PackedTensor(ABC):
             return NotImplemented
         return all(map(_same, self._fields(), other._fields()))
 
-    def __matmul__(self, x: Array) -> Array:
+    def __matmul__(self, x: ArrayLike) -> Array:
         """Return the product with a vector [in], a matrix [in, batch] or a stack of matrices."""
         x = np.asarray(x)
         if x.ndim < 2:
             return self._linear(x, None, None, "exact")
         return self._linear(x.swapaxes(-1, -2), None, None, "exact").swapaxes(-1, -2)
+
+    def __rmatmul__(self, x: ArrayLike) -> Array:
+        raise TypeError("x @ w: a packed weight is [out, in]: use x @ w.T; pack the transpose of an [in, out] weight")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._fields()  # so that unpickled arrays are checked
@@ -243,7 +280,7 @@ class Transposed:
         rows, cols = as_matrix(self.T.shape)
         return cols, rows
 
-    def __rmatmul__(self, x: Array) -> Array:
+    def __rmatmul__(self, x: ArrayLike) -> Array:
         return self.T._linear(x, None, None, "exact")
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
+from fastopt._checks import (
+    as_any_array,
+    as_index,
+    as_matrix,
+    largest_of,
+    require_bits,
+    require_group_size,
+    require_param_dtype,
+    require_real,
+)
 from fastopt._types import Array, GroupSize
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
@@ -55,7 +62,8 @@ def quantize(
     Parameters
     ----------
     w : array_like of float32, float64, float16 or bfloat16
-        Any shape; seen as a matrix of its first axis by all others. float64 is rounded to float32 first.
+        Any shape; seen as a matrix of its first axis by all others. float64 is rounded to float32 first. `linear`
+        takes [out, in]: quantize the transpose of a weight that is [in, out], as in Keras and scikit-learn.
     bits : 8, 4 or 2
     group_size : int, -1, None or "auto"
         How many neighbours in a row share scale and minimum; the last group of a row may be shorter. -1: a row.
@@ -91,7 +99,9 @@ def quantize(
     Notes
     -----
     A constant group has scale 0 and codes 0, and so comes back as its minimum. Every other value comes back
-    within half a step (with float16 parameters within .63 step at 8 bits, at the top of a group).
+    within half a step (with float16 parameters within .63 step at 8 bits, at the top of a group). Finite weights come
+    back finite in their own dtype: next to its largest number the scale is rounded down instead of to nearest, and
+    "lsq" leaves groups that it would carry beyond it as "minmax" has them.
 
     What becomes of values that other quantizers lose (measured; a step is one of 4 bits):
 
@@ -126,9 +136,8 @@ def quantize(
     params = require_param_dtype(param_dtype)
     if fit not in ("minmax", "lsq"):
         raise ValueError(f"fit: expected 'minmax' or 'lsq', got {fit!r}")
-    for name, number in (("outliers", outliers), ("max_error", max_error)):
-        if number is not None and not isinstance(number, numbers.Real):
-            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    require_real(outliers, "outliers")
+    require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
         raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers}")
     if max_error is not None and not max_error >= 0:
@@ -137,6 +146,10 @@ def quantize(
     if out is not None:
         _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)
         params = out.scale.dtype
+    dtype = array.dtype.newbyteorder("=") if out is None else out.dtype
+    limit = largest_of(dtype)
+    if limit < largest_of(array.dtype) and (np.abs(array) > limit).any():
+        raise ValueError(f"w: expected values that {dtype}, the dtype of out, can hold")
     rows, cols = as_matrix(array.shape)
     codes = np.empty((rows, -(-cols * bits // 8)), np.uint8) if out is None else out.codes
     fitted = _without_largest(array, outliers) if outliers else array
@@ -149,7 +162,7 @@ def quantize(
             part = slice(begin, end)
             x = _float_rows(fitted, begin, end)
             s, m = (scale, minimum) if group is None else (scale[part], minimum[part])
-            flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq")
+            flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit)
         return flags, scale, minimum
 
     flags, scale, minimum = fill(params)
@@ -163,11 +176,11 @@ def quantize(
         _, scale, minimum = fill(np.dtype(np.float32))
     if out is not None:
         return out
-    q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, array.dtype)
+    q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype)
     if outliers is None and max_error is None:
         return q
     kept = _find_outliers(q, array, outliers, max_error)
-    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, array.dtype, kept)
+    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, kept)
 
 
 def _check_out(out: QuantizedTensor, shape: tuple[int, ...], bits: int, group_size: int | None, outliers: bool) -> None:
@@ -220,6 +233,8 @@ def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error:
         ties = np.flatnonzero(distance == limit)[: count - above.size]
         index = np.union1d(above, ties)
     if max_error is not None:
+        if w.dtype.itemsize == 2:  # as a reader sees it: rounded to the dtype
+            distance = np.abs(np.subtract(w, q.dequantize(), dtype=np.float32)).reshape(-1)
         index = np.union1d(index, np.flatnonzero(distance > max_error))
     index = index[missing[index] != 0]
     if index.size == 0:
@@ -256,7 +271,7 @@ def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
     array([33,  3], dtype=uint8)
     """
     bits = require_bits(bits)
-    array = np.asarray(codes)
+    array = as_any_array(codes, "codes")
     if array.dtype != np.uint8:
         raise TypeError(f"codes: expected uint8, got {array.dtype}")
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -296,10 +311,8 @@ def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
     array([1, 2, 3], dtype=uint8)
     """
     bits = require_bits(bits)
-    if not hasattr(count, "__index__"):
-        raise TypeError(f"count: expected an integer, got {count!r:.80}")
-    count = operator.index(count)
-    array = np.asarray(packed)
+    count = as_index(count, "count")
+    array = as_any_array(packed, "packed")
     if array.dtype != np.uint8:
         raise TypeError(f"packed: expected uint8, got {array.dtype}")
     if count < 0 or array.size != -(-count * bits // 8):

@@ -164,8 +164,9 @@ class QuantizedTensor(PackedTensor):
 
         Parameters
         ----------
-        out : float32 array of the weight's shape, optional
-            The array to write and return; C-contiguous. It saves an allocation, which costs more than the decoding.
+        out : array of the weight's shape, of float32 or of `dtype`, optional
+            The array to write and return; C-contiguous. With float32 it saves an allocation, which costs more than the
+            decoding.
         dtype : dtype, optional
             The dtype of a new array. The default is the dtype of the weight before it was quantized.
         rows : slice, optional
@@ -179,7 +180,7 @@ class QuantizedTensor(PackedTensor):
         Raises
         ------
         TypeError, ValueError
-            If `out` is not writable, contiguous float32 of the right shape, or `rows` has a step.
+            If `out` does not fit, as in `to_dense`, or `rows` has a step.
         IndexError
             If `rows` is given for a weight of one axis.
 
@@ -191,33 +192,21 @@ class QuantizedTensor(PackedTensor):
         array([0., 1., 2., 3.], dtype=float32)
         """
         part = self if rows is None else self[_require_slice(rows)]
-        result = np.empty(part.shape, np.float32) if out is None else out
+        if out is not None and (part.outliers is not None or getattr(out, "dtype", None) != np.float32):
+            part._check_out(out)
+        result = np.empty(part.shape, np.float32) if out is None or out.dtype != np.float32 else out
         _core.dequantize(*part.kernel_args, matrix_of_out(result, part.shape))
         if part.outliers is not None:
             result.reshape(-1)[part.outliers.indices] += part.outliers.values
-        if out is not None:
-            return out
         with np.errstate(over="ignore"):
-            return result.astype(self.dtype if dtype is None else dtype, copy=False)
+            if out is None:
+                return result.astype(self.dtype if dtype is None else dtype, copy=False)
+            if out is not result:
+                out[...] = result
+        return out
 
     def to_dense(self, out: Array | None = None) -> Array:
-        """Return the weight as an array, as `dequantize` does.
-
-        Parameters
-        ----------
-        out : float32 array of the weight's shape, optional
-            The array to write and return; C-contiguous.
-
-        Returns
-        -------
-        array
-            `out`, or a new array of `dtype`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `out` is not writable, contiguous float32 of the right shape.
-        """
+        """Return the weight as an array, as `dequantize` does; see `PackedTensor.to_dense`."""
         return self.dequantize(out)
 
     def error_sums(self, w: ArrayLike) -> ErrorSums:
@@ -228,7 +217,7 @@ class QuantizedTensor(PackedTensor):
         step = max(1, (1 << 20) // max(as_matrix(self.shape)[1], 1))
         for at in range(0, rows, step):
             many = len(self.shape) > 1
-            ours = self.dequantize(dtype=np.float32, rows=slice(at, at + step) if many else None)
+            ours = self.dequantize(rows=slice(at, at + step) if many else None)
             sums.add(ours, array[at : at + step] if many else array)
         return sums
 
@@ -238,15 +227,15 @@ class QuantizedTensor(PackedTensor):
         outliers = self.outliers and _outliers_of_rows(self.outliers, rows, as_matrix(self.shape)[1])
         return QuantizedTensor(codes, scale, minimum, self.bits, self.group_size, shape, self.dtype, outliers)
 
-    def _linear(self, x: Array, bias: Array | None, out: Array | None, precision: Precision) -> Array:
+    def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         if precision == "blas":
             return self._by_panels(x, bias, out)
         return _core.linear_quantized(x, *self.kernel_args, self.shape, bias, out, _LIMBS[precision], self.outliers)
 
-    def _by_panels(self, x: Array, bias: Array | None, out: Array | None) -> Array:
+    def _by_panels(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None) -> Array:
         """Decode some rows at a time and leave each panel to BLAS."""
         stored = {"codes": self.codes, "scale": self.scale, "minimum": self.minimum}
-        x, out = _core.check_linear(x, self.shape, bias, out, stored)
+        x, bias, out = _core.check_linear(x, self.shape, bias, out, stored)
         (rows, cols), batch = as_matrix(self.shape), math.prod(x.shape[:-1])
         x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
         step = max(1, _PANEL_SIZE // max(cols, 1))
