@@ -9,7 +9,8 @@ ROOT = Path(fastopt.__file__).parent
 # From the ground up.
 LAYERS = [
     ["_core", "_types", "_threads"],
-    ["_checks", "_text", "config", "progress", "schedules"],
+    ["_checks", "_text"],
+    ["config", "progress", "schedules"],
     ["tensors"],
     ["files"],
     ["train", "models"],

@@ -1,12 +1,11 @@
 """Threads, and what the library runs on."""
 
-import operator
-
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from fastopt import _core
+from fastopt._checks import as_index
 
 
 def get_num_threads() -> int:
@@ -52,7 +51,7 @@ def set_num_threads(n: int) -> None:
     >>> import fastopt as fo
     >>> fo.set_num_threads(2)
     """
-    count = operator.index(n)
+    count = as_index(n, "n")
     if not 1 <= count <= 4096:
         raise ValueError(f"n: expected 1 to 4096 threads, got {count}")
     _core.set_num_threads(count)

@@ -179,7 +179,7 @@ def test_bad_arguments_of_pack(weights):
     for options, error, message in [
         ({"bits": 5}, ValueError, "bits: expected 8, 4 or 2, got 5"),
         ({"bits": 4, "overrides": {"*": {"speed": 1}}}, ValueError, r"overrides: '\*' has unknown options \['speed'\]"),
-        ({"sparsity": 2}, ValueError, "sparsity: expected a share from 0 to 1, got 2"),
+        ({"sparsity": 2}, ValueError, "sparsity: expected a fraction from 0 to 1, got 2"),
         ({"bits": 4, "group_size": 0}, ValueError, "group_size: expected"),
     ]:
         with pytest.raises(error, match=message):

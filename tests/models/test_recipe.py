@@ -92,7 +92,7 @@ def test_what_is_wrong_is_named():
         ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got 'int8'"),
         ({"fit": "best"}, ValueError, "fit: expected 'minmax' or 'lsq', got 'best'"),
         ({"outliers": 2}, ValueError, "outliers: expected a share between 0 and 1, got 2"),
-        ({"sparsity": 1.5}, ValueError, "sparsity: expected a share from 0 to 1"),
+        ({"sparsity": 1.5}, ValueError, "sparsity: expected a fraction from 0 to 1"),
         ({"pattern": "4:2"}, ValueError, "pattern: expected 'N:M'"),
         ({"pattern": "1x16"}, ValueError, "threshold, sparsity: expected exactly one"),
         ({"pattern": "2:4", "sparsity": 0.5}, ValueError, "expected neither"),

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from helpers import Guarded, same_bits
+from helpers import FLOATS, Guarded, dtype_of, same_bits
 
 import fastopt as fo
 from fastopt.tensors.quantized import Outliers
@@ -199,14 +199,35 @@ def test_bad_arguments(make, rng):
     x = np.ones((2, 40), "f4")
     buffer = np.zeros(200, "f4")
     for call, error, message in [
-        (lambda: fo.linear(x.astype("f8"), w), TypeError, "x: expected float32, got float64"),
+        (lambda: fo.linear(x.astype("i8"), w), TypeError, "x: expected float32, float64, float16 or bfloat16"),
+        (lambda: fo.linear(None, w), TypeError, "x: expected float32, float64, float16 or bfloat16, got object"),
+        (
+            lambda: fo.linear(np.full((2, 40), 1e39), w),
+            ValueError,
+            "x: expected values that float32 can hold",
+        ),
+        (
+            lambda: fo.linear(np.ones((2, 6)), w),
+            ValueError,
+            r"\(2, 6\); a weight is \[out, in\]",
+        ),
         (lambda: fo.linear(x[:, 1:], w), ValueError, r"x: expected shape \(..., 40\) for w of shape \(6, 40\)"),
         (lambda: fo.linear(np.float32(1), w), ValueError, "x: expected shape"),
         (lambda: fo.linear(x, w, precision="int4"), ValueError, "precision: expected 'exact', 'int8' or 'blas', got"),
         (lambda: fo.linear(x, w, out=np.empty((2, 7), "f4")), ValueError, r"out: expected a C-contiguous array of"),
         (lambda: fo.linear(x, w, out=np.empty((2, 6))), TypeError, "out: expected a float32 array"),
         (lambda: fo.linear(x, w, np.zeros(5, "f4")), ValueError, r"bias: expected shape \(6,\), got \(5,\)"),
-        (lambda: fo.linear(x, w, np.zeros(6)), TypeError, "bias: expected a float32 array, got float64"),
+        (lambda: fo.linear(x, w, np.zeros(6, "i4")), TypeError, "bias: expected float32, float64, float16 or bfloat16"),
+        (
+            lambda: fo.linear(x, w, [None] * 6),
+            TypeError,
+            "bias: expected float32, float64, float16 or bfloat16, got obj",
+        ),
+        (
+            lambda: fo.linear(x, w, np.full(6, -1e39)),
+            ValueError,
+            "bias: expected values that float32 can hold",
+        ),
         (
             lambda: fo.linear(buffer[:80].reshape(2, 40), w, out=buffer[70:82].reshape(2, 6)),
             ValueError,
@@ -234,14 +255,53 @@ def test_out_must_be_writable(make, rng):
 
 
 def test_what_is_no_weight_is_refused():
-    with pytest.raises(TypeError, match="w: expected a QuantizedTensor, a SparseTensor or a float32 array, got list"):
+    with pytest.raises(TypeError, match="w: expected a QuantizedTensor, a SparseTensor or an array, got list"):
         fo.linear(np.ones(2, "f4"), [[1.0, 2.0]])
 
 
-def test_double_values_are_refused(rng):
-    s = fo.prune(rng.standard_normal((6, 40)), sparsity=0.5)
-    with pytest.raises(TypeError, match="w: expected values of float32, float16 or bfloat16, got float64"):
-        fo.linear(np.ones((1, 40), "f4"), s)
+@pytest.mark.parametrize("batch", [1, 7, 20])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_other_float_types_are_converted(dtype, batch, rng):
+    """float64 is what NumPy and scikit-learn make, and what `pack` keeps of such a model."""
+    kind = dtype_of(dtype)
+    x, bias = rng.standard_normal((batch, 40)).astype(kind), rng.standard_normal(6).astype(kind)
+    dense = rng.standard_normal((6, 40)).astype(kind)
+    x4, bias4 = x.astype("f4"), bias.astype("f4")
+    for w, w4 in [
+        (dense, dense.astype("f4")),
+        (fo.quantize(dense), fo.quantize(dense.astype("f4"))),
+        *(
+            (fo.prune(dense, sparsity=0.5, layout=layout), fo.prune(dense.astype("f4"), sparsity=0.5, layout=layout))
+            for layout in ("mask", "index16", "index8", "1x16")
+        ),
+    ]:
+        want = fo.linear(x4, w4, bias4)
+        assert want.dtype == np.float32
+        for given in (x, x.astype(kind.newbyteorder(">")), x.tolist() if dtype == "float64" else x):
+            assert same_bits(fo.linear(given, w, bias), want)
+        assert same_bits(fo.linear(x, w, bias, precision="blas"), fo.linear(x4, w4, bias4, precision="blas"))
+        out = np.empty((batch, 6), "f4")
+        assert fo.linear(x, w, bias, out=out) is out
+        assert same_bits(out, want)
+        if not isinstance(w, np.ndarray):
+            assert same_bits(w @ x.T, w4 @ x4.T)
+            assert same_bits(x @ w.T, x4 @ w4.T)
+
+
+def test_a_packed_bias(rng):
+    x, w, bias = (rng.standard_normal(shape).astype("f4") for shape in ((3, 40), (6, 40), 6))
+    packed = fo.quantize(bias)
+    assert same_bits(fo.linear(x, fo.quantize(w), packed), fo.linear(x, fo.quantize(w), packed.to_dense()))
+
+
+@pytest.mark.parametrize("make", [fo.quantize, lambda w: fo.prune(w, sparsity=0.5)])
+def test_x_times_w_says_that_weights_are_out_in(make, rng):
+    """A square weight that is [in, out] would give wrong numbers without a word."""
+    w, x = make(rng.standard_normal((40, 40)).astype("f4")), np.ones((2, 40), "f4")
+    with pytest.raises(TypeError, match=r"a packed weight is \[out, in\]: use x @ w.T"):
+        x @ w
+    with pytest.raises(TypeError, match=r"a packed weight is \[out, in\]: use x @ w.T"):
+        x.tolist() @ w
 
 
 @pytest.mark.parametrize("shape", [(600, 1000), (30, 5, 2, 4), (1, 5), (0, 5), (5, 0)])

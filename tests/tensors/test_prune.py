@@ -170,8 +170,8 @@ def test_importance(isa, rng):
     s = fo.prune(w, sparsity=0.6, importance=score, scope="global")
     assert same_bits(s["a"].to_dense(), pruned["a"])
     for bad, message in [
-        (score["a"], r"importance: expected 2 array\(s\), arranged like w"),
-        ({"a": score["a"]}, "importance: nothing for 'b'"),
+        (score["a"], r"importance: expected 2 arrays, arranged like w"),
+        ({"a": score["a"]}, "importance: expected the names of w, 'b' is missing"),
         ({"a": score["a"], "b": score["b"].T}, r"importance: expected shape \(6, 40\) for 'b', got \(40, 6\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -217,7 +217,7 @@ def test_bad_arguments(rng):
         (lambda: fo.prune_(w, threshold=1, sparsity=0.5), ValueError, "threshold, sparsity: expected exactly one"),
         (lambda: fo.prune_(w, threshold=-1), ValueError, "threshold: expected a number, 0 or more, got -1"),
         (lambda: fo.prune_(w, threshold=np.nan), ValueError, "threshold: expected a number"),
-        (lambda: fo.prune_(w, sparsity=1.1), ValueError, "sparsity: expected a share from 0 to 1, got 1.1"),
+        (lambda: fo.prune_(w, sparsity=1.1), ValueError, "sparsity: expected a fraction from 0 to 1, got 1.1"),
         (lambda: fo.prune_(w, sparsity=0.1, scope="all"), ValueError, "scope: expected 'local' or 'global'"),
         (lambda: fo.prune_(readonly, sparsity=0.1), ValueError, "array '0': is read-only"),
         (lambda: fo.prune_(w[:, ::2], sparsity=0.1), ValueError, "array '0': must be C-contiguous"),

@@ -1,4 +1,6 @@
-"""The error of a packed tensor: its distance from the original weights."""
+"""The error of packed weights: their distance from the original ones."""
+
+from __future__ import annotations
 
 import math
 from typing import NamedTuple
@@ -9,24 +11,24 @@ from fastopt._types import Array
 
 
 class Error(NamedTuple):
-    """The distance of a quantized weight from the original.
+    """The distance of a packed weight from the original.
 
     Attributes
     ----------
     rmse : float
-        Root of the mean squared error.
+        Root mean square error.
     relative : float
-        `rmse` over the root of the mean square of the weight.
+        `rmse` divided by the root mean square of the weight.
     max : float
         Largest absolute error.
     snr : float
-        Signal to noise ratio in decibels; infinite if there is no error.
+        Signal-to-noise ratio in decibels; infinite if there is no error.
     cosine : float
-        Cosine of the angle between the two, seen as vectors; 1 if both are zero.
+        Cosine of the angle between the two weights as vectors; 1 if both are zero.
 
     Notes
     -----
-    All are NaN if a weight is.
+    All are NaN if a weight is NaN. The packed weight counts as `to_dense` returns it, in its own dtype.
     """
 
     rmse: float
@@ -63,7 +65,7 @@ class ErrorSums:
                 self.noise += float(np.square(a).sum())
             self.largest = float(np.maximum(self.largest, np.abs(a, out=a).max()))  # NaN if one is
 
-    def __iadd__(self, other: "ErrorSums") -> "ErrorSums":
+    def __iadd__(self, other: ErrorSums) -> ErrorSums:
         unit = max((sums.unit for sums in (self, other) if sums.size), default=self.unit)
         for name in ("noise", "signal", "total", "dot"):
             parts = [getattr(sums, name) * (sums.unit / unit) ** 2 for sums in (self, other) if sums.size]

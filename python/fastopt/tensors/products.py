@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastopt import _core
-from fastopt._checks import as_matrix, matrix_of_out
+from fastopt._checks import as_any_array, as_float32, as_matrix, matrix_of_out
 from fastopt._types import Array
 from fastopt.tensors.packed import PackedTensor, Precision, Weight
 from fastopt.tensors.quantized import QuantizedTensor
 
 
 def linear(
-    x: Array,
+    x: ArrayLike,
     w: Weight,
-    bias: Array | None = None,
+    bias: ArrayLike | PackedTensor | None = None,
     *,
     out: Array | None = None,
     precision: Precision = "exact",
@@ -26,10 +26,12 @@ def linear(
 
     Parameters
     ----------
-    x : float32 array, shape (..., in)
-    w : QuantizedTensor, SparseTensor or float32 array, shape (out, in)
-        A weight with more axes is seen as a matrix of its first axis by all others.
-    bias : float32 array, shape (out,), optional
+    x : array_like of a float type, shape (..., in)
+    w : QuantizedTensor, SparseTensor or array of a float type, shape (out, in)
+        A weight with more axes is seen as a matrix of its first axis by all others. Keras, scikit-learn and GPT-2's
+        Conv1D hold weights as (in, out): pack their transpose. Nothing can tell a square weight that was not
+        transposed from one that was.
+    bias : array_like of a float type, or packed tensor, shape (out,), optional
     out : float32 array, shape (..., out), optional
         Written and returned; C-contiguous.
     precision : "exact", "int8" or "blas"
@@ -52,12 +54,16 @@ def linear(
     Raises
     ------
     TypeError
-        If an array is not float32, or `w` not a weight.
+        If `x`, `w` or `bias` is not of a float type, or `out` is not float32.
     ValueError
-        If shapes do not match, or `out` is read-only, not contiguous, or shares memory with another array.
+        If shapes do not match, a float64 value is beyond float32, or `out` is read-only, not contiguous, or shares
+        memory with another array.
 
     Notes
     -----
+    The product is computed in float32. float64 `x`, `w` and `bias` are rounded to float32 first, an error of 6e-8 or
+    less, and float16 and bfloat16 are converted exactly. Each call converts again: convert once what is used often.
+
     The order of sums is fixed: but for "blas" and plain arrays, the result is bit for bit the same on every
     instruction set and for any number of threads. Rows of `x` are multiplied sixteen at a time, and the remainder one
     at a time if there are fewer than twelve: the two add up in a different order, as does a sparse weight for five
@@ -75,13 +81,14 @@ def linear(
     """
     if precision not in ("exact", "int8", "blas"):
         raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
+    if isinstance(bias, PackedTensor):
+        bias = bias.to_dense()
     if isinstance(w, PackedTensor):
         return w._linear(x, bias, out, precision)
     if not isinstance(w, np.ndarray):
-        raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or a float32 array, got {type(w).__name__}")
-    x, out = _core.check_linear(x, w.shape, bias, out, {"w": w})
-    if w.dtype != np.float32:
-        raise TypeError(f"w: expected float32, got {w.dtype}")
+        raise TypeError(f"w: expected a QuantizedTensor, a SparseTensor or an array, got {type(w).__name__}")
+    x, bias, out = _core.check_linear(x, w.shape, bias, out, {"w": w})
+    w = as_float32(w, "w")
     (rows, cols), batch = as_matrix(w.shape), math.prod(x.shape[:-1])
     out2 = out.reshape(batch, rows)
     np.matmul(x.reshape(batch, cols), w.reshape(rows, cols).T, out=out2)
@@ -128,7 +135,7 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
         raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if len(q.shape) < 2:
         raise ValueError(f"q: expected at least two axes, got shape {q.shape}")
-    rows = np.asarray(ids)
+    rows = as_any_array(ids, "ids")
     if rows.size == 0 and not isinstance(ids, np.ndarray):
         rows = rows.astype(np.int64)
     if rows.dtype.kind not in "iu":

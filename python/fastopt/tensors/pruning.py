@@ -1,4 +1,6 @@
-"""Pruning by magnitude, or by any importance: unstructured, N of M, and blocks."""
+"""Pruning by magnitude or by importance: single weights, N of M, and blocks."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_float_array, as_matrix
+from fastopt._checks import as_float_array, as_matrix, require_real
 from fastopt._types import Array
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.sparse import SparseTensor
@@ -23,38 +25,40 @@ def check_selection(threshold: float | None, sparsity: float | None, pattern: st
     if groups is None and (threshold is None) == (sparsity is None):
         raise ValueError("threshold, sparsity: expected exactly one of them")
     if groups is not None and (threshold is not None or sparsity is not None):
-        raise ValueError(f"threshold, sparsity: expected neither, as pattern {pattern!r} tells how many stay")
+        raise ValueError(f"threshold, sparsity: expected neither, as pattern {pattern!r} says how many weights stay")
+    require_real(threshold, "threshold")
+    require_real(sparsity, "sparsity")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold: expected a number, 0 or more, got {threshold!r}")
     if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity: expected a share from 0 to 1, got {sparsity!r}")
+        raise ValueError(f"sparsity: expected a fraction from 0 to 1, got {sparsity!r}")
     return groups
 
 
 def _parts(w: Any) -> tuple[list[Any], list[Any]]:
-    """Return names and values of an array, a list or a mapping."""
+    """Return the names and values of an array, a list or a mapping."""
     if isinstance(w, Mapping):
         return list(w), list(w.values())
     return (list(range(len(w))), list(w)) if isinstance(w, list | tuple) else ([0], [w])
 
 
 def _like(w: Any, names: Iterable[Any], results: list[Any]) -> Any:
-    """Return results as what `w` is: one, a list or a dict."""
+    """Return results arranged like `w`: a single one, a list or a dict."""
     if isinstance(w, Mapping):
         return dict(zip(names, results, strict=True))
     return results if isinstance(w, list | tuple) else results[0]
 
 
 def _importance_of(importance: Any, w: Any, names: list[Any], arrays: list[Array]) -> list[Array]:
-    """Return an array of importance for each of `w`, checked."""
+    """Return the checked importance of each array of `w`."""
     if isinstance(w, Mapping) and isinstance(importance, Mapping):
         missing = [name for name in names if name not in importance]
         if missing:
-            raise ValueError(f"importance: nothing for {missing[0]!r}")
+            raise ValueError(f"importance: expected the names of w, {missing[0]!r} is missing")
         importance = {name: importance[name] for name in names}
     _, given = _parts(importance)
     if len(given) != len(arrays) or isinstance(importance, Mapping) != isinstance(w, Mapping):
-        raise ValueError(f"importance: expected {len(arrays)} array(s), arranged like w")
+        raise ValueError(f"importance: expected {len(arrays)} arrays, arranged like w, got {len(given)}")
     scores = []
     for name, array, score in zip(names, arrays, given, strict=True):
         score = as_float_array(score, "importance")
@@ -72,7 +76,7 @@ def _bits_of(value: float, dtype: np.dtype[Any]) -> int:
 
 
 def _block_norms(w: Array) -> Array:
-    """Return the L2 norm of each block of 16 columns in float64, squares added from left to right."""
+    """Return the L2 norm of each block of 16 columns in float64; squares are added from left to right."""
     rows, cols = as_matrix(w.shape)
     x = w.reshape(rows, cols)
     norms = np.zeros((rows, -(-cols // BLOCK)))
@@ -87,7 +91,7 @@ def _block_norms(w: Array) -> Array:
 def _apply(
     scores: list[Array], masks: list[Mask | None], threshold: float | None, sparsity: float | None, write: bool
 ) -> None:
-    """Fill the masks with what stays; where `write`, also zero the scores themselves."""
+    """Set the masks where a score is kept; with `write`, also zero the other scores."""
     if threshold is not None:
         for score, mask in zip(scores, masks, strict=True):
             _core.prune(score, write, mask, _bits_of(threshold, score.dtype), 0)
@@ -120,37 +124,37 @@ def prune_(
     ----------
     w : array, list of arrays, or dict of arrays
         float32, float64, float16 or bfloat16, C-contiguous and writable.
-    threshold : float
-        Keep where ``abs(w) > threshold``, with the threshold rounded to the dtype of `w`.
-    sparsity : float
-        Zero exactly ``round(sparsity * size)`` elements. Of equal magnitudes those of lower index are kept.
+    threshold : float, optional
+        Keep weights with ``abs(w) > threshold``; the threshold is rounded to the dtype of `w`.
+    sparsity : float, optional
+        Zero exactly ``round(sparsity * size)`` weights. Among equal magnitudes, those of lower index are kept.
     pattern : str, optional
-        "N:M", as "2:4": of each M neighbours in a row keep the N largest, instead of a threshold or a sparsity.
-        "1x16": remove whole blocks of 16 neighbours in a row, by their L2 norm.
-    importance : like `w`, optional
-        Arrays of the same shapes, of which the magnitude counts instead of the weights' own: ``w * grad``, or
-        ``w * norm of activations``.
+        "N:M", for example "2:4": keep the N largest of each M neighbours in a row, without a threshold or a sparsity.
+        "1x16": remove whole blocks of 16 neighbours in a row, ranked by their L2 norm.
+    importance : arrays of a float type, arranged like `w`, optional
+        Their magnitudes rank the weights, instead of those of `w`: for example ``w * grad``, or ``w`` times the norm
+        of the activations.
     scope : "local" or "global"
-        Whether `sparsity` holds for each array, or for all together, which then must have one dtype.
+        Whether `sparsity` holds for each array, or for all arrays together, which then must have one dtype.
     return_mask : bool
-        False saves the time and the memory of masks that nobody needs.
+        False saves the time and the memory that masks take.
 
     Returns
     -------
-    bool array, a list or dict of them like `w`, or None
-        True where a weight was kept.
+    bool array, a list or dict of them arranged like `w`, or None
+        True where a weight is kept.
 
     Raises
     ------
     TypeError
-        If `w` holds something else than arrays of a float type.
+        If `w` or `importance` holds anything but arrays of a float type, or a number is none.
     ValueError
-        If not exactly one of `threshold` and `sparsity` is given (none of them for N:M), one is out of range, or an
-        array is read-only, not contiguous, or shares memory with another one.
+        Unless exactly one of `threshold` and `sparsity` is given, or none of them with N:M; if one is out of range; or
+        if an array is read-only, not contiguous, or shares memory with another one.
 
     Notes
     -----
-    Zeros are written as +0. NaN counts as larger than everything, and so is the last to go.
+    Pruned weights become +0. NaN counts as the largest magnitude.
 
     Examples
     --------
@@ -207,27 +211,27 @@ def prune(
     scope: Literal["local", "global"] = "local",
     layout: str | None = None,
 ) -> Any:
-    """Return `w` without its least important weights, in sparse storage; `w` stays as it is.
+    """Return `w` without its least important weights, in sparse storage. `w` itself does not change.
 
     Parameters
     ----------
     w : array_like, or a list or dict of arrays, of float32, float64, float16 or bfloat16
-        A list of numbers counts as one array.
+        A list of numbers is one array.
     threshold, sparsity, pattern, importance, scope
         As in `prune_`.
     layout : str, optional
-        As in `SparseTensor.from_dense`. By default that of the pattern, or "auto".
+        As in `SparseTensor.from_dense`. The default is the layout of the pattern, or "auto" without one.
 
     Returns
     -------
-    SparseTensor, or a list or dict of them like `w`
+    SparseTensor, or a list or dict of them arranged like `w`
 
     Raises
     ------
     TypeError
-        If `w` is not of a float type.
+        If `w` or `importance` is not of a float type, or a number is none.
     ValueError
-        As in `prune_`.
+        As in `prune_`, or if `threshold` is infinite.
 
     Examples
     --------
@@ -240,7 +244,7 @@ def prune(
     """
     groups = check_selection(threshold, sparsity, pattern)
     if threshold is not None and math.isinf(threshold):
-        raise ValueError("threshold: expected a finite number")
+        raise ValueError(f"threshold: expected a finite number, got {threshold!r}")
     if layout is None:
         layout = pattern if pattern is not None and (groups is None or groups[1] in (2, 4, 8)) else "auto"
     elif layout != "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt import _core
-from fastopt._checks import as_float_array, as_matrix, matrix_of_out, require_array, require_bits, require_shape
+from fastopt._checks import (
+    as_float32,
+    as_float_array,
+    as_matrix,
+    require_array,
+    require_bits,
+    require_shape,
+)
 from fastopt._types import Array, GroupSize
 from fastopt.tensors.packed import PackedTensor, Precision, Storage, dense_array
 from fastopt.tensors.quantization import quantize
@@ -33,7 +40,7 @@ SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseTensor(PackedTensor):
-    """A pruned weight: what is left of it, and where that is.
+    """A pruned weight: its non-zero elements and their positions.
 
     `SparseTensor.from_dense` and `prune` make one. The tensor owns `positions` and `row_offsets`, because the kernels
     trust them: they are copied, unless they are `bytes` or a file that is mapped read-only. A mapped file must not be
@@ -42,31 +49,37 @@ class SparseTensor(PackedTensor):
     Attributes
     ----------
     layout : str
-        "mask": a bit for each element. "index16", "index8": the column of each entry in 16 bits, or its distance from
-        the entry before in 8. "1x16": a bit for each block of 16 columns. "N:M", as "2:4": a mask with exactly N bits
-        set in each M columns.
+        How positions are stored.
+
+        - "mask": a bit for each element.
+        - "index16": the column of each entry, in 16 bits.
+        - "index8": the distance of each entry from the one before, in 8 bits.
+        - "1x16": a bit for each block of 16 columns.
+        - "N:M", for example "2:4": a mask with exactly N bits set in each M columns.
     positions : array
-        Masks: uint8, shape (rows, bytes per row), lowest bit first; each row starts on a byte; bits behind the last
-        column are 0. "index16": uint16, shape (entries,), rising in a row. "index8": uint8, shape (entries,); an
-        entry's column is that of the one before (-1 for the first of a row) plus 1 plus this.
+        A mask is uint8, shape (rows, bytes per row), lowest bit first. Each row starts on a byte, and bits behind the
+        last column are 0. "index16" has uint16, shape (entries,), rising within a row. "index8" has uint8, shape
+        (entries,): the column of an entry is the column of the entry before, or -1 at the start of a row, plus 1, plus
+        this number.
     row_offsets : int64 array, shape (rows + 1,)
-        Row r has the entries from ``row_offsets[r]`` to ``row_offsets[r + 1]``.
+        Row r has the entries ``row_offsets[r]`` up to ``row_offsets[r + 1]``.
     values : array or QuantizedTensor, one axis
-        The entries in order, in a float type or in 8, 4 or 2 bits; of "1x16" an entry has 16.
+        The values of the entries in order, in a float type or quantized. An entry has one value, with "1x16" 16.
     shape : tuple of int
-        Of the weight; seen as a matrix of its first axis by all others, and as one row if it has one axis.
+        The shape of the weight, which is seen as a matrix: the first axis by all others, or one row if there is only
+        one axis.
 
     Raises
     ------
     TypeError, ValueError
-        If the arrays do not fit each other, the layout and the shape.
+        If the arrays do not fit each other, the layout or the shape.
 
     Notes
     -----
-    An element is stored unless it is zero; -0 counts as zero and comes back as +0, NaN and infinity are kept. "1x16",
-    "N:M" and "index8" also store the zeros that fill a block, a group or a distance above 255.
+    Every element that is not zero is stored. -0 counts as zero and comes back as +0; NaN and infinity are kept.
+    "1x16", "N:M" and "index8" also store the zeros that fill up a block, a group or a distance above 255.
 
-    In a product x must be finite: whether NaN or infinity count where a weight has been pruned depends on the layout.
+    In a product, x should be finite: whether NaN or infinity in x meets a pruned weight depends on the layout.
     """
 
     layout: str
@@ -118,14 +131,15 @@ class SparseTensor(PackedTensor):
 
     @classmethod
     def from_dense(cls, w: ArrayLike, *, layout: str = "auto") -> SparseTensor:
-        """Return what of `w` is not zero, in sparse storage.
+        """Return the non-zero elements of `w` in sparse storage.
 
         Parameters
         ----------
         w : array_like of float32, float64, float16 or bfloat16, any shape
         layout : str
-            One of those of the class. "auto": what is multiplied fastest, which is a mask or, where less than 18 % is
-            left, "index16". "index8" is the smallest where less than an eighth is left, and somewhat slower.
+            A layout of the class, or "auto" for the one that multiplies fastest: "index16" if at most 18 % of the
+            elements are left, else "mask". "index8" is the smallest if less than an eighth is left, and somewhat
+            slower.
 
         Returns
         -------
@@ -136,8 +150,8 @@ class SparseTensor(PackedTensor):
         TypeError
             If `w` is not of a float type.
         ValueError
-            If `layout` is unknown, has too few columns for `w`, or is N:M and `w` has more non-zeros than that: prune
-            it first.
+            If `layout` is unknown, cannot hold as many columns as `w` has, or is N:M and `w` has more non-zeros than
+            that. Prune it with that pattern first.
 
         Examples
         --------
@@ -169,14 +183,14 @@ class SparseTensor(PackedTensor):
         values = np.empty(int(row_offsets[-1]), x.dtype)
         _core.compress(x, mask, row_offsets, values)
         if ":" in layout:
-            values[values == 0] = 0  # -0 is not told apart
+            values[values == 0] = 0  # -0 becomes +0
         return cls._of_mask(layout, mask, row_offsets, values, array.shape)
 
     @classmethod
     def _of_mask(
         cls, layout: str, mask: NDArray[np.uint8], row_offsets: Array, values: Array, shape: tuple[int, ...]
     ) -> SparseTensor:
-        """Return the layout that was asked for, or the one that suits, from a mask and what is under it."""
+        """Return a tensor of the given layout, or the best one for "auto", from a mask and the values under it."""
         cols = as_matrix(shape)[1]
         if layout == "auto":
             index = values.size <= _INDEX_DENSITY * math.prod(shape) and cols <= _INDEX_COLUMNS
@@ -206,21 +220,22 @@ class SparseTensor(PackedTensor):
         param_dtype: DTypeLike = "float16",
         fit: Literal["minmax", "lsq"] = "minmax",
     ) -> SparseTensor:
-        """Return the same with the values in 8, 4 or 2 bits.
+        """Return the same weight with its values in 8, 4 or 2 bits.
 
         Parameters
         ----------
         bits : 8, 4 or 2
         group_size : int, -1, None or "auto"
-            How many neighbouring values share scale and minimum; groups run through the rows. "auto": 128
-            for 8 bits, 32 for 4, 16 for 2. -1 and None: all.
+            How many neighbouring values share a scale and a minimum; groups run across the ends of rows. "auto" is
+            128 for 8 bits, 32 for 4 and 16 for 2. -1 and None are all values.
         param_dtype, fit
             As in `fastopt.quantize`.
 
         Returns
         -------
         SparseTensor
-            Of the same layout; "index8" with distances above 255 becomes "index16", so that zeros stay exact.
+            It has the same layout, but for "index8" with distances above 255, which becomes "index16" to keep zeros
+            exact.
 
         Raises
         ------
@@ -235,7 +250,7 @@ class SparseTensor(PackedTensor):
         SparseTensor(shape=(64, 64), layout=index16, density=0.016, 4-bit values, 1.34 bits per weight)
         """
         bits = require_bits(bits)
-        if group_size == "auto":
+        if isinstance(group_size, str) and group_size == "auto":
             group_size = SPARSE_GROUP_SIZE[bits]
         values = self._float_values()
         s = self
@@ -246,7 +261,7 @@ class SparseTensor(PackedTensor):
         return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
 
     def to_layout(self, layout: str) -> SparseTensor:
-        """Return the same in another layout.
+        """Return the same weight in another layout.
 
         Parameters
         ----------
@@ -256,7 +271,7 @@ class SparseTensor(PackedTensor):
         Returns
         -------
         SparseTensor
-            With float values, also if these are quantized.
+            Its values are floats, even if these are quantized.
 
         Raises
         ------
@@ -276,30 +291,17 @@ class SparseTensor(PackedTensor):
         return self.values.dequantize() if isinstance(self.values, QuantizedTensor) else self.values
 
     def to_dense(self, out: Array | None = None) -> Array:
-        """Return the weight with its zeros.
-
-        Parameters
-        ----------
-        out : array of the weight's shape, optional
-            Written and returned; C-contiguous and of `dtype`.
-
-        Returns
-        -------
-        array
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `out` is not writable, contiguous, and of the right shape and dtype.
-        """
+        """Return the weight as an array, with its zeros; see `PackedTensor.to_dense`."""
+        if out is not None:
+            self._check_out(out)
         result = np.empty(self.shape, self.dtype) if out is None else out
-        target = matrix_of_out(result, self.shape)
-        if result.dtype != self.dtype:
-            raise TypeError(f"out: expected {self.dtype}, got {result.dtype}")
+        values, matrix = self._float_values(), result.reshape(as_matrix(self.shape))
+        with np.errstate(over="ignore"):
+            values = values.astype(result.dtype, copy=False)
         if self.layout == "1x16":
-            _expand_blocks(self.positions, self._float_values(), target)
+            _expand_blocks(self.positions, values, matrix)
         else:
-            _core.expand(self._kernel_layout, self.positions, self.row_offsets, self._float_values(), target)
+            _core.expand(self._kernel_layout, self.positions, self.row_offsets, values, matrix)
         return result
 
     def _take(self, key: slice | NDArray[np.int64], rows: NDArray[np.int64], shape: tuple[int, ...]) -> SparseTensor:
@@ -317,12 +319,13 @@ class SparseTensor(PackedTensor):
         positions = self.positions[entries if self.layout.startswith("index") else key]
         return SparseTensor(self.layout, positions, offsets, values, shape)
 
-    def _linear(self, x: Array, bias: Array | None, out: Array | None, precision: Precision) -> Array:
+    def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         if isinstance(self.values, QuantizedTensor):
             args = (self._kernel_layout, self.positions, self.row_offsets, *self.values.kernel_args, self.nnz)
             return _core.linear_sparse_quantized(x, *args, self.shape, bias, out)
+        values = self.values if self.dtype != np.float64 else as_float32(self.values, "w")
         return _core.linear_sparse(
-            x, self._kernel_layout, self.positions, self.row_offsets, self.values, self.shape, bias, out
+            x, self._kernel_layout, self.positions, self.row_offsets, values, self.shape, bias, out
         )
 
     @property
@@ -387,7 +390,7 @@ class SparseTensor(PackedTensor):
         Returns
         -------
         scipy.sparse.csr_array
-            float16 and bfloat16, which SciPy does not have, become float32.
+            float16 and bfloat16 become float32, because SciPy does not have them.
         """
         from scipy.sparse import csr_array
 
@@ -398,7 +401,7 @@ class SparseTensor(PackedTensor):
 
     @classmethod
     def from_scipy(cls, matrix: Any, *, layout: str = "auto") -> SparseTensor:
-        """Return a SciPy sparse matrix, of any format, in this storage.
+        """Return a SciPy sparse matrix of any format as a SparseTensor.
 
         Parameters
         ----------
@@ -410,6 +413,8 @@ class SparseTensor(PackedTensor):
         -------
         SparseTensor
         """
+        if not hasattr(matrix, "tocsr"):
+            raise TypeError(f"matrix: expected a sparse matrix of SciPy, got {type(matrix).__name__}")
         csr = matrix.tocsr(copy=True)
         csr.sum_duplicates()
         return cls._from_csr(csr.data, csr.indices, csr.indptr, csr.shape, layout)
@@ -434,7 +439,7 @@ class SparseTensor(PackedTensor):
 
     @classmethod
     def from_torch(cls, tensor: Any, *, layout: str = "auto") -> SparseTensor:
-        """Return a torch tensor in CSR layout in this storage.
+        """Return a torch tensor in CSR layout as a SparseTensor.
 
         Parameters
         ----------
@@ -446,6 +451,8 @@ class SparseTensor(PackedTensor):
         -------
         SparseTensor
         """
+        if not hasattr(tensor, "crow_indices") or str(tensor.layout) != "torch.sparse_csr":
+            raise TypeError(f"tensor: expected a torch tensor in CSR layout, got {type(tensor).__name__}")
         csr = tensor.detach().cpu()
         values, columns, offsets = (part.numpy() for part in (csr.values(), csr.col_indices(), csr.crow_indices()))
         return cls._from_csr(values, columns, offsets, tuple(tensor.shape), layout)
@@ -502,16 +509,21 @@ def _unchangeable(array: Array) -> Array:
 
 
 def sparsity(w: Any) -> float:
-    """Return the share of zeros.
+    """Return the fraction of weights that are zero.
 
     Parameters
     ----------
-    w : array, SparseTensor, or a sequence or mapping of them
+    w : array, packed tensor, or a sequence or mapping of them
 
     Returns
     -------
     float
-        Of all together; 0 if there is nothing.
+        The fraction over all arrays together; 0 if there are no weights.
+
+    Raises
+    ------
+    TypeError
+        If `w` holds anything else.
 
     Examples
     --------
@@ -525,11 +537,14 @@ def sparsity(w: Any) -> float:
 
 
 def _zeros(w: Any) -> tuple[int, int]:
-    if isinstance(w, SparseTensor):
-        w = w.to_dense() if w.layout in ("1x16", "index8") or ":" in w.layout else (w.size - w.nnz, w.size)
-        return _zeros(w) if isinstance(w, np.ndarray) else w
-    if isinstance(w, np.ndarray):
-        return w.size - int(np.count_nonzero(w)), w.size
-    parts: Sequence[Any] = list(w.values()) if hasattr(w, "values") else list(w)
-    counts = [_zeros(part) for part in parts]
-    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+    if isinstance(w, SparseTensor) and w.layout in ("mask", "index16"):  # these store no zeros to fill places
+        return w.size - w.nnz, w.size
+    if isinstance(w, PackedTensor):
+        w = w.to_dense()
+    if isinstance(w, Iterable) and not hasattr(w, "__array__") and not isinstance(w, str | bytes):
+        counts = [_zeros(part) for part in (w.values() if isinstance(w, Mapping) else w)]
+        return sum(c[0] for c in counts), sum(c[1] for c in counts)
+    array = np.asarray(w)
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"w: expected an array, a packed tensor, or a list or dict of them, got {type(w).__name__}")
+    return array.size - int(np.count_nonzero(array)), array.size

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from fastopt._types import Array
 
 BLOCK = 16  # columns of a block of layout "1x16"
-_INDEX_COLUMNS = 1 << 16  # as many as 16 bits tell apart
-# Up to this density an index is faster than a mask, of which all bits are looked at: see bench/bench_sparse.py.
+_INDEX_COLUMNS = 1 << 16  # the columns that 16 bits can address
+# Up to this density an index is faster than a mask, which is read in full: see bench/bench_sparse.py.
 _INDEX_DENSITY = 0.18
 
 
@@ -38,7 +38,7 @@ def require_layout(layout: str) -> str:
 
 @lru_cache
 def _filled_groups(n: int, m: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """For each byte of a mask: the same with n bits set in each group of m, and whether some group had more."""
+    """Return, for each byte of a mask, the byte with n bits set in each group of m, and whether a group had more."""
     filled, over = np.zeros(256, np.uint8), np.zeros(256, np.bool_)
     for byte in range(256):
         for start in range(0, 8, m):
@@ -55,7 +55,7 @@ def _fill_groups(mask: NDArray[np.uint8], cols: int, layout: str) -> NDArray[np.
     n, m = map(int, layout.split(":"))
     filled, over = _filled_groups(n, m)
     if np.any(over[mask]):
-        return np.where(over[mask], np.uint8(0), mask)  # lacks bits of `mask`, and so differs
+        return np.where(over[mask], np.uint8(0), mask)  # lacks bits of `mask`, which the caller detects
     result = filled[mask]
     if cols % 8:  # a short last group
         result[:, -1] &= (1 << cols % 8) - 1
@@ -72,7 +72,7 @@ def _blocks(x: Array) -> tuple[NDArray[np.uint8], NDArray[np.int64], Array]:
     stored = np.any(blocks != 0, axis=2)
     row_offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(stored, axis=1))]).astype(np.int64)
     values = blocks[stored].reshape(-1)
-    values[values == 0] = 0  # -0 is not told apart
+    values[values == 0] = 0  # -0 becomes +0
     return np.packbits(stored, axis=1, bitorder="little"), row_offsets, values
 
 
