@@ -236,6 +236,74 @@ def test_loading_a_large_file_takes_no_memory(tmp_path):
     assert int(done.stdout) < (20 << 10 if sys.platform == "linux" else 20 << 20)
 
 
+# ---- one tensor with several names, texts of other programs --------------------------------------------------------
+
+
+def test_tied_tensors_are_stored_once(tmp_path, rng):
+    embed, other = rng.standard_normal((128, 64)).astype("f4"), rng.standard_normal((128, 64)).astype("f4")
+    weights = {"embed": embed, "fc": other, "head": embed, "bias": other[0], "bias2": other[0]}
+    once = {"embed": embed, "fc": other, "bias": other[0]}
+    model = fo.pack(weights, bits=4)
+    assert model["head"] is model["embed"]
+    assert model.nbytes == fo.pack(once, bits=4).nbytes == model.report(weights).nbytes
+    model.save(tmp_path / "p.safetensors")
+    loaded = fo.load(tmp_path / "p.safetensors")
+    assert list(loaded) == list(weights)
+    assert loaded["head"] is loaded["embed"]
+    assert loaded["bias2"] is loaded["bias"]
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "p.safetensors").read_bytes()
+
+    # As safetensors.torch.save_model writes them, and back.
+    save_file(once, tmp_path / "plain.safetensors", metadata={"head": "embed", "bias2": "bias", "format": "pt"})
+    report = fo.pack_file(tmp_path / "plain.safetensors", tmp_path / "f.safetensors", bits=4)
+    found = fo.load(tmp_path / "f.safetensors")
+    assert set(found) == set(model)
+    assert all(same_bits(found.unpack()[name], array) for name, array in model.unpack().items())
+    assert report.nbytes == model.nbytes == found.nbytes
+    assert report.nbytes_before == sum(w.nbytes for w in once.values())
+    assert [(t.reason, t.nbytes) for t in report.tensors if t.name == "head"] == [("tied to embed", 0)]
+    assert fo.pack_file(tmp_path / "plain.safetensors", bits=4, dry_run=True).nbytes == report.nbytes
+    fo.unpack_file(tmp_path / "f.safetensors", tmp_path / "u.safetensors")
+    assert sorted(load_file(tmp_path / "u.safetensors")) == sorted(once)
+    with safe_open(tmp_path / "u.safetensors", "numpy") as file:
+        assert file.metadata() == {"head": "embed", "bias2": "bias", "format": "pt"}
+    for read in (fo.open_weights, lambda path: fo.load(path).unpack()):
+        unpacked = read(tmp_path / "u.safetensors")
+        assert all(same_bits(unpacked[name], array) for name, array in found.unpack().items())
+    # Other options for one of the names.
+    apart = fo.pack_file(
+        tmp_path / "plain.safetensors", tmp_path / "f.safetensors", bits=4, overrides={"head": {"bits": 8}}
+    )
+    assert [t.bits for t in apart.tensors if t.name in ("head", "embed")] in ([4, 8], [8, 4])
+    assert fo.load(tmp_path / "f.safetensors")["head"].bits == 8
+
+
+def test_equal_arrays_are_not_tied(tmp_path):
+    weights = {"a": np.ones((64, 64), "f4"), "b": np.ones((64, 64), "f4"), "e": np.zeros(0), "f": np.zeros(0)}
+    model = fo.pack(weights, bits=4)
+    assert model["a"] is not model["b"]
+    model.save(tmp_path / "m.safetensors")
+    assert "tied" not in json.loads(MappedFile(tmp_path / "m.safetensors").metadata["fastopt"])
+    view = weights["a"]
+    assert fo.pack({"a": view, "t": view.T, "half": view[:32]}, bits=4)["t"] is not model["a"]
+
+
+def test_texts_of_other_programs_are_kept(weights, tmp_path):
+    texts = {"format": "pt", "licence": "MIT", "ss_tag": '{"a": 1}'}
+    save_file(weights, tmp_path / "m.safetensors", metadata=texts)
+    fo.pack_file(tmp_path / "m.safetensors", tmp_path / "p.safetensors", RECIPE)
+    fo.pack(tmp_path / "m.safetensors", RECIPE).save(tmp_path / "q.safetensors")
+    fo.unpack_file(tmp_path / "p.safetensors", tmp_path / "u.safetensors")
+    fo.pack_file(tmp_path / "p.safetensors", tmp_path / "s.index.json", bits=2)
+    assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
+    assert MappedFile(tmp_path / "u.safetensors").metadata == texts
+    for path in ("m.safetensors", "p.safetensors", "u.safetensors", "s.index.json"):
+        assert fo.load(tmp_path / path).metadata == texts
+        assert fo.open_weights(tmp_path / path).metadata == texts
+    assert not [name for name in load_file(tmp_path / "u.safetensors") if name.startswith(PAD)]
+
+
 # ---- from file to file -------------------------------------------------------------------------------------------
 
 
@@ -560,7 +628,7 @@ def test_torch_files(weights, tmp_path):
         ({"a": 1}, "'a' is a int, expected a tensor"),
         ({"s": torch.eye(3).to_sparse()}, "'s' is stored as torch.sparse_coo, expected a dense tensor"),
         ({"m": torch.zeros(3, device="meta")}, "'m' has no content"),
-        ({"e": torch.zeros(1).expand(10**9)}, "'e' is expanded to 4000000000 bytes, the file has"),
+        ({"e": torch.zeros(1).expand(10**9)}, "'e' takes 4000000000 bytes, the file has"),
     ]:
         torch.save(content, tmp_path / "bad.pt")
         with pytest.raises(ValueError, match=message):

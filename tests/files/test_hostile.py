@@ -409,6 +409,13 @@ def element(name, place, value):
         (about(recipe={"param_dtype": "nonsense"}), "param_dtype: expected float16 or float32, got 'nonsense'"),
         (about(recipe={"param_dtype": [1]}), r"param_dtype: expected float16 or float32, got \[1\]"),
         (about(recipe={"sparsity": "most"}), "sparsity: expected a number, got 'most'"),
+        (about(tied=[]), "tied: expected dict"),
+        (about(tied={"new": "nowhere"}), "tied: 'new': expected another name of a stored tensor, got 'nowhere'"),
+        (about(tied={"new": ["q"]}), "tied: 'new': expected another name"),
+        (about(tied={"q": "plain"}), "tied: 'q': expected another name"),
+        (about(tied={"a": "b", "b": "q"}), "tied: 'a': expected another name"),
+        (about(tied={"new": "q"}), "order does not name the tensors"),
+        (about(tied={str(i): "plain" for i in range(20_000)}), "tied: expected names of at most 1032 times the bytes"),
         # quantized tensors
         (entry("q", kind="zip"), "'q': kind: expected one of"),
         (entry("q", kind=[]), "'q': kind: expected str"),

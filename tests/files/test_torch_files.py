@@ -256,6 +256,8 @@ def test_tensors_of_torch_of_any_kind(tmp_path):
     assert opened["fp8"].dtype == ml_dtypes.float8_e4m3fn
     assert opened["fp8"].astype("f4").tolist() == [0, 1, 2, 3]
     assert np.array_equal(opened["conj"], np.conj(x.numpy()))
+    torch.save({"a": state["tied"], "b": state["tied"], "c": state["tied"][:2]}, tmp_path / "tied.pt")
+    assert fo.pack_file(tmp_path / "tied.pt", tmp_path / "m.safetensors", bits=4).nbytes == 12 + 8
     assert np.array_equal(opened["imag"], -2 * x.imag.numpy())
 
 

@@ -1,7 +1,7 @@
 """Packed tensors as arrays of a file, and back."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt._checks import require_bits, require_group_size
 from fastopt._types import FLOATS, Array
-from fastopt.files.safetensors_file import DTYPES, PAD, MappedFile, parse_json, require_shape, shown
+from fastopt.files.safetensors_file import DTYPES, MOST_OF_ONE_BYTE, PAD, MappedFile, parse_json, require_shape, shown
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
@@ -22,10 +22,11 @@ CHECKPOINT = "fastopt.checkpoint"
 
 
 class Content(NamedTuple):
-    """Everything that a file holds: its tensors, and the recipe that made them if one is stored."""
+    """Everything that a file holds: its tensors, the recipe that made them, and texts of other programs."""
 
     tensors: dict[str, Weight]
     recipe: dict[str, Any] | None
+    metadata: dict[str, str]
 
 
 def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, Any] | None]:
@@ -52,20 +53,55 @@ def _disassemble_quantized(name: str, q: QuantizedTensor) -> tuple[dict[str, Arr
     return arrays, entry
 
 
-def describe(order: Iterable[str], entries: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the metadata of a file: what order tensors have, and what those are that are not arrays."""
+def describe(
+    order: Iterable[str],
+    entries: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None,
+    tied: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a file.
+
+    Parameters
+    ----------
+    order : iterable of str
+        All names, in the order of the model.
+    entries : mapping
+        The descriptions of the tensors that are not plain arrays.
+    recipe : mapping or None
+    tied : mapping of str, optional
+        Names that are stored under another name.
+    metadata : mapping of str, optional
+        Texts of other programs.
+    """
     about = {"version": FORMAT_VERSION, "order": list(order), "tensors": entries}
+    if tied:
+        about["tied"] = dict(tied)
     if recipe is not None:
         about["recipe"] = dict(recipe)
-    return {"fastopt": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
+    return {**others(metadata or {}), "fastopt": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
+
+
+def others(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts of other programs."""
+    return {key: text for key, text in metadata.items() if not key.startswith("fastopt")}
+
+
+def tied_names(metadata: Mapping[str, str], stored: Container[str]) -> dict[str, str]:
+    """Return the names of a plain file that are stored under another one, as safetensors' `save_model` writes them."""
+    return {name: to for name, to in metadata.items() if to in stored and name not in stored}
 
 
 def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Content:
     """Return the tensors and the recipe that the arrays and the metadata of a file make; raise as `load` does."""
     if "fastopt" not in metadata:
-        return Content({name: array for name, array in arrays.items() if not name.startswith(PAD)}, None)
+        tensors: dict[str, Weight] = {name: array for name, array in arrays.items() if not name.startswith(PAD)}
+        tied = tied_names(metadata, tensors)
+        _add_tied(tensors, tied)
+        return Content(tensors, None, {key: text for key, text in others(metadata).items() if key not in tied})
     try:
-        return _assemble(metadata["fastopt"], arrays)
+        tensors, recipe = _assemble(metadata["fastopt"], arrays)
+        return Content(tensors, recipe, others(metadata))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -78,7 +114,7 @@ def require_readable(file: MappedFile) -> None:
         raise ValueError(f"tensors: no reader would accept them: {error}") from error
 
 
-def _assemble(text: str, arrays: Mapping[str, Array]) -> Content:
+def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight], dict[str, Any] | None]:
     """Put the tensors together that the metadata describes."""
     description = _Object(parse_json(text), "metadata")
     version = description.get("version", int)
@@ -136,11 +172,26 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> Content:
     both = sorted(packed.keys() & rest.keys())
     if both:
         raise ValueError(f"{both[0]!r} is stored both packed and plain")
-    tensors = {**rest, **packed}
+    tensors: dict[str, Weight] = {**rest, **packed}
+    if "tied" in description:
+        _add_tied(tensors, description.get("tied", dict))
     order = description.get("order", list)
     if not all(isinstance(name, str) for name in order) or sorted(order) != sorted(tensors):
         raise ValueError("metadata: order does not name the tensors of the file")
-    return Content({name: tensors[name] for name in order}, recipe)
+    return {name: tensors[name] for name in order}, recipe
+
+
+def _add_tied(tensors: dict[str, Weight], tied: Mapping[str, Any]) -> None:
+    """Add the names that are stored under another one, or raise if that is not there."""
+    most = MOST_OF_ONE_BYTE * sum(tensor.nbytes for tensor in tensors.values())
+    stored = dict(tensors)
+    for name, to in tied.items():
+        if not isinstance(to, str) or to not in stored or name in stored:
+            raise ValueError(f"tied: {name!r}: expected another name of a stored tensor, got {shown(to)}")
+        tensors[name] = stored[to]
+        most -= stored[to].nbytes
+    if most < 0:
+        raise ValueError(f"tied: expected names of at most {MOST_OF_ONE_BYTE} times the bytes of the tensors")
 
 
 class _Object:

@@ -21,10 +21,9 @@ import numpy as np
 from fastopt._types import Array
 from fastopt.files.atomic import open_regular
 from fastopt.files.mapped import Map
-from fastopt.files.safetensors_file import require_shape
+from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE, require_shape
 from fastopt.files.weights import Source
 
-MOST_OF_ONE_BYTE = 1032
 _LONGEST_HEADER = 10_000  # NumPy's own limit for headers of files that it does not trust
 
 

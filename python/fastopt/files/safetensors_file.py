@@ -50,6 +50,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bits of an element in dtypes of the format that NumPy does not have.
 _FOREIGN_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# No file may claim arrays of more than this many times its own bytes; it is what deflate can reach.
+MOST_OF_ONE_BYTE = 1032
 _LONGEST_HEADER = 100_000_000  # as in the library safetensors
 _LARGEST = 1 << 62  # elements; NumPy counts bytes in 63 bits
 

@@ -2,12 +2,12 @@
 
 import fnmatch
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastopt._types import Array, PathLike
 from fastopt.files.atomic import open_regular
-from fastopt.files.container import assemble, disassemble
+from fastopt.files.container import assemble, disassemble, others, tied_names
 from fastopt.files.numpy_files import npy_source, npz_sources
 from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import is_placed_in, opened_shards, read_index
@@ -79,12 +79,15 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
             raise _no_key(path)
         return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)})
     if not found.name.endswith(_INDEX):
-        return Weights(_joined(_open_file(found, key, skipped)))
+        one, texts = _open_file(found, key, skipped)
+        return Weights(_joined(one), None, texts)
     sources: dict[str, Source] = {}
     shards: dict[str, list[str]] = {}
     opened = opened_shards(found, lambda file: _open_file(file, key, skipped))
     placed = {name: shard for shard, (_, names) in opened.items() for name in names}
-    for shard, (of_shard, names) in opened.items():
+    metadata: dict[str, str] = {}
+    for shard, ((of_shard, texts), names) in opened.items():
+        metadata = {**texts, **metadata}
         stored = {part for name, source in of_shard.items() for part in (name, *source.parts)}
         missing = [name for name in names if name not in stored and not skipped(name)]
         if missing and not patterns:
@@ -98,7 +101,7 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
             sources[name] = source
             shards.setdefault(shard, []).append(name)
     joined = _joined(sources)
-    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()})
+    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()}, metadata)
 
 
 def model_files(path: Path) -> Path | list[Path]:
@@ -150,18 +153,19 @@ def _kind_of_all(path: Path) -> str:
     return _kind(path)
 
 
-def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> dict[str, Source]:
+def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return the arrays of a file, and its metadata."""
     kind = _kind(path)
     if kind == "torch":
-        return torch_sources(path, key, skipped)
+        return torch_sources(path, key, skipped), {}
     if key is not None:
         raise _no_key(path)
     if kind in READERS:
         return READERS[kind](path, skipped)
     if kind == "npz":
-        return npz_sources(path, skipped)
+        return npz_sources(path, skipped), {}
     if kind == "npy":
-        return {} if skipped(path.stem) else {path.stem: npy_source(path)}
+        return {} if skipped(path.stem) else {path.stem: npy_source(path)}, {}
     return _of_safetensors(MappedFile(path), skipped)
 
 
@@ -228,32 +232,40 @@ def _renamed(names: list[str], joined: dict[str, Source]) -> list[str]:
     return [name for name in kept if name in joined]
 
 
-def _of_safetensors(file: MappedFile, skipped: Callable[[str], bool]) -> dict[str, Source]:
+def _of_safetensors(file: MappedFile, skipped: Callable[[str], bool]) -> tuple[dict[str, Source], dict[str, str]]:
     for name in [name for name in file.foreign if skipped(name)]:
         del file.foreign[name]
     file.require_known()
     if "fastopt" not in file.metadata:
-        names = [name for name in file.stored if not name.startswith(PAD) and not skipped(name)]
-        return {name: _of_mapped(file, name) for name in names}
-    content = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
-    return {
-        name: _of_mapped(file, name) if name in file.stored else _of_packed(file, name, tensor)
-        for name, tensor in content.tensors.items()
-        if not skipped(name)
-    }
+        metadata = others(file.metadata)
+        sources = {name: _of_mapped(file, name) for name in file.stored if not name.startswith(PAD)}
+        for name, to in tied_names(metadata, sources).items():
+            sources[name] = sources[to]
+            del metadata[name]
+        return {name: source for name, source in sources.items() if not skipped(name)}, metadata
+    tensors, _, metadata = assemble(file.path, {name: file.array(name) for name in file.stored}, file.metadata)
+    by_tensor: dict[int, Source] = {}
+    for name, tensor in tensors.items():
+        parts = list(disassemble(name, tensor)[0])
+        if parts[0] in file.stored:  # else it is tied to the tensor of another name
+            by_tensor[id(tensor)] = _of_mapped(file, name) if parts == [name] else _of_packed(file, parts, tensor)
+    sources = {name: by_tensor[id(tensor)] for name, tensor in tensors.items()}
+    return {name: source for name, source in sources.items() if not skipped(name)}, metadata
 
 
 def _of_mapped(file: MappedFile, name: str) -> Source:
     stored = file.stored[name]
-    return Source(stored.shape, stored.dtype, lambda: file.array(name), lambda: file.release(name))
+    return Source(
+        stored.shape, stored.dtype, lambda: file.array(name), lambda: file.release(name), identity=(id(file), name)
+    )
 
 
-def _of_packed(file: MappedFile, name: str, tensor: Weight) -> Source:
-    parts = list(disassemble(name, tensor)[0])
-
+def _of_packed(file: MappedFile, parts: Sequence[str], tensor: Weight) -> Source:
     def release() -> None:
         for part in parts:
             file.release(part)
 
     packed = tensor if isinstance(tensor, PackedTensor) else None
-    return Source(tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed, parts)
+    return Source(
+        tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed, parts, identity=(id(file), parts[0])
+    )

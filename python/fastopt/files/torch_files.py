@@ -12,7 +12,7 @@ import numpy as np
 
 from fastopt._types import Array
 from fastopt.files.atomic import open_regular
-from fastopt.files.numpy_files import MOST_OF_ONE_BYTE
+from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE
 from fastopt.files.weights import Source
 
 # Keys under which training scripts store the state dict of a model.
@@ -69,12 +69,14 @@ def torch_sources(path: Path, key: str | None, skipped: Callable[[str], bool]) -
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     sources: dict[str, Source] = {}
+    left = MOST_OF_ONE_BYTE * size
     for name, tensor in chosen.items():
         if not skipped(name):
             source = _of_tensor(torch, tensor, f"{path}: {name!r}")
-            if source.nbytes > MOST_OF_ONE_BYTE * size:
+            left -= source.nbytes
+            if left < 0:
                 raise ValueError(
-                    f"{path}: {name!r} is expanded to {source.nbytes} bytes, the file has {size}; skip leaves it out"
+                    f"{path}: {name!r} takes {source.nbytes} bytes, the file has {size}; skip leaves it out"
                 )
             sources[name] = source
     return sources
@@ -192,4 +194,5 @@ def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
         dtype = torch.zeros(1, dtype=tensor.dtype).numpy().dtype if kind not in _VIEWS else np.dtype(_VIEWS[kind][1])
     except Exception as error:  # torch raises whatever its parts raise
         raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have; skip leaves it out") from error
-    return Source(tuple(tensor.shape), dtype, read)
+    place = (tensor.data_ptr(), kind, tuple(tensor.shape), tensor.stride()) if tensor.numel() else None
+    return Source(tuple(tensor.shape), dtype, read, identity=place)

@@ -1,7 +1,7 @@
 """Weights of a file, read one at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,19 @@ class Weights(Mapping[str, Array]):
     sources : mapping from name to Source
     shards : mapping from file name to names, optional
         Which arrays are together in a file, where there are several.
+    metadata : mapping of str, optional
+        Texts of other programs in the file, such as its licence.
     """
 
-    def __init__(self, sources: Mapping[str, "Source"], shards: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, "Source"],
+        shards: Mapping[str, Sequence[str]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._sources = dict(sources)
         self.shards = shards
+        self.metadata = dict(metadata or {})
 
     def __getitem__(self, name: str) -> Array:
         return self._sources[name].read()
@@ -91,6 +99,19 @@ class Weights(Mapping[str, Array]):
         """
         return self._sources[name].packed
 
+    def identity(self, name: str) -> Hashable:
+        """Return a value that tensors have in common if the file stores them once; None if it does not tell.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        hashable or None
+        """
+        return self._sources[name].identity
+
     def nbytes_of(self, name: str) -> int:
         """Return the bytes of an array without reading it.
 
@@ -124,6 +145,7 @@ class Source:
     release: Callable[[], None] = _nothing
     packed: PackedTensor | None = None
     parts: Sequence[str] = ()
+    identity: Hashable = None
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +181,29 @@ def stored_nbytes(weights: Mapping[str, Weight], name: str) -> int:
     if packed is not None:
         return packed.nbytes
     return weights.nbytes_of(name) if isinstance(weights, Weights) else weights[name].nbytes
+
+
+def tied_in(weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, str]:
+    """Return the names whose tensor is also that of an earlier name, each with that name.
+
+    Only files and dicts are asked: other mappings may make a new array each time.
+    """
+    first: dict[Hashable, str] = {}
+    tied: dict[str, str] = {}
+    if isinstance(weights, Weights):
+        keys = {name: weights.identity(name) for name in names}
+    else:
+        keys = {name: _identity(weights[name]) for name in names} if isinstance(weights, dict) else {}
+    for name, key in keys.items():
+        if key is not None and first.setdefault(key, name) != name:
+            tied[name] = first[key]
+    return tied
+
+
+def _identity(weight: Any) -> Hashable:
+    if isinstance(weight, np.ndarray) and weight.size:
+        return weight.ctypes.data, weight.dtype.str, weight.shape, weight.strides
+    return id(weight)
 
 
 def require_weight(name: str, weight: Any) -> Weight:

@@ -18,7 +18,7 @@ from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble,
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
 from fastopt.files.shards import is_placed_in, opened_shards
 from fastopt.files.sources import is_safetensors, model_files, open_weights
-from fastopt.files.weights import Weights, stored_of
+from fastopt.files.weights import Weights, stored_of, tied_in
 from fastopt.models.choose import Check, make_to_fit
 from fastopt.models.recipe import (
     Recipe,
@@ -26,6 +26,7 @@ from fastopt.models.recipe import (
     naming_tensor,
     pack_tensor,
     recipe_of,
+    same_options,
     warn_if_nothing_is_packed,
 )
 from fastopt.models.report import Report, Reporter
@@ -48,11 +49,19 @@ class PackedModel(Mapping[str, Weight]):
     tensors : mapping
     recipe : Recipe, optional
         The recipe that packed them.
+    metadata : mapping of str, optional
+        Texts of other programs that go with the model, such as its licence.
     """
 
-    def __init__(self, tensors: Mapping[str, Weight], recipe: Recipe | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Weight],
+        recipe: Recipe | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._tensors = dict(tensors)
         self.recipe = recipe
+        self.metadata = dict(metadata or {})
 
     def __getitem__(self, name: str) -> Weight:
         return self._tensors[name]
@@ -68,8 +77,9 @@ class PackedModel(Mapping[str, Weight]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        """Bytes of all tensors; one with several names counts once."""
+        tied = self._tied()
+        return sum(tensor.nbytes for name, tensor in self._tensors.items() if name not in tied)
 
     def unpack(self) -> dict[str, Array]:
         """Return all tensors as plain arrays of their original shapes and dtypes.
@@ -108,12 +118,14 @@ class PackedModel(Mapping[str, Weight]):
         w quantized 2560 0.0 for all
         b dense 256 0.0 64 weights, fewer than min_size 4096
         """
-        reporter = Reporter(self.recipe)
+        reporter, tied = Reporter(self.recipe), self._tied()
         for name, tensor in self._tensors.items():
             reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
             original = None if weights is None or name not in weights else stored_of(weights, name)
             with naming_tensor(name):
-                if original is None:
+                if name in tied:
+                    reporter.add_tied(name, tied[name])
+                elif original is None:
                     reporter.add(name, tensor, None, reason)
                 else:
                     reporter.add(name, tensor, unpacked(original), reason, nbytes_before=original.nbytes)
@@ -143,12 +155,19 @@ class PackedModel(Mapping[str, Weight]):
         """Return the parts and the metadata of the file."""
         parts: list[Part] = []
         entries: dict[str, Any] = {}
+        tied = self._tied()
         for name, tensor in self._tensors.items():
+            if name in tied:
+                continue
             arrays, entry = disassemble(name, tensor)
             parts += [part_of(stored, array) for stored, array in arrays.items()]
             if entry is not None:
                 entries[name] = entry
-        return parts, describe(self._tensors, entries, None if self.recipe is None else self.recipe.to_dict())
+        recipe = None if self.recipe is None else self.recipe.to_dict()
+        return parts, describe(self._tensors, entries, recipe, tied, self.metadata)
+
+    def _tied(self) -> dict[str, str]:
+        return tied_in(self._tensors, self._tensors)
 
 
 def pack(
@@ -209,11 +228,18 @@ def pack(
     elif not isinstance(weights, Mapping):
         raise TypeError(f"weights: expected a mapping from name to array, or a path, got {type(weights).__name__}")
     source = weights
+    tied = tied_in(source._tensors if isinstance(source, PackedModel) else source, source)
 
     def make(chosen: Recipe, check: Check) -> PackedModel:
-        made = {name: pack_tensor(name, stored_of(source, name), chosen) for name in source}
+        made: dict[str, tuple[Weight, str]] = {}
+        for name in source:
+            if name in tied and same_options(source, name, tied[name], chosen):
+                made[name] = made[tied[name]]
+            else:
+                made[name] = pack_tensor(name, stored_of(source, name), chosen)
         warn_if_nothing_is_packed(chosen, [(isinstance(tensor, PackedTensor), why) for tensor, why in made.values()])
-        model = PackedModel({name: tensor for name, (tensor, _) in made.items()}, chosen)
+        tensors = {name: tensor for name, (tensor, _) in made.items()}
+        model = PackedModel(tensors, chosen, getattr(source, "metadata", None))
         check(model.nbytes, 0 if target_size is None else file_nbytes(*model._content()))
         return model
 
@@ -228,7 +254,7 @@ def open_model(path: PathLike, *, key: str | None = None, skip: str | Iterable[s
     if not skip and key is None:
         return load(found)
     weights = open_weights(found, key=key, skip=skip)
-    return PackedModel({name: stored_of(weights, name) for name in weights})
+    return PackedModel({name: stored_of(weights, name) for name in weights}, metadata=weights.metadata)
 
 
 def load(path: PathLike) -> PackedModel:
@@ -259,6 +285,7 @@ def load(path: PathLike) -> PackedModel:
         return _model_of(path, *read_arrays(path))
     tensors: dict[str, Weight] = {}
     recipe = None
+    others: dict[str, str] = {}
     opened = opened_shards(path, read_arrays)
     placed = {name: shard for shard, (_, names) in opened.items() for name in names}
     for shard, ((arrays, metadata), names) in opened.items():
@@ -272,14 +299,15 @@ def load(path: PathLike) -> PackedModel:
                     raise ValueError(f"{path}: {name!r} is in two shards")
                 tensors[name] = tensor
         recipe = recipe or model.recipe
-    return PackedModel(tensors, recipe)
+        others = {**model.metadata, **others}
+    return PackedModel(tensors, recipe, others)
 
 
 def _model_of(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> PackedModel:
     if CHECKPOINT in metadata:
         raise ValueError(f"{path}: is a checkpoint, not a model; read it with fastopt.load_checkpoint")
-    tensors, recipe = assemble(path, arrays, metadata)
+    tensors, recipe, others = assemble(path, arrays, metadata)
     try:
-        return PackedModel(tensors, None if recipe is None else Recipe.from_dict(recipe))
+        return PackedModel(tensors, None if recipe is None else Recipe.from_dict(recipe), others)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

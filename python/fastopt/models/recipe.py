@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from fastopt._checks import DEFAULT_GROUP_SIZE, require_bits, require_group_size, require_param_dtype
 from fastopt._types import FLOATS, GroupSize, PathLike
-from fastopt.files.weights import require_weight
+from fastopt.files.weights import require_weight, spec_of
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
 from fastopt.tensors.quantization import quantize
@@ -330,6 +330,12 @@ class RecipeOptions(TypedDict, total=False):
     exclude: Sequence[str]
     overrides: Mapping[str, Mapping[str, Any]]
     min_size: int
+
+
+def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: "Recipe") -> bool:
+    """Return whether a recipe treats two names of one tensor alike."""
+    shape, dtype = spec_of(weights, name)
+    return recipe.of(name, shape, dtype)[0] == recipe.of(other, shape, dtype)[0]
 
 
 def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:

@@ -1,7 +1,7 @@
 """Reports of packing: sizes and errors of each tensor and of the whole model."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -196,6 +196,12 @@ class Reporter:
                 name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
             )
         )
+
+    def add_tied(self, name: str, to: str) -> None:
+        """Add a name of a tensor that is stored under another one; it takes no bytes."""
+        first = next(tensor for tensor in self._tensors if tensor.name == to)
+        reason = f"tied to {to}"
+        self._tensors.append(replace(first, name=name, nbytes_before=0, nbytes=0, bits_per_weight=0.0, reason=reason))
 
     def report(self) -> Report:
         """Return what was collected."""

@@ -15,9 +15,9 @@ from fastopt.files.container import describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, require_dtype, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
-from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of
+from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of, tied_in
 from fastopt.models.choose import Check, Sizes, make_to_fit
-from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, warn_if_nothing_is_packed
+from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, same_options, warn_if_nothing_is_packed
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -33,8 +33,11 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
     Only tensors that are pruned, or packed already, are read. The predicted bytes can be too small where float16 cannot
     hold the group parameters, and too large where weights kept as outliers have no error at all.
     """
-    reporter = Reporter(recipe)
+    reporter, tied = Reporter(recipe), tied_in(weights, weights)
     for name in weights:
+        if name in tied and same_options(weights, name, tied[name], recipe):
+            reporter.add_tied(name, tied[name])
+            continue
         shape, dtype = spec_of(weights, name)
         options, reason = recipe.of(name, shape, dtype)
         before = stored_nbytes(weights, name)
@@ -152,9 +155,15 @@ def _write_packed(
         nonlocal file
         parts: list[Part] = []
         entries: dict[str, Any] = {}
+        tied = {
+            name: first for name, first in tied_in(weights, names).items() if same_options(weights, name, first, recipe)
+        }
         with naming(path), Scratch(path.parent) as scratch:
             for name in names:
                 progress.next(name)
+                if name in tied:
+                    reporter.add_tied(name, tied[name])
+                    continue
                 stored = stored_of(weights, name)
                 tensor, reason = pack_tensor(name, stored, recipe)
                 reporter.add(name, tensor, unpacked(stored), reason, nbytes_before=stored.nbytes)
@@ -165,7 +174,7 @@ def _write_packed(
                     entries[name] = entry
                 del stored, tensor, arrays
                 weights.release(name)
-            metadata = describe(names, entries, recipe.to_dict())
+            metadata = describe(names, entries, recipe.to_dict(), tied, weights.metadata)
             file += file_nbytes(parts, metadata)
             check(sum(written.values()), file + _index_nbytes(target, len(shards), written))
             write_to(path, parts, metadata, require_readable)
@@ -211,8 +220,9 @@ def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify 
         return Part(name, require_dtype(name, dtype), shape, make, lambda: weights.release(name))
 
     def unpack_some(path: Path, names: Sequence[str]) -> list[Part]:
-        parts = [part(name) for name in names]
-        write_to(path, parts, {})
+        tied = tied_in(weights, names)
+        parts = [part(name) for name in names if name not in tied]
+        write_to(path, parts, {**weights.metadata, **tied})
         return parts
 
     _write_all(Path(target), _shards(weights, target), unpack_some)
