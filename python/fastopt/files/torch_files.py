@@ -1,5 +1,6 @@
 """State dicts and training checkpoints that torch saved, read by torch without running code of theirs."""
 
+import errno
 import re
 import warnings
 import zipfile
@@ -94,9 +95,11 @@ def _loaded(torch: Any, path: Path, *, mapped: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # torch raises whatever its parts raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place before the file
+            raise
         reason = " ".join(str(error).split("\n\n")[0].split())
         if "weights_only" in str(error) or "Weights only" in str(error):
             found = re.search(r"(?:GLOBAL|class|global:?) ([A-Za-z_]\w*(?:\.\w+)+)", str(error))
