@@ -299,18 +299,18 @@ void digest_quantization(const Kernels& k) {
   for (std::size_t group : sizes) {
     for (Kind kind : kAll) {
       for (bool half : {false, true}) {
-        for (int bits : {8, 4, 2}) digest_quantized(k, bits, cols, group, half, false, kind);
+        for (int bits : kCodeBits) digest_quantized(k, bits, cols, group, half, false, kind);
       }
     }
   }
   for (std::size_t n : kSizes) {
-    for (int bits : {8, 4, 2}) {
+    for (int bits : kCodeBits) {
       for (std::size_t offset : kOffsets) digest_packing(k, bits, n, offset);
     }
     if (n == 0) continue;  // a range has at least one element
     for (Kind kind : kAll) {
       for (std::size_t offset : kOffsets) digest_range(k, n, offset, kind);
-      for (int bits : {8, 4, 2}) {
+      for (int bits : kCodeBits) {
         for (bool half : {false, true}) {
           for (std::size_t group : {std::size_t{0}, std::size_t{5}, std::size_t{32}, std::size_t{48}, n}) {
             for (bool refit : {false, true}) digest_quantized(k, bits, n, group, half, refit, kind);

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastopt._types import BITS, FLOATS, Array, GroupSize
+from fastopt._types import BITS, DEFAULT_GROUP_SIZE, FLOATS, Array, GroupSize
 
-# Real weights need a scale and minimum for each row with 8 bits, and for each group with 4 and 2.
-DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
 _BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
 _FLOATS_TEXT = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 # Halfway from the largest number to the next, which rounds to infinity, lies just above.

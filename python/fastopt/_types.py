@@ -10,6 +10,10 @@ Array: TypeAlias = NDArray[Any]
 # Bits of a code.
 BITS = (8, 4, 2)
 Bits: TypeAlias = Literal[8, 4, 2]
+# The default number of neighbours that share a scale and minimum; -1 is a row. Real weights need a pair for each row
+# with 8 bits, and for each group with fewer. Groups of the non-zeros of a sparse weight run through the rows.
+DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
+SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 GroupSize: TypeAlias = "int | Literal['auto'] | None"
 # Dtypes of weights.
 FLOATS = ("float32", "float64", "float16", "bfloat16")

@@ -15,7 +15,7 @@ import helpers
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import same_bits
+from helpers import BITS, same_bits
 
 import fastopt as fo
 
@@ -123,14 +123,14 @@ def saved(tensors, tmp_path):
 def tensors(rng):
     """Every width, grouping, type of parameters and layout, in odd sizes."""
     result, params = {}, itertools.cycle(["float16", "float32", "float32", "float16", "float32"])
-    for (rows, cols), bits in itertools.product([(1, 1), (3, 17), (5, 130), (7, 333), (2, 1100)], [8, 4, 2]):
+    for (rows, cols), bits in itertools.product([(1, 1), (3, 17), (5, 130), (7, 333), (2, 1100)], BITS):
         w = rng.standard_normal((rows, cols)).astype("f4")
         for group in (-1, None, 32, 16, 20, 7):
             q = fo.quantize(w, bits, group_size=group, param_dtype=next(params))
             result[f"{rows}x{cols} {bits} bits, groups of {group}, {q.scale.dtype}"] = q
         result[f"{rows}x{cols} {bits} bits, outliers"] = fo.quantize(w, bits, outliers=0.02)
     result["tiny"] = fo.quantize(w * np.float32(1e-9), 4)
-    bits = itertools.cycle([8, 4, 2])
+    bits = itertools.cycle(BITS)
     for share, (rows, cols) in itertools.product([0.3, 0.95, 1.0], [(1, 5), (4, 64), (9, 333)]):
         w = fo.prune(rng.standard_normal((rows, cols)).astype("f4"), sparsity=share).to_dense()
         for layout in ("mask", "index16", "index8", "1x16"):

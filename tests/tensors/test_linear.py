@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from helpers import FLOATS, Guarded, dtype_of, same_bits
+from helpers import BITS, FLOATS, Guarded, dtype_of, same_bits
 
 import fastopt as fo
 from fastopt.tensors.quantized import Outliers
@@ -57,7 +57,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("precision", ["exact", "int8"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 128, 256, 512, -1, None])
 def test_whole_numbers_equal_reference(isa, bits, group_size, precision, rng):
     """Every width of a group in words, short last groups and runs, and a long row; every kind of x."""
@@ -70,7 +70,7 @@ def test_whole_numbers_equal_reference(isa, bits, group_size, precision, rng):
 
 
 @pytest.mark.parametrize("precision", ["exact", "int8"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [16, 48, 32, 128, 1024, -1, None])
 def test_panels_of_x_equal_reference(isa, bits, group_size, precision, rng):
     """Whole panels of 16 rows and short ones, rows left over, more panels than go together; rows of W by 32."""
@@ -123,7 +123,7 @@ def test_any_number_of_threads(isa, threads, rng):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "relu", "outliers", "mixed sizes"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_close_to_float64(bits, kind, rng):
     w = rng.standard_normal((64, 4096)).astype("f4")
     x = ACTIVATIONS[kind](rng.standard_normal((8, 4096)).astype("f4")).astype("f4")
@@ -368,7 +368,7 @@ def test_out_shares_no_memory_with_a_sparse_or_a_transposed_weight(rng):
 @pytest.mark.parametrize("group_size", [16, 128])
 def test_a_row_that_is_not_finite_leaves_its_neighbours_alone(isa, cols, group_size, rng):
     x = rng.standard_normal((1, cols)).astype("f4")
-    for bits in (8, 4, 2):
+    for bits in BITS:
         q = fo.quantize(rng.standard_normal((4, cols)).astype("f4"), bits, group_size=group_size)
         alone = [fo.linear(x, q[row : row + 1])[0, 0] for row in range(4)]
         q.scale[1, 0], q.minimum[2, -1] = np.inf, np.nan

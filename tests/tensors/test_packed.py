@@ -5,13 +5,13 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import FLOATS, dtype_of, same_bits
+from helpers import BITS, FLOATS, dtype_of, same_bits
 
 import fastopt as fo
 from fastopt.tensors.packed import storage_of, unpacked
 
 STORAGES = {
-    **{f"{bits} bits": (lambda w, bits=bits: fo.quantize(w, bits)) for bits in (8, 4, 2)},
+    **{f"{bits} bits": (lambda w, bits=bits: fo.quantize(w, bits)) for bits in BITS},
     "whole tensor": lambda w: fo.quantize(w, 4, group_size=None, param_dtype="float32"),
     "outliers": lambda w: fo.quantize(w, 2, outliers=0.05),
     **{

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import reference
-from helpers import FLOATS, Guarded, dtype_of, same_bits
+from helpers import BITS, FLOATS, Guarded, dtype_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -136,7 +136,7 @@ def test_groups_that_hold_too_much_are_refused(rng):
 
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 40)), elements=st.floats(-4, 4, width=32)),
-    st.sampled_from([8, 4, 2]),
+    st.sampled_from(BITS),
     st.sampled_from(["auto", 1, 5, -1, None]),
     st.sampled_from(["mask", "index16", "index8"]),
 )

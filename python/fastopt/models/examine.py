@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fastopt._checks import DEFAULT_GROUP_SIZE, as_matrix
-from fastopt._types import FLOATS, Array, PathLike
+from fastopt._checks import as_matrix
+from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, PathLike
 from fastopt.models.model import open_model
 from fastopt.tensors.error import Error, ErrorSums, unit_of
 from fastopt.tensors.packed import Weight, storage_of, unpacked

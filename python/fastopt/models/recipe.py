@@ -17,14 +17,14 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt._checks import DEFAULT_GROUP_SIZE, require_bits, require_group_size, require_param_dtype
-from fastopt._types import FLOATS, GroupSize, PathLike
+from fastopt._checks import require_bits, require_group_size, require_param_dtype
+from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
 from fastopt.tensors.quantization import quantize
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SPARSE_GROUP_SIZE, SparseTensor
+from fastopt.tensors.sparse import SparseTensor
 
 _PRUNING = ("threshold", "sparsity", "pattern")
 

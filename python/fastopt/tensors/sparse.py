@@ -20,7 +20,7 @@ from fastopt._checks import (
     require_bits,
     require_shape,
 )
-from fastopt._types import Array, GroupSize
+from fastopt._types import SPARSE_GROUP_SIZE, Array, GroupSize
 from fastopt.tensors.packed import PackedTensor, Precision, Storage, dense_array
 from fastopt.tensors.quantization import quantize
 from fastopt.tensors.quantized import QuantizedTensor
@@ -33,9 +33,6 @@ from fastopt.tensors.sparse_layout import (
     _fill_groups,
     require_layout,
 )
-
-# Groups of non-zeros that share a scale and minimum, by bits: they run through the rows, so "a row" is no choice.
-SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
