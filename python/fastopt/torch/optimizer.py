@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
@@ -100,6 +101,7 @@ class Optimizer(torch.optim.Optimizer):
     _counts_steps = True  # whether the state of torch's class has "step"
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling to the step
     _own: Mapping[str, Any] = {}
+    _checked: list[Any] | None = None  # options of a group as they were when they were found to be right
     grad_norm: float | None = None
     skipped = 0
 
@@ -164,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
             numbers = formula._hyper(run.options, lr, run.count + 1)
             jobs.append(
                 job(
-                    rule=_core.rule(formula._rule(run.options)),
+                    rule=_rule(formula._rule(run.options)),
                     hyper=numbers,
                     grad_scale=-grad_scale if group["maximize"] else grad_scale,
                     shrink=lr * group.get("l1", 0.0),
@@ -247,9 +249,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, group: Group) -> None:
         """Raise if one of our own options of a group is out of range."""
-        own = {name: group.get(name, value) for name, value in OWN.items()}
-        if own == OWN:
+        given = [group.get(name) for name in OWN]
+        if given == self._checked:
             return
+        own = {name: group.get(name, value) for name, value in OWN.items()}
         if own["max_norm"] is not None:
             require(require_number(own, "max_norm") > 0, "max_norm", "more than 0", own["max_norm"])
         require_number(own, "l1")
@@ -263,6 +266,8 @@ class Optimizer(torch.optim.Optimizer):
             self._check_uint8(group)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+        if _STATE_DTYPES[dtype] != torch.uint8:  # which other options may forbid
+            self._checked = given
 
     def _check_uint8(self, group: Group) -> None:
         """Raise if the states of a group must not have 8 bits."""
@@ -349,13 +354,11 @@ class _Batch:
         others: list[torch.Tensor],
         again: list[torch.Tensor],
     ) -> None:
-        options: dict[str, Any] = {
-            key: float(value) if isinstance(value, torch.Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
-        if "betas" in options:
-            options["betas"] = tuple(map(float, options["betas"]))
+        options = group
+        if any(isinstance(number, torch.Tensor) for number in (group["weight_decay"], *group.get("betas", ()))):
+            options = {**group, "weight_decay": float(group["weight_decay"])}
+            if "betas" in group:
+                options["betas"] = tuple(map(float, group["betas"]))
         keys = opt._formula_of(group)._states(options)
         initial = options.get("initial_accumulator_value", 0.0)
         wanted = _STATE_DTYPES[group.get("state_dtype", "float32")]
@@ -364,6 +367,9 @@ class _Batch:
         counted = opt._counts_steps or chance
         differentiable = group.get("differentiable", False)
         names = group.get("param_names")
+        strided, float32, float64, uint8 = torch.strided, torch.float32, torch.float64, torch.uint8
+        state_number = _STATES.get(wanted, 0)
+        states_of = opt.state
         runs: dict[int, _Run] = {}
         for index, p in enumerate(params):
             grad = p.grad
@@ -385,7 +391,7 @@ class _Batch:
                 number is None
                 or differentiable
                 or not w.is_cpu
-                or grad.layout is not torch.strided
+                or grad.layout is not strided
                 or not (contiguous or _is_dense(w))
             ):
                 others.append(p)
@@ -399,23 +405,23 @@ class _Batch:
             strides = None if contiguous else w.stride()
 
             grad_dtype = grad.dtype
-            if grad_dtype is not dtype and (number > 1 or grad_dtype is not torch.float32):
+            if grad_dtype is not dtype and (number > 1 or grad_dtype is not float32):
                 grad, grad_dtype = grad.to(dtype), dtype
             if not grad.is_contiguous() if contiguous else grad.stride() != strides:
                 grad = torch.empty_like(w).copy_(grad)
             self._alive.append(grad)
 
-            state = opt.state[p]
-            state_dtype = torch.float64 if number == 3 else wanted
-            if sharded and wanted is torch.uint8:
+            state = states_of[p]
+            state_dtype = float64 if number == 3 else wanted
+            if sharded and wanted is uint8:
                 raise ValueError(
                     "state_dtype: expected 'float32' or 'bfloat16' for a DTensor, whose shards may cut the blocks "
                     f"of 8-bit states; got {group['state_dtype']!r}"
                 )
             started = bool(keys) and (keys[0] in state or codes_name(keys[0]) in state)
-            addresses = [_STATES.get(state_dtype, 0)]
+            addresses = [0 if number == 3 else state_number]
             for key in keys:
-                name = codes_name(key) if state_dtype is torch.uint8 else key
+                name = codes_name(key) if state_dtype is uint8 else key
                 s = state.get(name)
                 if sharded and s is not None:
                     s = s.to_local()
@@ -431,7 +437,7 @@ class _Batch:
                     s = find_or_make(state, key, p, state_dtype, initial)
                     s = s.to_local() if sharded else s
                 addresses.append(s.data_ptr())
-            if state_dtype is torch.uint8:
+            if state_dtype is uint8:
                 addresses.extend(state["exponents"][key].data_ptr() for key in keys)
             if masters and number < 2:
                 addresses.append(self._master(state, p, w, sharded, group))
@@ -443,7 +449,7 @@ class _Batch:
                     known = step or (0 if opt._counts_steps else count)
                     step = state["step"] = torch.tensor(float(known))
                 count = int(step.item())
-                if step.dtype is torch.float32 and step.is_cpu and type(step) is torch.Tensor:
+                if step.dtype is float32 and step.is_cpu and type(step) is torch.Tensor:
                     count_address = step.data_ptr()
                 else:
                     self.other_counts.append(step)
@@ -481,8 +487,10 @@ class _Batch:
 
     def sum_squares(self) -> float:
         """Return the sum of squares of all gradients, over all processes that hold shards of them."""
-        shards = {memory for memories in self._shards.values() for memory in memories}
-        whole = [grad for run in self.runs for grad in run.grads if grad not in shards]
+        whole = [grad for run in self.runs for grad in run.grads]
+        if self._shards:
+            shards = {memory for memories in self._shards.values() for memory in memories}
+            whole = [grad for grad in whole if grad not in shards]
         total = _core.sum_squares(list(range(len(whole))), whole)
         for (mesh, spread), memories in self._shards.items():
             part = torch.tensor(_core.sum_squares(list(range(len(memories))), memories), dtype=torch.float64)
@@ -496,6 +504,8 @@ class _Batch:
                 total += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
         return total
 
+
+_rule = functools.cache(_core.rule)
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 
