@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastopt._types import Array
 from fastopt.files.container import assemble, describe, disassemble
@@ -30,20 +30,25 @@ def tensors_of(packed: PackedTensor) -> tuple[dict[str, torch.Tensor], str]:
     return tensors, about
 
 
-_packed: Any = WeakTensorKeyDictionary()
+# By the identity of the first tensor: a reference that tells whether it is still that, what it was made of, and it.
+_packed: dict[int, tuple[Any, list[Any], PackedTensor]] = {}
 
 
 def packed_of(stored: Sequence[torch.Tensor], about: str) -> PackedTensor:
     """Return the packed tensor that `tensors_of` took apart, over the same memory."""
-    key = about, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in stored)
-    known = _packed.get(stored[0])
-    if known is not None and known[0] == key:
-        return known[1]
+    first = stored[0]
+    key: list[Any] = [about]
+    for t in stored:
+        key += t.data_ptr(), 0 if t.is_inference() else t._version
+    known = _packed.get(id(first))
+    if known is not None and known[0]() is first and known[1] == key:
+        return known[2]
     names, text = json.loads(about)
     arrays = {f"weight.{name}": as_array(tensor) for name, tensor in zip(names, stored, strict=True)}
     packed = assemble(Path("weight"), arrays, {"fastopt": text}).tensors["weight"]
     assert isinstance(packed, PackedTensor)
-    _packed[stored[0]] = key, packed
+    number = id(first)
+    _packed[number] = weakref.ref(first, lambda _: _packed.pop(number, None)), key, packed
     return packed
 
 
@@ -194,7 +199,8 @@ class PackedModule(torch.nn.Module):
     @property
     def buffers_of_weight(self) -> list[torch.Tensor]:
         """The tensors that hold the weight."""
-        return [self._buffers[name] for name in self.stored]
+        buffers = self._buffers
+        return [buffers[name] for name in self.stored]
 
     @property
     def packed(self) -> PackedTensor:
@@ -238,7 +244,7 @@ class PackedLinear(PackedModule, torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, or that of autocast."""
-        stored, bias = self.buffers_of_weight, self.bias
+        stored, bias = self.buffers_of_weight, self._parameters.get("bias")
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         run = _linear if _is_direct(x) and not needs_grad else linear_operator
         out = run(x, stored, self.about, bias, self.precision)
