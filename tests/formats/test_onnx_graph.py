@@ -280,7 +280,22 @@ CASES = {
     "lstm both ways": lstm("LSTM", 4, 2),
     "gru": lstm("GRU", 3),
     "rnn": lstm("RNN", 1),
+    "gates": (  # as exporters of torch reorder those of an LSTM
+        [node("Slice", ["W0", "k0", "k1", "k0"], ["a"]), node("Slice", ["W0", "k1", "k2", "k0"], ["b"]),
+         node("Concat", ["b", "a"], ["c"], axis=0), node("Unsqueeze", ["c", "k0"], ["W"]),
+         node("Unsqueeze", ["R0", "k0"], ["R"]),
+         node("LSTM", ["x", "W", "R"], ["", "h"], hidden_size=16), node("Reshape", ["h", "flat"], ["Y"])],
+        {"W0": (64, 64), "R0": (64, 16), "k0": np.array([0]), "k1": np.array([32]), "k2": np.array([64]),
+         "flat": np.array([-1])}, [5, 2, 64], {"W0", "R0"},
+    ),
+    "squeezed": (
+        [node("Squeeze", ["W", "k"], ["w"]), node("MatMul", ["x", "w"], ["Y"])],
+        {"W": (1, 64, 24), "k": np.array([-3])}, [4, 64], {"W"},
+    ),
     # Kept, and told.
+    "joined with x": (
+        [node("Concat", ["W", "x"], ["j"], axis=0), node("MatMul", ["j", "x"], ["Y"])], {"W": (4, 64)}, [64, 64], set()
+    ),
     "summand": ([node("Add", ["x", "W"], ["Y"])], {"W": (4, 64)}, [4, 64], set()),
     "also a summand": (
         [node("MatMul", ["x", "W"], ["h"]), node("Add", ["h", "W"], ["Y"])], {"W": (64, 64)}, [64, 64], set()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_python
 from test_cli import run as command
 from test_export_onnx import distance, random, run
 
@@ -378,6 +379,39 @@ def test_more_than_a_file_holds(weights, rng, tmp_path, monkeypatch):
     again = fo.pack_onnx(two, tmp_path / "three.onnx", recipe)
     assert again.nbytes_before > 0
     assert np.array_equal(run(tmp_path / "three.onnx", feeds)["y"], run(one, feeds)["y"])
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_one_tensor_is_in_memory(opset, tmp_path):
+    """Of 64 MB in 16 weights, also where the model is brought to another operator set."""
+    code = f"""
+import resource, sys
+import numpy as np, onnx
+from onnx import helper as h
+import fastopt as fo
+
+def save(count, size, path):
+    w = np.random.default_rng(0).standard_normal((size, size)).astype("f4")
+    info = [h.make_tensor_value_info(name, 1, [1, size]) for name in ("h0", f"h{{count}}")]
+    nodes = [h.make_node("MatMul", [f"h{{i}}", f"w{{i}}"], [f"h{{i + 1}}"]) for i in range(count)]
+    constants = [onnx.numpy_helper.from_array(w, f"w{{i}}") for i in range(count)]
+    graph = h.make_graph(nodes, "g", info[:1], info[1:], constants)
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", {opset})], ir_version=8), path)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+if len(sys.argv) > 1:
+    save(16, 1024, "big.onnx")
+else:
+    save(1, 64, "small.onnx")
+    fo.pack_onnx("small.onnx", "small.onnx", bits=4)
+    before = peak()
+    fo.pack_onnx("big.onnx", "packed.onnx", bits=4)
+    print(peak() - before)
+"""
+    assert run_python(code, "make", cwd=tmp_path).returncode == 0
+    assert float(run_python(code, cwd=tmp_path).stdout) < 32
 
 
 def test_command(source, tmp_path):

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 _ONNX = ("", "ai.onnx")
 _FLOAT_TYPES = (1, 10, 11, 16)  # of TensorProto: float32, float16, float64, bfloat16
 _CONV_AXES = range(3, 33)
+# Operators that decode weights, and that put their parts together.
+DECODERS = {
+    "Add", "BitwiseAnd", "Cast", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Identity", "Mod", "Mul",
+    "NonZero", "Reshape", "ScatterElements", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+}  # fmt: skip
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ class Found:
     order: Order
     uses: tuple[tuple[Use, Order], ...]  # nodes that read it as a weight
     between: tuple[Use, ...]  # nodes between, such as Identity
-    measured: bool  # a node reads its shape
+    fixed: bool  # its value must stay in the graph, since a node reads its shape or a part of it
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -212,7 +217,7 @@ def weights_of(constants: dict[str, Value]) -> tuple[dict[str, Found], dict[str,
     """Return the constants that are weights, and for each other constant the reason why it is not."""
     found, others = {}, {}
     for name, value in constants.items():
-        search = _Search()
+        search = _Search(len(value.shape))
         try:
             search.follow(value, tuple(range(len(value.shape))))
         except RecursionError:
@@ -222,48 +227,97 @@ def weights_of(constants: dict[str, Value]) -> tuple[dict[str, Found], dict[str,
         else:
             products = [order for use, order in search.uses if use.node is not None and use.node.op_type != "Gather"]
             order = products[0] if products else search.uses[0][1]
-            found[name] = Found(value, order, tuple(search.uses), tuple(search.between), search.measured)
+            found[name] = Found(value, order, tuple(search.uses), tuple(search.between), search.fixed)
     return found, others
 
 
 class _Search:
     """Finds the nodes that read a constant, directly or through nodes such as Transpose."""
 
-    def __init__(self) -> None:
+    def __init__(self, ndim: int) -> None:
+        self._ndim = ndim
         self.uses: list[tuple[Use, Order]] = []
         self.between: list[Use] = []
-        self.measured = False
+        self.fixed = False
         self.trouble = ""
+        self._followed: set[Value] = set()
 
     def follow(self, value: Value, axes: Sequence[int]) -> None:
-        """Collect the uses of a value whose axes are these axes of the constant."""
+        """Collect the uses of a value whose axes are these axes of the constant, -1 for an axis of length 1."""
+        if value in self._followed:
+            return
+        self._followed.add(value)
         for use in value.uses:
             node = use.node
             if node is None:
                 self.trouble = "an output of the model, or of a branch"
             elif node.op_type in ("Shape", "Size") and node.domain in _ONNX:
-                self.measured = True
-            elif (passed := _passed(node, axes)) is not None:
+                self.fixed = True
+            elif (passed := _passed(use, axes)) is not None:
                 self.between.append(use)
-                self.follow(use.scope.values[node.output[0]], passed)
+                self.fixed = self.fixed or node.op_type not in ("Identity", "Cast", "Transpose")
+                for name in filter(None, node.output):
+                    self.follow(use.scope.values[name], passed)
             else:
                 order = _order(node, use.place, len(axes))
                 if order is None:
                     self.trouble = f"read by {node.op_type}, not as a weight"
                     return
-                self.uses.append((use, Order(tuple(axes[axis] for axis in order.axes), order.rows)))
+                rows = [axes[axis] for axis in order.axes[: order.rows] if axes[axis] >= 0]
+                cols = [axes[axis] for axis in order.axes[order.rows :] if axes[axis] >= 0]
+                squeezed = [axis for axis in range(self._ndim) if axis not in (*rows, *cols)]
+                self.uses.append((use, Order((*squeezed, *rows, *cols), len(squeezed) + len(rows))))
 
 
-def _passed(node: NodeProto, axes: Sequence[int]) -> Sequence[int] | None:
-    """Return the axes after a node that only passes a tensor on; None if it does more."""
-    if node.domain not in _ONNX or len(node.input) != 1 or len(node.output) != 1:
+def _passed(use: Use, axes: Sequence[int]) -> Sequence[int] | None:
+    """Return the axes after a node that only passes a tensor, or parts of it, on; None if it does more."""
+    node, place = use.node, use.place
+    if node is None or node.domain not in _ONNX or not any(node.output):
         return None
     if node.op_type == "Identity" or (node.op_type == "Cast" and attribute(node, "to", 0) in _FLOAT_TYPES):
         return axes
     if node.op_type == "Transpose":
         perm = attribute(node, "perm", list(range(len(axes)))[::-1])
         return [axes[axis] for axis in perm] if sorted(perm) == list(range(len(axes))) else None
+    if node.op_type in ("Slice", "Split") and place == 0:
+        return axes
+    if node.op_type == "Concat":  # of parts, as exporters reorder the gates of an LSTM
+        inputs = [use.scope.find(name) for name in node.input]
+        return axes if all(value is not None and is_constant(value) for value in inputs) else None
+    if node.op_type in ("Unsqueeze", "Squeeze") and place == 0:
+        return _resized(use.scope, node, axes)
     return None
+
+
+def _resized(scope: Scope, node: NodeProto, axes: Sequence[int]) -> Sequence[int] | None:
+    """Return the axes after Unsqueeze or Squeeze, None if it does not say by a constant which ones change."""
+    from onnx import numpy_helper
+
+    which = attribute(node, "axes", [])
+    if len(node.input) > 1:
+        value = scope.find(node.input[1])
+        if value is None or value.tensor is None:
+            return None
+        which = [int(axis) for axis in numpy_helper.to_array(value.tensor).reshape(-1)]
+    length = len(axes) + (len(which) if node.op_type == "Unsqueeze" else 0)
+    if not which or not all(-length <= axis < length for axis in which):
+        return None
+    places = {axis % length for axis in which}
+    if node.op_type == "Squeeze":
+        return [axis for place, axis in enumerate(axes) if place not in places]
+    rest = iter(axes)
+    return [-1 if place in places else next(rest, -1) for place in range(length)]
+
+
+def is_constant(value: Value) -> bool:
+    """Return whether a value is a constant, or computed from constants."""
+    if value.tensor is not None:
+        return True
+    node = value.node
+    if node is None or node.op_type not in DECODERS:
+        return False
+    needed = [value.scope.find(name) for name in node.input if name]
+    return all(one is not None and one is not value and is_constant(one) for one in needed)
 
 
 def _order(node: NodeProto, place: int, ndim: int) -> Order | None:
@@ -472,8 +526,9 @@ def _copy_field(source: Any, target: Any, name: str) -> None:
     if name not in source.DESCRIPTOR.fields_by_name:  # of a later version of onnx
         return
     value = getattr(source, name)
-    if isinstance(value, str):
-        setattr(target, name, value)
+    if isinstance(value, (str, bytes)):  # bytes: no sound UTF-8
+        if isinstance(value, str):
+            setattr(target, name, value)
     else:
         del getattr(target, name)[:]
         getattr(target, name).extend(value)

@@ -54,8 +54,9 @@ def pack_onnx(
     """Pack the weights of an ONNX model, and write one that runs.
 
     A weight is a constant that is only read by MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU, RNN and Einsum
-    nodes, directly or through Identity, Transpose and Cast, also in the branches of an If and in the bodies of loops.
-    Local functions are inlined. Only one tensor is in memory at a time, beside those that are packed.
+    nodes, directly or through Identity, Transpose, Cast, and nodes that take or join parts, also in the branches of an
+    If and in the bodies of loops. Local functions are inlined. Only one tensor is in memory at a time, beside those
+    that are packed.
 
     Parameters
     ----------
@@ -237,7 +238,7 @@ class _Edit:
         found = self._found[name]
         value, head = found.value, self._heads[found.value.scope]
         before = head.nbytes
-        alike = found.order.rows == 1 and not found.measured and all(order == found.order for _, order in found.uses)
+        alike = found.order.rows == 1 and not found.fixed and all(order == found.order for _, order in found.uses)
         if self._fast and alike and all(_multiplies(use, tensor) for use, _ in found.uses):
             for use, _ in found.uses:
                 self._multiply(use, value.name, tensor, head)

@@ -14,6 +14,7 @@ from fastopt.formats.common import require_package
 from fastopt.formats.onnx import TAG
 from fastopt.formats.onnx_file import OnnxFile
 from fastopt.formats.onnx_graph import (
+    DECODERS,
     Found,
     Scope,
     Value,
@@ -28,12 +29,6 @@ from fastopt.tensors.quantization import unpack_bits
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
-
-# Operators that decode weights.
-_DECODERS = {
-    "Add", "BitwiseAnd", "Cast", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Identity", "Mod", "Mul",
-    "NonZero", "Reshape", "ScatterElements", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
-}  # fmt: skip
 
 
 def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False) -> dict[str, Source]:
@@ -119,7 +114,7 @@ def _decoded(root: Scope) -> dict[Value, list[Value]]:
             node = value.node
             if node is None or value in inside or bool(_tag(node)) is not ours:
                 continue
-            if node.op_type in _DECODERS if ours else node.op_type == "DequantizeLinear":
+            if node.op_type in DECODERS if ours else node.op_type == "DequantizeLinear":
                 try:
                     steps = _steps(value, [])
                 except RecursionError:
@@ -136,7 +131,7 @@ def _steps(value: Value, before: list[Value]) -> list[Value] | None:
         return before
     if value.tensor is None:
         node = value.node
-        if node is None or node.op_type not in _DECODERS or len(node.output) != 1:
+        if node is None or node.op_type not in DECODERS or len(node.output) != 1:
             return None
         for name in filter(None, node.input):
             needed = value.scope.find(name)
