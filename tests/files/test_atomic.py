@@ -119,6 +119,14 @@ def test_a_pipe_is_refused_and_stays(kind, tmp_path):
     assert names(tmp_path) == sorted([path.name, "source.npz"])
 
 
+@pytest.mark.parametrize("other", ["m.c", "m.h", "fastopt.h"])
+def test_files_that_belong_together_are_refused_together(other, tmp_path):
+    os.mkfifo(tmp_path / other)
+    with pytest.raises(OSError, match=f"Not a regular file: '{tmp_path / other}'"):
+        fo.export(W, tmp_path / "m.c", to="c")
+    assert names(tmp_path) == [other]
+
+
 @pytest.mark.parametrize("mode", [stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK])
 def test_a_device_is_refused(mode, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"

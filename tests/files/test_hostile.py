@@ -1,6 +1,7 @@
 """Files that lie: each is refused by a ValueError that says where, before memory is taken for what it claims."""
 
 import json
+import pickle
 import time
 import tracemalloc
 import zipfile
@@ -288,18 +289,27 @@ def test_archives_that_lie(tmp_path):
 def test_pointers_and_other_formats_are_named(tmp_path):
     for name, content, message in [
         ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+        ("m.index.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
         ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "not a safetensors file but an HDF5 file"),
         ("m.gguf", b"GGUF\x03\x00\x00\x00" + bytes(99), "not a safetensors file but a GGUF file"),
         ("m.tflite", b"\x1c\x00\x00\x00TFL3" + bytes(99), "not a safetensors file but a TFLite file"),
-        ("m.pkl", b"\x80\x04\x95" + bytes(99), "not a safetensors file but a pickle"),
+        ("m.pkl", pickle.dumps([1] * 999), "not a safetensors file but a pickle"),
         ("m.keras", b"PK\x03\x04" + bytes(99), "not a safetensors file but a zip archive"),
         ("m.safetensors", b"<!DOCTYPE html><html>Not found", "not a safetensors file but a text"),
         ("m.safetensors", b"", "not a safetensors file: it has 0 bytes"),
     ]:
         (tmp_path / name).write_bytes(content)
-        for read in (fo.load, fo.open_weights, fo.load_checkpoint):
+        for read in (fo.load, fo.open_weights) if "index" in name else (fo.load, fo.open_weights, fo.load_checkpoint):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / name)
+    for name in ("m.npz", "m.npy", "m.onnx.data", "model"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(ValueError, match="a pointer of git-lfs"):
+            fo.open_weights(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"not a safetensors file but an HDF5 file; expected \.safetensors, \.index\.json, \.npz"
+    ):
+        fo.open_weights(tmp_path / "m.h5")
 
 
 # ---- the description ---------------------------------------------------------------------------------------------

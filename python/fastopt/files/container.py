@@ -15,7 +15,7 @@ from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 from fastopt.tensors.sparse_layout import BLOCK, require_layout
 
-FORMAT_VERSION = 2  # 1 had no tensors that only fill, and no recipe
+FORMAT_VERSION = 2  # 1 had no padding and no recipe
 _FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
 # The metadata key of a checkpoint, which `load` refuses.
 CHECKPOINT = "fastopt.checkpoint"
@@ -30,7 +30,7 @@ class Content(NamedTuple):
 
 
 def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, Any] | None]:
-    """Return the arrays that a file holds of a tensor, and what its metadata say of it: None if it is an array."""
+    """Return the arrays that store a tensor, and its description in the metadata: None if it is a plain array."""
     if isinstance(tensor, QuantizedTensor):
         arrays, entry = _disassemble_quantized(name, tensor)
         return arrays, {**entry, "shape": tensor.shape}
@@ -93,7 +93,7 @@ def tied_names(metadata: Mapping[str, str], stored: Container[str]) -> dict[str,
 
 
 def assemble(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Content:
-    """Return the tensors and the recipe that the arrays and the metadata of a file make; raise as `load` does."""
+    """Return the content of a file with these arrays and metadata; raise ValueError if they contradict each other."""
     if "fastopt" not in metadata:
         tensors: dict[str, Weight] = {name: array for name, array in arrays.items() if not name.startswith(PAD)}
         tied = tied_names(metadata, tensors)
@@ -115,7 +115,7 @@ def require_readable(file: MappedFile) -> None:
 
 
 def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight], dict[str, Any] | None]:
-    """Put the tensors together that the metadata describes."""
+    """Return the tensors that the metadata describes, and the recipe."""
     description = _Object(parse_json(text), "metadata")
     version = description.get("version", int)
     if not 1 <= version <= FORMAT_VERSION:
@@ -195,7 +195,7 @@ def _add_tied(tensors: dict[str, Weight], tied: Mapping[str, Any]) -> None:
 
 
 class _Object:
-    """A JSON object of an untrusted file: every value is asked for with its type."""
+    """A JSON object of an untrusted file, whose values are read with the types that they must have."""
 
     def __init__(self, raw: Any, what: str) -> None:
         if not isinstance(raw, dict):

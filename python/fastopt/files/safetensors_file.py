@@ -60,7 +60,7 @@ _LARGEST = 1 << 62  # elements; NumPy counts bytes in 63 bits
 
 
 class Stored(NamedTuple):
-    """An array of a file: where it lies and what it is."""
+    """Dtype, shape and position of an array in a file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -135,13 +135,14 @@ def _read_header(file: IO[bytes], size: int) -> bytes:
     length = int.from_bytes(start, "little")
     first = file.read(1)
     if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER) or first != b"{":
-        raise ValueError(_not_safetensors(start + first + file.read(16), size, length))
+        raise ValueError(_not_safetensors(start + first + file.read(14), size, length))
     return first + file.read(length - 1)
 
 
+LFS = b"version https://git-lfs"
+POINTER = "is a pointer of git-lfs, not the file; 'git lfs pull' fetches it"
 # First bytes of files that people take for safetensors.
 _MAGIC = {
-    b"version https://git-lf": "a pointer of git-lfs: 'git lfs pull' fetches the file",
     b"PK\x03\x04": "a zip archive, as .npz and .pt files are",
     b"\x93NUMPY": "a .npy file",
     b"\x89HDF": "an HDF5 file",
@@ -152,10 +153,13 @@ _MAGIC = {
 
 
 def _not_safetensors(start: bytes, size: int, length: int) -> str:
+    if start.startswith(LFS):
+        return POINTER
     if start[4:8] == b"TFL3":
         return "not a safetensors file but a TFLite file"
     for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
+        # A single byte says something only if the eight are no length that a header can have.
+        if start.startswith(magic) and (len(magic) > 1 or length > _LONGEST_HEADER):
             return f"not a safetensors file but {kind}"
     if size < 8:
         return f"not a safetensors file: it has {size} bytes"
@@ -259,7 +263,7 @@ def _nothing() -> None:
 
 
 class Part(NamedTuple):
-    """An array to be written, made when its turn comes and released when it is done."""
+    """An array to be written: `make` is called when it is written, and `release` afterwards."""
 
     name: str
     dtype: np.dtype[Any]
@@ -269,7 +273,7 @@ class Part(NamedTuple):
 
 
 def part_of(name: str, array: Array) -> Part:
-    """Return a part of an array that is at hand, or raise if the file cannot hold it."""
+    """Return the part for an array in memory, or raise if the file cannot hold it."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"tensors: {name!r} is a masked array, whose mask the file cannot hold; fill it")
     return Part(name, require_dtype(name, array.dtype), array.shape, lambda: array)
@@ -325,7 +329,10 @@ def write_to(
         for part, fill in laid:
             array = part.make()
             if array.dtype.newbyteorder("<") != part.dtype or array.shape != part.shape:
-                raise ValueError(f"tensors: {part.name!r} is {array.dtype} of shape {array.shape}, not as it was told")
+                raise ValueError(
+                    f"tensors: {part.name!r}: expected {part.dtype} of shape {part.shape}, "
+                    f"got {array.dtype} of shape {array.shape}"
+                )
             write_array(file, array)
             part.release()
             file.write(bytes(fill))
@@ -387,19 +394,19 @@ def write_array(file: IO[bytes], array: Array) -> None:
 
 
 class Scratch:
-    """Arrays on the disk that are needed once more: an unnamed file, which vanishes with the process.
+    """Arrays that wait on the disk until they are written: an unnamed file, which disappears with the process.
 
     Parameters
     ----------
     folder : path
-        Where the file lies.
+        The folder of the file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
 
     def put(self, name: str, array: Array) -> Part:
-        """Write an array; return the part that reads it again."""
+        """Store an array and return the part that reads it back."""
         dtype, start = require_dtype(name, array.dtype), self._file.tell()
         write_array(self._file, array)
 

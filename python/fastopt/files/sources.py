@@ -1,4 +1,4 @@
-"""Arrays of files of any kind, one at a time."""
+"""Models in files of any kind, read one array at a time."""
 
 import fnmatch
 import zipfile
@@ -9,13 +9,14 @@ from fastopt._types import Array, PathLike
 from fastopt.files.atomic import open_regular
 from fastopt.files.container import assemble, disassemble, others, tied_names
 from fastopt.files.numpy_files import npy_source, npz_sources
-from fastopt.files.safetensors_file import PAD, MappedFile
+from fastopt.files.safetensors_file import LFS, PAD, POINTER, MappedFile
 from fastopt.files.shards import is_placed_in, opened_shards, read_index
 from fastopt.files.torch_files import torch_sources
 from fastopt.files.weights import Source, Weights
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_OTHERS = (".npz", ".npy", *_TORCH)
 _INDEX = ".index.json"
 
 # Readers of formats that other layers know, by suffix; they get a path and a function that says which names to skip.
@@ -160,13 +161,19 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
         return torch_sources(path, key, skipped), {}
     if key is not None:
         raise _no_key(path)
-    if kind in READERS:
-        return READERS[kind](path, skipped)
-    if kind == "npz":
-        return npz_sources(path, skipped), {}
-    if kind == "npy":
-        return {} if skipped(path.stem) else {path.stem: npy_source(path)}, {}
-    return _of_safetensors(MappedFile(path), skipped)
+    try:
+        if kind == "npz":
+            return npz_sources(path, skipped), {}
+        if kind == "npy":
+            return {} if skipped(path.stem) else {path.stem: npy_source(path)}, {}
+        return _of_safetensors(MappedFile(path), skipped)
+    except ValueError as error:
+        with open_regular(path) as file:
+            if file.read(len(LFS)) == LFS:
+                raise ValueError(f"{path}: {POINTER}") from error
+        if path.suffix in (".npz", ".npy", ".safetensors") or "not a safetensors file" not in str(error):
+            raise
+        raise ValueError(f"{error}; expected .safetensors, .index.json, {', '.join(_OTHERS)}") from error
 
 
 def _no_key(path: Path) -> ValueError:

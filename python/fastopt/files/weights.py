@@ -13,7 +13,7 @@ from fastopt.tensors.packed import PackedTensor, Weight
 
 
 class Weights(Mapping[str, Array]):
-    """The arrays of files by name; each is read when it is asked for, and not kept.
+    """The arrays of a model's files by name; each is read when it is accessed, and not kept.
 
     Made by `open_weights`.
 
@@ -21,7 +21,7 @@ class Weights(Mapping[str, Array]):
     ----------
     sources : mapping from name to Source
     shards : mapping from file name to names, optional
-        Which arrays are together in a file, where there are several.
+        The arrays of each file, if there are several files.
     metadata : mapping of str, optional
         Texts of other programs in the file, such as its licence.
     """
@@ -126,7 +126,7 @@ class Weights(Mapping[str, Array]):
         return self._sources[name].nbytes
 
     def release(self, name: str) -> None:
-        """Give back the memory of an array that was read and is not needed any more.
+        """Free the memory of an array that was read and is not needed any more.
 
         Parameters
         ----------
@@ -137,7 +137,7 @@ class Weights(Mapping[str, Array]):
 
 @dataclass(frozen=True)
 class Source:
-    """Where an array comes from; `parts` are the names in the file if it is stored as several arrays."""
+    """How an array is read; `parts` are the names in the file if it is stored as several arrays."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -154,7 +154,7 @@ class Source:
 
 
 def spec_of(weights: Mapping[str, Weight], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and the dtype of a weight, which is not read where that can be avoided."""
+    """Return the shape and the dtype of a weight without reading it from a file."""
     if isinstance(weights, Weights):
         return weights.spec(name)
     weight = require_weight(name, weights[name])

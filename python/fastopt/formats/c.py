@@ -76,6 +76,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     with (
         replacing(path) as source_path,
         replacing(path.with_suffix(".h")) as header_path,
+        replacing(path.with_name("fastopt.h")) as copy,
         source_path.open("w", encoding="utf-8") as source,
         header_path.open("w", encoding="utf-8") as header,
     ):
@@ -94,7 +95,6 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
                 f"\n/* {_comment(name)}: {_comment(_summary(tensor))} */\nextern const fo_tensor {identifier};\n"
             )
         header.write("\n#ifdef __cplusplus\n}\n#endif\n\n#endif\n")
-    with replacing(path.with_name("fastopt.h")) as copy:
         copy.write_bytes(library)
 
 
