@@ -177,7 +177,8 @@ def naming(target: Path) -> Iterator[None]:
             raise OSError(f"{target}: cannot be written: {error}") from error
         if error.filename is not None:
             named, folder = real_path(os.fsdecode(error.filename)), real_path(target).parent
-            if folder not in (named, named.parent):
+            temporary = named.parent == folder and named.name.startswith((".", "tmp"))
+            if named != folder and not temporary:  # an error about another file
                 raise
         raise OSError(error.errno, error.strerror, str(target)) from error
 
