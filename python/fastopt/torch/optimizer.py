@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         for count in batch.other_counts:
             count.add_(1)
         if batch.changed:
-            torch.autograd.graph.increment_version(batch.changed)  # autograd refuses to go back through what was before
+            _increment_versions(batch.changed)  # autograd refuses to go back through what was before
 
     def _clipped(self, group: Group, scale: float) -> float:
         """Return what to multiply the gradients of a group by."""
@@ -506,6 +506,18 @@ class _Batch:
 
 
 _rule = functools.cache(_core.rule)
+
+
+def _increment_versions(tensors: list[torch.Tensor]) -> None:
+    increment = torch.autograd.graph.increment_version
+    if _TAKES_LISTS:
+        increment(tensors)
+    else:
+        for tensor in tensors:
+            increment(tensor)
+
+
+_TAKES_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 
