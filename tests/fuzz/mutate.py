@@ -4,6 +4,7 @@ Each takes the bytes of an input, a largest size and a seed, and ``flip(data, ma
 """
 
 import ast
+import copy
 import io
 import json
 import random
@@ -207,13 +208,13 @@ def change_message(rng: random.Random, root: Any) -> None:
         if kind == "drop":
             del mine[place]
         elif kind == "repeat" and len(mine) < 50:
-            mine.extend([other[rng.randrange(len(other))]])
+            mine.extend([copy.deepcopy(other[rng.randrange(len(other))])])
         elif field.message_type:
-            mine[place].CopyFrom(other[rng.randrange(len(other))])
+            mine[place].CopyFrom(copy.deepcopy(other[rng.randrange(len(other))]))
         else:
             mine[place] = scalar(rng, mine[place], other[rng.randrange(len(other))])
     elif field.message_type:
-        mine.CopyFrom(other)
+        mine.CopyFrom(copy.deepcopy(other))  # which may be a part of it
     else:
         setattr(message, field.name, scalar(rng, mine, other))
 
