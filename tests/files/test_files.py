@@ -134,6 +134,8 @@ def test_any_byte_order_is_read_again(dtype, order, tmp_path, rng):
         ({"__metadata__": np.zeros(3)}, "'__metadata__' is a name that the format reserves"),
         ({"w": fo.quantize(np.ones((8, 8), "f4")), "w.codes": np.zeros(3)}, "two would be stored as 'w.codes'"),
         ({0: np.zeros(3)}, "expected texts as names, got 0"),
+        ({"l": [1, 2]}, "'l' is a list, expected a NumPy array"),
+        ({"n": None}, "'n' is a NoneType, expected a NumPy array"),
         ({"o": np.array([None])}, "'o' has dtype object, which the file cannot hold"),
         ({"m": np.ma.masked_array([1.0], [True])}, "'m' is a masked array"),
     ],

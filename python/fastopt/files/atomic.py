@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from safetensors import SafetensorError
-
 from fastopt._types import PathLike
 
 _LONGEST_NAME = 200  # bytes; with what a temporary name adds it stays below the 255 of file systems
@@ -69,10 +67,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """
     target = real_path(path)
     with naming(target), temporary_beside(target) as temporary:
-        try:
-            yield temporary.path
-        except SafetensorError as error:  # the library's word for a full disk
-            raise OSError(f"{target}: {error}") from error
+        yield temporary.path
         move(temporary, target)
 
 

@@ -274,6 +274,8 @@ class Part(NamedTuple):
 
 def part_of(name: str, array: Array) -> Part:
     """Return the part for an array in memory, or raise if the file cannot hold it."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"tensors: {name!r} is a {type(array).__name__}, expected a NumPy array")
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"tensors: {name!r} is a masked array, whose mask the file cannot hold; fill it")
     return Part(name, require_dtype(name, array.dtype), array.shape, lambda: array)

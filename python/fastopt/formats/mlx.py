@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from fastopt._types import Array
-from fastopt.files.atomic import replacing
+from fastopt.files.safetensors_file import part_of
+from fastopt.files.safetensors_file import write as write_arrays
 from fastopt.formats.common import Option, cast_exactly, regroup
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
@@ -69,8 +69,8 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress, *, param_
             add(f"{layer}.scales", cast[0].reshape(*axes, -1))
             add(f"{layer}.biases", cast[1].reshape(*axes, -1))
             about[layer] = {"bits": tensor.bits, "group_size": group_size}
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata={"format": "mlx", "quantization": json.dumps(about)})
+    parts = [part_of(name, array) for name, array in arrays.items()]
+    write_arrays(path, parts, {"format": "mlx", "quantization": json.dumps(about)})
 
 
 def _groups(name: str, tensor: QuantizedTensor) -> tuple[int, tuple[Array, Array]]:
