@@ -377,6 +377,12 @@ def test_positions_of_a_mapped_file_are_not_copied(tmp_path):
     t = fo.SparseTensor("index16", mapped, s.row_offsets, s.values, s.shape)
     assert np.shares_memory(t.positions, mapped)
     writable = np.memmap(tmp_path / "positions", np.uint16, mode="r+")
+    kept = writable[0]
+    writable[0] = 65535
+    with pytest.raises(ValueError, match=r"^positions: row 0: "):
+        t.to_dense()  # would write out of bounds
+    writable[0] = kept
+    assert same_bits(t.to_dense(), s.to_dense())
     t = fo.SparseTensor("index16", writable, s.row_offsets, s.values, s.shape)
     assert not np.shares_memory(t.positions, writable)
 

@@ -105,8 +105,7 @@ class SparseTensor(PackedTensor):
         rows, cols = as_matrix(shape)
         if row_offsets.shape != (rows + 1,):
             raise ValueError(f"row_offsets: expected {rows + 1} elements, got {row_offsets.shape}")
-        entries, odd = divmod(values.shape[0], BLOCK if self.layout == "1x16" else 1)
-        if odd:
+        if self.layout == "1x16" and values.shape[0] % BLOCK:
             raise ValueError(f"values: expected a multiple of {BLOCK}, got {values.shape[0]}")
         for field, value in (
             ("positions", positions),
@@ -115,9 +114,13 @@ class SparseTensor(PackedTensor):
             ("shape", shape),
         ):
             object.__setattr__(self, field, value)
-        _core.check_sparse(self._kernel_layout, positions, row_offsets, cols, entries)
+        _core.check_sparse(self._kernel_layout, positions, row_offsets, cols, self._entries)
         if ":" in self.layout and not np.array_equal(self._filled(positions), positions):
             raise ValueError(f"positions: expected {self.layout} of each columns")
+
+    @property
+    def _entries(self) -> int:
+        return self.nnz // (BLOCK if self.layout == "1x16" else 1)
 
     @property
     def _kernel_layout(self) -> str:
@@ -291,6 +294,10 @@ class SparseTensor(PackedTensor):
         """Return the weight as an array, with its zeros; see `PackedTensor.to_dense`."""
         if out is not None:
             self._check_out(out)
+        if not isinstance(_owner(self.positions), bytes):  # somebody may have changed the file, and this writes
+            _core.check_sparse(
+                self._kernel_layout, self.positions, self.row_offsets, as_matrix(self.shape)[1], self._entries
+            )
         result = np.empty(self.shape, self.dtype) if out is None else out
         values, matrix = self._float_values(), result.reshape(as_matrix(self.shape))
         with np.errstate(over="ignore"):
@@ -495,14 +502,18 @@ def _unchangeable(array: Array) -> Array:
     """
     if array.dtype.hasobject:
         return array  # the kernels refuse it
+    owner = _owner(array)
+    if isinstance(owner, bytes) or (isinstance(owner, mmap.mmap) and memoryview(owner).readonly):
+        return array.view(np.ndarray)
+    return np.ndarray(array.shape, array.dtype, array.tobytes())
+
+
+def _owner(array: Array) -> Any:
+    """Return the object that the memory of an array belongs to, or an array on the way there that could be written."""
     base: Any = array
     while isinstance(base, np.ndarray) and not (base.flags.writeable or base.flags.owndata):
         base = base.base
-    if isinstance(base, memoryview) and base.readonly:
-        base = base.obj
-    if isinstance(base, bytes) or (isinstance(base, mmap.mmap) and memoryview(base).readonly):
-        return array.view(np.ndarray)
-    return np.ndarray(array.shape, array.dtype, array.tobytes())
+    return base.obj if isinstance(base, memoryview) and base.readonly else base
 
 
 def sparsity(w: Any) -> float:
