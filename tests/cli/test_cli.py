@@ -537,7 +537,7 @@ def test_names_from_files_stay_texts(tmp_path):
         (["--bits", "3"], "bits: expected 8, 4 or 2, got 3"),
         (["--bits", "four"], "--bits"),
         (["--bits", "4", "--group-size", "many"], "expected a number, row or tensor"),
-        (["--bits", "4", "--group-size", "0"], "group_size"),
+        (["--bits", "4", "--group-size", "0"], "--group-size: expected a positive number"),
         (["--bits", "4", "--fit", "best"], "--fit"),
         (["--bits", "4", "--outliers", "2"], "outliers: expected a share between 0 and 1, got 2"),
         (["--bits", "4", "--override", "*embed*"], "GLOB:OPTION=VALUE"),
@@ -585,8 +585,9 @@ def test_failures(model, tmp_path):
         (("pack", nan, "-o", out, "--bits", 4), "'layers.0.weight': w: expected finite float32 values, got nan"),
         (("pack", model, "-o", out, "--recipe", recipe), f"{recipe}: bits: expected 8, 4 or 2, got 5"),
         (("pack", model, "-o", out, "--recipe", tmp_path / "no.toml"), f"{tmp_path / 'no.toml'}: No such file"),
-        (("pack", model, "-o", out, "--target-size", "1kB"), "target_size: expected at least"),
-        (("pack", model, "-o", out, "--target-size", "big"), "target_size: expected bytes"),
+        (("pack", model, "-o", out, "--target-size", "1kB"), "--target-size: expected at least"),
+        (("pack", model, "-o", out, "--target-size", "big"), "--target-size: expected bytes"),
+        (("pack", model, "-o", out, "--bits", 4, "--include", "x*"), "--include: no tensor matches 'x*'; there are"),
         (("pack", model, "-o", tmp_path / "no" / "out.safetensors", "--bits", 4), "No such file or directory"),
         (("pack", model, "-o", out, "--bits", 4, "--html", tmp_path / "no" / "r.html"), "No such file or directory"),
         (("pack", model, "-o", tmp_path, "--bits", 4), f"{tmp_path}: Is a directory"),
@@ -659,6 +660,80 @@ def test_help(command):
     text = run(command, "--help").stdout
     assert "--json" in text
     assert command == "bench" or f"fastopt {command} " in text.partition("Examples")[2]
+
+
+def test_short_help():
+    assert run("-h").stdout == run("--help").stdout
+    assert run("pack", "-h").stdout == run("pack", "--help").stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_bench_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run("bench", "--only", "Adam", "--seconds", 0.01).stdout.splitlines()
+    assert max(map(len, lines[2:])) <= columns
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+    assert "vs NumPy" in lines[2]
+    assert sum("fastopt" in line for line in lines[4:]) == 2
+    told = answer("bench", "--only", "Adam, 10,000", "--seconds", 0.01)
+    assert {result["case"] for result in told["results"]} == {"Adam, 10,000"}
+    assert "no case has 'none'" in run("bench", "--only", "none", code=1).stderr
+
+
+def test_a_model_without_tensors(tmp_path):
+    np.savez(tmp_path / "e.npz")
+    assert run("inspect", tmp_path / "e.npz").stdout == "0 tensors, 0 values, 0 B, 0.00 bits each\n"
+    for args in (
+        ["pack", tmp_path / "e.npz", "-o", tmp_path / "e.safetensors", "--bits", 4],
+        [
+            "prune",
+            tmp_path / "e.npz",
+            "-o",
+            tmp_path / "e.safetensors",
+            "--sparsity",
+            0.5,
+            "--html",
+            tmp_path / "e.html",
+        ],
+        ["diff", tmp_path / "e.npz", tmp_path / "e.safetensors", "--max-error", 0],
+        ["unpack", tmp_path / "e.safetensors", "-o", tmp_path / "u.safetensors"],
+    ):
+        assert run(*args).stderr == ""
+
+
+def test_what_packs_nothing_is_told(tmp_path):
+    np.savez(tmp_path / "m.npz", w=np.ones((8, 8), "f4"))
+    result = start(*ENTRY, "pack", "m.npz", "-o", "m.safetensors", "--bits", "4", cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stderr == "fastopt: warning: no tensor is packed: 1 x fewer than min_size 4096\n"
+
+
+def test_recipes_of_any_content_are_one_line(model, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    for text in (
+        b"a = " + b"[" * 5000,
+        b"a." * 5000 + b"a = 1",
+        b"overrides = " + b"{a = " * 3000,
+        b"bits = 99999999999999999999999999",
+        b"bits = nan",
+        b"min_size = 1e999",
+        b"sparsity = inf",
+        b"bits = 1979-05-27",
+        b"include = 3",
+        b"overrides = [1]",
+        b'"\x1b[2J" = 1',
+        b"\xff\xfe",
+        b"bits = 4\nbits = 8",
+        b"[overrides]\n'*' = 3",
+    ):
+        recipe.write_bytes(text)
+        result = run("pack", model, "-o", tmp_path / "a.safetensors", "--recipe", recipe, code=1)
+        assert result.stderr.startswith(f"fastopt: {recipe}: "), (text[:20], result.stderr[:200])
+        assert result.stderr.count("\n") == 1
+        assert "\x1b" not in result.stderr
+        assert len(result.stderr) < 1000
+        with pytest.raises((TypeError, ValueError), match=r"recipe\.toml: "):
+            fo.Recipe.from_toml(recipe)
 
 
 def test_version():

@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 failure with one line on stderr, 2 usage error, 130 int
 """
 
 import contextlib
+import dataclasses
 import io
 import sys
 import warnings
@@ -28,6 +29,7 @@ from typer.core import TyperGroup
 
 from fastopt import __version__
 from fastopt._text import printable
+from fastopt.models.recipe import Recipe
 
 
 class _Commands(TyperGroup):
@@ -79,10 +81,18 @@ def _printable_usage_errors() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
+    text = as_options(" ".join(str(error).split()))
     if not text or not isinstance(error, OSError | TypeError | ValueError | ImportError | MemoryError):
         text = f"{type(error).__name__}: {text} (--debug shows where)" if text else type(error).__name__
     return text
+
+
+def as_options(message: str) -> str:
+    """Let a message of a Python function that begins with the name of an argument name the option."""
+    name, colon, rest = message.partition(": ")
+    if not colon or name not in (*_ARGUMENTS, "target_bits", "target_size"):
+        return message
+    return f"--{name.replace('_', '-').removesuffix('s') if name == 'overrides' else name.replace('_', '-')}: {rest}"
 
 
 def _show_warning(message: Warning | str, *args: Any, **options: Any) -> None:
@@ -94,10 +104,13 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
+_ARGUMENTS = [field.name for field in dataclasses.fields(Recipe)]
+
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
 

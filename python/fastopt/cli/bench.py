@@ -1,7 +1,7 @@
 """``fastopt bench``: optimizer steps, quantization, products and pruning beside NumPy and the memory limit."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from json import dumps
@@ -297,16 +297,29 @@ def short_cases() -> Iterator[Case]:
     yield linear_case("90 % sparse", lambda: fo.SparseTensor.from_dense(s.to_dense()), s.to_dense(), batch=1)
 
 
-def run(json: bool = False) -> None:
+def run(json: bool = False, only: Sequence[str] = (), seconds: float = 0.7) -> None:
     """Measure a few kernels against NumPy and the memory limit, and print a table.
 
     Parameters
     ----------
     json : bool
         Print one JSON object instead.
+    only : sequence of str
+        Measure the cases whose names contain one of these; all of them by default.
+    seconds : float
+        The time to spend on each case.
+
+    Raises
+    ------
+    ValueError
+        If no case has such a name.
     """
     facts = machine()
-    results = measure_all(short_cases(), seconds=0.7)
+    cases = [case for case in short_cases() if not only or any(part in case.name for part in only)]
+    if not cases:
+        names = "; ".join(case.name for case in short_cases())
+        raise ValueError(f"--only: no case has {' or '.join(map(repr, only))} in its name: {names}")
+    results = measure_all(cases, seconds=seconds)
     if json:
         print(dumps({"machine": facts, "results": [asdict(result) for result in results]}))
     else:

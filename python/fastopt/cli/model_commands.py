@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -386,6 +386,7 @@ def _pack(
 ) -> None:
     """Pack from file to file, and print the report."""
     _check_outputs(target, html)
+    _require_match(recipe, weights)
     with byte_progress("plan" if dry_run else "pack") as notify:
         packed = pack_file(weights, target, recipe, dry_run=dry_run, notify=notify, **targets)
     if html is not None:
@@ -430,6 +431,15 @@ def _pack_onnx(
     _tell(source, target, packed.recipe or recipe, packed, dry_run, as_json, outputs)
 
 
+def _require_match(recipe: Recipe, names: Collection[str]) -> None:
+    """Raise if patterns of --include match none of the tensors: then nothing would be packed."""
+    if names and recipe.include and not any(fnmatchcase(name, p) for name in names for p in recipe.include):
+        patterns = " or ".join(map(repr, recipe.include))
+        raise ValueError(
+            f"--include: no tensor matches {patterns}; there are {', '.join(map(repr, list(names)[:3]))} ..."
+        )
+
+
 def _tell(
     source: Path,
     target: Path,
@@ -441,7 +451,7 @@ def _tell(
 ) -> None:
     """Print the report, the patterns that match no tensor, and how far outputs are apart."""
     for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
-        if not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
+        if packed.tensors and not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
             say(f"fastopt: no tensor matches {pattern!r}", err=True)
     size = None if dry_run else _file_bytes(target)
     if as_json:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fastopt.cli.app import say
+from fastopt.cli.app import as_options, say
 from fastopt.formats import FORMATS
 from fastopt.formats.common import Option
 from fastopt.models.recipe import Options
@@ -131,7 +131,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(as_options(str(error))) from error
 
 
 _GROUPS = {"row": -1, "tensor": None, "auto": "auto"}

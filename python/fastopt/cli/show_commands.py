@@ -48,9 +48,21 @@ def demo(
         say(f"picture  {picture}")
 
 
-@app.command()
-def bench(as_json: Json = False) -> None:
-    """Measure optimizer steps, quantization and products beside NumPy and the memory limit."""
+@app.command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --seconds 3")
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Measure only cases with this in their names; may be repeated."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each case.")] = 0.7,
+    as_json: Json = False,
+) -> None:
+    """Measure optimizer steps, quantization and products against NumPy and the memory limit.
+
+    The limit is the time of plain loops that read and write the same bytes. "of limit" is that time divided by the
+    time of a row: 1 is the speed of the memory, and more is possible where data stay in a cache. "+-" is half the
+    distance between the quartiles. OMP_NUM_THREADS sets the number of threads. JSON: machine, results.
+    """
     from fastopt.cli import bench
 
-    bench.run(json=as_json)
+    bench.run(json=as_json, only=only or (), seconds=seconds)

@@ -6,6 +6,7 @@ this minute. Trust ratios of neighbours alone, since the speed of a machine drif
 
 import itertools
 import math
+import os
 import platform
 import statistics
 import sys
@@ -193,35 +194,47 @@ def header(facts: dict[str, Any]) -> str:
     )
 
 
+# The columns of the table, those first that a narrow terminal omits last.
+_COLUMNS: dict[str, Callable[[Result], str]] = {
+    "time": lambda r: f"{1e3 * r.seconds:.3f} ms" if r.seconds >= 1e-3 else f"{1e6 * r.seconds:.2f} us",
+    "vs NumPy": lambda r: "" if r.vs_numpy is None or r.contender == LIMIT else f"{r.vs_numpy:.1f}x",
+    "of limit": lambda r: f"{r.of_limit:.2f}",
+    "+-": lambda r: f"{50 * r.spread:.0f} %",
+    "error": lambda r: "" if r.error is None else f"{r.error:.1e}" if r.error else "0",
+    "GB/s": lambda r: f"{r.gb_per_second:.1f}",
+    "ns/element": lambda r: f"{r.ns_per_element:.3f}",
+}
+
+
 def show(results: list[Result], title: str) -> None:
-    """Print results as a table."""
+    """Print results as a table, with the columns that fit the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="")
-    for column in ("case", "who"):
-        table.add_column(column, no_wrap=True)
-    for column in ("time", "+-", "ns/element", "GB/s", "of limit", "vs NumPy", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for case, group in itertools.groupby(results, lambda result: result.case):
-        for i, r in enumerate(group):
-            table.add_row(
-                case if i == 0 else "",
-                r.contender,
-                f"{1e3 * r.seconds:.3f} ms" if r.seconds >= 1e-3 else f"{1e6 * r.seconds:.2f} us",
-                f"{50 * r.spread:.0f} %",
-                f"{r.ns_per_element:.3f}",
-                f"{r.gb_per_second:.1f}",
-                f"{r.of_limit:.2f}",
-                "" if r.vs_numpy is None or r.contender == LIMIT else f"{r.vs_numpy:.1f}x",
-                "" if r.error is None else f"{r.error:.1e}" if r.error else "0",
-                style="dim" if r.contender == LIMIT else "bold" if r.contender == FASTOPT else "",
-            )
-        table.add_section()
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 140
-    console.print(table)
+
+    def table_of(count: int) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for column in ("case", "who"):
+            table.add_column(column, no_wrap=True)
+        for column in list(_COLUMNS)[:count]:
+            table.add_column(column, justify="right", no_wrap=True)
+        for case, group in itertools.groupby(results, lambda result: result.case):
+            for i, r in enumerate(group):
+                style = "dim" if r.contender == LIMIT else "bold" if r.contender == FASTOPT else ""
+                cells = [text(r) for text in list(_COLUMNS.values())[:count]]
+                table.add_row(case if i == 0 else "", r.contender, *cells, style=style)
+            table.add_section()
+        return table
+
+    tables = [table_of(count) for count in range(len(_COLUMNS), 0, -1)]
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    unbounded = console.options.update(max_width=10_000)
+    fitting = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))
 
 
 def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> list[Call]:
