@@ -63,8 +63,8 @@ def pack_onnx(
     source : path-like
         An ONNX file. Tensors that it keeps in other files of its folder are read too.
     target : path-like
-        It appears when it is complete; it may be the source. If the model lists a weight among its inputs too, as old
-        ones do, it does not after the weight was packed.
+        It appears when it is complete; it may be the source, whose other files are then not needed any more. If the
+        model lists a weight among its inputs too, as old ones do, it does not after the weight was packed.
     recipe, **options
         As in `pack`, by the names of the weights in the model. If several graphs use one name, those in inner graphs
         are preceded by the node, as in "If_0.then_branch/W". A weight is packed as [out, in, ...], whichever way the
