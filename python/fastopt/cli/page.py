@@ -35,7 +35,7 @@ def of_packing(
     before: Mapping[str, Weight],
     after: Mapping[str, Weight] | None,
 ) -> dict[str, Any]:
-    """Return the content of the page of a packed model.
+    """Return the content of the page about a packed model.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def of_packing(
     recipe : Recipe
     before : mapping from name to array
     after : mapping from name to array or packed tensor, or None
-        None: it has only been planned.
+        None after a dry run.
 
     Returns
     -------
@@ -78,7 +78,7 @@ def of_packing(
 def of_difference(
     first: Path, second: Path, difference: Difference, before: Mapping[str, Weight], after: Mapping[str, Weight]
 ) -> dict[str, Any]:
-    """Return the content of the page of two models.
+    """Return the content of the page about the differences of two models.
 
     Parameters
     ----------

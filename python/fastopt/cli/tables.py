@@ -118,7 +118,7 @@ def _by_name(row: Any) -> list[tuple[int, int, str]]:
 
 
 def _tail(name: str, room: int) -> str:
-    """Shorten a long name to its end, which says more than its beginning."""
+    """Shorten a long name to its end, which tells more than its beginning."""
     return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
@@ -276,7 +276,7 @@ def print_outputs(outputs: Sequence[OutputReport]) -> None:
 
 
 def ratio_text(report: Report) -> str:
-    """Say how much smaller a model got, or larger."""
+    """Return how much smaller or larger a model became."""
     small, large = sorted((report.nbytes_before, report.nbytes))
     return f"{large / max(small, 1):.2f} times {'larger' if report.nbytes > report.nbytes_before else 'smaller'}"
 

@@ -34,7 +34,7 @@ def print_table(summary: Summary) -> None:
     caption = [
         f"Network {layers}, {summary.parameters:,} parameters, Adam, {summary.epochs} epochs.",
         f"Pruned: {summary.sparsity:.0%} zeros, kept while fine-tuning, epochs: {summary.fine_tune_epochs}.",
-        f"Medians, µs: optimizer step; a prediction by itself, one of {summary.predict_batch}.",
+        f"Medians in µs: an optimizer step; one prediction, alone and in a batch of {summary.predict_batch}.",
     ]
     if summary.same_weights:
         caption.append("The two fp32 trainings end in the same weights, bit for bit.")
@@ -50,8 +50,8 @@ def print_table(summary: Summary) -> None:
         "file\nKiB",
         "\nratio",
         "step\nµs",
-        "predict\nµs",
-        f"one of\n{summary.predict_batch}",
+        "1 image\nµs",
+        "batched\nµs",
     ):
         table.add_column(column, justify="right")
     full = summary.variants[0].file_bytes
@@ -134,7 +134,7 @@ def draw(result: Result, path: Path) -> None:
     panels[0].set_yticks(range(len(variants)), [v.name for v in variants], fontsize=11)
     panels[0].invert_yaxis()
 
-    below.suptitle(f"Test images, and what the {summary.bits}-bit pruned model takes them for", fontsize=11)
+    below.suptitle(f"Test images, and the predictions of the {summary.bits}-bit pruned model", fontsize=11)
     for axes, image, label, predicted in zip(
         below.subplots(1, len(result.images), squeeze=False)[0],
         result.images,

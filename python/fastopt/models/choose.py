@@ -1,4 +1,4 @@
-"""Bits and group size of each tensor, so that a model fits into so many bytes with the least error."""
+"""The choice of bits and group size for each tensor: the least error within a budget of bytes."""
 
 import json
 import math
@@ -22,11 +22,11 @@ from fastopt.tensors.quantization import quantized_nbytes
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
-# What is tried where the recipe leaves the group size open, by bits.
+# The group sizes to try if the recipe has none, by bits.
 _GROUP_SIZES = {2: (16, 32, 64, 128, -1), 4: (16, 32, 64, 128, -1), 8: (128, -1)}
 _SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
 
-_SAMPLE = 1 << 20  # weights of a tensor that are measured at most
+_SAMPLE = 1 << 20  # the most weights of a tensor that are measured
 _UNITS_OF_BUDGET = 1 << 14
 _WORST = 1e100  # the error of a setting whose decoded values are not finite
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -81,14 +81,16 @@ def choose_bits(
     target_size: int | str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """Return a recipe with bits and group size for each tensor that make a model of a given size.
+    """Return a recipe with bits and group size for each tensor, so that the model has a given size.
 
-    Each tensor that the recipe packs, and whose bits no override gives, is quantized in turn with 2, 4 and 8 bits in
-    groups of several sizes (only that of the recipe, if it has one), and its error measured, on a million weights at
-    most. Of all combinations that fit, the one of least error is taken. The error of a model is the sum of the squared
-    relative errors of its tensors, each weighted by the square root of its size: half-way between tensors that all
-    count the same, which starves large ones, and weights that do, which starves small ones. (On all-MiniLM-L6-v2, from
-    2.7 to 5 bits, each of these two was the worst somewhere, and this nowhere.)
+    Each tensor that the recipe packs is quantized with 2, 4 and 8 bits and several group sizes, unless an override
+    gives its bits; a group size of the recipe is the only one that is tried. The error is measured on at most a million
+    weights of a tensor. The result is the combination of least error among those that fit.
+
+    The error of a model is the sum of the squared relative errors of its tensors, each weighted by the square root of
+    the tensor's size. Equal weights for tensors would starve the large ones, and equal weights for single values the
+    small ones: on all-MiniLM-L6-v2, from 2.7 to 5 bits, either alone was the worst choice at some size, and the square
+    root never was.
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ def choose_bits(
     Returns
     -------
     Recipe
-        With an override for each tensor that was chosen for: it makes the same model without a search. Without a
+        The recipe with an override for each chosen tensor; it makes the same model without a search. Without a
         target, `recipe` itself.
 
     Raises
@@ -137,7 +139,7 @@ def choose_bits_for(
     target_size: int | str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """Return a recipe as `choose_bits` does, for a file in which tensors take other sizes."""
+    """Return a recipe as `choose_bits` does, for a file format in which tensors have other sizes."""
     if target_bits is None and target_size is None:
         return recipe
     return _Search(sizes, weights, recipe, target_bits, target_size, notify).recipe(strict=True)
@@ -302,7 +304,7 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice
 
 
 def _useful(choices: Iterator[_Choice]) -> list[_Choice]:
-    """Return the choices by rising bytes, without those that another one beats in both."""
+    """Return the choices by rising bytes, without those that another choice beats in both bytes and error."""
     useful: list[_Choice] = []
     for choice in sorted(choices, key=lambda c: (c.nbytes, c.error)):
         if not useful or choice.error < useful[-1].error:
@@ -311,10 +313,10 @@ def _useful(choices: Iterator[_Choice]) -> list[_Choice]:
 
 
 def _best(tensors: list[list[_Choice]], budget: int) -> list[_Choice]:
-    """Return a choice for each tensor, of least error together, that take so many bytes more than the first ones.
+    """Return a choice for each tensor, with the least total error that a budget of bytes beyond the smallest allows.
 
-    Dynamic programming over tensors and bytes, these counted in units: ``least[b]`` is the least error of the tensors
-    so far for b units.
+    This is dynamic programming over tensors and bytes, which are counted in units: ``least[b]`` is the least error of
+    the tensors so far for b units.
     """
     unit = max(1, -(-budget // _UNITS_OF_BUDGET))
     least = np.zeros(budget // unit + 1)
@@ -337,7 +339,7 @@ def _best(tensors: list[list[_Choice]], budget: int) -> list[_Choice]:
 
 
 def _filled(tensors: list[list[_Choice]], chosen: list[int], budget: int) -> list[_Choice]:
-    """Spend what is left because bytes were counted in units, a step at a time, where most is gained for a byte."""
+    """Spend the bytes that the rounding to units left, each time on the step that gains most for a byte."""
     budget -= sum(choices[c].nbytes - choices[0].nbytes for choices, c in zip(tensors, chosen, strict=True))
     while True:
         steps = [
@@ -354,7 +356,7 @@ def _filled(tensors: list[list[_Choice]], chosen: list[int], budget: int) -> lis
 
 
 def parse_size(size: int | str) -> int:
-    """Return bytes from a number or a text as "12MB" or "1.5 GiB"."""
+    """Return the number of bytes that is given as a number, or as a text such as "12MB" or "1.5 GiB"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", str(size).lower())
     if match is None or isinstance(size, bool):
         raise ValueError(f"target_size: expected bytes, as 12000000 or '12MB', got {size!r}")

@@ -17,12 +17,12 @@ from fastopt.tensors.error import Error, ErrorSums, unit_of
 from fastopt.tensors.packed import Weight, storage_of, unpacked
 from fastopt.tensors.quantization import quantize
 
-# Further than so many standard deviations from the mean is an outlier: one in 500 million normal values is.
+# An outlier is more than so many standard deviations away from the mean; of normal values, one in 500 million is.
 _OUTLIER = 6
-# The fewest bits whose error, relative to the weight, stays below this are suggested.
+# The suggestion is the fewest bits whose relative error is at most this.
 _TOLERABLE = 0.12
-_SMALL = 4096  # weights; fewer are not worth packing
-_PIECE = 1 << 20  # elements looked at together
+_SMALL = 4096  # weights; smaller tensors are not worth packing
+_PIECE = 1 << 20  # elements that are converted at a time
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class TensorFacts:
 
 
 def inspect(weights: Mapping[str, Weight] | PathLike) -> list[TensorFacts]:
-    """Return what the tensors of a model are like: sizes, ranges, outliers, zeros, and the bits that would do.
+    """Return statistics of the tensors of a model: size, range, outliers, zeros, and the bits that are enough.
 
     Parameters
     ----------
     weights : mapping from name to array, QuantizedTensor or SparseTensor, or path-like
-        One tensor is looked at, and decoded, at a time.
+        Packed tensors are decoded one at a time.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def inspect(weights: Mapping[str, Weight] | PathLike) -> list[TensorFacts]:
 
 
 def facts_of(name: str, tensor: Weight) -> TensorFacts:
-    """Return what one tensor is like."""
+    """Return the statistics of one tensor."""
     array = unpacked(tensor)
     kind, bits, group_size = storage_of(tensor)
     found = _statistics(array) if is_numeric(array.dtype) else {"non_finite": 0}
@@ -287,12 +287,12 @@ class Difference:
 
 
 def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | PathLike) -> Difference:
-    """Return how far two models are apart, tensor by tensor: what packing cost, or what training changed.
+    """Return the differences between two models, tensor by tensor.
 
     Parameters
     ----------
     first, second : mappings from name to array, QuantizedTensor or SparseTensor, or path-like
-        Tensors of one name are compared by their decoded values, whatever they are stored as; a pair at a time.
+        Tensors with the same name are compared by their decoded values, however they are stored, one pair at a time.
 
     Returns
     -------

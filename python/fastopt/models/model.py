@@ -92,12 +92,12 @@ class PackedModel(Mapping[str, Weight]):
         return {name: unpacked(tensor) for name, tensor in self._tensors.items()}
 
     def report(self, weights: Mapping[str, Weight] | None = None) -> Report:
-        """Return what became of each tensor.
+        """Return how each tensor is stored, its size, and its error.
 
         Parameters
         ----------
         weights : mapping from name to array or packed tensor, optional
-            The originals: with them errors are measured, for the names that are in it.
+            The originals. Errors are measured for the names that it has.
 
         Returns
         -------

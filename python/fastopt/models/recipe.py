@@ -77,7 +77,7 @@ class Options:
         return any(getattr(self, name) is not None for name in _PRUNING)
 
     def changed(self, other: Mapping[str, Any]) -> "Options":
-        """Return these with some changed; who says how to prune replaces all that was said about it."""
+        """Return the options with some changed; a change of one pruning option resets the others."""
         fresh = dict.fromkeys(_PRUNING) if any(name in other for name in _PRUNING) else {}
         return Options(**{**{f.name: getattr(self, f.name) for f in fields(Options)}, **fresh, **other})
 
@@ -139,11 +139,11 @@ class Recipe(Options):
     bits, group_size, param_dtype, fit, outliers
         As in `quantize`; ``bits=None`` does not quantize.
     threshold, sparsity, pattern
-        As in `prune`; at least one of them stores tensors sparse, and with `bits` quantizes what is left.
+        As in `prune`. If one is given, tensors are stored sparse; with `bits`, their values are quantized.
     include, exclude : sequences of glob patterns
-        Tensors that are packed, by name: those that match any of `include` and none of `exclude`.
+        A tensor is packed if its name matches a pattern of `include` and none of `exclude`.
     overrides : mapping from glob pattern to options
-        Other options, by the names above, for tensors that match; the first pattern that matches counts.
+        Other values of the options above for tensors whose names match; the first pattern that matches counts.
     min_size : int
         Tensors of fewer weights are kept as they are.
 
@@ -360,7 +360,7 @@ PACKED_BEFORE = "; was packed before"
 
 
 def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]:
-    """Return a tensor packed as the recipe says, and why so. One that is packed already stays so."""
+    """Return a tensor packed as the recipe says, and the reason. One that is packed already stays packed."""
     tensor = require_weight(name, tensor)
     options, reason = recipe.of(name, tensor.shape, tensor.dtype)
     if isinstance(tensor, PackedTensor):
@@ -393,7 +393,7 @@ def _outside() -> int:
 
 @contextlib.contextmanager
 def naming_tensor(name: str) -> Iterator[None]:
-    """Let an error name the tensor that it is about."""
+    """Put the name of a tensor before the message of an error."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -409,7 +409,7 @@ def _patterns(given: Any, name: str) -> tuple[str, ...]:
 
 
 def _without_none(node: Any) -> Any:
-    """Return what TOML, which knows no None, says by the word "none"."""
+    """Replace the text "none" by None, which TOML does not have."""
     if isinstance(node, dict):
         return {key: _without_none(value) for key, value in node.items()}
     return None if node == "none" else node

@@ -33,9 +33,9 @@ class TensorReport:
     nbytes_before, nbytes : int
         A tensor that was packed before counts the bytes that it was stored in.
     error : Error or None
-        Distance from the original, where that was at hand and of a float type.
+        The error against the original, if that is known and of a float type.
     reason : str
-        Which part of the recipe chose this, or why the tensor was kept as it is.
+        The part of the recipe that chose this, or the reason why the tensor was not packed.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Report:
     ----------
     tensors : tuple of TensorReport
     error : Error or None
-        Over all tensors whose error is known.
+        The error of all tensors together whose error is known.
     recipe : Recipe or None
         The recipe that packed them, with the bits that were chosen for a target.
     """
@@ -106,7 +106,7 @@ class Report:
         return "\n".join([*lines, repr(self)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as a plain dict; what is not finite, which JSON cannot say, as None.
+        """Return the report as a plain dict; numbers that are not finite become None, for JSON.
 
         Returns
         -------
@@ -187,7 +187,7 @@ class Reporter:
         error: Error | None = None,
         nbytes_before: int | None = None,
     ) -> None:
-        """Add a tensor of which only this is known."""
+        """Add a tensor that was not packed, from its planned storage."""
         size = math.prod(shape)
         per_weight = 8 * nbytes / max(size, 1)
         before = size * dtype.itemsize if nbytes_before is None else nbytes_before
@@ -204,7 +204,7 @@ class Reporter:
         self._tensors.append(replace(first, name=name, nbytes_before=0, nbytes=0, bits_per_weight=0.0, reason=reason))
 
     def report(self) -> Report:
-        """Return what was collected."""
+        """Return the report of all tensors that were added."""
         return Report(tuple(self._tensors), self._sums.error() if self._measured else None, self._recipe)
 
 

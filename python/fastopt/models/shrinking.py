@@ -1,4 +1,4 @@
-"""Structured pruning: units, channels and layers that are really removed, in NumPy alone."""
+"""Structured pruning: units, channels and layers are removed from the arrays, in NumPy alone."""
 
 import math
 import re
@@ -38,12 +38,12 @@ class Layer:
     kind : "dense", "conv" or "depthwise"
         Weights are [out, in], [out, in, ...] and [channels, 1, ...].
     input : str, optional
-        Name of the node that it reads; by default the one before in the list. The first, and those with "", read what
-        nobody prunes.
+        Name of the node that it reads; by default the one before it in the list. The first layer, and layers with "",
+        read inputs that are never pruned.
     norm : str, optional
         Name of a batch normalization that follows: ``NORM.weight``, ``.bias``, ``.running_mean``, ``.running_var``.
     activation : str or callable, optional
-        What follows then: "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", or a function.
+        The activation after that: "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", or a function.
     flatten : bool
         A dense layer that reads a flattened feature map, all of a channel together.
     eps : float
@@ -61,14 +61,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Add:
-    """A sum of nodes, as at the end of a residual block: they lose the same channels.
+    """A sum of nodes, as at the end of a residual block; they lose the same channels.
 
     Attributes
     ----------
     name : str
     inputs : sequence of str
     activation : str or callable, optional
-        What follows.
+        The activation after the sum.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Concat:
-    """The channels of nodes one behind the other.
+    """A concatenation of the channels of nodes.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ def _activate(activation: Activation, x: Array) -> Array:
 
 
 class _Plan:
-    """The channels of every node as numbers of units: nodes that must lose the same channels share units."""
+    """The units that the channels of each node belong to; nodes that must lose the same channels share units."""
 
     def __init__(self, weights: Mapping[str, Array], graph: Sequence[Node]) -> None:
         self.weights = weights
@@ -283,7 +283,7 @@ def _choose(
 
 
 def _fold(plan: _Plan, result: dict[str, Array], drop: Mapping[str, NDArray[np.bool_]]) -> None:
-    """Add to the biases of `result` what units that are removed would give, if they give something constant."""
+    """Add the constant outputs of removed units to the biases of the layers that read them."""
     constant: dict[str, Array] = {}
     for name, node in plan.nodes.items():
         reads = plan.reads[name]
@@ -334,7 +334,7 @@ def shrink(
     states: Sequence[Mapping[str, Array]] = (),
     keep: Sequence[str] = (),
 ) -> Shrunk:
-    """Remove the least important neurons and channels, and what reads them, so that the arrays get smaller.
+    """Remove the least important neurons and channels, and the weights that read them: the arrays become smaller.
 
     Parameters
     ----------
@@ -343,7 +343,7 @@ def shrink(
     graph : sequence of Layer, Add and Concat
         In the order of computation. Nodes that nobody reads are outputs, and keep all their channels.
     share : float
-        Remove this share of the units of each layer; rounded.
+        The fraction of the units of each layer to remove; the number is rounded.
     threshold : float
         Or remove units whose importance is not above this.
     scope : "local" or "global"
@@ -356,9 +356,9 @@ def shrink(
     gradients : mapping from name of tensor to array
         For "taylor".
     layers : sequence of glob patterns
-        Nodes whose units may go.
+        Layers that may lose units.
     round_to : int
-        As many units as a multiple of this stay.
+        The number of units that stay is a multiple of this.
     fold : bool
         Add what a removed unit would give if its weights were zero, activation of bias, to the biases that follow.
         Removing dead units then changes nothing, but at the borders of zero-padded convolutions.
@@ -447,15 +447,15 @@ def drop_layers(
     importance: Sequence[float] | None = None,
     states: Sequence[Mapping[str, Array]] = (),
 ) -> Shrunk:
-    """Remove whole layers of a stack of residual ones, and number the others anew.
+    """Remove whole layers of a stack of residual layers, and renumber the others.
 
     Parameters
     ----------
     weights : mapping from name to array
     prefix : str
-        How names of the stack begin, with ``{}`` for the number, as ``"encoder.layers.{}."``.
+        The beginning of the names of the stack, with ``{}`` for the number, as ``"encoder.layers.{}."``.
     count : int
-        How many layers to remove: the least important, of equal ones the later.
+        The number of layers to remove: the least important ones, and of equal ones the later.
     importance : sequence of float, optional
         Of each layer. By default the root mean square of its weights of two or more axes; better is how far the output
         of the layer is from its input.

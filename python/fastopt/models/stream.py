@@ -1,4 +1,4 @@
-"""Pack and unpack files one tensor at a time: models may be larger than the memory."""
+"""Pack and unpack files one tensor at a time, so that models may be larger than the memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
-    """Return the report of packing `weights`, without errors and without packing what a shape can tell.
+    """Return the report that packing `weights` would give, without errors.
 
     Only tensors that are pruned, or packed already, are read. The predicted bytes can be too small where float16 cannot
     hold the group parameters, and too large where weights kept as outliers have no error at all.
