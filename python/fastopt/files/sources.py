@@ -162,6 +162,8 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
     if key is not None:
         raise _no_key(path)
     try:
+        if kind in READERS:
+            return READERS[kind](path, skipped), {}
         if kind == "npz":
             return npz_sources(path, skipped), {}
         if kind == "npy":
@@ -173,7 +175,7 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
                 raise ValueError(f"{path}: {POINTER}") from error
         if path.suffix in (".npz", ".npy", ".safetensors") or "not a safetensors file" not in str(error):
             raise
-        raise ValueError(f"{error}; expected .safetensors, .index.json, {', '.join(_OTHERS)}") from error
+        raise ValueError(f"{error}; expected .safetensors, .index.json, {', '.join((*_OTHERS, *READERS))}") from error
 
 
 def _no_key(path: Path) -> ValueError:
