@@ -88,6 +88,7 @@ def raw(header, data=b"", length=None):
         ),
         (raw('{"a":{"dtype":[],"shape":[1],"data_offsets":[0,4]}}', b"1234"), "dtype: expected a dtype of the format"),
         (raw('{"a":1}'), "'a': expected a JSON object, got int"),
+        (raw('{"__metadata__":[]}'), "__metadata__: expected a map of texts"),
         (raw('{"__metadata__":{"fastopt":1}}'), "not a safetensors file"),
         (raw('{"__metadata__":{"fastopt":"' + "[" * 100_000 + '"}}'), "metadata: nested too deeply|metadata"),
     ],

@@ -179,7 +179,9 @@ def _checked_header(
         entries = parse_json(header.decode())
         if not isinstance(entries, dict):
             raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
-        metadata = entries.pop("__metadata__", None) or {}
+        metadata = entries.pop("__metadata__", None)
+        if metadata is None:
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__: expected a map of texts")
         described = sorted(
