@@ -1,4 +1,4 @@
-// Which table of kernels runs.
+// The table of kernels that runs.
 #pragma once
 
 #include <string>

@@ -275,13 +275,16 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
   const std::vector<float> x = numbers<float>(c, rows * cols, kind);
   Bytes codes(rows * row_bytes + kGuard);
   std::vector<float> scale(rows * groups), minimum(rows * groups), out(cols + kGuard);
-  const Quantized q = {codes.data(), scale.data(), minimum.data(),     half,   bits, rows, cols, row_bytes,
-                       length,       groups,       group ? groups : 0, FLT_MAX};
+  const std::size_t stride = group ? groups : 0;
+  const QuantizedOut to = {codes.data(), scale.data(), minimum.data(), half,   bits,   rows,
+                           cols,         row_bytes,    length,         groups, stride, FLT_MAX};
+  const Quantized q = {codes.data(), scale.data(), minimum.data(), half,   bits,   rows,
+                       cols,         row_bytes,    length,         groups, stride, FLT_MAX};
 
   Shared shared = {};
   unsigned flags = group ? 0 : k.quant.range(x.data(), x.size(), &shared.range);
   if (!group && refit && !flags) shared.pair = k.quant.fit(x.data(), x.size(), bits, shared.range);
-  flags |= k.quant.quantize(x.data(), q, group ? nullptr : &shared, refit, 0, rows);
+  flags |= k.quant.quantize(x.data(), to, group ? nullptr : &shared, refit, 0, rows);
   c.add(flags);
   if (flags) return;  // nobody looks at the rest
   c.add(codes);

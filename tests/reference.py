@@ -4,6 +4,34 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastopt import _core
+
+# ---- sums ---------------------------------------------------------------------------------------------------
+
+SUMS = _core.SUMS  # sizes that define the order of sums; cpp/kernels/contract.hpp explains them
+
+
+def stretches(n, size):
+    return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+
+
+def partial_sums(terms, count):
+    """Term k of the last axis is added to partial sum k % count, from left to right."""
+    padded = np.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -terms.shape[-1] % count)])
+    sums = np.zeros((*terms.shape[:-1], count), terms.dtype)
+    for k in range(0, padded.shape[-1], count):
+        sums += padded[..., k : k + count]
+    return sums
+
+
+def tree(sums):
+    """The sum over the last axis, a power of two: its upper half is added to the lower one, until one is left."""
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
 # ---- optimizers -------------------------------------------------------------------------------------------
 
 
@@ -248,7 +276,7 @@ def step_narrow(rule, h, w, dtype, g, g_dtype, states, state_dtype, noise, stoch
 
 
 def sum_squares(x):
-    """In double: chunks of 4096 in order, each of 16 partial sums added as a tree; of 16-bit types, blocks of 256."""
+    """In double: partial sums of every 4096 elements, or every 256 of a 16-bit type; 4096 at a time in order."""
     narrow = x.dtype.itemsize == 2
     total = 0.0
     for at in range(0, x.size, 4096):
@@ -256,14 +284,7 @@ def sum_squares(x):
         sums = 0.0
         for first in range(0, chunk.size, 256 if narrow else 4096):
             part = chunk[first : first + 256] if narrow else chunk
-            padded = np.zeros(-(-part.size // 16) * 16)
-            padded[: part.size] = part
-            partial = np.zeros(16)
-            for row in padded.reshape(-1, 16):
-                partial += row * row
-            for half in (8, 4, 2, 1):
-                partial = partial[:half] + partial[half : 2 * half]
-            sums += partial[0]
+            sums += tree(partial_sums(part * part, SUMS["partials"]))
         total += sums
     return total
 
@@ -340,14 +361,8 @@ def fit(x, scale, minimum, bits):
     top = f(2**bits - 1)
     middle = top / f(2)
 
-    def total(values):  # sixteen partial sums, added as a tree
-        padded = np.pad(values, (0, -len(values) % 16)).reshape(-1, 16)
-        partial = np.zeros(16, f)
-        for row in padded:
-            partial = partial + row
-        for half in (8, 4, 2, 1):
-            partial = partial[:half] + partial[half:]
-        return float(partial[0])
+    def total(values):
+        return float(tree(partial_sums(values, SUMS["partials"])))
 
     n, least = float(len(x)), scale * f(2**-20)
     for _ in range(8):
@@ -431,134 +446,138 @@ def dequantize(codes, scale, minimum, group_size):
     return decoded(codes.astype(np.float32), scale, minimum)
 
 
-# ---- linear -----------------------------------------------------------------------------------------------
+# ---- products ---------------------------------------------------------------------------------------------
+#
+# Every user may rely on this: a product is the same, bit for bit, on every instruction set and for any number of
+# threads. With quantized weights x is rounded to integers, and sums of integers are exact in any order. So only the
+# order in which floats are added must be fixed. One pattern serves all products: the columns of a row are cut into
+# stretches; the terms of a stretch go to partial sums in turn, and these are added as a tree.
+#
+# SUMS holds the sizes of stretches and how many partial sums they have.
 
 
 def linear_floats(x, w, bias=None):
-    """x @ w.T in float32: stretches of 512 columns, 16 partial sums each, added as a tree."""
-    y = np.zeros((x.shape[0], w.shape[0]), np.float32)
+    """x @ w.T in float32, stretch by stretch."""
+    y = np.zeros((len(x), len(w)), np.float32)
     with np.errstate(all="ignore"):
-        for begin in range(0, w.shape[1], 512):
-            xs, ws = x[:, begin : begin + 512], w[:, begin : begin + 512]
-            partial = np.zeros((*y.shape, 16), np.float32)
-            for c in range(xs.shape[1]):
-                partial[:, :, c % 16] += xs[:, None, c] * ws[None, :, c]
-            for half in (8, 4, 2, 1):
-                partial = partial[:, :, :half] + partial[:, :, half:]
-            y += partial[:, :, 0]
+        for part in stretches(w.shape[1], SUMS["float_stretch"]):
+            y += tree(partial_sums(x[:, None, part] * w[None, :, part], SUMS["partials"]))
         return y if bias is None else y + bias
 
 
-def whole_numbers(x, block, precision):
-    """Whole numbers n and scales of blocks of columns with x ~ scale * n; NaN where a block is not finite."""
+def rounded(x, span, precision):
+    """Integers n and, for every span of columns, a scale, with x ~ scale * n; NaN where a span is not finite."""
     f = np.float32
-    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % block))).reshape(x.shape[0], -1, block)
-    largest = abs(blocks).max(axis=2)
+    spans = np.pad(x, ((0, 0), (0, -x.shape[1] % span))).reshape(len(x), -(-x.shape[1] // span), span)
+    largest = abs(spans).max(axis=2)
     if precision == "int8":  # |n| <= 127
         scale = np.maximum(largest / f(127), np.finfo(f).tiny)
     else:  # |n| <= 0x7f7f7f, three signed bytes; a power of two, so that what is exact in 24 bits stays so
         exponent = np.maximum(np.frexp(largest * f(1.0078125))[1], -125)
         scale = np.ldexp(f(1), exponent - 1 - 22)
     scale = np.where(largest * f(1 if precision == "int8" else 1.0078125) < np.inf, scale, f(np.nan)).astype(f)
-    n = np.rint(blocks / scale[..., None])
-    return np.where(np.isnan(n), 0, n).astype(np.int64), scale
+    n = np.rint(spans / scale[..., None])
+    return np.where(np.isnan(n), 0, n).astype(np.int64).reshape(len(x), -1), scale
+
+
+def dot_products(n, codes, width):
+    """Exact products of every `width` columns: [rows of n, rows of codes, parts]."""
+    parts = -(-max(n.shape[1], codes.shape[1]) // width)
+    n, codes = (np.pad(a, ((0, 0), (0, parts * width - a.shape[1]))) for a in (n, codes))
+    n, codes = (a.reshape(len(a), parts, width) for a in (n, codes))
+    return np.einsum("bpk,rpk->brp", n, codes)
 
 
 def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exact"):
-    """x @ w.T for codes of one byte each. See cpp/kernels/linear/ for why in this order."""
+    """x @ w.T for codes of one byte each.
+
+    A weight is scale * code + middle, where codes count from the middle of their range, those of two bits in half
+    steps. So the product with a group is scale * (x . codes) + middle * (sum of x).
+    """
+    f = np.float32
     rows, cols = codes.shape
     size = cols if group_size in (None, -1) else group_size
     groups = -(-cols // size) if cols else 0
-    dense = dequantize(codes, scale, minimum, group_size)
     with np.errstate(all="ignore"):
-        in_floats = linear_floats(x, dense, bias)
+        in_floats = linear_floats(x, dequantize(codes, scale, minimum, group_size), bias)
         if cols == 0 or (groups > 1 and size % 16):
             return in_floats
-        f = np.float32
-        # Codes count from the middle, those of two bits in half steps.
         steps, middle = (2, 3) if bits == 2 else (1, 2 ** (bits - 1))
+        codes = codes.astype(np.int64) * steps - middle
         scale, minimum = (np.broadcast_to(p.astype(f), (rows, groups)) for p in (scale, minimum))
-        block = 32 if groups == 1 or size % 32 == 0 else 16  # columns of x that share a scale
-        n, block_scale = whole_numbers(x, block, precision)
+        span = 32 if groups == 1 or size % 32 == 0 else 16
+        n, x_scale = rounded(x, span, precision)
+        # The sum of x in each group, in double, sixteen columns at a time.
+        sums = n.reshape(len(x), n.shape[1] // 16, 16).sum(axis=2) * np.repeat(x_scale, span // 16, axis=1).astype(
+            float
+        )
+        x_sums = np.zeros((len(x), groups))
+        for i in range(-(-cols // 16)):
+            x_sums[:, i * 16 // size] += sums[:, i]
 
-        # For each group the value of its middle code, and the sum of x, of a row that is one group in double.
-        middles = minimum + scale * f(middle / steps)
-        grains = n.reshape(len(x), -1, 16).sum(axis=2)
-        grains = grains * np.repeat(block_scale, block // 16, axis=1).astype(np.float64)
-        group_sums = np.zeros((len(x), groups))
-        for i, grain in enumerate(grains[:, : -(-cols // 16)].T):
-            group_sums[:, i * 16 // size] += grain
-
-        centered = codes.astype(np.int64) * steps - middle
-        arguments = (n.reshape(len(x), -1), block_scale / f(steps), centered, scale, middles, group_sums.astype(f))
-        count = len(x) if len(x) % 16 >= 12 else len(x) - len(x) % 16
-        y = np.empty((len(x), rows))
-        y[:count] = product_of_panels(*arguments, bits, size, precision)[:count]
-        y[count:] = product_of_rows(*arguments, bits, size)[count:]
-        if groups == 1:
-            y = y * scale[:, 0].astype(np.float64) + group_sums * (
-                minimum[:, 0].astype(np.float64) + scale[:, 0].astype(np.float64) * (middle / steps)
-            )
+        weight = codes, scale, minimum + scale * f(middle / steps), bits, size
+        rest = len(x) % SUMS["panel_width"]
+        in_panels = len(x) if rest >= SUMS["least_panel"] else len(x) - rest
+        prepared = n, x_scale / f(steps), x_sums
+        many, few = ([a[part] for a in prepared] for part in (slice(in_panels), slice(in_panels, None)))
+        y = np.concatenate([product_of_panels(*many, *weight, precision), product_of_rows(*few, *weight)])
+        if groups == 1:  # the parameters come last, in double
+            scale, minimum = scale[:, 0].astype(float), minimum[:, 0].astype(float)
+            y = y * scale + x_sums * (minimum + scale * (middle / steps))
         y = y.astype(f)
         return np.where(np.isfinite(y), y if bias is None else y + bias, in_floats)
 
 
-def product_of_rows(n, block_scale, codes, scale, middles, group_sums, bits, size):
-    """Few rows of x: sixteen partial sums, one for each word of 32 bits in a run of 64 bytes of codes."""
+def product_of_rows(n, x_scale, x_sums, codes, scale, middles, bits, size):
+    """Few rows of x: a term for each word of 32 bits of codes; a stretch has whole runs of one word for each sum."""
     f = np.float32
-    rows, groups = scale.shape
-    per_word = 32 // bits
-    runs = -(-codes.shape[1] // (16 * per_word))
-    words, width = (runs, 16, per_word), runs * 16 * per_word
-    block = n.shape[1] // block_scale.shape[1]
-    n_words = np.pad(n, ((0, 0), (0, width)))[:, :width].reshape(len(n), *words)
-    c_words = np.pad(codes, ((0, 0), (0, width - codes.shape[1]))).reshape(rows, *words)
-    first = np.arange(runs * 16).reshape(runs, 16) * per_word  # column of each word
-    x_scale = np.pad(block_scale, ((0, 0), (0, runs * 16)))[:, first // block]
-    w_scale = np.pad(scale, ((0, 0), (0, runs * 16)))[:, np.minimum(first // size, groups)]
-    total = np.zeros((len(n), rows, 16), f)
-    rests = np.zeros((len(n), rows, -(-groups // 16) * 16), f)  # of groups, for partial sum group % 16
-    rests[:, :, :groups] = middles * group_sums[:, None]
-    for begin in range(0, runs, 32):
+    partials, word = SUMS["partials"], 32 // bits
+    groups, span = scale.shape[1], n.shape[1] // x_scale.shape[1]
+    terms = dot_products(n, codes, word).astype(f)
+    column = np.arange(terms.shape[2]) * word
+    terms *= x_scale[:, None, column // span]
+    if groups > 1:
+        terms *= scale[None, :, column // size]
+    runs = runs_of(terms)
+    # Before the codes of as many groups as there are sums come their middles, times the sums of x.
+    rests = runs_of(middles * x_sums[:, None].astype(f)) if groups > 1 else []
+    total = np.zeros((*terms.shape[:2], partials), f)
+    for part in stretches(len(runs), SUMS["run_stretch"]):
         sums = np.zeros_like(total)
-        for run in range(begin, min(begin + 32, runs)):
-            if groups > 1 and run % (size // per_word) == 0:  # sixteen groups take as many runs as one has words
-                first_group = run // (size // per_word) * 16
-                sums += rests[:, :, first_group : first_group + 16]
-            exact = np.einsum("blk,rlk->brl", n_words[:, run], c_words[:, run])
-            product = exact.astype(f) * x_scale[:, None, run]
-            sums += product * w_scale[None, :, run] if groups > 1 else product
+        for run in range(part.start, part.stop):
+            if groups > 1 and run % (size // word) == 0:
+                sums += rests[run // (size // word)]
+            sums += runs[run]
         total += sums
     return tree(total.astype(np.float64))
 
 
-def product_of_panels(n, block_scale, codes, scale, middles, group_sums, bits, size, precision):
-    """Many rows of x: block by block in groups, group by group in stretches of 1024 columns."""
+def runs_of(terms):
+    """The last axis cut into runs of one term for each partial sum; the runs come first."""
+    padded = np.pad(terms, ((0, 0), (0, 0), (0, -terms.shape[2] % SUMS["partials"])))
+    return [padded[..., k : k + SUMS["partials"]] for k in range(0, padded.shape[2], SUMS["partials"])]
+
+
+def product_of_panels(n, x_scale, x_sums, codes, scale, middles, bits, size, precision):
+    """Many rows of x: a term for each span, added from left to right in a group; groups in order in a stretch."""
     f = np.float32
-    rows, groups = scale.shape
-    blocks = block_scale.shape[1]
-    block = n.shape[1] // blocks
-    n = n.reshape(len(n), blocks, block)
-    codes = np.pad(codes, ((0, 0), (0, blocks * block - codes.shape[1]))).reshape(rows, blocks, block)
+    groups, span = scale.shape[1], n.shape[1] // x_scale.shape[1]
+    if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
+        low = (n + 128) % 256 - 128
+        terms = dot_products(n - low >> 8, codes, span).astype(f) * f(256) + dot_products(low, codes, span).astype(f)
+    else:
+        terms = dot_products(n, codes, span).astype(f)
+    terms *= x_scale[:, None]
     if groups == 1:
-        scale, size = np.ones_like(scale), blocks * block
-    total = np.zeros((len(n), rows))
-    for begin in range(0, blocks * block, 1024):
-        end = min(begin + 1024, blocks * block)
-        sums = np.zeros((len(n), rows), f)
-        for g in range(begin // size, -(-end // size)):
-            group = np.zeros_like(sums)
-            for k in range(max(begin, g * size) // block, min(end, (g + 1) * size) // block):
-                if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
-                    low = (n[:, k] + 128) % 256 - 128
-                    product = (n[:, k] - low >> 8) @ codes[:, k].T
-                    product = product.astype(f) * f(256) + (low @ codes[:, k].T).astype(f)
-                else:
-                    product = (n[:, k] @ codes[:, k].T).astype(f)
-                group += product * block_scale[:, k, None]
-            group *= scale[:, g]
-            if begin <= g * size and groups > 1:
-                group += middles[:, g] * group_sums[:, g, None]
+        scale, middles, size = np.ones_like(scale), np.zeros_like(middles), n.shape[1]
+    total = np.zeros(terms.shape[:2])
+    for part in stretches(n.shape[1], SUMS["panel_stretch"]):
+        sums = np.zeros(terms.shape[:2], f)
+        for g in range(part.start // size, -(-part.stop // size)):
+            begin, end = max(part.start, g * size), min(part.stop, (g + 1) * size)
+            group = partial_sums(terms[..., begin // span : end // span], 1)[..., 0] * scale[:, g]
+            if begin == g * size:  # a group that began in the stretch before has been given its middle
+                group += middles[:, g] * x_sums[:, g, None].astype(f)
             sums += group
         total += sums
     return total
@@ -649,45 +668,33 @@ def expand(stored, values, cols):
     return w[:, :cols]
 
 
-def tree(sums):
-    """The sum over the last axis, a power of two: its halves are added until one is left."""
-    while sums.shape[-1] > 1:
-        half = sums.shape[-1] // 2
-        sums = sums[..., :half] + sums[..., half:]
-    return sums[..., 0]
-
-
 def linear_sparse(x, w, stored, by_column, bias=None):
-    """x @ w.T in float32 over what is stored.
+    """x @ w.T in float32: the terms are the products with stored elements, also with those that are zero.
 
-    Fewer than 5 rows of x: entry k of a stretch of 1024 goes to partial sum k % 16, where k counts columns under a
-    mask and entries elsewhere. More: tiles of 64, 32 or 16 rows, filled up; entry k of a stretch of 8192 / width
-    columns goes to partial sum k % (64 / width).
+    Few rows of x: a term counts its column under a mask, and its entry elsewhere; the partial sums of all stretches are
+    added up before they are added as a tree. Many rows: tiles of 64, 32 or 16 rows; a term counts its entry in the
+    stretch.
     """
     batch, cols = x.shape
     y = np.zeros((batch, len(w)), np.float32)
     for r, row in enumerate(stored[:, :cols]):
         columns = np.flatnonzero(row)
-        if batch < 5:
-            places = columns if by_column else np.arange(len(columns))
-            total = np.zeros((batch, 16), np.float32)
-            for begin in range(0, cols, 1024):
-                partial = np.zeros((batch, 16), np.float32)
-                for k, c in zip(places, columns, strict=True):
-                    if begin <= k < begin + 1024:
-                        partial[:, k % 16] += x[:, c] * w[r, c]
-                total += partial
+        terms = x[:, columns] * w[r, columns]
+        if batch < SUMS["least_tile"]:
+            placed = np.zeros_like(x)
+            placed[:, columns if by_column else np.arange(len(columns))] = terms
+            total = np.zeros((batch, SUMS["partials"]), np.float32)
+            for part in stretches(cols, SUMS["sparse_stretch"]):
+                total += partial_sums(placed[:, part], SUMS["partials"])
             y[:, r] = tree(total)
             continue
         first = 0
         while first < batch:
             left = batch - first
             width = 64 if left > 32 else 32 if left > 16 else 16
-            xs = x[first : first + width]
-            for begin in range(0, cols, 8192 // width):
-                partial = np.zeros((len(xs), 64 // width), np.float32)
-                for k, c in enumerate(columns[(columns >= begin) & (columns < begin + 8192 // width)]):
-                    partial[:, k % (64 // width)] += xs[:, c] * w[r, c]
-                y[first : first + width, r] += tree(partial)
+            tile = slice(first, first + width)
+            for part in stretches(cols, SUMS["tile_numbers"] // width):
+                inside = terms[tile, (columns >= part.start) & (columns < part.stop)]
+                y[tile, r] += tree(partial_sums(inside, SUMS["tile_partials"] // width))
             first += width
     return y if bias is None else y + bias

@@ -89,7 +89,7 @@ inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
   return std::string(py::str(dtype.attr("name"))) + (swapped ? " in the other byte order" : "");
 }
 
-// Which of the float types of the contract an array has.
+// Returns the float type of an array.
 inline Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
   if (has_dtype(array, py::dtype::of<float>())) return Float::f32;
   if (has_dtype(array, py::dtype::of<double>())) return Float::f64;
@@ -97,8 +97,6 @@ inline Float float_of(const py::detail::PyArray_Proxy* array, const Label& label
   if (has_dtype(array, bfloat16())) return Float::bf16;
   fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
 }
-
-inline std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
 
 // The memory from the lowest to the highest element of an array with any strides.
 struct Extent {
@@ -143,7 +141,7 @@ View<T> view(py::handle object, const Label& label) {
   return {reinterpret_cast<T*>(array->data), size_of(array)};
 }
 
-// The same for float16, which C++ has no type for.
+// As view(), for float16, which C++ has no type for.
 template <class T>
 View<T> view_half(py::handle object, const Label& label) {
   static_assert(sizeof(T) == 2);

@@ -1,4 +1,4 @@
-// Loops that measure what the memory allows, for bench/.
+// Loops that measure the limit of the memory, for bench/.
 #include <pybind11/pybind11.h>
 
 #include <atomic>

@@ -13,8 +13,8 @@
 namespace fastopt {
 namespace {
 
-// What the caller passes beside the weight, checked once for every kind of weight: x [..., cols], bias [rows] or None
-// and out [..., rows] or None. The objects keep the memory alive that `io` points to.
+// The arguments beside the weight, checked once for every kind of weight: x [..., cols], bias [rows] or None, and out
+// [..., rows] or None. The objects keep the memory alive that `io` points to.
 struct Operands {
   py::object x, bias, out;
   bool out_is_new;
@@ -144,11 +144,11 @@ struct Outliers {
 template <class Index>
 double product_of_row(const Kernels& k, const Quantized& q, const Outliers<Index>& o, const Index* at,
                       const Index* next, std::size_t row, const float* x) {
-  constexpr std::size_t block = 256;
-  float w[block];
+  constexpr std::size_t at_once = 256;
+  float w[at_once];
   double sum = 0;
-  for (std::size_t begin = 0; begin < q.cols; begin += block) {
-    const std::size_t n = std::min(block, q.cols - begin);
+  for (std::size_t begin = 0; begin < q.cols; begin += at_once) {
+    const std::size_t n = std::min(at_once, q.cols - begin);
     k.quant.dequantize(q, row, begin, begin + n, w);
     for (; at < next && static_cast<std::size_t>(*at) - row * q.cols - begin < n; ++at) {
       w[static_cast<std::size_t>(*at) - row * q.cols - begin] += o.value[at - o.index];
@@ -198,7 +198,7 @@ Outliers<Index> outliers_of(const py::tuple& pair) {
   return {index.data, value.data, value.size};
 }
 
-// x as the kernels for whole numbers take it: rows, and panels of sixteen rows where there are enough of them.
+// x as the kernels for quantized weights take it: prepared rows, and panels where there are enough rows for them.
 class PreparedX {
  public:
   PreparedX(const Kernels& k, const Quantized& q, Linear& io)
@@ -270,7 +270,7 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
   Linear& io = o.io;
   io.limbs = limbs;
   const PreparedX prepared(k, q, io);
-  {  // a block, since returning `o.out` counts a reference, which needs the lock
+  {  // a scope, since returning `o.out` counts a reference, which needs the lock
     const py::gil_scoped_release released;
     prepared.fill();
     // In cache and with many rows of x, arithmetic takes the time: each multiply-add counts as a byte, or as half of
@@ -286,8 +286,6 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
 }
 
 // ---- sparse weights ------------------------------------------------------------------------------------------
-
-constexpr std::size_t kFewVectors = 5;  // with fewer rows of x, each is multiplied by itself
 
 // Divides the rows between `parts` threads so that all have the same work, although some rows may have many more
 // entries than others. A row costs its entries and the reading of its mask.
@@ -372,7 +370,7 @@ py::object multiply(const Sparse& w, const Operands& o, std::size_t entries, con
   const Kernels& k = kernels();
   {  // as above
     const py::gil_scoped_release released;
-    o.io.batch < kFewVectors ? multiply_few(w, o.io, k) : multiply_many(w, o.io, k);
+    o.io.batch < kLeastTile ? multiply_few(w, o.io, k) : multiply_many(w, o.io, k);
   }
   return o.out;
 }
@@ -416,6 +414,11 @@ py::object linear_sparse_quantized(const py::object& x, const std::string& layou
 }  // namespace
 
 void bind_linear(py::module_& m) {
+  m.attr("SUMS") = py::dict(py::arg("partials") = kPartials, py::arg("float_stretch") = kFloatStretch,
+                            py::arg("run_stretch") = kRunStretch, py::arg("panel_stretch") = kPanelStretch,
+                            py::arg("panel_width") = kPanelWidth, py::arg("least_panel") = kLeastPanel,
+                            py::arg("sparse_stretch") = kSparseStretch, py::arg("tile_numbers") = kTileNumbers,
+                            py::arg("tile_partials") = kTilePartials, py::arg("least_tile") = kLeastTile);
   m.def("check_linear", &check_linear, py::arg("x"), py::arg("shape"), py::arg("bias"), py::arg("out"),
         py::arg("weight"));
   m.def("linear_quantized", &linear_quantized, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),

@@ -14,7 +14,7 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 4096;  // elements; whole blocks of 8-bit states
+constexpr std::size_t kChunk = 4096;  // elements; whole state blocks
 static_assert(kChunk % kStateBlock == 0);
 
 struct Tensor {
@@ -255,6 +255,61 @@ Tensor tensor_at(const Rule& rule, py::handle name, py::handle param, py::handle
   return tensor;
 }
 
+py::handle item(py::handle list, std::size_t i) { return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)); }
+
+std::size_t length(py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); }
+
+void require_job(py::handle job) {
+  if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != job_field::end) {
+    throw py::value_error("jobs: expected tuples of " + std::to_string(job_field::end));
+  }
+  const py::handle names = item_of(job, job_field::names);
+  for (const std::size_t field :
+       {job_field::names, job_field::params, job_field::grads, job_field::states, job_field::counts}) {
+    const py::handle list = item_of(job, field);
+    if (!PyList_Check(list.ptr()) || length(list) != length(names)) {
+      throw py::value_error("jobs: expected lists of one length");
+    }
+  }
+}
+
+const Rule& rule_of(py::handle job) {
+  const std::size_t index = item_of(job, job_field::rule).cast<std::size_t>();
+  if (index >= kernels().optim.rule_count) {
+    throw py::value_error("rule: no optimizer has number " + std::to_string(index));
+  }
+  return kernels().optim.rules[index];
+}
+
+// Calls body(i) for each tensor of a job that is stepped.
+template <class Body>
+void for_indices(py::handle job, const Body& body) {
+  const py::handle indices = item_of(job, job_field::indices);
+  const std::size_t count = length(indices.is_none() ? item_of(job, job_field::params) : indices);
+  for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
+}
+
+// Replaces number i of a list by its successor.
+void increment(py::handle list, std::size_t i) {
+  const py::int_ next(item(list, i).cast<std::size_t>() + 1);
+  PyList_SetItem(list.ptr(), static_cast<py::ssize_t>(i), next.inc_ref().ptr());
+}
+
+void run(std::vector<Tensor>& tensors) {
+  std::size_t chunks = 0;
+  double bytes = 0;
+  for (Tensor& t : tensors) {
+    t.first_chunk = chunks;
+    chunks += ceil_div(t.size, kChunk);
+    bytes += 16.0 * static_cast<double>(t.size);
+  }
+  const py::gil_scoped_release released;
+  parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
+    for_tensor_chunks(tensors, begin, end,
+                      [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });
+  });
+}
+
 // Everything is checked before anything is written: a call that raises has changed nothing. Counts, and the one number
 // in `steps`, are raised in the same call as the weights are, so that no interrupt comes between.
 void step(const py::list& jobs, const py::list& steps) {
@@ -263,33 +318,14 @@ void step(const py::list& jobs, const py::list& steps) {
   std::vector<Hyper> hypers;
   hypers.reserve(jobs.size());
   Disjoint memory;
-  const auto item = [](py::handle list, std::size_t i) {
-    return py::handle(PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)));
-  };
-  const auto length = [](py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); };
-  const auto for_indices = [&](py::handle job, const auto& body) {
-    const py::handle indices = item_of(job, job_field::indices);
-    const std::size_t count = length(indices.is_none() ? item_of(job, job_field::params) : indices);
-    for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
-  };
   for (const py::handle job : jobs) {
-    if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != job_field::end) {
-      throw py::value_error("jobs: expected tuples of " + std::to_string(job_field::end));
-    }
-    const py::handle names = item_of(job, job_field::names), params = item_of(job, job_field::params),
-                     grads = item_of(job, job_field::grads), states = item_of(job, job_field::states);
-    for (const py::handle list : {names, params, grads, states, item_of(job, job_field::counts)}) {
-      if (!PyList_Check(list.ptr()) || length(list) != length(names)) {
-        throw py::value_error("jobs: expected lists of one length");
-      }
-    }
-    const std::size_t index = item_of(job, job_field::rule).cast<std::size_t>();
-    if (index >= kernels().optim.rule_count)
-      throw py::value_error("rule: no optimizer has number " + std::to_string(index));
-    const Rule& rule = kernels().optim.rules[index];
+    require_job(job);
+    const Rule& rule = rule_of(job);
     hypers.push_back(hyper_of(job));
     const bool stochastic = item_of(job, job_field::stochastic).cast<bool>();
     const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
+    const py::handle names = item_of(job, job_field::names), params = item_of(job, job_field::params),
+                     grads = item_of(job, job_field::grads), states = item_of(job, job_field::states);
     tensors.reserve(tensors.size() + length(params));
     memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
@@ -302,37 +338,18 @@ void step(const py::list& jobs, const py::list& steps) {
     });
   }
   memory.check();
-
-  std::size_t chunks = 0;
-  double bytes = 0;
-  for (Tensor& t : tensors) {
-    t.first_chunk = chunks;
-    chunks += ceil_div(t.size, kChunk);
-    bytes += 16.0 * static_cast<double>(t.size);
-  }
-  {
-    const py::gil_scoped_release released;
-    parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
-      for_tensor_chunks(tensors, begin, end, [](const Tensor& t, std::size_t from, std::size_t to) {
-        t.kernel(*t.hyper, t.args, from, to);
-      });
-    });
-  }
-  const auto raise = [&](py::handle counts, std::size_t i) {
-    const py::int_ raised(item(counts, i).cast<std::size_t>() + 1);
-    PyList_SetItem(counts.ptr(), static_cast<py::ssize_t>(i), raised.inc_ref().ptr());
-  };
+  run(tensors);
   for (const py::handle job : jobs) {
     for_indices(job, [&](std::size_t i) {
       const py::handle counts = item_of(job, job_field::counts);
       if (!Operand::is(item(item_of(job, job_field::params), i))) {
-        raise(counts, i);
+        increment(counts, i);
       } else if (const auto address = item(counts, i).cast<std::size_t>()) {
         *reinterpret_cast<float*>(address) += 1;
       }
     });
   }
-  raise(steps, 0);
+  increment(steps, 0);
 }
 
 // Sum of squares of all gradients but None, in double, chunk by chunk in order: the same for any number of threads.

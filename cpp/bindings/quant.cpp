@@ -33,7 +33,7 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   require_2d(x, {"x"});
   const View<const float> from = view<const float>(x, {"x"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
-  Quantized q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  QuantizedOut q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
   q.limit = limit;
   if (q.rows != rows)
     fail_value({"codes"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(q.rows));

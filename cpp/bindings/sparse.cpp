@@ -27,7 +27,7 @@ void check_mask_row(const Sparse& s, std::size_t row) {
   }
 }
 
-// Whether columns rise and stay below `cols`. Compilers vectorize these loops.
+// Returns true if columns rise and stay below `cols`. Compilers vectorize these loops.
 bool index_row_fits(const Sparse& s, std::size_t row) {
   const std::size_t begin = row_begin(s, row), end = row_begin(s, row + 1);
   if (begin == end) return true;
@@ -61,7 +61,7 @@ void check_index_row(const Sparse& s, std::size_t row) {
   }
 }
 
-// Checks the rest of what kernels rely on. Every call runs sparse_of; this runs once, when a tensor is made.
+// Checks everything else that kernels rely on. Every call runs sparse_of; this runs once, when a tensor is made.
 void check_sparse(const std::string& layout, const py::array& positions, const py::array& row_offsets, std::size_t cols,
                   std::size_t entries) {
   const Sparse s = sparse_of(layout, positions, row_offsets, cols, entries);

@@ -60,17 +60,17 @@ inline void require_bits(int bits) {
   throw py::value_error("bits: expected " + expected + ", got " + std::to_string(bits));
 }
 
-// `group_size` 0 means one scale and minimum for the whole matrix. Pass const uint8_t to read codes, uint8_t to write
-// them.
+// A Quantized for Byte = const uint8_t, a QuantizedOut for uint8_t. `group_size` 0 means one scale and minimum for the
+// whole matrix.
 template <class Byte>
-Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
-                       std::size_t group_size) {
+auto quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
+                  std::size_t group_size) {
   constexpr bool reads = std::is_const_v<Byte>;
   using Single = std::conditional_t<reads, const float, float>;
   using Half = std::conditional_t<reads, const std::uint16_t, std::uint16_t>;
   require_bits(bits);
   require_2d(codes, {"codes"});
-  Quantized q{};
+  std::conditional_t<reads, Quantized, QuantizedOut> q{};
   q.bits = bits;
   q.rows = dimension(codes, 0);
   q.cols = cols;
@@ -95,7 +95,8 @@ Quantized quantized_of(py::handle codes, py::handle scale, py::handle minimum, i
   return q;
 }
 
-inline std::size_t param_bytes(const Quantized& q) {
+template <class Arrays>
+std::size_t param_bytes(const Arrays& q) {
   return (q.param_stride == 0 ? 1 : q.rows * q.groups) * (q.half ? 2 : 4);
 }
 

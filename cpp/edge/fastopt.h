@@ -9,8 +9,8 @@
    come from a file in memory (fo_open, fo_find: everything is checked there, the bytes may come from anywhere and need
    no alignment) or from a .c file that `fastopt export --to c` wrote, which needs no parser.
 
-   What suits the CPU is chosen by the compiler's macros: SSE2, AVX2, NEON, NEON with dot product, the DSP instructions
-   of Cortex-M. FO_NO_SIMD leaves that out. */
+   The compiler's macros choose the code for the CPU: SSE2, AVX2, NEON, NEON with dot product, the DSP instructions
+   of Cortex-M. FO_NO_SIMD leaves this code out. */
 #ifndef FASTOPT_H
 #define FASTOPT_H
 
@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-/* What every function returns. */
+/* The results of functions. */
 enum {
   FO_OK,
   FO_NOT_FOUND,
@@ -41,7 +41,7 @@ enum {
 
 const char* fo_message(int code); /* in words, never null */
 
-/* Of stored numbers. Codes stand for minimum + scale * code. */
+/* The types of stored numbers. Codes stand for minimum + scale * code. */
 typedef enum { FO_F32, FO_F16, FO_BF16, FO_CODES, FO_OTHER } fo_type;
 
 /* Where the values of a row are. Mask: a bit for each column, lowest first, rows on bytes; block: the same for blocks
@@ -532,7 +532,7 @@ static int32_t fo__total_ints(fo__ints sum) {
 #define FO__DSP /* two products an instruction, of halves of a register */
 #include <arm_acle.h>
 
-/* Of as many fours as there are; made for each width. */
+/* The dot product of all whole fours; each width gets an instance. */
 static inline __attribute__((always_inline)) int32_t fo__dot_dsp(unsigned bits, const uint8_t* codes, const int8_t* x,
                                                                  size_t n) {
   const uint32_t mask = bits == 8 ? 0xff00ffu : bits == 4 ? 0xf000fu : 0x30003u;
@@ -551,7 +551,7 @@ static inline __attribute__((always_inline)) int32_t fo__dot_dsp(unsigned bits, 
 
 /* ---- products ----------------------------------------------------------------------------------- */
 
-/* What is multiplied with: floats, or whole numbers of 8 bits. Sums of codes times x count codes from the middle. */
+/* The kind of x: floats, or whole numbers of 8 bits. Sums of codes times x count codes from the middle. */
 typedef struct {
   size_t width; /* bytes of an element of x */
   size_t run;   /* columns whose products are added up before they are scaled */
@@ -1025,7 +1025,7 @@ static int fo__seek(fo__text* t, const char* a, const char* b) {
   return fo__accept(&at, '}') ? found : -1;
 }
 
-/* Whether the value of a key is this string; and the number that it is. */
+/* Returns true if the value of a key is this string; fo__has_number if it is a number. */
 static int fo__says(fo__text object, const char* key, const char* value) {
   return fo__seek(&object, key, "") == 1 && fo__string(&object, value, "") == 1;
 }
@@ -1253,7 +1253,7 @@ static int fo__find_codes(const fo_model* model, const char* name, int sparse, f
   return fo__part_of(model, name, minimum, tensor->param_type == FO_F16 ? FO__F16 : FO__F32, params, &tensor->minimum);
 }
 
-/* Whether the entries of a row are where they can be: as many as its offsets say, in rising columns. */
+/* Returns true if the entries of a row are valid: as many as its offsets say, in rising columns. */
 static int fo__row_fits(const fo_tensor* t, size_t row) {
   const size_t width = t->layout == FO_BLOCK ? FO__BLOCK : 1;
   const uint64_t begin = fo__whole(t->row_offsets, t->offset_bytes, row);

@@ -6,22 +6,37 @@
 // cpp/bindings/arrays.hpp has checked that. Every result is bit for bit that of tests/reference.py, on every
 // instruction set and however a range is cut.
 //
-// Glossary of the words that the kernels share:
-//   code       the small integer that stands for a weight; `bits` wide, packed lowest bits first
+// Glossary: each of these words has one meaning in C++ and, where they occur there, in Python.
+//
+//   lane         one element of a vector
+//   broadcast    to put one number into every lane
+//   unroll       to write a loop out, so that its index is a constant
+//   magnitude    the bits of a float without its sign, compared as an integer
+//
+//   code         the small integer that stands for a weight; `bits` wide, packed lowest bits first
+//   group        the neighbouring columns of a row that share a scale and a minimum
 //   scale, minimum   the parameters of a group: weight ~ minimum + scale * code
-//   group      the neighbouring columns of a row that share a scale and a minimum
-//   grid       the numbers that the codes of a group can stand for, ready to encode against
-//   entry      one stored element of a sparse row: its position and its number
-//   mask       one bit for each column of a row, or for each block of kBlockLength columns
-//   gap        the distance from one entry to the next, less one
-//   state      what an optimizer keeps for each parameter from step to step
-//   magnitude  the bits of a float without its sign, compared as an integer
-//   key, tie   the magnitude at which pruning cuts, and an element that has exactly this magnitude
-//   limb       one byte of an integer that x was rounded to
-//   run, word  64 bytes of packed codes, and the 32 bits of them that one lane multiplies
-//   panel      kPanelWidth rows of x that are multiplied together
-//   tile       rows of x, transposed, that are multiplied with sparse rows
-//   lane       one element of a vector
+//   grid         the numbers that the codes of a group can stand for, ready to encode against
+//   lot          up to kGroupsAtOnce groups of a row, which are quantized together
+//
+//   x, y         the input and the output of a product, a vector in each row
+//   limb         one byte of an integer that x was rounded to
+//   span         the 16 or 32 neighbouring columns of x that share the scale of this rounding
+//   run, word    64 bytes of packed codes, and the 32 bits of them that one lane multiplies
+//   panel        kPanelWidth rows of x that are multiplied together with quantized rows
+//   tile         16, 32 or 64 rows of x, transposed, that are multiplied together with sparse rows
+//   band         the rows of W that are multiplied together with panels, or with a tile
+//   stretch      the columns whose products are summed by themselves before their sum joins the total
+//
+//   entry        one stored element of a sparse row: its position and its number
+//   block        kBlockLength neighbouring columns of a row that are pruned, and stored, as one
+//   mask         one bit for each column of a row, or for each block
+//   gap          the distance from one entry to the next, less one
+//   kept         the mask of pruning: one byte for each element, 1 where it stays
+//   key, tie     the magnitude at which pruning cuts, and an element that has exactly this magnitude
+//
+//   state        the numbers that an optimizer carries for each parameter from step to step
+//   state block  kStateBlock neighbouring elements of a state, which share an exponent where it is stored in 8 bits
 #pragma once
 
 #include <cstddef>
@@ -32,6 +47,8 @@ namespace fastopt {
 // ---- optimizers ----------------------------------------------------------------------------------------------
 
 enum class Float { f16, bf16, f32, f64 };
+
+constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
 
 // The numbers of one step, shared by the tensors of a parameter group. Python computes them in double; kernels
 // round each once to the type that they compute in: double for float64 parameters, else float.
@@ -52,21 +69,24 @@ struct Hyper {
 inline constexpr std::size_t kMaxStates = 3;
 
 // A state in 8 bits is a small float of its own: 3 bits of mantissa and 4 of exponent behind a sign, or 5 of exponent
-// where the state is never negative. Elements of a block share the exponent that theirs count from.
+// where the state is never negative. The elements of a state block share the exponent that theirs count from.
 inline constexpr std::size_t kStateBlock = 256;
 
 enum class StateType { wide, bf16, u8 };  // wide: the type that is computed in
+
+// In bytes, for a step that is computed in float32.
+constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
 
 struct StepArgs {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  std::uint8_t* exponent[kMaxStates];  // of each block, for u8
+  std::uint8_t* exponent[kMaxStates];  // of each state block, for u8
   float* master;                       // float32 copy of float16 or bfloat16 parameters, or null
   Float param_type, grad_type;
   StateType state_type;
   bool stochastic;      // round float16 and bfloat16 parameters up or down by chance
-  std::uint32_t noise;  // what chance is drawn from: with an element's index it gives that element's bits
+  std::uint32_t noise;  // the seed of stochastic rounding: with an element's index it gives that element's bits
 };
 
 // Ranges begin at a multiple of kStateBlock.
@@ -104,17 +124,21 @@ template <std::size_t At = 0, class F>
 
 // W[r, c] ~ minimum[r, c / group] + scale[r, c / group] * code[r, c]. Codes lie row-major, lowest bits first, and
 // each row starts on a byte. `param_stride` is the distance of one row's parameters from the next one's: `groups`,
-// or 0 where the whole matrix shares one pair.
-struct Quantized {
-  const std::uint8_t* codes;
-  const void* scale;
-  const void* minimum;
+// or 0 where the whole matrix shares one pair. Kernels that read a weight take Quantized; the one that writes it takes
+// QuantizedOut.
+template <class Byte, class Params>
+struct QuantizedArrays {
+  Byte* codes;
+  Params* scale;
+  Params* minimum;
   bool half;  // scale and minimum are float16, else float32
   int bits;   // one of kCodeBits
   std::size_t rows, cols, row_bytes;
   std::size_t group, groups, param_stride;
   float limit;  // for quantizing: no code of finite weights stands for a value beyond +-limit
 };
+using Quantized = QuantizedArrays<const std::uint8_t, const void>;
+using QuantizedOut = QuantizedArrays<std::uint8_t, void>;
 
 struct Range {
   float min, max;
@@ -124,15 +148,37 @@ struct Pair {
   float scale, minimum;
 };
 
-// What the whole matrix shares: its range and, where it was fitted to the values, a pair (else of scale 0).
+// The grid of a whole matrix: its range and, where it was fitted to the values, a pair (otherwise of scale 0).
 struct Shared {
   Range range;
   Pair pair;
 };
 
-// Rows of x are multiplied sixteen at a time, as panels; what is left over, if fewer than twelve, by four or one.
-inline constexpr std::size_t kPanelWidth = 16;
-constexpr std::size_t panel_rows(std::size_t batch) { return batch % 16 < 12 ? batch - batch % 16 : batch; }
+// Findings while a range was quantized; bits of an `unsigned`.
+inline constexpr unsigned kNonFinite = 1;   // NaN or infinity in the input
+inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or minimum closely enough
+
+// ---- products ------------------------------------------------------------------------------------------------
+
+// Products add floats in an order that depends on nothing but the shapes: so they have the same bits on every
+// instruction set and for any number of threads. All orders follow one pattern. The products of a stretch go to
+// partial sums in turn, and partial sums are added as a tree: the upper half to the lower one, until one is left.
+// Python has these sizes as _core.SUMS; tests/reference.py says how each product uses them.
+inline constexpr std::size_t kPartials = 16;         // partial sums of a stretch
+inline constexpr std::size_t kFloatStretch = 512;    // columns, where quantized weights are multiplied as floats
+inline constexpr std::size_t kRunStretch = 32;       // runs, where few rows of x meet packed codes
+inline constexpr std::size_t kPanelStretch = 1024;   // columns, where panels of x meet packed codes
+inline constexpr std::size_t kSparseStretch = 1024;  // columns or entries, where few rows of x meet sparse rows
+inline constexpr std::size_t kTileNumbers = 8192;    // of a tile: a stretch has kTileNumbers / width columns
+inline constexpr std::size_t kTilePartials = 64;     // of all columns of a tile: each has kTilePartials / width
+inline constexpr std::size_t kLeastTile = 5;         // with fewer rows of x, sparse products do without tiles
+
+// Rows of x meet quantized rows in panels. A remainder of fewer than kLeastPanel rows is multiplied four rows or one
+// row at a time.
+inline constexpr std::size_t kPanelWidth = 16, kLeastPanel = 12;
+constexpr std::size_t panel_rows(std::size_t batch) {
+  return batch % kPanelWidth < kLeastPanel ? batch - batch % kPanelWidth : batch;
+}
 
 // x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
 // `prepared_bytes`, written by the kernel `prepare_x`, `panels` the first panel_rows(batch) of them again, written by
@@ -149,21 +195,17 @@ struct Linear {
   float* y;
 };
 
-// What quantizing a range found; bits of an `unsigned`.
-inline constexpr unsigned kNonFinite = 1;   // NaN or infinity in the input
-inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or minimum closely enough
-
 // ---- sparse --------------------------------------------------------------------------------------------------
 
-// Where the entries of a row are: its own bit for each column, or for each block of kBlockLength columns (lowest
-// first, rows start on a byte); the column of each entry; or the distance of each entry from the one before, less one.
+// The forms of positions: a bit for each column, or for each block (lowest bits first, rows start on a byte); the
+// column of each entry; or its gap.
 enum class Layout { mask, block, index16, index8 };
 
 inline constexpr std::size_t kBlockLength = 16;
-inline constexpr std::size_t kIndexColumns = 1 << 16;  // as many as index16 and index8 can tell apart
+inline constexpr std::size_t kIndexColumns = 1 << 16;  // the most that index16 and index8 can tell apart
 
-// Row r has the entries row_offsets[r] up to row_offsets[r + 1], each one number, or under a mask of blocks
-// kBlockLength. `values` is null where they are quantized: then `quantized` holds them as one row.
+// Row r has the entries row_offsets[r] up to row_offsets[r + 1], each one number; or, under a mask of blocks, so many
+// blocks of kBlockLength numbers. `values` is null where they are quantized: then `quantized` holds them as one row.
 struct Sparse {
   Layout layout;
   const void* positions;
@@ -187,12 +229,12 @@ struct Collected {
   std::size_t below, found;
 };
 
-// Keeps where the magnitude of `from` is above `key`, and the first `keep_ties` of those equal to it. Writes +0 to w
-// elsewhere; w is `from`, or null.
+// An element stays where the magnitude of `from` is above `key`, and so do the first `keep_ties` of those equal to it.
+// Elsewhere +0 is written to w; w is `from`, or null.
 struct PruneArgs {
   const void* from;
   void* w;
-  std::uint8_t* kept;  // one byte per element: 1 kept, 0 pruned; may be null
+  std::uint8_t* kept;  // may be null
   std::uint64_t key;
   std::size_t keep_ties;
 };
@@ -202,19 +244,19 @@ struct PruneArgs {
 struct OptimKernels {
   const Rule* rules;
   std::size_t rule_count;
-  // Sum of squares in double: element i of a range goes to partial sum i % 16, the sixteen are added as a tree. Of
-  // float16 and bfloat16 each block of kStateBlock is a range of its own, added in order.
+  // Sum of squares in double: element i of a range goes to partial sum i % kPartials, and these are added as a tree.
+  // Ranges of float16 and bfloat16 are cut into ranges of kStateBlock elements, whose sums are added in order.
   double (*sum_squares)(Float, const void* x, std::size_t begin, std::size_t end);
 };
 
 struct QuantKernels {
   // Smallest and largest of n > 0 values; returns kNonFinite or 0.
   unsigned (*range)(const float* x, std::size_t n, Range*);
-  // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is to be kept.
+  // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is better.
   Pair (*fit)(const float* x, std::size_t n, int bits, Range);
   // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 `shared` is
   // given, otherwise null; `refit` fits every group. Returns flags.
-  unsigned (*quantize)(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+  unsigned (*quantize)(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
                        std::size_t end);
   // Columns [col_begin, col_end) of one row.
   void (*dequantize)(const Quantized& q, std::size_t row, std::size_t col_begin, std::size_t col_end, float* out);
@@ -223,11 +265,11 @@ struct QuantKernels {
   void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
 };
 
-// Products with quantized weights. An instruction set that adds nothing but dot products of bytes to another brings
-// these alone.
+// Products with quantized weights. An instruction set that only adds dot products of bytes to another one overrides
+// just these.
 struct Products {
-  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, a row into
-  // prepared_bytes() aligned to 64; 0 means that these groups need no preparation.
+  // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, each row into
+  // prepared_bytes() of memory, aligned to 64; 0 means that these groups need no preparation.
   std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
   void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
   std::size_t (*panel_bytes)(const Quantized& w, int limbs);
@@ -238,11 +280,11 @@ struct Products {
 };
 
 struct SparseKernels {
-  // The same y for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
+  // y as above, for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
   void (*linear)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
                  std::size_t begin, std::size_t end);
-  // `width` (64, 32 or 16) rows of x from `first`, transposed to [cols][width], zero behind the last: columns
-  // [begin, end) of it, and the product with rows [begin, end) of a weight.
+  // Writes columns [begin, end) of a tile: `width` (64, 32 or 16) rows of x from `first` on, transposed to
+  // [cols][width], zero behind the last row. linear_tile multiplies it with rows [begin, end) of a weight.
   void (*transpose_tile)(const float* x, std::size_t batch, std::size_t cols, std::size_t first, std::size_t width,
                          std::size_t begin, std::size_t end, float* tile);
   void (*linear_tile)(const Sparse& w, const float* tile, std::size_t width, std::size_t batch, std::size_t first,
@@ -265,7 +307,7 @@ struct SparseKernels {
 };
 
 struct PruneKernels {
-  // Counts, by the 16 bits above `shift`, the magnitudes whose bits above those equal `prefix`.
+  // Counts the magnitudes whose bits above `shift` + 16 equal `prefix`, by the 16 bits above `shift`.
   void (*magnitude_histogram)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t prefix, int shift,
                               std::uint64_t* bins);
   std::size_t (*count_ties)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t key);
@@ -273,14 +315,14 @@ struct PruneKernels {
   Collected (*collect_magnitudes)(Float, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
                                   std::uint64_t high, void* out, std::size_t room);
   void (*prune)(Float, const PruneArgs&, std::size_t begin, std::size_t end);
-  // For one row: keeps the n largest of every m.
+  // Writes `kept` of one row: the n largest of every m elements stay.
   void (*keep_largest)(Float, const void* w, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept);
   // Writes +0 to w, of elements of `width` bytes, where kept is 0.
   void (*clear)(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end);
 };
 
 struct LimitKernels {
-  // What the memory allows; the benchmarks print their share of it.
+  // Loops that only move memory: benchmarks print which share of this speed a kernel has.
   float (*read)(const float* x, std::size_t n);
   void (*write)(float* x, std::size_t n);
   // Reads x[0..reads) and writes back the first `writes` of them, one multiply-add for each stream.

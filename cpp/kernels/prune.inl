@@ -95,9 +95,9 @@ void prune(const PruneArgs& args, std::size_t begin, std::size_t end) {
     if (kept) kept[i] = keep;
     if (w && !keep) w[i] = 0;
   }
-  constexpr std::size_t block = 1024;  // stays in L1 for the second loop; each is one that compilers vectorise
-  for (; i < end; i += block) {
-    const std::size_t stop = end - i < block ? end : i + block;
+  constexpr std::size_t at_once = 1024;  // stay in L1 for the second loop; compilers vectorize both
+  for (; i < end; i += at_once) {
+    const std::size_t stop = end - i < at_once ? end : i + at_once;
     if (kept) {
       for (std::size_t j = i; j < stop; ++j) kept[j] = M::of(from[j]) > key;
     }
@@ -107,7 +107,7 @@ void prune(const PruneArgs& args, std::size_t begin, std::size_t end) {
   }
 }
 
-// Of every m elements of a row the n largest, of equal ones those of lower index.
+// Keeps the n largest of every m elements of a row; of equal ones, those of lower index.
 template <class M>
 void keep_largest(const void* from, std::size_t cols, std::size_t n, std::size_t m, std::uint8_t* kept) {
   const auto* w = static_cast<const typename M::Word*>(from);
@@ -127,6 +127,19 @@ template <class U>
 void clear(void* to, const std::uint8_t* kept, std::size_t begin, std::size_t end) {
   U* w = static_cast<U*>(to);
   for (std::size_t i = begin; i < end; ++i) w[i] = kept[i] ? w[i] : U{0};
+}
+
+// Calls call(U{}) with the unsigned integer that is `width` bytes wide.
+template <class Call>
+auto by_width(int width, Call call) {
+  switch (width) {
+    case 2:
+      return call(std::uint16_t{});
+    case 4:
+      return call(std::uint32_t{});
+    default:
+      return call(std::uint64_t{});
+  }
 }
 
 template <class Call>
@@ -156,6 +169,7 @@ void prune_any(Float type, const PruneArgs& args, std::size_t begin, std::size_t
   by_magnitude(type, [&](auto m) { prune<decltype(m)>(args, begin, end); });
 }
 
+// Not by_magnitude(): a 16-bit magnitude is found by one histogram, so those types need no instance.
 Collected collect_magnitudes_any(Float type, const void* w, std::size_t begin, std::size_t end, std::uint64_t low,
                                  std::uint64_t high, void* out, std::size_t room) {
   if (type == Float::f64) {
@@ -169,14 +183,7 @@ void keep_largest_any(Float type, const void* w, std::size_t cols, std::size_t n
 }
 
 void clear_any(int width, void* w, const std::uint8_t* kept, std::size_t begin, std::size_t end) {
-  switch (width) {
-    case 2:
-      return clear<std::uint16_t>(w, kept, begin, end);
-    case 4:
-      return clear<std::uint32_t>(w, kept, begin, end);
-    default:
-      return clear<std::uint64_t>(w, kept, begin, end);
-  }
+  by_width(width, [&](auto u) { clear<decltype(u)>(w, kept, begin, end); });
 }
 
 constexpr PruneKernels kPrune = {

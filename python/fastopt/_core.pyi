@@ -9,6 +9,7 @@ openmp: bool
 compiler: str
 NON_FINITE: int
 HALF_MISFIT: int
+SUMS: dict[str, int]
 HYPER_FIELDS: tuple[str, ...]
 JOB_FIELDS: tuple[str, ...]
 

@@ -1,36 +1,31 @@
-// Products in float32, the plain way: kStretch columns of a row of W are decoded into L1 and used for every row of x.
-// Column c of a stretch goes to partial sum c % 16, the sixteen are added as a tree, and the stretches in order.
-
-constexpr std::size_t kStretch = 512;
+// Products in float32, the plain way: kFloatStretch columns of a row of W are decoded into L1 and used for every row of
+// x. Column c of a stretch goes to partial sum c % kPartials, these are added as a tree, and the stretches in order.
 
 inline float dot(const float* a, const float* b, std::size_t n) {
   using V = Vec<float>;
-  constexpr std::size_t lanes = kLanes<float>, vectors = kWords / lanes;
+  constexpr std::size_t lanes = kLanes<float>, vectors = kPartials / lanes;
   V sum[vectors] = {};
   std::size_t i = 0;
-  for (; i + kWords <= n; i += kWords) {
+  for (; i + kPartials <= n; i += kPartials) {
     for (std::size_t j = 0; j < vectors; ++j) {
       sum[j] += load<V>(a + i + j * lanes) * load<V>(b + i + j * lanes);
     }
   }
-  float partial[kWords];
+  float partial[kPartials];
   std::memcpy(partial, sum, sizeof partial);
   for (std::size_t j = 0; i + j < n; ++j) partial[j] += a[i + j] * b[i + j];
-  for (std::size_t half = kWords / 2; half > 0; half /= 2) {
-    for (std::size_t j = 0; j < half; ++j) partial[j] += partial[j + half];
-  }
-  return partial[0];
+  return tree<float>(partial);
 }
 
 // `decode(row, begin, end, out)` writes columns [begin, end) of a row to `out`; it is called with ascending columns.
 template <class Decode>
 void linear(std::size_t rows, std::size_t cols, const float* x, std::size_t batch, const float* bias, float* y,
             std::size_t row_begin, std::size_t row_end, Decode decode) {
-  float weights[kStretch];
+  float weights[kFloatStretch];
   for (std::size_t row = row_begin; row < row_end; ++row) {
     for (std::size_t b = 0; b < batch; ++b) y[b * rows + row] = 0.0f;
-    for (std::size_t begin = 0; begin < cols; begin += kStretch) {
-      const std::size_t n = cols - begin < kStretch ? cols - begin : kStretch;
+    for (std::size_t begin = 0; begin < cols; begin += kFloatStretch) {
+      const std::size_t n = cols - begin < kFloatStretch ? cols - begin : kFloatStretch;
       decode(row, begin, begin + n, weights);
       for (std::size_t b = 0; b < batch; ++b) y[b * rows + row] += dot(weights, x + b * cols + begin, n);
     }

@@ -1,15 +1,20 @@
 // y = x @ W.T straight from packed weights.
 //
-// x is rounded to integers first, x ~ scale * n, with a scale for every block of 32 columns (of 16 where a group
-// is no multiple of 32); n has 24 bits, which is as exact as float32, or 8. Sums of code * n are then exact and do not
-// depend on their order. The rest of the arithmetic is float32, in an order that no instruction set changes: a row
-// of codes is read in runs of 64 bytes, that is 16 words of 32 bits, and word l of every run goes to partial sum l. So
-// W's codes are used where and as they lie: instead, the few numbers of x are put into the order in which the codes
-// come out of their bytes, once a call.
+// x is rounded to integers first, x ~ scale * n, with a scale for every span of 32 columns (of 16 where the group size
+// is no multiple of 32). n has 24 bits, which is as exact as float32, or 8. Sums of code * n are then exact and do not
+// depend on their order. The rest of the arithmetic is float32, in the order that contract.hpp fixes.
+//
+// Codes are used where and as they lie. The numbers of x, which are few, are put into the order in which codes come out
+// of their bytes, once a call. Four files say how:
+//
+//   floats.inl    without integers, for groups of any size and for x that is not finite
+//   prepare.inl   rounds a row of x, and lays it out
+//   rows.inl      few rows of x: the lanes of a vector are words of one row of W
+//   panels.inl    many rows of x: the lanes of a vector are rows of x
 
 constexpr std::size_t kRun = 64, kWords = 16;  // bytes of codes in a run, and its 32-bit words
-constexpr std::size_t kGrain = 16;  // groups are multiples of it, or of twice as many columns, which then share a scale
-constexpr std::size_t kStretchRuns = 32;  // partial sums are added up after as many: long sums stay accurate
+static_assert(kWords == kPartials);
+constexpr std::size_t kGrain = 16;  // columns; a span is one grain or two, and a group is whole spans
 constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 
 #include "kernels/linear/floats.inl"
@@ -20,14 +25,15 @@ constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 //
 #include "kernels/linear/panels.inl"
 
+// Chooses between panels and rows, and cuts W so that the part of x in use stays in cache.
 template <int Bits, int Limbs>
 void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
   const std::size_t in_panels = panel_rows(io.batch);
   for (std::size_t b = 0; b < in_panels; b += kPanels * kPanelWidth) {
     const std::size_t count = in_panels - b < kPanels * kPanelWidth ? in_panels - b : kPanels * kPanelWidth;
     const std::size_t panels = (count + kPanelWidth - 1) / kPanelWidth;
-    for (std::size_t row = begin; row < end; row += kPanelRows) {
-      const std::size_t stop = end - row < kPanelRows ? end : row + kPanelRows;
+    for (std::size_t row = begin; row < end; row += kBand) {
+      const std::size_t stop = end - row < kBand ? end : row + kBand;
       linear_panels<Bits, Limbs>(w, io, b, panels, count, row, stop);
     }
   }
@@ -44,7 +50,7 @@ void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, st
 
 // ---- the table's entries -------------------------------------------------------------------------------------
 
-// Whether x can be rounded to integers: a word of codes must not lie in two groups.
+// Returns true if x can be rounded to integers: a word of codes must not lie in two groups.
 inline bool by_integers(const Quantized& w) { return w.groups == 1 || w.group % kGrain == 0; }
 
 template <class Call>

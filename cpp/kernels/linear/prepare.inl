@@ -29,33 +29,39 @@ constexpr std::size_t kSums = Bits == 8 && Limbs == 3 ? 2 : 1;
 template <int Bits, int Limbs>
 struct Run {
   std::int8_t limbs[Limbs][8 / Bits][kRun];  // bytes of n, the highest first, in the order of the codes
-  float scale[kWords];                       // of the block that the word is in, times the step in which codes count
+  float scale[kWords];                       // of the span that the word is in, times the step in which codes count
   std::int32_t offset[kSums<Bits, Limbs>][kWords];  // minus the sum of middle * n over the columns of the word
 };
 
+// T, or const T where Byte is const: memory that is written, or only read.
+template <class Byte, class T>
+using Like = std::conditional_t<std::is_const_v<Byte>, const T, T>;
+
 // One prepared row of x, in memory of the caller.
-template <int Bits, int Limbs>
+template <int Bits, int Limbs, class Byte = const std::uint8_t>
 struct Prepared {
-  Run<Bits, Limbs>* runs;
-  float* group_sum;  // for each group of W the sum of scale * n over its columns, filled up with zeros to 16; or, where
-                     // a row of W is one group, one double
-  std::uint8_t (*lane)[kWords];  // of each word of each run, where its group is among the sixteen that it belongs to
+  Like<Byte, Run<Bits, Limbs>>* runs;
+  // For each group of W the sum of scale * n over its columns, filled up with zeros to 16; or, where a row of W is one
+  // group, one double.
+  Like<Byte, float>* group_sum;
+  // For each word of each run, the place of its group among the sixteen that it belongs to.
+  Like<Byte, std::uint8_t[kWords]>* lane;
   std::size_t bytes;
 
   Prepared() = default;
-  Prepared(const Quantized& w, std::uint8_t* memory) {
+  Prepared(const Quantized& w, Byte* memory) {
     const std::size_t count = (w.row_bytes + kRun - 1) / kRun, sixteens = (w.groups + kWords - 1) / kWords;
-    runs = reinterpret_cast<Run<Bits, Limbs>*>(memory);
-    group_sum = reinterpret_cast<float*>(memory + count * sizeof *runs);
-    lane = reinterpret_cast<std::uint8_t (*)[kWords]>(group_sum + sixteens * kWords);
+    runs = reinterpret_cast<decltype(runs)>(memory);
+    group_sum = reinterpret_cast<decltype(group_sum)>(memory + count * sizeof *runs);
+    lane = reinterpret_cast<decltype(lane)>(group_sum + sixteens * kWords);
     bytes = count * sizeof *runs + sixteens * kWords * sizeof(float) + (count + 3) / 4 * 4 * kWords;
   }
 };
 
 // ---- the sums of a word --------------------------------------------------------------------------------------
 
-// For words [at, at + lanes) of a run of each row, the sum of (code - middle) * n over the columns of each, exact but
-// for one rounding to float32. Rows side by side: none waits for its own last step.
+// The sum of (code - middle) * n over the columns of each of words [at, at + lanes) of a run, for several rows of W:
+// exact but for one rounding to float32. Rows are computed side by side, so that none waits for its own last step.
 template <int Bits, int Limbs, std::size_t Rows>
 inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Run<Bits, Limbs>& x, std::size_t at,
                       Vec<float> (&out)[Rows]) {
@@ -82,7 +88,7 @@ inline void word_sums(const Vec<std::uint8_t> (&codes)[Rows][8 / Bits], const Ru
   }
 }
 
-// Codes in bytes of their own, as many steps as they count: those of two bits are doubled.
+// Unpacks codes to bytes, counted in steps: those of two bits are doubled.
 template <int Bits>
 inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]) {
   constexpr int up = Bits == 2 ? 1 : 0;  // doubled
@@ -94,24 +100,24 @@ inline void split(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[8 / Bits]
 
 // ---- preparing x ---------------------------------------------------------------------------------------------
 
-// The scale of a block, from its largest |x|. NaN if there is no finite one: every result of the row is then NaN, which
+// The scale of a span, from its largest |x|. NaN if there is no finite one: every result of the row is then NaN, which
 // is noticed, and the row is computed by linear_floats() instead.
 template <int Limbs>
-inline float block_scale(float largest) {
+inline float span_scale(float largest) {
   constexpr float nan = __builtin_nanf("");
   if constexpr (Limbs == 1) {
     const float scale = largest / 127.0f;
     return !(largest < __builtin_inff()) ? nan : scale > kSmallestNormal ? scale : kSmallestNormal;
   } else {
-    // A power of two: what is exact in 24 bits stays so. A little is left free, as |n| <= 0x7f7f7f in three bytes.
+    // A power of two: an x that has 24 bits stays exact. A little room is left, as |n| <= 0x7f7f7f in three bytes.
     const std::uint32_t exponent = bit_cast<std::uint32_t>(largest * 1.0078125f) >> 23;
     if (exponent >= 255) return nan;
     return bit_cast<float>((exponent > 0 ? exponent : 1) << 23) * 0x1p-22f;
   }
 }
 
-// How many columns of x share a scale.
-inline std::size_t block_columns(const Quantized& w) {
+// The number of columns of x that share a scale.
+inline std::size_t span_columns(const Quantized& w) {
   return w.groups == 1 || w.group % (2 * kGrain) == 0 ? 2 * kGrain : kGrain;
 }
 
@@ -135,11 +141,10 @@ inline float scale_of_columns(const float* x, std::size_t n, std::size_t left) {
     Grain v;
     load_grain(x + at, at < left ? left - at : 0, v);
     for (Vec<float> part : v) {
-      const Ints bits = bit_cast<Ints>(part) & 0x7fffffff;  // ordered like the magnitudes, NaN last
-      largest = bits > largest ? bits : largest;
+      largest = larger(magnitude_bits(part), largest);  // NaN last
     }
   }
-  return block_scale<Limbs>(bit_cast<float>(fold(largest, [](auto a, auto b) { return a > b ? a : b; })));
+  return span_scale<Limbs>(bit_cast<float>(fold(largest, larger)));
 }
 
 // Rounds 16 columns of x, of which `left` exist; writes the bytes of n, each limb to its own row of `bytes`, and
@@ -151,18 +156,18 @@ inline std::int32_t round_grain(const float* x, std::size_t left, float scale, s
   constexpr std::size_t lanes = kLanes<float>;
   Grain v;
   load_grain(x, left, v);
-  const bool finite = scale == scale;  // otherwise the row goes another way, and these numbers are not looked at
+  const bool finite = scale == scale;  // otherwise linear_floats() computes the row, and these numbers are not used
   Ints total = {};
   for (std::size_t i = 0; i < kWordVectors; ++i) {
     const Ints n = finite ? round_to_int(v[i] / scale) : Ints{};
     total += n;
-    // Each limb is signed, so what is above it is rounded.
+    // Each limb is signed, so the limbs above it are rounded.
     const Ints limbs[3] = {Limbs == 1 ? n : (n + 0x8080) >> 16, (n + 0x80) >> 8, n};
     for (int l = 0; l < Limbs; ++l) {
       store(bytes[l] + at + i * lanes, convert<std::uint8_t, lanes>(limbs[l]));
     }
   }
-  return fold(total, [](auto a, auto b) { return a + b; });
+  return fold(total, plus);
 }
 
 // The offsets of a run: minus the sums that codes in the middle of their range would give.
@@ -182,15 +187,42 @@ inline void set_offsets(Run<Bits, Limbs>& run) {
   }
 }
 
+// Writes the limbs of a run in the order of the codes. Byte j of packed codes holds the columns from j * 8 / Bits on:
+// their first ones go to the first 64 bytes of the run, their second ones to the next 64, and so on.
+template <int Bits, int Limbs>
+inline void set_limbs(Run<Bits, Limbs>& run, const std::uint8_t (&bytes)[Limbs][kRunColumns<Bits>]) {
+  using Word = typename Packing<Bits>::Word;
+  constexpr std::size_t lanes = kLanes<Word>;
+  for (int l = 0; l < Limbs; ++l) {
+    for (std::size_t p = 0; p < 8 / Bits; ++p) {
+      for (std::size_t j = 0; j < kRun; j += lanes) {
+        const Vec<Word> words = load<Vec<Word>>(bytes[l] + j * sizeof(Word)) >> static_cast<Word>(8 * p);
+        store(run.limbs[l][p] + j, convert<std::uint8_t, lanes>(words));
+      }
+    }
+  }
+}
+
+// Writes for each word of `runs` runs the place of its group among the sixteen that it belongs to.
+template <int Bits>
+inline void set_lanes(const Quantized& w, std::size_t runs, std::uint8_t* lane) {
+  std::size_t word = 0, group = 0;
+  for (std::size_t i = 0; i < runs * kWords; ++i) {
+    lane[i] = static_cast<std::uint8_t>(group);
+    if (w.groups > 1 && ++word == w.group * Bits / 32) {
+      word = 0;
+      group = (group + 1) % kWords;
+    }
+  }
+}
+
 template <int Bits, int Limbs>
 void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
-  const Prepared<Bits, Limbs> to(w, memory);
+  const Prepared<Bits, Limbs, std::uint8_t> to(w, memory);
   Run<Bits, Limbs>* run = to.runs;
   float* group_sum = to.group_sum;
-  std::uint8_t* lane = to.lane[0];
-  std::size_t word = 0, group = 0;
   for (std::size_t g = w.groups; g % kWords != 0; ++g) group_sum[g] = 0.0f;
-  const std::size_t block = block_columns(w);
+  const std::size_t span = span_columns(w);
   std::size_t group_end = w.group;
   double sum_so_far = 0;
   float scale = 0.0f;
@@ -199,7 +231,7 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
     std::uint8_t bytes[Limbs][kRunColumns<Bits>];
     for (std::size_t b = 0; b < kRunColumns<Bits>; b += kGrain) {
       const std::size_t at = first + b, left = at < w.cols ? w.cols - at : 0;
-      if (at % block == 0) scale = scale_of_columns<Limbs>(x + at, block, left);
+      if (at % span == 0) scale = scale_of_columns<Limbs>(x + at, span, left);
       const std::int32_t sum = round_grain<Limbs>(x + at, left, scale, bytes, b);
       constexpr std::size_t words = kGrain * Bits / 32;
       for (std::size_t i = 0; i < words; ++i) run->scale[b * Bits / 32 + i] = scale * kStep<Bits>;
@@ -213,24 +245,8 @@ void prepare_x(const Quantized& w, const float* x, std::uint8_t* memory) {
         sum_so_far = 0;
       }
     }
-    // Byte j of a run holds the codes of columns j * 8 / Bits and on: their first, second ... in 64 bytes each.
-    using Word = typename Packing<Bits>::Word;
-    constexpr std::size_t lanes = kLanes<Word>;
-    for (int l = 0; l < Limbs; ++l) {
-      for (std::size_t p = 0; p < 8 / Bits; ++p) {
-        for (std::size_t j = 0; j < kRun; j += lanes) {
-          const Vec<Word> words = load<Vec<Word>>(bytes[l] + j * sizeof(Word)) >> static_cast<Word>(8 * p);
-          store(run->limbs[l][p] + j, convert<std::uint8_t, lanes>(words));
-        }
-      }
-    }
+    set_limbs(*run, bytes);
     set_offsets(*run);
-    for (std::size_t i = 0; i < kWords; ++i) {
-      *lane++ = static_cast<std::uint8_t>(group);
-      if (w.groups > 1 && ++word == w.group * Bits / 32) {
-        word = 0;
-        group = (group + 1) % kWords;
-      }
-    }
   }
+  set_lanes<Bits>(w, static_cast<std::size_t>(run - to.runs), to.lane[0]);
 }

@@ -39,9 +39,12 @@ inline void load_sixteen(const Quantized& q, const void* params, std::size_t at,
   q.half ? load_sixteen<true>(params, at, n, out) : load_sixteen<false>(params, at, n, out);
 }
 
-// Rows `row`, row + 1 ... of W, up to `row_end`, by `Batch` rows of x: the 16 partial sums of each. Sixteen groups of
-// a row come at a time: their scales stay in registers for the runs that they cover, and what they add beside their
-// codes, the value in the middle times the sum of x, comes before these.
+// The partial sums of rows [row, row + Rows) of W, which end at `row_end`, by `Batch` rows of x. The parameters of
+// sixteen groups of a row are loaded at a time: their scales stay in registers for the runs that they cover. The other
+// part of these groups, the value in the middle times the sum of x, is added before their codes.
+//
+// The function is long because the sums and scales of all rows must stay in registers across its loops; everything
+// that does not hold them has a function of its own.
 template <int Bits, int Limbs, std::size_t Rows, std::size_t Batch>
 inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Batch], std::size_t row,
                          std::size_t row_end, Vec<float> (*out)[Batch][kWordVectors]) {
@@ -49,14 +52,14 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   constexpr std::size_t lanes = kLanes<float>;
   const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
   const std::size_t group_runs = w.groups == 1 ? runs : w.group * Bits / 32;  // of sixteen groups
-  std::size_t rows[Rows];  // the last one again where there are fewer
+  std::size_t rows[Rows];
   const std::uint8_t* codes[Rows];
-  repeat<Rows>([&](auto r) {
-    rows[r.value] = row + r.value < row_end ? row + r.value : row_end - 1;
+  unroll<Rows>([&](auto r) {
+    rows[r.value] = row + r.value < row_end ? row + r.value : row_end - 1;  // the last one again where there are fewer
     codes[r.value] = w.codes + rows[r.value] * w.row_bytes;
   });
   const std::uint8_t* const next_codes = w.codes + (row + 2 * Rows) * w.row_bytes;
-  // The last run may be short: what lies behind it meets zeros of x, but must exist.
+  // The last run may be short. The codes behind it meet zeros of x, but must exist.
   alignas(64) std::uint8_t copy[Rows][kRun];
   std::size_t end = runs;
   if (static_cast<std::size_t>(w.codes + w.rows * w.row_bytes - codes[Rows - 1]) < runs * kRun) {
@@ -68,22 +71,22 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   // The scale of a row that is one group multiplies the sum.
   V sums[Rows][Batch][kWordVectors], scale[Rows][kWordVectors];
   const auto start = [&] {
-    repeat<Rows>([&](auto r) {
-      repeat<Batch>([&](auto b) {
+    unroll<Rows>([&](auto r) {
+      unroll<Batch>([&](auto b) {
         for (V& sum : sums[r.value][b.value]) sum = V{};
       });
     });
   };
   start();
-  repeat<Rows>([&](auto r) {
+  unroll<Rows>([&](auto r) {
     for (V& part : scale[r.value]) part = V{} + 1.0f;
   });
-  std::size_t group_run = w.groups == 1 ? runs : 0, stretch_end = runs < kStretchRuns ? runs : kStretchRuns;
+  std::size_t group_run = w.groups == 1 ? runs : 0, stretch_end = runs < kRunStretch ? runs : kRunStretch;
   for (std::size_t run = 0, group = 0; run < runs;) {
     if (run == group_run) {
       const std::size_t n = w.groups - group < kWords ? w.groups - group : kWords;
       const auto next_groups = [&](auto half) {
-        repeat<Rows>([&](auto r) {
+        unroll<Rows>([&](auto r) {
           const std::size_t at = rows[r.value] * w.param_stride + group;
           fetch_params(w, at + 2 * Rows * w.param_stride);
           V middle[kWordVectors];
@@ -91,7 +94,7 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
           load_sixteen<half.value>(w.minimum, at, n, middle);
           for (std::size_t i = 0; i < kWordVectors; ++i) {
             middle[i] += scale[r.value][i] * (kMiddle<Bits> * kStep<Bits>);
-            repeat<Batch>([&](auto b) {
+            unroll<Batch>([&](auto b) {
               sums[r.value][b.value][i] += middle[i] * load<V>(x[b.value].group_sum + group + i * lanes);
             });
           }
@@ -110,20 +113,20 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
     for (; run < stop; ++run) {
       fetch_codes<Rows>(next_codes, run);
       for (std::size_t i = 0; i < kWordVectors; ++i) {
-        // The groups of a vector's words lie among as many in a row as it has lanes.
+        // The groups of a vector's words are neighbours, so one vector of scales holds those of all.
         const std::uint8_t* lane = x[0].lane[run] + i * lanes;
         const std::size_t first = lane[0] < kWords - lanes ? lane[0] : kWords - lanes;
         const Vec<std::int32_t> index =
             bit_cast<Vec<std::int32_t>>(load_bytes(lane)) - static_cast<std::int32_t>(first);
         Vec<std::uint8_t> parts[Rows][8 / Bits];
         for (std::size_t r = 0; r < Rows; ++r) {
-          split<Bits>(kept(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes)), parts[r]);
+          split<Bits>(in_register(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes)), parts[r]);
         }
-        repeat<Batch>([&](auto b) {
+        unroll<Batch>([&](auto b) {
           const Run<Bits, Limbs>& from = x[b.value].runs[run];
           V product[Rows];
           word_sums(parts, from, i * lanes, product);
-          repeat<Rows>([&](auto r) {
+          unroll<Rows>([&](auto r) {
             product[r.value] *= load<V>(from.scale + i * lanes);
             sums[r.value][b.value][i] +=
                 product[r.value] * lookup(reinterpret_cast<const float*>(scale[r.value]) + first, index);
@@ -132,16 +135,16 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
       }
     }
     if (run == stretch_end) {
-      repeat<Rows>([&](auto r) {
-        repeat<Batch>([&](auto b) {
+      unroll<Rows>([&](auto r) {
+        unroll<Batch>([&](auto b) {
           for (std::size_t i = 0; i < kWordVectors; ++i) {
             V& to = out[r.value][b.value][i];
-            to = run <= kStretchRuns ? sums[r.value][b.value][i] : to + sums[r.value][b.value][i];
+            to = run <= kRunStretch ? sums[r.value][b.value][i] : to + sums[r.value][b.value][i];
           }
         });
       });
       start();
-      stretch_end = runs - run < kStretchRuns ? runs : run + kStretchRuns;
+      stretch_end = runs - run < kRunStretch ? runs : run + kRunStretch;
     }
   }
 }
@@ -182,11 +185,11 @@ template <int Bits, int Limbs, std::size_t Batch>
 [[gnu::noinline]] void linear_rows(const Quantized& weight, const Linear& io, std::size_t batch, std::size_t begin,
                                    std::size_t end) {
   const Quantized w = weight;  // no store can change it
-  // As many rows as there are registers for.
+  // `at_once` rows fill the registers.
   constexpr std::size_t tile = 4, at_once = Batch > 1 && (kVectorBytes < 64 || Bits == 2) ? 2 : 4;
   Prepared<Bits, Limbs> x[Batch];
   for (std::size_t b = 0; b < Batch; ++b) {
-    x[b] = Prepared<Bits, Limbs>(w, const_cast<std::uint8_t*>(io.prepared) + (batch + b) * io.prepared_bytes);
+    x[b] = Prepared<Bits, Limbs>(w, io.prepared + (batch + b) * io.prepared_bytes);
   }
   for (std::size_t row = begin; row < end; row += tile) {
     const std::size_t exist = end - row < tile ? end - row : tile;
@@ -201,14 +204,14 @@ template <int Bits, int Limbs, std::size_t Batch>
       }
       const Vec<float, 4> sums = convert<float, 4>(exact);
       float* y = io.y + (batch + b) * w.rows + row;
-      const bool finite = fold_lanes<int, 4>(sums - sums == 0.0f, [](auto l, auto m) { return l & m; }) != 0;
+      const bool finite = fold_lanes<int, 4>(sums - sums == 0.0f, bitwise_and) != 0;
       if (finite && exist == tile) {
         store(y, io.bias ? sums + load<Vec<float, 4>>(io.bias + row) : sums);
         continue;
       }
       for (std::size_t r = 0; r < exist; ++r) {
         y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
-        // x or the sum is not finite, or beyond what whole numbers reach
+        // x or the sum is not finite, or beyond the reach of integers.
         if (!(sums[r] - sums[r] == 0.0f)) linear_floats(weight, io, batch + b, 1, row + r, row + r + 1);
       }
     }

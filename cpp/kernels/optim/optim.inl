@@ -20,10 +20,10 @@ void step(const Hyper& hyper, const StepArgs& a, std::size_t begin, std::size_t 
   } else if (a.param_type == Float::f32 && a.grad_type == Float::f32 && a.state_type == StateType::wide) {
     wide(float{});
   } else {
-    StepBlocks blocks = step_blocks<R, Positive, StateType::wide>;
+    StepStateBlocks blocks = step_state_blocks<R, Positive, StateType::wide>;
     if constexpr (R::states > 0) {
-      if (a.state_type == StateType::bf16) blocks = step_blocks<R, Positive, StateType::bf16>;
-      if (a.state_type == StateType::u8) blocks = step_blocks<R, Positive, StateType::u8>;
+      if (a.state_type == StateType::bf16) blocks = step_state_blocks<R, Positive, StateType::bf16>;
+      if (a.state_type == StateType::u8) blocks = step_state_blocks<R, Positive, StateType::u8>;
     }
     step_narrow(Scalars<float>(hyper), a, R::states, begin, end, blocks);
   }
@@ -51,35 +51,30 @@ constexpr Rule kRules[] = {
 
 // ---- the norm of gradients -----------------------------------------------------------------------------------
 
-constexpr std::size_t kNormPartials = 16;
-
-// The order of the sum is part of the contract: kNormPartials partial sums, whatever the width of a vector, then a
+// The order of the sum is part of the contract: kPartials partial sums, whatever the width of a vector, then a
 // tree.
 //
-//   x         x0 x1 ... x15 | x16 x17 ... x31 | ...      element i goes to partial sum i % 16
+//   x         x0 x1 ... x15 | x16 x17 ... x31 | ...      element i goes to partial sum i % kPartials
 //   partial   p0 p1 ... p15                              p[j] += p[j + 8], then + 4, + 2, + 1
 template <class T>
 double sum_squares(const T* x, std::size_t n) {
   using V = Vec<double>;
-  constexpr std::size_t lanes = kLanes<double>, vectors = kNormPartials / lanes;
+  constexpr std::size_t lanes = kLanes<double>, vectors = kPartials / lanes;
   V sum[vectors] = {};
   std::size_t i = 0;
-  for (; i + kNormPartials <= n; i += kNormPartials) {
+  for (; i + kPartials <= n; i += kPartials) {
     for (std::size_t j = 0; j < vectors; ++j) {
       const V v = convert<double, lanes>(load<Vec<T, lanes>>(x + i + j * lanes));
       sum[j] += v * v;
     }
   }
-  double partial[kNormPartials];
+  double partial[kPartials];
   std::memcpy(partial, sum, sizeof partial);
   for (std::size_t j = 0; i + j < n; ++j) partial[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
-  for (std::size_t half = kNormPartials / 2; half > 0; half /= 2) {
-    for (std::size_t j = 0; j < half; ++j) partial[j] += partial[j + half];
-  }
-  return partial[0];
+  return tree<double>(partial);
 }
 
-// Float16 and bfloat16 are widened to a buffer of floats, a block of kStateBlock at a time.
+// Float16 and bfloat16 are widened to a buffer of floats, kStateBlock elements at a time.
 double sum_squares_any(Float type, const void* x, std::size_t begin, std::size_t end) {
   if (type == Float::f64) return sum_squares(static_cast<const double*>(x) + begin, end - begin);
   if (type == Float::f32) return sum_squares(static_cast<const float*>(x) + begin, end - begin);

@@ -30,7 +30,7 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     V next[count], grad[count], s[count][R::states + 1];
     for (std::size_t v = 0; v < count; ++v) {
       const std::size_t at = i + v * kLanes<T>;
-      repeat<R::states>([&](auto j) {
+      unroll<R::states>([&](auto j) {
         prefetch<512>(state[j.value] + at);
         s[v][j.value] = load<V>(state[j.value] + at);
       });
@@ -45,7 +45,7 @@ void step_wide(const Scalars<T>& k, T* w, const T* g, void* const* states, std::
     for (std::size_t v = 0; v < count; ++v) {
       const std::size_t at = i + v * kLanes<T>;
       store(w + at, next[v]);
-      repeat<R::states>([&](auto j) { store(state[j.value] + at, s[v][j.value]); });
+      unroll<R::states>([&](auto j) { store(state[j.value] + at, s[v][j.value]); });
     }
     i += count * kLanes<T>;
   };

@@ -3,15 +3,15 @@
 // Every array is widened to float in registers, stepped there and narrowed again. The types therefore do not multiply
 // with the rules: only the type of the states is a template parameter.
 //
-// An array is stepped in blocks of kStateBlock = 256 elements, and a block in pairs of vectors. The codes of an 8-bit
-// state count from the exponent of their block, which is known only when the whole block has been stepped. So the
-// magnitudes of a block wait in `Rounded`, and its codes are written while the next block is stepped:
+// An array is stepped in state blocks of 256 elements, and a state block in pairs of vectors. The codes of an 8-bit
+// state count from the exponent of their state block, which is known only when the whole state block has been stepped.
+// So its magnitudes wait in `Rounded`, and its codes are written while the next state block is stepped:
 //
-//              block 0             block 1             block 2
+//              state block 0       state block 1       state block 2
 //   step       |pair|pair| ... |   |pair|pair| ... |   |pair|pair| ... |
 //   Rounded    [0] filled          [1] filled          [0] filled again
 //   exponent            known at |          known at |          known at |
-//   codes                          of block 0          of block 1           of block 2, by finish()
+//   codes                          of number 0         of number 1          of number 2, by finish()
 
 using UInts = Vec<std::uint32_t>;
 constexpr std::size_t kBlockVectors = kStateBlock / kLanes<float>;
@@ -52,13 +52,13 @@ inline UInts raised(Vec<float> v, UInts chance) {
 // To the nearest, ties to even, in the upper half of the result; NaN becomes quiet and stays NaN.
 inline UInts bf16_nearest(UInts bits) {
   const UInts rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
+  return magnitude_bits(bits) > 0x7f800000u ? bits | 0x400000u : rounded;
 }
 
 // Stochastic rounding to float16, in the lower half of the result. A subnormal result is a whole number of steps of
 // 2^-24, so a conversion that truncates rounds it.
 inline UInts half_stochastic(UInts bits, UInts random) {
-  const UInts sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu, chance = random & 0x1fffu;
+  const UInts sign = bits >> 16 & 0x8000u, rest = magnitude_bits(bits), chance = random & 0x1fffu;
   const UInts normal = (rest - (112u << 23) + chance) >> 13;
   const Vec<float> steps = bit_cast<Vec<float>>(rest) * 0x1p24f + convert<float, kLanes<float>>(chance) * 0x1p-13f;
   const UInts subnormal =
@@ -119,32 +119,34 @@ __attribute__((always_inline)) inline void narrow_two(Float type, void* base, st
   }
 }
 
-// The code of an 8-bit state is cut out of the bits of a float, after the exponent of its block was subtracted:
+// The code of an 8-bit state is cut out of the bits of a float, after the exponent of its state block was subtracted:
 //
 //   float       s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
 //   signed      s     eeee mmm                        code 0 is zero
-//   positive         eeeee mmm                        code 0 is the smallest number that the block can hold
+//   positive         eeeee mmm                        code 0 is the smallest number that the state block can hold
 //
-// A code 0 without a sign is zero only if the exponent of the block is: Adam divides by the square root of such a
+// A code 0 without a sign is zero only if the exponent of its state block is: Adam divides by the square root of such a
 // state, so a number that was not zero must not become zero.
 constexpr int kDropped = 20, kMantissa = 3;
 
 struct Masks {
-  const UInts signed_code = kept(UInts{} + 0x87f00000u), code = kept(UInts{} + 0x07f00000u);  // where a float has them
-  const UInts most = kept(UInts{} + 0x7ff00000u);  // largest magnitude that rounding up cannot carry into the sign
-  const Words magnitude = kept(Words{} + std::int16_t{0x7ff});
-  const Vec<std::uint8_t> sign = kept(Vec<std::uint8_t>{} + std::uint8_t{0x80});
+  const UInts signed_code = in_register(UInts{} + 0x87f00000u),
+              code = in_register(UInts{} + 0x07f00000u);  // where a float has them
+  const UInts most =
+      in_register(UInts{} + 0x7ff00000u);  // largest magnitude that rounding up cannot carry into the sign
+  const Words magnitude = in_register(Words{} + std::int16_t{0x7ff});
+  const Vec<std::uint8_t> sign = in_register(Vec<std::uint8_t>{} + std::uint8_t{0x80});
 };
 
-// A vector of codes as floats; `least` is the exponent of their block, where a float has it.
+// A vector of codes as floats; `least` is the exponent of their state block, where a float has it.
 inline Vec<float> widen_u8(const Masks& masks, const std::uint8_t* codes, UInts least, bool positive) {
   if (positive) return bit_cast<Vec<float>>((load_bytes(codes) << kDropped) + least);
   const UInts bits = bit_cast<UInts>(load_signed_bytes(codes)) << kDropped, code = bits & masks.signed_code;
   return bit_cast<Vec<float>>((bits & masks.code) == 0 ? code : code + least);
 }
 
-// A block of one state between its step and its codes: the sign and the rounded magnitude of each element. close()
-// chooses the exponent of the block from the largest magnitude; after that write() can make the codes.
+// One state block between its step and its codes: the sign and the rounded magnitude of each element. close() chooses
+// the exponent from the largest magnitude; after that write() can make the codes.
 struct Rounded {
   Words words[kBlockVectors / 2];
   std::uint8_t* codes;
@@ -164,18 +166,17 @@ struct Rounded {
     return positive ? both : both & masks.magnitude;
   }
 
-  // Returns the exponent of the block: the smallest from which a code can reach the largest magnitude.
+  // Returns the exponent of the state block: the smallest from which a code can reach the largest magnitude.
   std::uint8_t close(void* to, Words largest, bool positive) {
     const UInts pairs = bit_cast<UInts>(largest), low = pairs & 0xffffu, high = pairs >> 16;
-    const auto greater = [](auto a, auto b) { return a > b ? a : b; };
-    const std::uint32_t top = fold(greater(low, high), greater) >> kMantissa;
+    const std::uint32_t top = fold(larger(low, high), larger) >> kMantissa;
     const std::uint32_t exponents = positive ? 31 : 15, exponent = top > exponents ? top - exponents : 0;
     least = static_cast<std::int16_t>(exponent << kMantissa);
     codes = static_cast<std::uint8_t*>(to);
     return static_cast<std::uint8_t>(exponent);
   }
 
-  // Writes the codes of four vectors, from vector `at` of the block on: bytes of four vectors fill one.
+  // Writes the codes of four vectors, from vector `at` of the state block on: bytes of four vectors fill one.
   __attribute__((always_inline)) void write(const Masks& masks, std::size_t at, bool positive) const {
     const Words a = words[at / 2], b = words[at / 2 + 1];
     Vec<std::uint8_t> code;
@@ -189,23 +190,20 @@ struct Rounded {
   }
 };
 
-constexpr std::size_t width_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
-constexpr std::size_t width_of(StateType type) { return type == StateType::wide ? 4 : type == StateType::bf16 ? 2 : 1; }
-
-// Steps blocks one after the other. The codes of a block of 8-bit states are written while the next block is stepped,
-// so that no instruction waits for the largest magnitude of its own block.
+// Steps state blocks one after the other. The codes of one are written while the next one is stepped, so that no
+// instruction waits for the largest magnitude of its own state block.
 template <class R, unsigned Positive, StateType State>
-struct Blocks {
+struct StateBlocks {
   using V = Vec<float>;
   static constexpr std::size_t lanes = kLanes<float>;
 
   const Scalars<float> scalars;
   Rounded rounded[2][R::states + 1];
-  std::size_t count = 0;  // how many blocks have been stepped
+  std::size_t count = 0;  // how many state blocks have been stepped
 
-  // Steps the block at element `at` of the arrays `a`. That element is number `first` of its tensor, and only `n`
-  // elements of the block exist. The function is long because its lambdas share two dozen vectors: as functions of
-  // their own they would pass them through memory.
+  // Steps the state block at element `at` of the arrays `a`. That element is number `first` of its tensor, and only `n`
+  // elements exist. The function is long because its lambdas share two dozen vectors: as functions of their own they
+  // would pass them through memory.
   void step(const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
     // Copies of everything that the loops read: a store through a pointer to bytes may alias anything, so the compiler
     // would otherwise read the originals again after each one.
@@ -231,16 +229,16 @@ struct Blocks {
       Two g = widen_two(grad_type, grad, i);
       if (k.options) {
         const Two weights = widen_two(w_type, w, i);
-        repeat<2>([&](auto h) { g.v[h.value] = gradient_of(k, k.options, weights.v[h.value], g.v[h.value]); });
+        unroll<2>([&](auto h) { g.v[h.value] = gradient_of(k, k.options, weights.v[h.value], g.v[h.value]); });
       }
       return g;
     };
     // Loads the states of two vectors and goes as far as the square roots.
     const auto begin_pair = [&](std::size_t i, const Two& g, V(&s)[2][R::states + 1], V(&root)[2]) {
-      repeat<R::states>([&](auto j) {
+      unroll<R::states>([&](auto j) {
         const auto* const source = state[j.value];
         prefetch_pair(source, i, width_of(State));
-        repeat<2>([&](auto h) {
+        unroll<2>([&](auto h) {
           const std::size_t element = i + h.value * lanes;
           V& to = s[h.value][j.value];
           if constexpr (State == StateType::wide) to = widen(Float::f32, source, element);
@@ -251,13 +249,13 @@ struct Blocks {
           }
         });
       });
-      repeat<2>([&](auto h) {
+      unroll<2>([&](auto h) {
         root[h.value] = V{};
         if constexpr (R::has_root) root[h.value] = sqrt(R::squares(k, g.v[h.value], s[h.value]));
       });
     };
 
-    // A rule with square roots passes over the block twice: first all roots, then everything that uses them. In one
+    // A rule with square roots passes over a state block twice: first all roots, then everything that uses them. In one
     // pass, independent work would be stuck behind the roots in the queue of the core.
     constexpr bool twice = R::has_root && State == StateType::u8;
     struct Held {
@@ -271,7 +269,7 @@ struct Blocks {
         std::memcpy(held[v / 2].s, s, sizeof s);
       }
     }
-    const UInts stride = kept(UInts{} + static_cast<std::uint32_t>(lanes) * kGolden);
+    const UInts stride = in_register(UInts{} + static_cast<std::uint32_t>(lanes) * kGolden);
     UInts chance = first_chance(a.noise, first);
     Words largest[R::states + 1] = {};
     for (std::size_t v = 0; v < kBlockVectors; v += 2) {
@@ -286,7 +284,7 @@ struct Blocks {
         std::memcpy(root, held[v / 2].root, sizeof root);
         std::memcpy(s, held[v / 2].s, sizeof s);
       }
-      repeat<2>([&](auto h) {
+      unroll<2>([&](auto h) {
         V& weights = next.v[h.value];
         weights = updated<R>(k, k.options, weights, g.v[h.value], s[h.value], root[h.value]);
       });
@@ -295,9 +293,9 @@ struct Blocks {
         store(static_cast<float*>(w) + begin + lanes, next.v[1]);
       }
       if (State == StateType::u8 && begin + 2 * lanes > n) {  // elements behind the end must not count
-        repeat<2>([&](auto h) {
+        unroll<2>([&](auto h) {
           const UInts number = bit_cast<UInts>(lane_numbers()) + static_cast<std::uint32_t>(begin + h.value * lanes);
-          repeat<R::states>([&](auto j) {
+          unroll<R::states>([&](auto j) {
             V& value = s[h.value][j.value];
             value = number < static_cast<std::uint32_t>(n) ? value : V{};
           });
@@ -306,7 +304,7 @@ struct Blocks {
       const UInts random[2] = {chance, chance + stride};
       chance = random[1] + stride;
       if (param_type != Float::f32) narrow_two(param_type, param, begin, next, stochastic, random);
-      repeat<R::states>([&](auto j) {
+      unroll<R::states>([&](auto j) {
         constexpr std::size_t number = decltype(j)::value;
         constexpr bool positive = Positive >> number & 1;
         char* const to = state[number];
@@ -322,7 +320,7 @@ struct Blocks {
         }
         if constexpr (State == StateType::u8) {
           const Words magnitude = now[number].set(masks, v, pair, random, number, positive);
-          largest[number] = magnitude > largest[number] ? magnitude : largest[number];
+          largest[number] = larger(magnitude, largest[number]);
           if (v % 4 == 2 && v < to_write) before[number].write(masks, v - 2, positive);
         }
       });
@@ -335,7 +333,7 @@ struct Blocks {
     }
   }
 
-  // Writes the codes of the last block, which no step follows.
+  // Writes the codes of the last state block, which no step follows.
   void finish() {
     if (count == 0) return;
     const Masks masks;
@@ -368,19 +366,19 @@ inline StepArgs args_from(const StepArgs& a, std::size_t at) {
 
 // Steps elements [at, at + n) of `a`; the first is number `first` of its tensor.
 template <class R, unsigned Positive, StateType State>
-void step_blocks(const Scalars<float>& k, const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
-  Blocks<R, Positive, State> blocks{k, {}};
+void step_state_blocks(const Scalars<float>& k, const StepArgs& a, std::size_t at, std::size_t first, std::size_t n) {
+  StateBlocks<R, Positive, State> blocks{k, {}};
   for (std::size_t done = 0; done < n; done += kStateBlock) {
     blocks.step(a, at + done, first + done, n - done < kStateBlock ? n - done : kStateBlock);
   }
   blocks.finish();
 }
-using StepBlocks = void (*)(const Scalars<float>&, const StepArgs&, std::size_t, std::size_t, std::size_t);
+using StepStateBlocks = void (*)(const Scalars<float>&, const StepArgs&, std::size_t, std::size_t, std::size_t);
 
-// Steps elements [begin, end). Blocks may read and write whole vectors, so the last one, if it is shorter, is stepped
-// in a copy that is filled up with zeros.
+// Steps elements [begin, end). A step reads and writes whole state blocks, so the last one, if it is shorter, is
+// stepped in a copy that is filled up with zeros.
 void step_narrow(const Scalars<float>& k, const StepArgs& a, std::size_t states, std::size_t begin, std::size_t end,
-                 StepBlocks step) {
+                 StepStateBlocks step) {
   const std::size_t whole = (end - begin) / kStateBlock * kStateBlock, at = begin + whole, n = end - at;
   if (whole > 0) step(k, a, begin, begin, whole);
   if (n == 0) return;

@@ -3,8 +3,8 @@
 // The sums of one step. With u = (x - minimum) / scale, d the code counted from the middle and r = u - code, the line
 // r ~ a + b * d is fitted from the sums of d, d * d, r and r * d.
 //
-// Each sum has sixteen partial sums, element i going to number i % 16, which are added as a tree: the order is the same
-// for every width of a vector. fit_sums() takes the first steps of the tree, down to one vector for each group;
+// Element i of each sum goes to partial sum i % kPartials, and these are added as a tree: the order is the same for
+// every width of a vector. fit_sums() takes the first steps of the tree, down to one vector for each group;
 // fold_groups() takes the others for all groups together. fit_sums() is not inlined, as the compiler would run out of
 // registers.
 struct Sums {
@@ -14,13 +14,13 @@ struct Sums {
 [[gnu::noinline]] void fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse, Sums* sums,
                                 std::size_t g) {
   using V = Vec<float>;
-  constexpr std::size_t lanes = kLanes<float>, chunk = 16, vectors = chunk / lanes;
+  constexpr std::size_t lanes = kLanes<float>, vectors = kPartials / lanes;
   const float middle = top * 0.5f;
-  const V one = repeat(1.0f);
+  const V one = broadcast(1.0f);
   V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
   const auto take = [&](std::size_t j, V v, std::size_t left) {
     const V u = (v - minimum) * inverse;
-    const V code = positive_part(smaller(round_even(u), repeat(top)));
+    const V code = positive_part(smaller(round_even(u), broadcast(top)));
     V d = code - middle, r = u - code;
     if (left < lanes) {
       const auto exists = lane_numbers() < static_cast<std::int32_t>(left);
@@ -33,7 +33,7 @@ struct Sums {
     sum_rd[j] = add_product(sum_rd[j], r * d, one);
   };
   std::size_t i = 0;
-  for (; i + chunk <= n; i += chunk) {
+  for (; i + kPartials <= n; i += kPartials) {
     for (std::size_t j = 0; j < vectors; ++j) take(j, load<V>(x + i + j * lanes), lanes);
   }
   for (std::size_t j = 0; i < n; ++j, i += lanes) {
@@ -50,41 +50,31 @@ struct Sums {
   sums->rd[g] = total(sum_rd);
 }
 
-// Fits the pairs of the groups of n values. Each of at most eight steps computes the codes of the present pair, then
-// the pair that fits these codes best. The line r ~ a + b * d gives only the small change of the pair, so nothing
-// cancels.
-//
-// Groups are fitted side by side, so that none waits for the latency of another, and without branches, so that the
-// compiler can vectorize the loops over groups. A pair of scale 0 is left alone, and so is one whose codes are all
-// equal. A step that does not change a pair is its last: the next one would not change it either.
-inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
-                       PerGroup& minimum) {
-  const double middle = static_cast<double>(top * 0.5f);
-  const std::size_t groups = (n + group - 1) / group;
-  Sums sums;
-  PerGroup d = {}, dd = {}, r = {}, rd = {}, scale, inverse, least;
-  double count[kGroupsAtOnce], share[kGroupsAtOnce];
-  std::int32_t moving[kGroupsAtOnce];
-  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // moving[], as a bit for each group
-  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-    scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
-    least[g] = scale[g] * 0x1p-20f;
-    count[g] = static_cast<double>(group);
-    moving[g] = 1;
-  }
-  count[groups - 1] = static_cast<double>(n - (groups - 1) * group);
-  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
-  for (int step = 0; step < 8 && left != 0; ++step) {
-    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / scale[g];
-    for (std::uint32_t rest = left; rest != 0; rest &= rest - 1) {
-      const std::size_t g = static_cast<std::size_t>(__builtin_ctz(rest)), at = g * group;
-      fit_sums(x + at, n - at < group ? n - at : group, top, minimum[g], inverse[g], &sums, g);
+// The pairs of kGroupsAtOnce groups on their way to the best ones. Groups are fitted side by side, so that none waits
+// for the latency of another, and without branches, so that the compiler can vectorize the loops over groups.
+struct Fits {
+  PerGroup scale, minimum, least;                     // least: the smallest scale that is accepted
+  double count[kGroupsAtOnce], share[kGroupsAtOnce];  // of values, and its inverse
+  std::int32_t moving[kGroupsAtOnce];                 // 0 after the last step of a pair
+
+  // A pair of scale 0 is left alone: a scale of 1 stands in for it.
+  Fits(const PerGroup& scales, const PerGroup& minima, std::size_t n, std::size_t group) {
+    const std::size_t groups = (n + group - 1) / group;
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+      scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
+      minimum[g] = minima[g];
+      least[g] = scale[g] * 0x1p-20f;
+      count[g] = static_cast<double>(group);
+      moving[g] = 1;
     }
-    const auto plus = [](auto a, auto b) { return a + b; };
-    fold_groups(sums.d, groups, &d, plus);
-    fold_groups(sums.dd, groups, &dd, plus);
-    fold_groups(sums.r, groups, &r, plus);
-    fold_groups(sums.rd, groups, &rd, plus);
+    count[groups - 1] = static_cast<double>(n - (groups - 1) * group);
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
+  }
+
+  // Moves each pair to the line r ~ a + b * d through its sums. The line gives only the small change of the pair, so
+  // nothing cancels. A pair whose codes are all equal stays. A step that does not change a pair is its last: the next
+  // one would not change it either.
+  void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, double middle) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
       const double sum_d = static_cast<double>(d[g]), sum_dd = static_cast<double>(dd[g]);
       const double sum_r = static_cast<double>(r[g]), sum_rd = static_cast<double>(rd[g]);
@@ -97,13 +87,38 @@ inline void fit_groups(const float* x, std::size_t n, std::size_t group, float t
       scale[g] = good ? better : scale[g];
       minimum[g] = good ? moved : minimum[g];
     }
-    left = 0;
-    for (std::size_t g = 0; g < groups; ++g) left |= static_cast<std::uint32_t>(moving[g]) << g;
   }
-  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
+};
+
+// Fits the pairs of the groups of n values. Each of at most eight steps computes the codes of the present pairs, then
+// the pairs that fit these codes best.
+inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
+                       PerGroup& minimum) {
+  const double middle = static_cast<double>(top * 0.5f);
+  const std::size_t groups = (n + group - 1) / group;
+  Fits fits(scales, minimum, n, group);
+  Sums sums;
+  PerGroup d = {}, dd = {}, r = {}, rd = {}, inverse;
+  std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // moving[], as a bit for each group
+  for (int step = 0; step < 8 && left != 0; ++step) {
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / fits.scale[g];
+    for (std::uint32_t rest = left; rest != 0; rest &= rest - 1) {
+      const std::size_t g = static_cast<std::size_t>(__builtin_ctz(rest)), at = g * group;
+      fit_sums(x + at, n - at < group ? n - at : group, top, fits.minimum[g], inverse[g], &sums, g);
+    }
+    fold_groups(sums.d, groups, &d, plus);
+    fold_groups(sums.dd, groups, &dd, plus);
+    fold_groups(sums.r, groups, &r, plus);
+    fold_groups(sums.rd, groups, &rd, plus);
+    fits.move(d, dd, r, rd, middle);
+    left = 0;
+    for (std::size_t g = 0; g < groups; ++g) left |= static_cast<std::uint32_t>(fits.moving[g]) << g;
+  }
+  for (std::size_t g = 0; g < kGroupsAtOnce; ++g) scales[g] = scales[g] > 0 ? fits.scale[g] : 0.0f;
+  std::memcpy(minimum, fits.minimum, sizeof minimum);
 }
 
-// Whether neither the scale nor its inverse loses precision; otherwise the pair of the range stays.
+// Returns true if neither the scale nor its inverse loses precision; otherwise the pair of the range stays.
 inline bool can_fit(Range r, float scale) {
   return r.max - r.min <= 0x1.fffffep127f && scale >= 0x1p-100f && scale <= 0x1p100f;
 }

@@ -20,11 +20,8 @@ inline void fold_groups(const Vec<float>* v, std::size_t n, PerGroup* result, Op
 
 // ---- range ---------------------------------------------------------------------------------------------------
 
-constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
-constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
-
 // Smallest and largest of n > 0 values, still spread over the lanes. `magnitude` is raised to the largest bits of any
-// |x|: as integers these are ordered like the numbers, with infinity and NaN last, so one test at the end finds both.
+// |x|: infinity and NaN come last in their order, so one test at the end finds both.
 struct Extremes {
   Vec<float> low, high;
 };
@@ -39,8 +36,7 @@ inline Extremes extremes(const float* x, std::size_t n, Vec<std::int32_t>* magni
   const auto take = [&](V v) {
     low = smaller(v, low);
     high = larger(v, high);
-    const Ints bits = bit_cast<Ints>(v) & 0x7fffffff;
-    largest = larger(bits, largest);
+    largest = larger(magnitude_bits(v), largest);
   };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) take(load<V>(x + i));
@@ -97,7 +93,7 @@ struct Decoder {
 
 inline float next_up(float f) { return bit_cast<float>(bit_cast<std::uint32_t>(f) + 1u); }
 
-// Whether no code stands for a value beyond +-limit.
+// Returns true if no code stands for a value beyond +-limit.
 inline bool within(Pair p, float top, float limit) {
   return p.minimum >= -limit && Decoder(p.scale, p.minimum)(top) <= limit;
 }
@@ -201,7 +197,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   bool usual = true;
-  const V tops = repeat(top), inverse_top = repeat(1.0f / top);
+  const V tops = broadcast(top), inverse_top = broadcast(1.0f / top);
   grids->plain = half || fitted_scale;
   for (std::size_t i = 0; i < kGroupsAtOnce && usual; i += lanes) {
     const V l = load<V>(low + i) + 0.0f, h = load<V>(high + i) + 0.0f, width = h - l;
@@ -223,7 +219,7 @@ inline void make_grids(const PerGroup& low, const PerGroup& high, const PerGroup
     store(grids->divisor + i, divisor);
     store(grids->inverse + i, 1.0f / divisor);
     if (grids->plain) continue;
-    store(grids->factor + i, repeat(1.0f));
+    store(grids->factor + i, broadcast(1.0f));
     store(grids->levels + i, tops);
   }
   if (usual) return;

@@ -1,7 +1,26 @@
 // Floats to packed codes, scales and minima.
 //
 // There are two ways, with the same results: quantize_vectors() for groups that fill vectors, in one pass over memory;
-// and quantize_any() for groups of any size, which passes over each kGroupsAtOnce groups twice, in cache.
+// and quantize_any() for groups of any size, which passes over each kGroupsAtOnce groups twice, in cache. Both encode
+// with an Encoder.
+
+// The arithmetic from a value to its code, against the grid of one group in all lanes. Codes are still to be clamped.
+template <bool Plain>
+struct Encoder {
+  Vec<float> offset, divisor, inverse, factor, levels;
+
+  void use(const Grids& grids, std::size_t g) {
+    offset = broadcast(grids.offset[g]);
+    divisor = broadcast(grids.divisor[g]);
+    inverse = broadcast(grids.inverse[g]);
+    factor = broadcast(grids.factor[g]);
+    levels = broadcast(grids.levels[g]);
+  }
+  Vec<std::int32_t> operator()(Vec<float> v) const {
+    const Vec<float> quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
+    return round_to_int(Plain ? quotient : quotient * levels);
+  }
+};
 
 // Codes of n values that share grid g, one byte each. The values `ahead` of them are prefetched.
 template <bool Plain>
@@ -9,12 +28,9 @@ inline void encode(const float* x, std::size_t n, int top, const Grids& grids, s
                    std::uint8_t* codes) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  const V offset = repeat(grids.offset[g]), divisor = repeat(grids.divisor[g]), inverse = repeat(grids.inverse[g]);
-  const float factor = grids.factor[g], levels = grids.levels[g];
-  const auto code = [&](V v) {
-    v = divide((Plain ? v : v * factor) - offset, divisor, inverse);
-    return smaller(round_to_int(Plain ? v : v * levels), Vec<std::int32_t>{} + top);
-  };
+  Encoder<Plain> encoder;
+  encoder.use(grids, g);
+  const auto code = [&](V v) { return smaller(encoder(v), Vec<std::int32_t>{} + top); };
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     __builtin_prefetch(x + i + ahead);
@@ -28,18 +44,18 @@ inline void encode(const float* x, std::size_t n, int top, const Grids& grids, s
 }
 
 // Writes scale and minimum of n groups, to place `at` and on.
-inline void store_params(const Quantized& q, std::size_t at, const Grids& grids, std::size_t n) {
+inline void store_params(const QuantizedOut& q, std::size_t at, const Grids& grids, std::size_t n) {
   constexpr std::size_t lanes = kLanes<float>;
-  const auto write = [&](const void* params, const PerGroup& numbers) {
+  const auto write = [&](void* params, const PerGroup& numbers) {
     if (q.half) {
-      std::uint16_t* halves = static_cast<std::uint16_t*>(const_cast<void*>(params)) + at;
+      std::uint16_t* halves = static_cast<std::uint16_t*>(params) + at;
       std::size_t i = 0;
       for (; i + lanes <= n; i += lanes) store_halves(halves + i, load<Vec<float>>(numbers + i));
       std::uint16_t last[lanes];
       if (i < n) store_halves(last, load<Vec<float>>(numbers + i));
       for (std::size_t j = 0; i < n; ++i, ++j) halves[i] = last[j];
     } else {
-      float* floats = static_cast<float*>(const_cast<void*>(params)) + at;
+      float* floats = static_cast<float*>(params) + at;
       std::size_t i = 0;
       for (; i + lanes <= n; i += lanes) store(floats + i, load<Vec<float>>(numbers + i));
       for (; i < n; ++i) floats[i] = numbers[i];
@@ -104,7 +120,7 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
 
 // The grids of the groups of `size` values, from their ranges, fitted if `refit`. A vector of the ranges holds `folded`
 // groups. Not inlined: it is long, and the same for every width of codes.
-[[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const Quantized& q, bool refit, float top,
+[[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const QuantizedOut& q, bool refit, float top,
                                       const Ranges& ranges, std::size_t folded, Grids* grids, bool* misfit) {
   const std::size_t n = (size + q.group - 1) / q.group;
   PerGroup low, high;
@@ -129,6 +145,34 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
   }
 }
 
+// Folds the four vectors of a turn to one, which holds the extremes of four groups of one vector, or of two groups of
+// two vectors: see the drawing below.
+template <int Vectors, class Op>
+inline Vec<float> fold_turn(const Vec<float> (&v)[4], Op op) {
+  if constexpr (Vectors == 1) {
+    return fold_pair<1>(fold_pair<2>(v[0], v[2], op), fold_pair<2>(v[1], v[3], op), op);
+  } else {
+    return fold_pair<1>(op(v[0], v[1]), op(v[2], v[3]), op);
+  }
+}
+
+// Measures the groups of a lot of `size` values, each of them one or two vectors, in the layout of fold_turn().
+template <int Vectors>
+[[gnu::noinline]] void measure_turns(const float* x, std::size_t size, Ranges* ranges) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>;
+  V *lows = ranges->low, *highs = ranges->high;
+  for (std::size_t i = 0; i < size; i += 4 * lanes) {
+    V v[4];
+    for (std::size_t j = 0; j < 4; ++j) {
+      v[j] = load<V>(x + i + j * lanes);
+      ranges->magnitude = larger(magnitude_bits(v[j]), ranges->magnitude);
+    }
+    *lows++ = fold_turn<Vectors>(v, smaller);
+    *highs++ = fold_turn<Vectors>(v, larger);
+  }
+}
+
 // quantize_vectors() has three lots of kGroupsAtOnce groups in flight, so that a weight is read from memory once:
 //
 //   turn        0          1          2          3
@@ -147,58 +191,44 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
 // Reads are prefetched twice: far ahead into L2, as L1 cannot wait for that many lines at once, and from there into L1.
 // Writes are prefetched once. The function is long because the two halves must share one loop to overlap.
 template <int Vectors, bool Plain>
-[[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const Quantized& q, const Grids& grids,
+[[gnu::noinline]] void encode_and_measure(const float* x, std::size_t size, const QuantizedOut& q, const Grids& grids,
                                           std::size_t g, std::uint8_t* codes, const float* next, Ranges* ranges) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>, far = 16384 / sizeof(float);
   constexpr float inf = __builtin_inff();
   const int bits = q.bits;
   const std::size_t bytes = kVectorBytes * static_cast<std::size_t>(bits) / 8;
-  const Vec<std::uint8_t> top = repeat<std::uint8_t>(static_cast<std::uint8_t>((1 << bits) - 1));
+  const Vec<std::uint8_t> top = broadcast<std::uint8_t>(static_cast<std::uint8_t>((1 << bits) - 1));
   V *lows = ranges->low, *highs = ranges->high;
   Vec<std::int32_t> largest = ranges->magnitude;
   for (std::size_t i = 0; i < size;) {
     const std::size_t end = Vectors == 0 ? i + q.group : size;
-    V offset, divisor, inverse, factor, levels, low = V{} + inf, high = V{} - inf;
-    const auto choose = [&](std::size_t n) {
-      offset = repeat(grids.offset[n]);
-      divisor = repeat(grids.divisor[n]);
-      inverse = repeat(grids.inverse[n]);
-      factor = repeat(grids.factor[n]);
-      levels = repeat(grids.levels[n]);
-    };
-    choose(g);
+    V low = V{} + inf, high = V{} - inf;
+    Encoder<Plain> encoder;
+    encoder.use(grids, g);
     for (; i < end; i += 4 * lanes) {
       Vec<std::int32_t> code[4];
       __builtin_prefetch(codes + 2048, 1, 2);
       V seen[4];
-      repeat<4>([&](auto j) {
-        if constexpr (Vectors != 0) choose(g + j.value / Vectors);
-        const V v = load<V>(x + i + j.value * lanes);
-        const V quotient = divide((Plain ? v : v * factor) - offset, divisor, inverse);
-        code[j.value] = round_to_int(Plain ? quotient : quotient * levels);
+      unroll<4>([&](auto j) {
+        if constexpr (Vectors != 0) encoder.use(grids, g + j.value / Vectors);
+        code[j.value] = encoder(load<V>(x + i + j.value * lanes));
         const float* const source = next + i + j.value * lanes;
         if constexpr (j.value * kVectorBytes % 64 == 0) {
           prefetch<2048>(source);
           __builtin_prefetch(source + far, 0, 2);
         }
         seen[j.value] = load<V>(source);
-        largest = larger(bit_cast<Vec<std::int32_t>>(seen[j.value]) & 0x7fffffff, largest);
+        largest = larger(magnitude_bits(seen[j.value]), largest);
         if constexpr (Vectors == 0) {
           low = smaller(seen[j.value], low);
           high = larger(seen[j.value], high);
         }
       });
-      if constexpr (Vectors == 1) {
-        *lows++ =
-            fold_pair<1>(fold_pair<2>(seen[0], seen[2], smaller), fold_pair<2>(seen[1], seen[3], smaller), smaller);
-        *highs++ = fold_pair<1>(fold_pair<2>(seen[0], seen[2], larger), fold_pair<2>(seen[1], seen[3], larger), larger);
-        g += 4;
-      }
-      if constexpr (Vectors == 2) {
-        *lows++ = fold_pair<1>(smaller(seen[0], seen[1]), smaller(seen[2], seen[3]), smaller);
-        *highs++ = fold_pair<1>(larger(seen[0], seen[1]), larger(seen[2], seen[3]), larger);
-        g += 2;
+      if constexpr (Vectors != 0) {
+        *lows++ = fold_turn<Vectors>(seen, smaller);
+        *highs++ = fold_turn<Vectors>(seen, larger);
+        g += 4 / Vectors;
       }
       const Vec<std::uint8_t> unclamped =
           unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
@@ -215,67 +245,83 @@ template <int Vectors, bool Plain>
   ranges->magnitude = largest;
 }
 
-// Whether groups and rows have a size that encode_and_measure() takes.
-inline bool fills_vectors(const Quantized& q) {
+// Returns true if groups and rows have a size that encode_and_measure() takes.
+inline bool fills_vectors(const QuantizedOut& q) {
   constexpr std::size_t lanes = kLanes<float>;
   return q.cols % (4 * lanes) == 0 &&
          (q.group == lanes || q.group == 2 * lanes || (q.group % (4 * lanes) == 0 && q.cols % q.group == 0));
 }
 
 // A lot: up to kGroupsAtOnce neighbouring groups of a row.
-struct Groups {
+struct Lot {
   const float* x;
   std::size_t size;  // how many values
   std::uint8_t* codes;
   std::size_t param;  // index of their first scale and minimum
 };
 
+// Hands out the lots of rows [begin, end), and empty ones behind the last.
+class Lots {
+ public:
+  Lots(const float* x, const QuantizedOut& q, std::size_t begin, std::size_t end)
+      : x_(x), q_(q), row_(begin), end_(end) {}
+
+  Lot next() {
+    if (row_ == end_) return {};
+    const std::size_t bits = static_cast<std::size_t>(q_.bits);
+    const std::size_t at = group_ * q_.group, left = q_.cols - at, most = kGroupsAtOnce * q_.group;
+    const Lot lot = {x_ + row_ * q_.cols + at, left < most ? left : most,
+                     q_.codes + row_ * q_.row_bytes + at * bits / 8, row_ * q_.param_stride + group_};
+    group_ = left > most ? group_ + kGroupsAtOnce : 0;
+    row_ += group_ == 0;
+    return lot;
+  }
+
+ private:
+  const float* x_;
+  const QuantizedOut& q_;
+  std::size_t row_, end_, group_ = 0;
+};
+
 // The one grid of a matrix whose groups share their parameters.
-inline Grid shared_grid(const Shared& shared, const Quantized& q, float top, bool* misfit) {
+inline Grid shared_grid(const Shared& shared, const QuantizedOut& q, float top, bool* misfit) {
   return grid_of(shared.pair, shared.range, q.half, top, q.limit, misfit);
 }
 
 // Quantizes rows [begin, end) with three lots in flight, as drawn above. The two Grids take turns: one is read by the
 // lot that is encoded, the other is filled for the lot behind it. At the ends of the range, and where lots differ in
-// size, a part of a lot is encoded beside values whose ranges are ignored, or measured beside codes that go nowhere.
-unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+// size, a part of a lot is encoded beside values whose ranges are ignored, or measured by itself.
+unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
                           std::size_t end) {
-  const std::size_t bits = static_cast<std::size_t>(q.bits);
   const float top = static_cast<float>((1 << q.bits) - 1);
   bool misfit = false;
   Grids grids[2] = {};
   Ranges ranges = {}, ignored = {};
-  const std::size_t folded = q.group == kLanes<float> ? 4 : q.group == 2 * kLanes<float> ? 2 : 1;
-  std::uint8_t nowhere[2 * kGroupsAtOnce * kLanes<float>];
   if (shared) {
     grids[0].plain = true;
     grids[0].set(0, shared_grid(*shared, q, top, &misfit));
     grids[1] = grids[0];
     if (begin == 0) store_params(q, 0, grids[0], 1);
   }
-  const auto encode_lot = [&](const Groups& groups, std::size_t first_value, std::size_t last_value, const Grids& grid,
-                              const float* next, Ranges* measured) {
-    const auto run = [&](auto vectors) {
-      (grid.plain ? encode_and_measure<vectors.value, true>
-                  : encode_and_measure<vectors.value, false>)(groups.x + first_value, last_value - first_value, q, grid,
-                                                              first_value / q.group,
-                                                              groups.codes + first_value * bits / 8, next, measured);
+  const std::size_t vectors = q.group == kLanes<float> ? 1 : q.group == 2 * kLanes<float> ? 2 : 0;
+  const std::size_t folded = vectors == 0 ? 1 : 4 / vectors;  // groups that share a vector of the ranges
+  const auto encode_part = [&](const Lot& lot, std::size_t from, std::size_t to, const Grids& grid, const float* next,
+                               Ranges* measured) {
+    const auto run = [&](auto count) {
+      (grid.plain ? encode_and_measure<count.value, true>
+                  : encode_and_measure<count.value, false>)(lot.x + from, to - from, q, grid, from / q.group,
+                                                            lot.codes + from * static_cast<std::size_t>(q.bits) / 8,
+                                                            next, measured);
     };
-    q.group == kLanes<float> ? run(Int<1>{}) : q.group == 2 * kLanes<float> ? run(Int<2>{}) : run(Int<0>{});
+    vectors == 1 ? run(Int<1>{}) : vectors == 2 ? run(Int<2>{}) : run(Int<0>{});
   };
-  Groups encoded, gridded = {}, measured = {};
-  std::size_t row = begin, first = 0, turn = 0;
+  Lots lots(x, q, begin, end);
+  Lot encoded, gridded = {}, measured = {};
+  std::size_t turn = 0;
   do {
     encoded = gridded;
     gridded = measured;
-    measured = {};
-    if (row < end) {
-      const std::size_t at = first * q.group, left = q.cols - at, most = kGroupsAtOnce * q.group;
-      std::uint8_t* codes = const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes + at * bits / 8;
-      measured = {x + row * q.cols + at, left < most ? left : most, codes, row * q.param_stride + first};
-      first = left > most ? first + kGroupsAtOnce : 0;
-      row += first == 0;
-    }
+    measured = lots.next();
     Grids& next_grids = grids[turn];
     turn = 1 - turn;
     if (gridded.size != 0 && !shared) {
@@ -283,19 +329,19 @@ unsigned quantize_vectors(const float* x, const Quantized& q, const Shared* shar
       store_params(q, gridded.param, next_grids, gridded.size / q.group);
     }
     const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
-    if (both != 0) encode_lot(encoded, 0, both, grids[turn], measured.x, &ranges);
-    if (both < encoded.size) encode_lot(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
-    if (both < measured.size && folded == 1) {
-      measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
-    } else if (both < measured.size) {
-      encode_lot({measured.x, measured.size, nowhere, 0}, 0, measured.size, grids[turn], measured.x, &ranges);
+    if (both != 0) encode_part(encoded, 0, both, grids[turn], measured.x, &ranges);
+    if (both < encoded.size) encode_part(encoded, both, encoded.size, grids[turn], encoded.x + both, &ignored);
+    if (both < measured.size) {
+      if (vectors == 0) measure_groups(measured.x, measured.size, q.group, both / q.group, &ranges);
+      if (vectors == 1) measure_turns<1>(measured.x, measured.size, &ranges);
+      if (vectors == 2) measure_turns<2>(measured.x, measured.size, &ranges);
     }
   } while (gridded.size + measured.size != 0);
   return non_finite(ranges.magnitude) | (misfit ? kHalfMisfit : 0);
 }
 
 // Quantizes rows [begin, end) with groups of any size: measures kGroupsAtOnce of them, then encodes them from cache.
-unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, bool refit, std::size_t begin,
+unsigned quantize_any(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
                       std::size_t end) {
   if (fills_vectors(q)) return quantize_vectors(x, q, shared, refit, begin, end);
   const float top = static_cast<float>((1 << q.bits) - 1);
@@ -305,7 +351,7 @@ unsigned quantize_any(const float* x, const Quantized& q, const Shared* shared, 
   Ranges ranges = {};
   for (std::size_t row = begin; row < end; ++row) {
     const float* values = x + row * q.cols;
-    Packer packer(q.bits, const_cast<std::uint8_t*>(q.codes) + row * q.row_bytes, ahead);
+    Packer packer(q.bits, q.codes + row * q.row_bytes, ahead);
     if (shared) {
       grids.plain = true;
       grids.set(0, shared_grid(*shared, q, top, &misfit));

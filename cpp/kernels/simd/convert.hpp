@@ -216,7 +216,7 @@ inline float float_of_half(std::uint16_t h) {
 inline std::uint16_t half_of_float(float f) {
   const std::uint32_t bits = bit_cast<std::uint32_t>(f);
   const std::uint32_t sign = bits >> 16 & 0x8000u;
-  const std::uint32_t rest = bits & 0x7fffffffu;
+  const std::uint32_t rest = magnitude_bits(bits);
   std::uint32_t half;
   if (rest > 0x7f800000u) {
     half = 0x7e00u;
@@ -250,7 +250,7 @@ Vec<float> float_of_halves(const std::uint16_t* from) {
 #endif
 }
 
-// The first n, up to 16, of as many as there are lanes, zeros behind them: what lies there need not exist.
+// Loads the first n floats, n up to 16, and zeros for the other lanes: memory behind the n floats is not read.
 inline Vec<float> first_floats(const float* from, std::size_t n) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));

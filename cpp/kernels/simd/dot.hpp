@@ -1,10 +1,49 @@
 // Dot products of unsigned codes with signed bytes, summed in lanes of 32 bits.
 
-// Whether dot() is one instruction. Loops around it are worth unrolling then; elsewhere they grow too large.
+// True where dot() is one instruction. Loops around it are worth unrolling then; elsewhere they grow too large.
 #if defined(__AVX512VNNI__)
 constexpr bool kOneInstructionDot = true;
 #else
 constexpr bool kOneInstructionDot = false;
+#endif
+
+using Pairs = Vec<std::int16_t>;
+
+#if defined(__SSE2__)
+// Products of 16 bits, summed in pairs to 32 bits.
+inline Vec<std::int32_t> multiply_pairs(Pairs a, Pairs b) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return bit_cast<Vec<std::int32_t>>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#endif
+}
+#endif
+
+// True where one instruction multiplies bytes and sums them in pairs to 16 bits. For codes below 8 bits, several such
+// pairs fit into 16 bits, and need only one instruction more to become sums of 32 bits.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+template <int Bits>
+constexpr bool kPairsFirst = Bits < 8;
+
+// Codes are below 2^4, so a pair is below 2^12.
+inline Pairs byte_pairs(Vec<std::uint8_t> codes, const std::int8_t* x) {
+#if defined(__AVX512BW__)
+  return bit_cast<Pairs>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes), load<__m512i>(x)));
+#else
+  return bit_cast<Pairs>(_mm256_maddubs_epi16(bit_cast<__m256i>(codes), load<__m256i>(x)));
+#endif
+}
+
+inline Vec<std::int32_t> sum_pairs(Pairs pairs) { return multiply_pairs(pairs, Pairs{} + std::int16_t{1}); }
+#else
+template <int Bits>
+constexpr bool kPairsFirst = false;
+
+Pairs byte_pairs(Vec<std::uint8_t> codes, const std::int8_t* x);  // declared for `if constexpr` alone
+Vec<std::int32_t> sum_pairs(Pairs pairs);
 #endif
 
 // sums[l] + codes[4l .. 4l + 3] . x[4l .. 4l + 3]; `codes` are unsigned, below 2^Bits, x is signed.
@@ -14,31 +53,10 @@ inline Vec<std::int32_t> dot(Vec<std::int32_t> sums, Vec<std::uint8_t> codes, co
   return bit_cast<Vec<std::int32_t>>(
       _mm512_dpbusd_epi32(bit_cast<__m512i>(sums), bit_cast<__m512i>(codes), load<__m512i>(x)));
 #elif defined(__SSE2__)
-  using Pairs = Vec<std::int16_t>;
-#if defined(__AVX512BW__)
-  const auto add_products = [](Pairs a, Pairs b) {
-    return bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
-  };
-  if constexpr (Bits < 8) {  // sums of two products stay below 2^15
-    const __m512i pairs = _mm512_maddubs_epi16(bit_cast<__m512i>(codes), load<__m512i>(x));
-    return sums + add_products(bit_cast<Pairs>(pairs), Pairs{} + std::int16_t{1});
-  }
-#elif defined(__AVX2__)
-  const auto add_products = [](Pairs a, Pairs b) {
-    return bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
-  };
-  if constexpr (Bits < 8) {
-    const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(codes), load<__m256i>(x));
-    return sums + add_products(bit_cast<Pairs>(pairs), Pairs{} + std::int16_t{1});
-  }
-#else
-  const auto add_products = [](Pairs a, Pairs b) {
-    return bit_cast<Vec<std::int32_t>>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
-  };
-#endif
+  if constexpr (kPairsFirst<Bits>) return sums + sum_pairs(byte_pairs(codes, x));
   const Pairs both = bit_cast<Pairs>(codes), xs = load<Pairs>(x);
   const Pairs odd = bit_cast<Pairs>(bit_cast<Vec<std::uint16_t>>(both) >> 8);
-  return sums + add_products(both & std::int16_t{0xff}, xs << 8 >> 8) + add_products(odd, xs >> 8);
+  return sums + multiply_pairs(both & std::int16_t{0xff}, xs << 8 >> 8) + multiply_pairs(odd, xs >> 8);
 #elif defined(__aarch64__)
   // Signed by signed: codes of 8 bits lose 128 first, and get back 128 * x, as twice 64 * x.
   int32x4_t s = bit_cast<int32x4_t>(sums);
@@ -66,30 +84,15 @@ inline Vec<std::int32_t> dot(Vec<std::int32_t> sums, Vec<std::uint8_t> codes, co
 #endif
 }
 
-// The same of 8 / Bits vectors of codes with 64 bytes of x each.
+// Adds the dot products of 8 / Bits vectors of codes, each with its own 64 bytes of x.
 template <int Bits>
 inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[8 / Bits],
                                    const std::int8_t* x) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  if constexpr (Bits < 8) {  // the pairs of all parts also stay below 2^15
-    Vec<std::int16_t> pairs = {};
-    for (std::size_t p = 0; p < 8 / Bits; ++p) {
-#if defined(__AVX512BW__)
-      pairs +=
-          bit_cast<Vec<std::int16_t>>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes[p]), load<__m512i>(x + 64 * p)));
-#else
-      pairs +=
-          bit_cast<Vec<std::int16_t>>(_mm256_maddubs_epi16(bit_cast<__m256i>(codes[p]), load<__m256i>(x + 64 * p)));
-#endif
-    }
-    const Vec<std::int16_t> ones = Vec<std::int16_t>{} + std::int16_t{1};
-#if defined(__AVX512BW__)
-    return sums + bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(pairs), bit_cast<__m512i>(ones)));
-#else
-    return sums + bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(pairs), bit_cast<__m256i>(ones)));
-#endif
+  if constexpr (kPairsFirst<Bits>) {
+    Pairs pairs = {};
+    for (std::size_t p = 0; p < 8 / Bits; ++p) pairs += byte_pairs(codes[p], x + 64 * p);
+    return sums + sum_pairs(pairs);
   }
-#endif
   for (std::size_t p = 0; p < 8 / Bits; ++p) sums = dot<Bits>(sums, codes[p], x + 64 * p);
   return sums;
 }

@@ -2,7 +2,7 @@
 
 // Treats subnormal numbers as zero, in and out, until it goes out of scope: a unit that has died would otherwise
 // slow its optimizer step down ten- to twenty-fold. The empty assembly with a memory clobber keeps the compiler
-// from moving loads and stores, and so what is computed between them, across the switch.
+// from moving loads and stores, and the arithmetic between them, across the switch.
 class FlushSubnormals {
  public:
   FlushSubnormals() : saved_(read()) { write(saved_ | kFlush); }

@@ -98,13 +98,13 @@ inline Eight spread(Eight next, unsigned bits) {
 #endif
 }
 
-// Whatever the float type, an element is zero when all bits but the sign are.
+// An element of any float type is zero if all its bits but the sign are.
 template <class U>
 inline bool nonzero(U bits) {
   return static_cast<U>(bits << 1) != 0;
 }
 
-// Which of eight elements are not zero.
+// Returns a bit for each of eight elements that is not zero.
 template <class U>
 inline unsigned nonzero_bits(const U* x) {
 #if defined(__AVX2__)
@@ -126,7 +126,7 @@ inline unsigned nonzero_bits(const U* x) {
   return bits;
 }
 
-// How many elements of a mask are computed at a time: eight, or more where the instruction set makes that faster.
+// The elements of a mask that are computed at a time: eight, or more where the instruction set makes that faster.
 #if defined(__AVX512DQ__)
 template <class U>
 constexpr std::size_t kNonzeroAtOnce = sizeof(U) == 4 ? 64 : 8;
@@ -233,13 +233,7 @@ inline float number(const float* from) { return *from; }
 inline float number(const Half* from) { return float_of_half(from->bits); }
 inline float number(const Brain* from) { return bit_cast<float>(std::uint32_t{from->bits} << 16); }
 
-// Keeps compilers from shifting in the registers of masks, which takes four times as long.
-inline unsigned in_register(unsigned bits) {
-  asm("" : "+r"(bits));
-  return bits;
-}
-
-// As many columns as one vector expands to, under as many bits of a mask; the numbers from `from` on.
+// A vector of columns under as many bits of a mask: the next numbers of `from` where bits are set, zero elsewhere.
 #if defined(__AVX512F__)
 using Spread = Vec<float, 16>;
 

@@ -1,6 +1,12 @@
-// Arithmetic of vectors of floats: what compilers make no single instruction of by themselves.
+// Arithmetic of vectors of floats, where compilers do not find the best instruction by themselves.
 
-inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(bit_cast<Vec<std::uint32_t>>(v) & 0x7fffffffu); }
+// The bits of floats without their signs: as integers these are ordered like the magnitudes, with infinity and NaN
+// last.
+inline Vec<std::int32_t> magnitude_bits(Vec<float> v) { return bit_cast<Vec<std::int32_t>>(v) & 0x7fffffff; }
+inline Vec<std::uint32_t> magnitude_bits(Vec<std::uint32_t> bits) { return bits & 0x7fffffffu; }
+inline std::uint32_t magnitude_bits(std::uint32_t bits) { return bits & 0x7fffffffu; }
+
+inline Vec<float> abs(Vec<float> v) { return bit_cast<Vec<float>>(magnitude_bits(v)); }
 
 // The larger of v and zero, by one instruction: compilers make two of it.
 inline Vec<float> positive_part(Vec<float> v) {
@@ -36,9 +42,9 @@ inline V sqrt(V v) {
 #endif
 }
 
-// The same, by a way that leaves alone what divides, where a set has one: from an approximation of 14 bits by fused
-// multiplications. tests/train/test_optim_kernels.py proves that the root is the same whatever approximation a CPU
-// gives.
+// sqrt() without the unit that divides, where a set has an approximation of 14 bits to begin with: fused
+// multiplications refine it. tests/train/test_optim_kernels.py proves that the root is the same whatever approximation
+// a CPU gives.
 #if defined(__AVX512F__)
 template <class T>
 constexpr bool kRootByProducts = std::is_same_v<T, float>;

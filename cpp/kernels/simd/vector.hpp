@@ -1,5 +1,5 @@
 // The vector type: as wide as the instruction set has. Arithmetic is that of the GCC and Clang vector extensions, so
-// one source serves every instruction set; only what differs is spelled out per set.
+// one source serves every instruction set; only the differences are spelled out per set.
 
 #if defined(__AVX512BW__)
 constexpr std::size_t kVectorBytes = 64;
@@ -38,7 +38,7 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// The same bits seen as another vector type of the same size.
+// Returns the same bits as another type of the same size.
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -47,7 +47,7 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// The rest of a row: `bytes` < sizeof(V); lanes behind them are zero.
+// Loads the rest of a row, `bytes` < sizeof(V); the lanes behind it are zero.
 template <class V>
 inline V load_part(const void* from, std::size_t bytes) {
   V v = {};
@@ -60,13 +60,13 @@ inline void store_part(void* to, V v, std::size_t bytes) {
   std::memcpy(to, &v, bytes);
 }
 
-// The same number in every lane; "- 0" changes none, so compilers leave it out.
+// Puts a number into every lane. x - 0 is x for every float, so compilers make a broadcast of it.
 template <class T>
-inline Vec<T> repeat(T number) {
+inline Vec<T> broadcast(T number) {
   return number - Vec<T>{};
 }
 
-// What will be needed in a while: cores fetch ahead by themselves, but not far enough for many streams at once.
+// Prefetches the line `Ahead` bytes behind `at`. Cores prefetch by themselves, but not far enough for many streams.
 template <int Ahead>
 inline void prefetch(const void* at) {
   __builtin_prefetch(static_cast<const char*>(at) + Ahead);
@@ -85,17 +85,23 @@ inline Vec<double, 8> doubles(Vec<float, 8> v) {
 #endif
 }
 
-// body(Int<0>{}), body(Int<1>{}) and so on, N times: numbers that pick from arrays of vectors, which then stay in
-// registers.
+// Unrolls a loop: calls body(Int<0>{}), body(Int<1>{}) and so on, N times. Arrays of vectors that are indexed by these
+// constants stay in registers.
 template <std::size_t N, class Body>
-__attribute__((always_inline)) inline void repeat(const Body& body) {
+__attribute__((always_inline)) inline void unroll(const Body& body) {
   if constexpr (N > 0) {
-    repeat<N - 1>(body);
+    unroll<N - 1>(body);
     body(Int<static_cast<int>(N - 1)>{});
   }
 }
 
-// Halves added (or whatever `op` does) until one lane is left.
+// Operations for folds and for the loops before them.
+constexpr auto plus = [](auto a, auto b) { return a + b; };
+constexpr auto bitwise_and = [](auto a, auto b) { return a & b; };
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+
+// Combines the upper half of the lanes with the lower one by `op`, until one lane is left.
 template <class T, std::size_t Lanes, class Op>
 inline T fold_lanes(Vec<T, Lanes> v, Op op) {
   if constexpr (Lanes == 16) {
@@ -118,15 +124,28 @@ inline auto fold(V v, Op op) {
   return fold_lanes<T, sizeof(V) / sizeof(T)>(v, op);
 }
 
-// A constant for a whole loop: GCC would else make it anew wherever it is used.
+// Adds kPartials partial sums as the tree of the contract; `Partials` is an array of numbers, or of vectors of them.
+template <class T, class Partials>
+inline T tree(const Partials& partials) {
+  static_assert(sizeof partials == kPartials * sizeof(T));
+  return fold_lanes<T, kPartials>(load<Vec<T, kPartials>>(&partials), plus);
+}
+
+// Keeps a constant in a register for a whole loop; otherwise GCC rematerializes it at every use.
 template <class V>
-inline V kept(V v) {
+inline V in_register(V v) {
 #if defined(__SSE2__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
   return v;
+}
+
+// Keeps compilers from shifting an integer in the registers of masks, which takes four times as long.
+inline unsigned in_register(unsigned bits) {
+  asm("" : "+r"(bits));
+  return bits;
 }
 
 // One step towards the folds of two vectors at once: the lanes whose number has the bit `Distance` go on with the
@@ -156,7 +175,7 @@ inline Vec<float> fold_each(Vec<float>* v, Op op) {
   }
 }
 
-// Whether a comparison holds in all lanes.
+// Returns true if a comparison holds in all lanes.
 inline bool all(Vec<std::int32_t> holds) {
 #if defined(__AVX512F__)
   return _mm512_cmpge_epi32_mask(bit_cast<__m512i>(holds), _mm512_setzero_si512()) == 0;
@@ -165,6 +184,6 @@ inline bool all(Vec<std::int32_t> holds) {
 #elif defined(__SSE2__)
   return _mm_movemask_ps(bit_cast<__m128>(holds)) == 0xf;
 #else
-  return fold(holds, [](auto a, auto b) { return a & b; }) != 0;
+  return fold(holds, bitwise_and) != 0;
 #endif
 }

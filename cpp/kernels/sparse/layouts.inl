@@ -1,6 +1,15 @@
-// Dense rows to the positions and numbers of their entries, and back.
+// Dense rows to positions and numbers, and back. A row of ten columns in each layout:
+//
+//   dense     0 a 0 0 b 0 0 0 c 0
+//   numbers   a b c
+//   mask      0100 1000 | 10            a bit for each column, lowest first; rows start on a byte
+//   index16   1 4 8                     columns
+//   index8    1 2 3                     gaps: columns skipped before each entry
+//
+// A gap above 255 is bridged by entries of value zero. Rows are moved eight elements at a time: a byte of the mask
+// picks a row of kBits, which says where the elements of its bits stand among eight.
 
-// Set bits among the first n of a mask.
+// Counts the bits among the first n of a mask.
 std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
   std::size_t count = 0, i = 0;
   for (; i + 64 <= n; i += 64)
@@ -11,6 +20,7 @@ std::size_t count_bits(const std::uint8_t* mask, std::size_t n) {
 
 // ---- dense to sparse and back --------------------------------------------------------------------------------
 
+// Writes the mask of n elements; returns how many are not zero.
 template <class U>
 std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
   const U* x = static_cast<const U*>(from);
@@ -36,7 +46,7 @@ std::size_t nonzero_mask(const void* from, std::size_t n, std::uint8_t* mask) {
   return count;
 }
 
-// `count` elements under the mask. Eight are written at a time while there is room for them.
+// Moves the `count` elements under the mask to the front. Eight are written at a time while there is room for them.
 template <class U>
 void compress_row(const void* from, const std::uint8_t* mask, std::size_t cols, std::size_t count, void* values) {
   const U* x = static_cast<const U*>(from);
@@ -53,6 +63,7 @@ void compress_row(const void* from, const std::uint8_t* mask, std::size_t cols, 
   }
 }
 
+// The inverse of compress_row(): zeros where the mask has none. Eight are read at a time while there are so many.
 template <class U>
 void expand_row(const std::uint8_t* mask, const void* values, std::size_t count, std::size_t cols, void* out) {
   const U* from = static_cast<const U*>(values);
@@ -75,24 +86,13 @@ void expand_row(const std::uint8_t* mask, const void* values, std::size_t count,
   for (; i < cols; ++i) x[i] = mask[i / 8] >> (i % 8) & 1 ? *from++ : U{0};
 }
 
+// Writes `count` elements to their columns, and zeros elsewhere.
 template <class U>
 void scatter_row(const std::uint16_t* columns, const void* values, std::size_t count, std::size_t cols, void* out) {
   const U* from = static_cast<const U*>(values);
   U* x = static_cast<U*>(out);
   std::memset(x, 0, cols * sizeof(U));
   for (std::size_t i = 0; i < count; ++i) x[columns[i]] = from[i];
-}
-
-template <class Call>
-auto by_width(int width, Call call) {
-  switch (width) {
-    case 2:
-      return call(std::uint16_t{});
-    case 4:
-      return call(std::uint32_t{});
-    default:
-      return call(std::uint64_t{});
-  }
 }
 
 std::size_t nonzero_mask_any(int width, const void* x, std::size_t n, std::uint8_t* mask) {
@@ -116,7 +116,7 @@ void scatter_row_any(int width, const std::uint16_t* columns, const void* values
 
 // ---- columns -------------------------------------------------------------------------------------------------
 
-// The columns of a mask's set bits; there must be room for 7 more. Returns how many.
+// Writes the columns of a mask's set bits, and returns how many there are. There must be room for 7 more.
 std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16_t* columns) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < cols; i += 8) {
@@ -127,8 +127,8 @@ std::size_t mask_columns(const std::uint8_t* mask, std::size_t cols, std::uint16
   return count;
 }
 
-// Of each entry the distance from the one before, less one; from column -1 for the first. Where it is more than a
-// byte holds, entries with the value zero step in between. Returns the number of entries; `gaps` may be null.
+// Writes the gap of each entry: its distance from the one before, less one, where the first counts from column -1. Gaps
+// above 255 are bridged by entries of value zero. Returns the number of entries with these; `gaps` may be null.
 std::size_t column_gaps(const std::uint16_t* columns, std::size_t count, std::uint8_t* gaps) {
   if (count == 0) return 0;
   std::size_t steps = columns[0] / 256u;
@@ -149,8 +149,12 @@ std::size_t column_gaps(const std::uint16_t* columns, std::size_t count, std::ui
   return count + steps;
 }
 
-// The first `left` of eight columns from their gaps and, in all lanes, the column before. The carry from eight to eight
-// stays in a vector.
+// Eight columns from their gaps, of which `left` exist, and the column before them in all lanes. Their prefix sums take
+// three steps, and the carry from eight to eight stays in a vector:
+//
+//   gaps + 1     a   b     c       d         ...
+//   + 1 lane     a   a+b   b+c     c+d       ...
+//   + 2 lanes    a   a+b   a+b+c   a+b+c+d   ...         and 4 lanes for the other four
 inline Columns columns_of_gaps(const std::uint8_t* gaps, std::size_t left, Columns before) {
   std::uint8_t part[8] = {};
   if (left < 8) {
@@ -165,8 +169,10 @@ inline Columns columns_of_gaps(const std::uint8_t* gaps, std::size_t left, Colum
   return c + before;
 }
 
+// The last of eight columns, in all lanes.
 inline Columns last_column(Columns c) { return __builtin_shufflevector(c, c, 7, 7, 7, 7, 7, 7, 7, 7); }
 
+// Writes the columns of `count` gaps, of which the first counts from `next`.
 void gap_columns(const std::uint8_t* gaps, std::size_t count, std::uint16_t next, std::uint16_t* columns) {
   Columns c = Columns{} + static_cast<std::uint16_t>(next - 1);
   for (std::size_t i = 0; i < count; i += 8) {

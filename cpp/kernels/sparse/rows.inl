@@ -1,33 +1,48 @@
-// Products for few rows of x: one row of x after the other.
+// Products of few rows of x with sparse rows: one row of x after the other.
+//
+// The numbers of a row lie without gaps; its positions say which elements of x they meet. Under a mask:
+//
+//   mask      1 0 0 1 | 0 1 1 0 | ...         bits of the row, lowest first
+//   numbers   a b c d ...                     those of the set bits, in order
+//   vector    a 0 0 b | 0 c d 0 | ...         spread: the next numbers go to the lanes whose bits are set
+//   x         x x x x | x x x x | ...         loaded as it lies
+//   partial   column c goes to partial sum c % 16
+//
+// With the column of each entry (index16), or its gap (index8), x is gathered instead:
+//
+//   columns   3 17 18 40 | ...                one for each entry
+//   vector    a b  c  d  | ...                numbers, loaded as they lie
+//   x         x[3] x[17] x[18] x[40] | ...
+//   partial   entry k goes to partial sum k % 16
+//
+// A block is a bit of the mask and 16 numbers: both vectors are loaded as they lie.
+//
+// Sums have kPartials partial sums for each stretch of kSparseStretch columns (or entries). The partial sums of the
+// stretches are added up one by one, and at the end as a tree.
 
-// The order of summation is fixed, so the result has the same bits on every instruction set and for any number of
-// threads. By vectors: entry k of a stretch goes to partial sum k % 16, stretches are added up, and at last the
-// sixteen as a tree. Under a mask k counts columns, elsewhere it counts entries.
-constexpr std::size_t kReach = 1024;
-
-// What kernels may read behind the last number that they need.
+// Kernels may read as many numbers behind the last one that they need.
 constexpr std::size_t kSlack = 16;
 
-// Numbers [begin, begin + n) of what is stored, n at most kReach, so that kSlack more may be read: where they are, or
-// at the very end in `scratch`, which holds n + kSlack.
+// Returns numbers [begin, begin + n) of w, n at most kSparseStretch, so that kSlack more may be read. At the very end
+// of w they are copied to `scratch`, which holds n + kSlack.
 template <class T>
 inline const T* numbers_of(const Sparse& w, std::size_t begin, std::size_t n, T* scratch) {
-  const T* from = static_cast<const T*>(w.values) + begin;
-  if (begin + n + kSlack <= w.count) return from;
-  std::memcpy(scratch, from, n * sizeof(T));
+  const T* numbers = static_cast<const T*>(w.values) + begin;
+  if (begin + n + kSlack <= w.count) return numbers;
+  std::memcpy(scratch, numbers, n * sizeof(T));
   return scratch;
 }
 
-// Codes [begin, begin + n) of the first row, as `dequantize` gives them, but kSlack more numbers may be written: groups
-// need not end with a vector.
+// Decodes codes [begin, begin + n) of the first row, with the bits of dequantize(). A group need not end with a vector,
+// so kSlack more numbers may be written.
 inline void decode_codes(const Quantized& q, std::size_t begin, std::size_t n, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
   const std::size_t per_byte = static_cast<std::size_t>(8 / q.bits), skip = begin % per_byte;
-  std::uint8_t block[kReach + 4 + kSlack];
+  std::uint8_t buffer[kSparseStretch + 4 + kSlack];
   const std::uint8_t* codes = q.codes + begin / per_byte;
   if (q.bits < 8 || begin + n + kSlack > q.cols) {
-    unpack_any(q.bits, codes, skip + n, block);
-    codes = block + skip;
+    unpack_any(q.bits, codes, skip + n, buffer);
+    codes = buffer + skip;
   }
   std::size_t g = begin / q.group, next = (g + 1) * q.group - begin;
   for (std::size_t i = 0; i < n; ++g, next += q.group) {
@@ -38,12 +53,12 @@ inline void decode_codes(const Quantized& q, std::size_t begin, std::size_t n, f
   }
 }
 
-// The same as float, decoded into `scratch` if they are stored otherwise.
+// Returns numbers_of() as float: in place if they are stored so, otherwise decoded into `scratch`.
 inline const float* values_of(const Sparse& w, std::size_t begin, std::size_t n, float* scratch) {
   const auto decode = [&](auto type) {
-    decltype(type) last[kReach + kSlack];
-    const auto* from = numbers_of(w, begin, n, last);
-    for (std::size_t i = 0; i < n; i += 8) store(scratch + i, load_eight(from + i));
+    decltype(type) last[kSparseStretch + kSlack];
+    const auto* numbers = numbers_of(w, begin, n, last);
+    for (std::size_t i = 0; i < n; i += 8) store(scratch + i, load_eight(numbers + i));
     return scratch;
   };
   if (w.quantized) {
@@ -55,30 +70,21 @@ inline const float* values_of(const Sparse& w, std::size_t begin, std::size_t n,
   return numbers_of(w, begin, n, scratch);
 }
 
-inline float tree(const Four (&s)[4]) {
-  const Four four = (s[0] + s[2]) + (s[1] + s[3]);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
+// Partial sums, in as many vectors as they fill.
+struct Partials {
+  Spread part[kPartials / kSpread] = {};
 
-// Sixteen partial sums.
-struct Sixteen {
-  Spread part[16 / kSpread] = {};
-
-  void add(const Sixteen& other) {
-    for (std::size_t p = 0; p < 16 / kSpread; ++p) part[p] += other.part[p];
+  void add(const Partials& other) {
+    for (std::size_t p = 0; p < kPartials / kSpread; ++p) part[p] += other.part[p];
   }
-  float sum() const {
-    Four s[4];
-    std::memcpy(s, part, sizeof s);
-    return tree(s);
-  }
+  float sum() const { return tree<float>(part); }
 };
 
-// Fetches memory into the outer cache in steps, every line once: the cores' own prefetching falls behind where loads
-// overlap and run at an uneven pace, and a line that is left out costs as much as many that are not.
-class Ahead {
+// Prefetches memory into L2 in steps, every line once. The prefetcher of a core falls behind where loads overlap and
+// run at an uneven pace, and one line that is left out costs as much as many.
+class Prefetcher {
  public:
-  Ahead(const void* begin, const void* end, std::size_t steps)
+  Prefetcher(const void* begin, const void* end, std::size_t steps)
       : at_(static_cast<const char*>(begin)),
         left_((static_cast<std::size_t>(static_cast<const char*>(end) - at_) + 127) / 64),
         lines_((left_ + steps - 1) / steps) {}
@@ -95,36 +101,38 @@ class Ahead {
   std::size_t left_, lines_;
 };
 
-// The sums of `Rows` rows under their masks: they share the loads of x, and their chains of additions overlap.
-// T is what the numbers are stored as; or float where `Decoded`, for those that are decoded a stretch at a time.
+// The sums of `Rows` rows under masks. The rows share the loads of x, and their chains of additions overlap. T is the
+// type that numbers are loaded as: the stored one, or float where `Decoded`, for those that are decoded a stretch at a
+// time. The function is long because the pointers and sums of all rows must stay in registers across its loops.
 template <class T, bool Decoded, std::size_t Rows>
 void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
-  T scratch[Rows][kReach + kSlack];
+  T scratch[Rows][kSparseStretch + kSlack];
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
   std::size_t at[Rows];
   for (std::size_t r = 0; r < Rows; ++r) at[r] = static_cast<std::size_t>(w.row_offsets[row + r]);
+  // While these rows are multiplied, the next ones are prefetched.
   const std::size_t next = static_cast<std::size_t>(w.row_offsets[row + Rows]),
                     far = static_cast<std::size_t>(w.row_offsets[w.rows - row < 2 * Rows ? w.rows : row + 2 * Rows]);
   const std::size_t width = Decoded ? static_cast<std::size_t>(w.quantized->bits) : 8 * sizeof(T);
   const std::uint8_t* const values = Decoded ? w.quantized->codes : static_cast<const std::uint8_t*>(w.values);
-  Ahead ahead(values + next * width / 8, values + far * width / 8, w.cols / 64 + 1),
-      ahead_mask(mask + Rows * w.row_bytes, mask + 2 * Rows * w.row_bytes, w.cols / 512 + 1);
+  Prefetcher next_values(values + next * width / 8, values + far * width / 8, w.cols / 64 + 1),
+      next_masks(mask + Rows * w.row_bytes, mask + 2 * Rows * w.row_bytes, w.cols / 512 + 1);
 
-  Sixteen total[Rows];
-  for (std::size_t begin = 0; begin < w.cols; begin += kReach) {
-    const std::size_t n = w.cols - begin < kReach ? w.cols - begin : kReach;
-    const T* from[Rows];
+  Partials total[Rows];
+  for (std::size_t begin = 0; begin < w.cols; begin += kSparseStretch) {
+    const std::size_t n = w.cols - begin < kSparseStretch ? w.cols - begin : kSparseStretch;
+    const T* numbers[Rows];
     for (std::size_t r = 0; r < Rows; ++r) {
       if constexpr (Decoded) {
-        from[r] = values_of(w, at[r], count_bits(mask + r * w.row_bytes + begin / 8, n), scratch[r]);
+        numbers[r] = values_of(w, at[r], count_bits(mask + r * w.row_bytes + begin / 8, n), scratch[r]);
       } else {
         const std::size_t left = static_cast<std::size_t>(w.row_offsets[row + r + 1]) - at[r];
-        from[r] = numbers_of(w, at[r], left < n ? left : n, scratch[r]);
+        numbers[r] = numbers_of(w, at[r], left < n ? left : n, scratch[r]);
       }
     }
     const T* first[Rows];
-    std::memcpy(first, from, sizeof first);
-    Sixteen partial[Rows];
+    std::memcpy(first, numbers, sizeof first);
+    Partials partial[Rows];
     const auto multiply = [&](std::size_t c, const std::uint64_t (&words)[Rows], std::size_t columns) {
       for (std::size_t p = 0; p < columns / kSpread; ++p) {
         const std::uint64_t below = (std::uint64_t{1} << (p * kSpread)) - 1;
@@ -132,17 +140,17 @@ void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
         for (std::size_t r = 0; r < Rows; ++r) {
           const unsigned bits = in_register(static_cast<unsigned>(words[r] >> (p * kSpread)) & ((1u << kSpread) - 1));
           const std::size_t before = static_cast<std::size_t>(__builtin_popcountll(words[r] & below));
-          partial[r].part[p % (16 / kSpread)] += spread_numbers(from[r] + before, bits) * xs;
+          partial[r].part[p % (kPartials / kSpread)] += spread_numbers(numbers[r] + before, bits) * xs;
         }
       }
-      for (std::size_t r = 0; r < Rows; ++r) from[r] += __builtin_popcountll(words[r]);
+      for (std::size_t r = 0; r < Rows; ++r) numbers[r] += __builtin_popcountll(words[r]);
     };
     std::size_t c = begin;
     for (; c + 64 <= begin + n; c += 64) {
       std::uint64_t words[Rows];
       for (std::size_t r = 0; r < Rows; ++r) words[r] = load<std::uint64_t>(mask + r * w.row_bytes + c / 8);
-      ahead.step();
-      if (c % 512 == 0) ahead_mask.step();
+      next_values.step();
+      if (c % 512 == 0) next_masks.step();
       multiply(c, words, 64);
     }
     for (; c < begin + n; c += 16) {
@@ -154,46 +162,49 @@ void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
       multiply(c, words, 16);
     }
     for (std::size_t r = 0; r < Rows; ++r) {
-      at[r] += static_cast<std::size_t>(from[r] - first[r]);
+      at[r] += static_cast<std::size_t>(numbers[r] - first[r]);
       total[r].add(partial[r]);
     }
   }
   for (std::size_t r = 0; r < Rows; ++r) sums[r] = total[r].sum();
 }
 
+// The sum of one row of blocks. A stretch is one word of the mask: 64 blocks.
 inline float dot_blocks(const Sparse& w, std::size_t row, const float* x) {
-  float scratch[kReach + kSlack];
+  static_assert(kSparseStretch == 64 * kBlockLength);
+  float scratch[kSparseStretch + kSlack];
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
   std::size_t at = kBlockLength * static_cast<std::size_t>(w.row_offsets[row]);
-  Sixteen total;
-  for (std::size_t begin = 0; begin < w.cols; begin += kReach, mask += 8) {
+  Partials total;
+  for (std::size_t begin = 0; begin < w.cols; begin += kSparseStretch, mask += 8) {
     const std::size_t left = (w.cols - begin + 8 * kBlockLength - 1) / (8 * kBlockLength);  // bytes of mask
     std::uint64_t word = load_part<std::uint64_t>(mask, left < 8 ? left : 8);
     const std::size_t count = kBlockLength * static_cast<std::size_t>(__builtin_popcountll(word));
-    const float* from = values_of(w, at, count, scratch);
+    const float* values = values_of(w, at, count, scratch);
     at += count;
-    Sixteen partial;
-    for (; word != 0; word &= word - 1, from += kBlockLength) {
+    Partials partial;
+    for (; word != 0; word &= word - 1, values += kBlockLength) {
       const float* xs = x + begin + kBlockLength * static_cast<std::size_t>(__builtin_ctzll(word));
-      for (std::size_t p = 0; p < 16 / kSpread; ++p)
-        partial.part[p] += load<Spread>(from + p * kSpread) * load<Spread>(xs + p * kSpread);
+      for (std::size_t p = 0; p < kPartials / kSpread; ++p)
+        partial.part[p] += load<Spread>(values + p * kSpread) * load<Spread>(xs + p * kSpread);
     }
     total.add(partial);
   }
   return total.sum();
 }
 
-// Loading the numbers of x one by one is twice as fast as the gather instruction. T and Decoded as above; an Index is
-// a column, or in a byte the distance from the one before less one.
+// The sum of one row by columns or gaps: an Index of two bytes is a column, of one byte a gap. T and Decoded as above.
+// Numbers of x are loaded one by one, which is twice as fast as the gather instruction. The function is long because
+// its lambdas share the place that gaps count from and the partial sums, which must stay in registers.
 template <class T, bool Decoded, class Index>
 float dot_columns(const Sparse& w, std::size_t row, const float* x) {
-  T scratch[kReach + kSlack];
+  T scratch[kSparseStretch + kSlack];
   const std::size_t first = static_cast<std::size_t>(w.row_offsets[row]),
                     end = static_cast<std::size_t>(w.row_offsets[row + 1]);
   Four total[4] = {};
-  std::size_t next = 0;
-  for (std::size_t at = first; at < end; at += kReach) {
-    const std::size_t n = end - at < kReach ? end - at : kReach;
+  std::size_t next = 0;  // the column behind the last entry
+  for (std::size_t at = first; at < end; at += kSparseStretch) {
+    const std::size_t n = end - at < kSparseStretch ? end - at : kSparseStretch;
     const T* v;
     if constexpr (Decoded) {
       v = values_of(w, at, n, scratch);
@@ -201,12 +212,13 @@ float dot_columns(const Sparse& w, std::size_t row, const float* x) {
       v = static_cast<const T*>(w.values) + at;
     }
     const Index* index = static_cast<const Index*>(w.positions) + at;
-    const auto fetch = [&](std::size_t i) {
+    const auto prefetch_entries = [&](std::size_t i) {
       if constexpr (!Decoded) __builtin_prefetch(reinterpret_cast<const char*>(v + i) + 8192, 0, 2);
       __builtin_prefetch(reinterpret_cast<const char*>(index + i) + 4096, 0, 2);
     };
-    // Numbers of x at four entries, `before` of them behind those that `next` is for: then a byte takes one addition.
-    const auto four = [&](std::size_t i, std::size_t before) {
+    // Gathers x at four entries. `before` is how many entries lie between them and `next`: so each gap costs one
+    // addition, and the ones of "less one" are added to the pointer.
+    const auto gather = [&](std::size_t i, std::size_t before) {
       const Index* q = index + i;
       if constexpr (sizeof(Index) == 2) {
         const std::uint64_t c = load<std::uint64_t>(q);
@@ -221,15 +233,15 @@ float dot_columns(const Sparse& w, std::size_t row, const float* x) {
     Four sum[4] = {};
     std::size_t i = 0;
     for (; i + 16 <= n; i += 16) {
-      fetch(i);
-      for (std::size_t j = 0; j < 4; ++j) sum[j] += four(i + 4 * j, 4 * j) * load_four(v + i + 4 * j);
+      prefetch_entries(i);
+      for (std::size_t j = 0; j < 4; ++j) sum[j] += gather(i + 4 * j, 4 * j) * load_four(v + i + 4 * j);
       next += 16;
     }
-    fetch(i);
-    const auto rest = [&](Four& to) {
+    prefetch_entries(i);
+    const auto add_rest = [&](Four& to) {
       if (i >= n) return;
       if (i + 4 <= n) {
-        to += four(i, 0) * load_four(v + i);
+        to += gather(i, 0) * load_four(v + i);
         next += 4;
       } else {
         Four xs = {}, vs = {};
@@ -243,10 +255,10 @@ float dot_columns(const Sparse& w, std::size_t row, const float* x) {
       }
       i += 4;
     };
-    for (Four& to : sum) rest(to);
+    for (Four& to : sum) add_rest(to);
     for (std::size_t j = 0; j < 4; ++j) total[j] += sum[j];
   }
-  return tree(total);
+  return tree<float>(total);
 }
 
 // Calls call(T{}, decoded) with the type that numbers are loaded as.
@@ -260,7 +272,7 @@ inline void by_numbers(const Sparse& w, Call call) {
 
 void linear_sparse(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
                    std::size_t begin, std::size_t end) {
-  constexpr std::size_t together = 4;
+  constexpr std::size_t together = 4;  // rows under masks
   by_numbers(w, [&](auto type, auto decoded) {
     using T = decltype(type);
     constexpr bool Decoded = decltype(decoded)::value;

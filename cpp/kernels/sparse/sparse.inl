@@ -1,5 +1,5 @@
-// Sparse storage and products with it. What is stored of a row are its entries: numbers with their columns, or, under
-// a mask of blocks, 16 numbers at a time. Elements are integers of their width where they are only moved.
+// Sparse storage and products with it. A row is stored as its entries: numbers and their positions, or, under a mask of
+// blocks, 16 numbers for each position. Where elements are only moved, they are integers of their width.
 
 #include "kernels/sparse/layouts.inl"
 //

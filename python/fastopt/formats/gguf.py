@@ -28,7 +28,7 @@ OPTIONS = {
 }
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
-_PANEL = 1 << 13  # blocks that are converted at a time, in cache
+_AT_ONCE = 1 << 13  # blocks that are converted at a time, in cache
 _BELOW, _FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 _PLAIN = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
 _NAME_BYTES = 63
@@ -175,14 +175,14 @@ def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
     out = np.empty(scale.size, [("scale", "<f2"), ("minimum", "<f2"), ("codes", "<u2", 8)])
     out["scale"], out["minimum"] = scale.reshape(-1), minimum.reshape(-1)
     flat = q.codes.reshape(-1)
-    for begin in range(0, out.size, _PANEL):
-        codes = out["codes"][begin : begin + _PANEL]
+    for begin in range(0, out.size, _AT_ONCE):
+        codes = out["codes"][begin : begin + _AT_ONCE]
         step = 4 * q.bits  # bytes of a block
-        panel = flat[begin * step : (begin + len(codes)) * step]
+        packed = flat[begin * step : (begin + len(codes)) * step]
         if q.bits == 2:  # to 4 bits a code
-            panel = pack_bits(unpack_bits(panel, 2, len(codes) * _BLOCK), 4)
+            packed = pack_bits(unpack_bits(packed, 2, len(codes) * _BLOCK), 4)
         # Eight bytes at a time: codes 0 to 15 of each block, and 16 to 31. Even codes are in the low halves.
-        first, second = panel.view("<u8").reshape(-1, 2).T
+        first, second = packed.view("<u8").reshape(-1, 2).T
         even = (first & _BELOW) | ((second & _BELOW) << _FOUR)
         odd = ((first >> _FOUR) & _BELOW) | (second & ~_BELOW)
         pairs = odd.view(np.uint8).astype(np.uint16) << 8

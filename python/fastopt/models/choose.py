@@ -273,30 +273,30 @@ class _Search:
 
 def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice]:
     """Yield the bytes and the error of a tensor for each setting that is open."""
-    kept: SparseTensor | None = None
+    pruned: SparseTensor | None = None
     array = unpacked(tensor)
     if isinstance(tensor, SparseTensor) and not options.prunes:
-        kept, sample = tensor, array
+        pruned, sample = tensor, array
     elif options.prunes:
-        kept = prune(array, threshold=options.threshold, sparsity=options.sparsity, pattern=options.pattern)
-        sample = kept.to_dense()
+        pruned = prune(array, threshold=options.threshold, sparsity=options.sparsity, pattern=options.pattern)
+        sample = pruned.to_dense()
     else:
         step = max(1, -(-array.size // _SAMPLE))
         sample = array[::step] if array.ndim > 1 else array
     for bits in _GROUP_SIZES:
         groups: tuple[Any, ...] = (options.group_size,)
         if options.group_size == "auto":
-            groups = (_GROUP_SIZES if kept is None else _SPARSE_GROUP_SIZES)[bits]
+            groups = (_GROUP_SIZES if pruned is None else _SPARSE_GROUP_SIZES)[bits]
         for group_size in groups:
             changes = {"bits": bits, "group_size": group_size}
             changed = options.changed(changes)
-            if kept is None:
+            if pruned is None:
                 q = changed.apply(sample)
                 assert isinstance(q, QuantizedTensor)
                 nbytes = sizes.quantized(array.shape, bits, group_size, q.scale.dtype, changed.outliers)
                 sums = q.error_sums(sample)
             else:
-                s = changed.apply(kept) if kept is tensor else changed.quantize_values(kept)
+                s = changed.apply(pruned) if pruned is tensor else changed.quantize_values(pruned)
                 nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
             relative = sums.noise / sums.signal if sums.signal > 0 else 0.0

@@ -89,8 +89,8 @@ class Options:
         """
         if self.prunes:
             array = unpacked(tensor)
-            kept: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
-            return kept if self.bits is None else self.quantize_values(kept)
+            pruned: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
+            return pruned if self.bits is None else self.quantize_values(pruned)
         if isinstance(tensor, SparseTensor):
             if self.outliers is not None:
                 raise ValueError("outliers: expected None for a tensor that is stored sparse")
@@ -118,12 +118,12 @@ class Options:
         group_size = group_sizes[values.bits] if self.group_size == "auto" else self.group_size
         return group_size == values.group_size and values.scale.dtype in (self.param_dtype, np.float32)
 
-    def quantize_values(self, kept: SparseTensor) -> SparseTensor:
+    def quantize_values(self, pruned: SparseTensor) -> SparseTensor:
         """Return a pruned tensor with its values in `bits` bits."""
         assert self.bits is not None
-        if kept.layout == "index16":  # index8 takes a third less, and a tenth more time
-            kept = kept.to_layout("index8")
-        return kept.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
+        if pruned.layout == "index16":  # index8 takes a third less, and a tenth more time
+            pruned = pruned.to_layout("index8")
+        return pruned.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
 
 
 _NO_FLOATS = "is not quantized or pruned"

@@ -41,7 +41,7 @@ def linear(
           5e-7 of float64 (relative, L2), as a product in float32 is.
         - "int8" rounds `x` to whole numbers of 8 bits. It is up to twice as fast, and mostly within 1e-2 of float64;
           within 2e-2 where a few values of `x` dwarf all others.
-        - "blas" decodes `w` to float32, a panel of rows at a time, and leaves the products to NumPy's BLAS. It is as
+        - "blas" decodes `w` to float32, some rows at a time, and leaves the products to NumPy's BLAS. It is as
           close as "exact", but the bits depend on the BLAS and the machine. It is faster for many rows of `x` on
           CPUs without dot products of bytes (AVX-512 VNNI, NEON dot product).
 

@@ -80,10 +80,10 @@ def _block_norms(w: Array) -> Array:
     rows, cols = as_matrix(w.shape)
     x = w.reshape(rows, cols)
     norms = np.zeros((rows, -(-cols // BLOCK)))
-    for top in range(0, rows, 256):  # a panel stays in cache
-        panel = np.square(x[top : top + 256].astype(np.float64))
+    for top in range(0, rows, 256):  # 256 rows stay in cache
+        squares = np.square(x[top : top + 256].astype(np.float64))
         for j in range(BLOCK):
-            part = panel[:, j::BLOCK]
+            part = squares[:, j::BLOCK]
             norms[top : top + 256, : part.shape[1]] += part
     return np.sqrt(norms)
 

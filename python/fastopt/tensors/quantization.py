@@ -179,8 +179,8 @@ def quantize(
     q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype)
     if outliers is None and max_error is None:
         return q
-    kept = _find_outliers(q, array, outliers, max_error)
-    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, kept)
+    found = _find_outliers(q, array, outliers, max_error)
+    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, found)
 
 
 def _check_out(out: QuantizedTensor, shape: tuple[int, ...], bits: int, group_size: int | None, outliers: bool) -> None:

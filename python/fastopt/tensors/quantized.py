@@ -25,7 +25,7 @@ from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import PackedTensor, Precision, Storage
 
 _LIMBS = {"exact": 3, "int8": 1}
-_PANEL_SIZE = 1 << 19  # number of weights that are decoded at a time for BLAS; they stay in the outer cache
+_DECODED_SIZE = 1 << 19  # number of weights that are decoded at a time for BLAS; they stay in the outer cache
 
 
 def _kernel_group_size(group_size: int | None, cols: int) -> int:
@@ -229,23 +229,23 @@ class QuantizedTensor(PackedTensor):
 
     def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         if precision == "blas":
-            return self._by_panels(x, bias, out)
+            return self._by_blas(x, bias, out)
         return _core.linear_quantized(x, *self.kernel_args, self.shape, bias, out, _LIMBS[precision], self.outliers)
 
-    def _by_panels(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None) -> Array:
-        """Decode some rows at a time and leave each panel to BLAS."""
+    def _by_blas(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None) -> Array:
+        """Decode some rows at a time, and leave their products to BLAS."""
         stored = {"codes": self.codes, "scale": self.scale, "minimum": self.minimum}
         x, bias, out = _core.check_linear(x, self.shape, bias, out, stored)
         (rows, cols), batch = as_matrix(self.shape), math.prod(x.shape[:-1])
         x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
-        step = max(1, _PANEL_SIZE // max(cols, 1))
+        step = max(1, _DECODED_SIZE // max(cols, 1))
         memory = np.empty((min(step, rows), cols), np.float32)
         for begin in range(0, rows, step):
             part = self[begin : begin + step] if self.ndim > 1 else self
-            panel = memory[: min(step, rows - begin)]
-            part.dequantize(out=panel.reshape(part.shape))
+            decoded = memory[: min(step, rows - begin)]
+            part.dequantize(out=decoded.reshape(part.shape))
             with np.errstate(all="ignore"):
-                np.matmul(x2, panel.T, out=out2[:, begin : begin + step])
+                np.matmul(x2, decoded.T, out=out2[:, begin : begin + step])
         if bias is not None:
             np.add(out2, bias, out=out2)
         return out
