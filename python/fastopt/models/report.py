@@ -136,6 +136,7 @@ class Reporter:
     def __init__(self, recipe: Recipe | None = None) -> None:
         self._recipe = recipe
         self._tensors: list[TensorReport] = []
+        self._by_name: dict[str, TensorReport] = {}
         self._sums = ErrorSums()
         self._measured = False
 
@@ -191,15 +192,15 @@ class Reporter:
         size = math.prod(shape)
         per_weight = 8 * nbytes / max(size, 1)
         before = size * dtype.itemsize if nbytes_before is None else nbytes_before
-        self._tensors.append(
-            TensorReport(
-                name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
-            )
+        added = TensorReport(
+            name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
         )
+        self._tensors.append(added)
+        self._by_name[name] = added
 
     def add_tied(self, name: str, to: str) -> None:
         """Add a name of a tensor that is stored under another one; it takes no bytes."""
-        first = next(tensor for tensor in self._tensors if tensor.name == to)
+        first = self._by_name[to]
         reason = f"tied to {to}"
         self._tensors.append(replace(first, name=name, nbytes_before=0, nbytes=0, bits_per_weight=0.0, reason=reason))
 
