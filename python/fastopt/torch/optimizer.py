@@ -22,8 +22,13 @@ Group: TypeAlias = dict[str, Any]
 Part: TypeAlias = tuple[Group, list[torch.Tensor]]  # parameters of a group
 Memory: TypeAlias = tuple[int, int, int]  # address, elements and the number of their type: Operand in cpp/bindings/
 
-_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # Float in cpp/kernels/contract.hpp
-_STATES = {torch.bfloat16: 1, torch.uint8: 2}  # StateType there; 0 for others
+FLOAT_NUMBERS = {
+    torch.float16: 0,
+    torch.bfloat16: 1,
+    torch.float32: 2,
+    torch.float64: 3,
+}  # Float in cpp/kernels/contract.hpp
+STATE_NUMBERS = {torch.bfloat16: 1, torch.uint8: 2}  # 0 for others
 _STATE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -288,7 +293,7 @@ class Optimizer(torch.optim.Optimizer):
                         group[name] = old[name]
                 self._check(group)
                 for p, i in zip(group["params"], saved["params"], strict=True):
-                    if p.is_cpu and p.dtype in _FLOATS:
+                    if p.is_cpu and p.dtype in FLOAT_NUMBERS:
                         for key, value in given["state"].get(i, {}).items():
                             self.state[p][key] = _copied(value)
 
@@ -368,7 +373,7 @@ class _Batch:
         differentiable = group.get("differentiable", False)
         names = group.get("param_names")
         strided, float32, float64, uint8 = torch.strided, torch.float32, torch.float64, torch.uint8
-        state_number = _STATES.get(wanted, 0)
+        state_number = STATE_NUMBERS.get(wanted, 0)
         states_of = opt.state
         runs: dict[int, _Run] = {}
         for index, p in enumerate(params):
@@ -385,7 +390,7 @@ class _Batch:
                     grad = grad.redistribute(p.device_mesh, p.placements)
                 w, grad = p.to_local(), grad.to_local()
             dtype, size = w.dtype, w.numel()
-            number = _FLOATS.get(dtype)
+            number = FLOAT_NUMBERS.get(dtype)
             contiguous = w.is_contiguous()
             if (
                 number is None
@@ -460,7 +465,7 @@ class _Batch:
                 run = runs[count] = _Run(group, options, count, chance)
             run.names.append(names[index] if names else index)
             run.params.append((address, size, number))
-            memory = (grad.data_ptr(), size, _FLOATS[grad_dtype])
+            memory = (grad.data_ptr(), size, FLOAT_NUMBERS[grad_dtype])
             run.grads.append(memory)
             run.states.append(tuple(addresses))
             run.counts.append(count_address)

@@ -1,0 +1,168 @@
+"""The operators of DeepSpeed's CPU optimizers: ZeRO-Offload with fastopt's step, and without a compiler."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+
+from fastopt import _core
+from fastopt.torch.optimizer import FLOAT_NUMBERS, STATE_NUMBERS
+from fastopt.train.optimizer import Hyper, hyper, job
+from fastopt.train.optimizers import Adagrad, Lion
+
+
+def install() -> None:
+    """Let ``DeepSpeedCPUAdam``, ``DeepSpeedCPUAdagrad`` and ``DeepSpeedCPULion`` step by fastopt's kernels.
+
+    Call it before an optimizer is made. The classes stay DeepSpeed's, so that its checks for them pass; their
+    builders no longer compile anything. Parameters and gradients have one dtype; states are float32, or bfloat16 and
+    then rounded by chance.
+
+    Raises
+    ------
+    ImportError
+        If DeepSpeed is not installed.
+
+    Examples
+    --------
+    >>> import fastopt.torch.deepspeed
+    >>> fastopt.torch.deepspeed.install()  # doctest: +SKIP
+    """
+    builders = import_module("deepspeed.ops.op_builder")
+    for name in ("CPUAdamBuilder", "CPUAdagradBuilder", "CPULionBuilder"):
+        builder = getattr(builders, name)
+        builder.load = lambda self, verbose=True: Operators
+        builder.is_compatible = lambda self, verbose=False: True
+
+
+class Operators:
+    """What DeepSpeed's compiled modules offer, by the same names."""
+
+    _decoupled: ClassVar[dict[int, bool]] = {}  # of each optimizer of Adam: whether weight decay is AdamW's
+
+    @classmethod
+    def create_adam(
+        cls, number: int, lr: float, beta1: float, beta2: float, eps: float, decay: float, adamw: bool, log: bool
+    ) -> int:
+        """Note how an optimizer decays weights."""
+        cls._decoupled[number] = adamw
+        return 0
+
+    @classmethod
+    def destroy_adam(cls, number: int) -> int:
+        """Forget an optimizer."""
+        cls._decoupled.pop(number, None)
+        return 0
+
+    @classmethod
+    def adam_update(
+        cls,
+        number: int,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        bias_correction: bool,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+    ) -> int:
+        """Step a tensor as Adam does."""
+        unbias1, unbias2 = (1 - beta1**step, math.sqrt(1 - beta2**step)) if bias_correction else (1.0, 1.0)
+        decoupled = cls._decoupled.get(number, True)
+        numbers = hyper(
+            step_size=lr * unbias2 / unbias1,
+            weight_decay=0.0 if decoupled else weight_decay,
+            decay=1 - lr * weight_decay if decoupled else 1.0,
+            decay1=beta1,
+            blend1=1 - beta1,
+            decay2=beta2,
+            blend2=1 - beta2,
+            eps=eps * unbias2,
+        )
+        return _step("adam", numbers, step, param, grad, exp_avg, exp_avg_sq)
+
+    @staticmethod
+    def adam_rollback(*args: Any) -> int:
+        """Raise: a step cannot be taken back exactly."""
+        raise NotImplementedError("adam_rollback: fastopt does not take back steps; use DeepSpeed's own operator")
+
+    @staticmethod
+    def create_adagrad(*args: Any) -> int:
+        """Do nothing: every step has all numbers."""
+        return 0
+
+    @staticmethod
+    def adagrad_update(
+        number: int,
+        step: int,
+        lr: float,
+        eps: float,
+        weight_decay: float,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        total: torch.Tensor,
+    ) -> int:
+        """Step a tensor as Adagrad does."""
+        numbers = Adagrad._hyper({"lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps}, lr, step)
+        return _step("adagrad", numbers, step, param, grad, total)
+
+    @staticmethod
+    def create_lion(*args: Any) -> int:
+        """Do nothing: every step has all numbers."""
+        return 0
+
+    @staticmethod
+    def lion_update(
+        number: int,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+    ) -> int:
+        """Step a tensor as Lion does."""
+        numbers = Lion._hyper({"betas": (beta1, beta2), "weight_decay": weight_decay}, lr, step)
+        return _step("lion", numbers, step, param, grad, exp_avg)
+
+    destroy_adagrad = destroy_lion = create_lion
+
+
+def _step(rule: str, numbers: Hyper, step: int, param: torch.Tensor, grad: torch.Tensor, *states: torch.Tensor) -> int:
+    number, size = FLOAT_NUMBERS.get(param.dtype), param.numel()
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    for name, tensor in (("param", param), ("grad", grad), *(("state", state) for state in states)):
+        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.numel() == size):
+            raise ValueError(f"{name}: expected {size} contiguous elements on the CPU, got {tuple(tensor.shape)}")
+    if number is None or grad.dtype not in (param.dtype, wide):
+        raise TypeError(f"param, grad: expected one float dtype, got {param.dtype} and {grad.dtype}")
+    dtype = states[0].dtype
+    if any(state.dtype != dtype for state in states) or (dtype != wide and dtype != torch.bfloat16):
+        raise TypeError(f"state: expected {wide} or torch.bfloat16, got {dtype}; set fp32_optimizer_states=True")
+    narrow = dtype == torch.bfloat16
+    work = job(
+        rule=_core.rule(rule),
+        hyper=numbers,
+        grad_scale=1.0,
+        shrink=0.0,
+        keep_zeros=False,
+        stochastic=False,
+        noise=step * 0x9E3779B1 & 0xFFFFFFFF if narrow else 0,
+        names=["param"],
+        params=[(param.data_ptr(), size, number)],
+        grads=[(grad.data_ptr(), size, FLOAT_NUMBERS[grad.dtype])],
+        states=[(STATE_NUMBERS.get(dtype, 0), *(state.data_ptr() for state in states))],
+        counts=[0],
+        indices=None,
+    )
+    _core.step([work], [0])
+    return 0
