@@ -249,3 +249,17 @@ def test_a_report_is_read_in_python(rng):
     assert lines[3] == repr(report)
     assert "64x128" in lines[1]
     assert report.recipe.bits == 4
+
+
+def test_the_model_of_a_folder(weights, tmp_path):
+    model = fo.pack(weights, bits=4, min_size=1)
+    model.save(tmp_path / "model.safetensors")
+    assert list(fo.load(tmp_path)) == list(model)
+    np.save(tmp_path / "extra.npy", np.ones(3))
+    for call in (fo.load, fo.inspect, fo.open_weights, lambda path: fo.pack(path, bits=4)):  # one rule for all
+        with pytest.raises(ValueError, match="name the file"):
+            call(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no safetensors file; open_weights reads other formats"):
+        fo.load(tmp_path)
+    assert list(fo.open_weights(tmp_path)) == ["extra"]

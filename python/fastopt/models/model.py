@@ -267,7 +267,7 @@ def load(path: PathLike) -> PackedModel:
     Parameters
     ----------
     path : path-like
-        A safetensors file, or the ``.index.json`` of one in shards.
+        A safetensors file, the ``.index.json`` of one in shards, or a folder with one of them.
 
     Returns
     -------
@@ -280,7 +280,10 @@ def load(path: PathLike) -> PackedModel:
     ValueError
         If it is not a safetensors file, it is a checkpoint, or its content is inconsistent; the message says where.
     """
-    path = Path(path)
+    found = model_files(Path(path))
+    if isinstance(found, list) or (found != Path(path) and not is_safetensors(found)):
+        raise ValueError(f"{path}: holds no safetensors file; open_weights reads other formats")
+    path = found
     if not path.name.endswith(".index.json"):
         return _model_of(path, *read_arrays(path))
     tensors: dict[str, Weight] = {}
