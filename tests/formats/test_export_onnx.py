@@ -157,7 +157,7 @@ def distance(got, expected):
 )
 def test_chain_runs(options, fast, rng, tmp_path):
     graph, weights = chain(rng)
-    model = fo.pack(weights, **options, min_size=1000)
+    model = fo.pack(weights, **options, min_size=1000) if options else fo.PackedModel(weights)
     fo.export(model, tmp_path / "m.onnx", to="onnx", graph=graph, fast=fast)
     x = random(rng, 5, 48)
     got = run(tmp_path / "m.onnx", {"x": x})

@@ -69,6 +69,19 @@ def test_each_operator(case, fast, rng, tmp_path):
             assert np.linalg.norm(packed[name] - plain[name]) <= 0.02 * np.linalg.norm(plain[name])
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_names_that_are_taken(fast, rng, tmp_path):
+    """Where the model has a W.codes and a W.minimum already, those of the packed W get other names."""
+    nodes = [node("MatMul", ["x", "W"], ["h"]), node("Add", ["h", "W.codes"], ["W.scale"])]
+    nodes += [node("Add", ["W.scale", "W.minimum"], ["y"])]
+    constants = {"W": random(rng, 64, 32), "W.codes": random(rng, 4, 32), "W.minimum": random(rng, 32)}
+    source = save(tmp_path / "m.onnx", nodes, [info("x", 4, 64)], [info("y", 4, 32)], constants)
+    fo.pack_onnx(source, tmp_path / "p.onnx", bits=4, outliers=0.01, min_size=100, fast=fast)
+    packed = opened(tmp_path / "p.onnx")
+    assert np.array_equal(packed["W"], fo.quantize(constants["W"].T.copy(), 4, outliers=0.01).dequantize())
+    assert same_bits(packed["W.codes"], constants["W.codes"])
+
+
 def test_branches(rng, tmp_path):
     product = [node("MatMul", ["x", "W"], ["y"])]
     then, other = (branch(name, product, W=random(rng, 64, 32)) for name in ("then", "other"))

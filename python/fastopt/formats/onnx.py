@@ -154,9 +154,14 @@ def quantized_nbytes(
     return codes + 2 * params * np.dtype(param_dtype).itemsize + round((outliers or 0) * rows * cols) * entry
 
 
-def tag(node: "NodeProto", weight: str) -> None:
-    """Mark a node that decodes this weight or multiplies with it; `onnx_weights` reads the mark."""
+def tag(node: "NodeProto", weight: str, parts: Mapping[str, str] | None = None) -> None:
+    """Mark a node that decodes this weight or multiplies with it; `onnx_weights` reads the mark.
+
+    `parts` are the names of constants of the weight that the node does not read itself.
+    """
     node.metadata_props.add(key=TAG, value=weight)
+    for part, name in (parts or {}).items():
+        node.metadata_props.add(key=f"{TAG}.{part}", value=name)
 
 
 class _Described(NamedTuple):
@@ -175,6 +180,7 @@ class _Blocks(NamedTuple):
     scale: str
     offset: str
     outliers: tuple[()] | tuple[str, str, str]
+    parts: dict[str, str]  # constants of the weight that MatMulNBits does not read
 
 
 class Builder:
@@ -347,7 +353,7 @@ class Builder:
         options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": blocks.size}
         options["accuracy_level"] = self.accuracy_level
         y = self.node("MatMulNBits", x, blocks.codes, blocks.scale, domain="com.microsoft", **options)
-        tag(self.nodes[-1], name)
+        tag(self.nodes[-1], name, blocks.parts)
         added = self.node("MatMul", self._block_sums(x, cols, blocks.size), blocks.offset)
         if not blocks.outliers:
             return self.node("Add", y, added, output=output)
@@ -362,18 +368,19 @@ class Builder:
             # Without a zero point, codes count from the middle; so smaller numbers cancel.
             middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32))
             offset = self.node("Mul", scale_name, middle)
-            offset = self.node("Add", self._float32(f"{name}.minimum", minimum), offset)
+            parts = {"minimum": self._float32(f"{name}.minimum", minimum)}
+            offset = self.node("Add", parts["minimum"], offset)
             codes, nbytes = self.fresh(f"{name}.codes"), groups * size * q.bits // 8
             content = partial(_padded, q.codes, nbytes)
             shape = (rows, groups, nbytes // groups)
             self.constants.append(Constant(codes, _UINT8, shape, rows * nbytes, content))
             scale_rows = self.node("Reshape", scale_name, self.numbers(-1))
             turned = self.node("Transpose", offset, perm=[1, 0])
-            outliers = () if q.outliers is None else self._outlier_constants(name, q)
-            self._blocks[name] = _Blocks(size, codes, scale_rows, turned, outliers)
+            outliers = () if q.outliers is None else self._outlier_constants(name, q, parts)
+            self._blocks[name] = _Blocks(size, codes, scale_rows, turned, outliers, parts)
         return self._blocks[name]
 
-    def _outlier_constants(self, name: str, q: QuantizedTensor) -> tuple[str, str, str]:
+    def _outlier_constants(self, name: str, q: QuantizedTensor, parts: dict[str, str]) -> tuple[str, str, str]:
         """Add the rows, columns and values of the outliers."""
         from onnx import TensorProto
 
@@ -384,6 +391,7 @@ class Builder:
         row = self.node("Cast", self.node("Div", index, cols), to=TensorProto.INT64)
         rows = self.node("Reshape", row, self.numbers(-1, 1))
         values = self.constant(f"{name}.outlier_value", q.outliers.values[:, None])
+        parts |= {"outlier_index": index, "outlier_value": values}
         return rows, self.node("Mod", index, cols), values
 
     def _block_sums(self, x: str, cols: int, size: int) -> str:

@@ -210,12 +210,9 @@ def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
         for part, place in (("codes", 1), ("scale", 2), ("zero", 3))
         if place < len(node.input) and node.input[place] and (value := scope.find(node.input[place])) is not None
     }
-    stem = node.input[1].removesuffix(".codes") if len(node.input) > 1 else ""
-    if _tag(node):
-        for part in ("minimum", "outlier_index", "outlier_value"):
-            value = scope.find(f"{stem}.{part}")
-            if value is not None and value.tensor is not None:
-                parts[part] = value
+    for entry in node.metadata_props:
+        if entry.key.startswith(f"{TAG}.") and (value := scope.find(entry.value)) is not None:
+            parts[entry.key.removeprefix(f"{TAG}.")] = value
     whole = {"codes", "scale"} <= parts.keys() and all(_steps(value, []) is not None for value in parts.values())
     return parts if whole and parts["codes"].tensor is not None else None
 
