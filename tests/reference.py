@@ -111,7 +111,12 @@ def step(rule, h, w, g, states):
     """One step of `rule` with the numbers `h`: the new w and states."""
     before, zero, one = flush(w), w.dtype.type(0), w.dtype.type(1)
     w, g, s = Flushed(w), Flushed(g), [Flushed(x) for x in states]
-    g = g * h.grad_scale
+    smallest = np.finfo(before.dtype).tiny
+    eps = max(h.eps, float(smallest))
+    scale, rescale = h.grad_scale, 1.0
+    if 0 < abs(scale) < 2**-126:  # it would be flushed, though its products may be normal numbers
+        scale, rescale = scale / 2**-126, 2**-126
+    g = g * rescale * scale
     if h.weight_decay != 0:
         g = g + h.weight_decay * w
     w = w * h.decay
@@ -125,15 +130,16 @@ def step(rule, h, w, g, states):
         w = w - h.step_size * (g + h.decay1 * s[0])
     elif rule == "adagrad":  # Duchi, Hazan and Singer, 2011
         s[0] = s[0] + g * g
-        w = w - h.step_size * g / (s[0].sqrt() + h.eps)
+        w = w - h.step_size * g / (s[0].sqrt() + eps)
     elif rule.startswith("rmsprop"):  # Tieleman and Hinton, 2012; centered: Graves, 2013
         s[0] = h.decay2 * s[0] + h.blend2 * g * g
         variance = s[0]
         if "centered" in rule:
             s[-1] = s[-1] + h.blend2 * (g - s[-1])
             variance = variance - s[-1] * s[-1]
-            variance = Flushed(np.where(variance.x < 0, zero, variance.x))
-        direction = g / (variance.sqrt() + h.eps)
+            least = 64 * np.finfo(before.dtype).eps * s[0]  # below, it is but rounding errors
+            variance = Flushed(np.where(variance.x < least.x, least.x, variance.x))
+        direction = g / (variance.sqrt() + eps)
         if "momentum" in rule:
             s[1] = direction = h.decay1 * s[1] + direction
         w = w - h.step_size * direction
@@ -144,7 +150,7 @@ def step(rule, h, w, g, states):
         if rule == "amsgrad":  # chosen, not computed: as it was stored
             largest = np.where(s[1].x <= s[2].x, states[2], s[1].x)
             squares = Flushed(largest)
-        w = w - h.step_size * s[0] / (squares.sqrt() + h.eps)
+        w = w - h.step_size * s[0] / (squares.sqrt() + eps)
     elif rule == "lion":  # Chen et al., 2023
         blend = h.decay1 * s[0] + h.blend1 * g
         sign = Flushed(np.where(blend.x > 0, one, np.where(blend.x < 0, -one, blend.x)))
@@ -234,13 +240,33 @@ def widen_u8(codes, exponents, positive):
     return (bits + (code << np.uint32(24) & np.uint32(0x80000000))).view(np.float32)
 
 
-def narrow_u8(x, positive, chance):
-    """Codes and exponents of a state, rounded by 20 bits of chance. NaN stay what they are, or become the largest."""
+def reach(magnitude, before, positive):
+    """The magnitude that the codes of a block have to reach; it had the exponent `before`.
+
+    NaN and infinity do not count. Nor do up to 4 elements that are more than 5 binades (10, if the state is never
+    negative) above what the codes could reach before and above all other elements: a bad gradient must not make the
+    others zero. Where a few elements are larger than that for good, the exponent follows in a few steps.
+    """
+    exponents, binades = (31, 10) if positive else (15, 5)
+    if magnitude.max() < 0x7F8 and magnitude.max() >> 3 <= before + exponents + binades:
+        return magnitude.max()
+    ranked = np.sort(np.where(magnitude < 0x7F8, magnitude, 0))[::-1]
+    others = max((before + exponents << 3) + 7 if before > 0 else 0, ranked[4] if ranked.size > 4 else 0)
+    return min(ranked[0], others + (binades << 3)) if others > 0 else ranked[0]
+
+
+def narrow_u8(x, positive, chance, before):
+    """Codes and exponents of a state, rounded by 20 bits of chance; `before` are the exponents that it had.
+
+    What is beyond the codes, and NaN, becomes the largest code.
+    """
     bits = (np.minimum(x.view(np.uint32), 0x7FF00000) + chance if positive else raised(x, chance)) >> np.uint32(20)
     magnitude = (bits & np.uint32(0x7FF)).astype(np.int64)
-    largest = np.array([magnitude[at : at + 256].max() for at in range(0, x.size, 256)], np.int64)
+    blocks = [magnitude[at : at + 256] for at in range(0, x.size, 256)]
+    largest = np.array([reach(m, int(b), positive) for m, b in zip(blocks, before, strict=True)], np.int64)
     exponents = np.maximum((largest >> 3) - (31 if positive else 15), 0)
-    code = np.maximum(magnitude - np.repeat(exponents << 3, 256)[: x.size], 0).astype(np.uint32)
+    code = magnitude - np.repeat(exponents << 3, 256)[: x.size]
+    code = np.clip(code, 0, 255 if positive else 127).astype(np.uint32)
     if not positive:
         code |= bits >> np.uint32(4) & np.uint32(0x80)
     return code.astype(np.uint8), exponents.astype(np.uint8)
@@ -250,9 +276,15 @@ def step_narrow(rule, h, w, dtype, g, g_dtype, states, state_dtype, noise, stoch
     """A step of parameters given as 16 bits (float32 as it is), gradients likewise, states as stored.
 
     `states`: float32, 16 bits of bfloat16, or pairs of codes and exponents. Returns w, states and master.
+    A parameter that is not its rounded master was changed by its owner, and takes the place of the master.
     """
     random = random_bits(w.size, noise)
     wide_w = w if dtype == "float32" else widen_bits(w, dtype)
+    if master is not None:
+        rounded = f16_bits(master) if dtype == "float16" else bf16_bits(master)
+        master = np.where(rounded == w, master, wide_w)
+        if h.keep_zeros:
+            master = np.where(flush(wide_w) == 0, wide_w, master)
     wide_g = g if g_dtype == "float32" else widen_bits(g, g_dtype)
     positive = POSITIVE[rule]
     if state_dtype == "float32":
@@ -266,7 +298,8 @@ def step_narrow(rule, h, w, dtype, g, g_dtype, states, state_dtype, noise, stoch
         new_s = [bf16_bits(s, chance_of(random, i, 16)) for i, s in enumerate(new_s)]
     elif state_dtype == "uint8":
         new_s = [
-            narrow_u8(s, p, chance_of(random, i, 20)) for i, (s, p) in enumerate(zip(new_s, positive, strict=True))
+            narrow_u8(s, p, chance_of(random, i, 20), old[1])
+            for i, (s, p, old) in enumerate(zip(new_s, positive, states, strict=True))
         ]
     chance = random & np.uint32(0xFFFF) if stochastic and master is None else None
     if dtype == "float32":

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,13 @@ std::size_t rule(const std::string& name) {
     if (name == table.optim.rules[i].name) return i;
   }
   throw py::value_error("rule: no optimizer is called '" + name + "'");
+}
+
+// A bit for each state of a rule that is never negative.
+unsigned positive_states(std::size_t rule) {
+  if (rule >= kernels().optim.rule_count)
+    throw py::value_error("rule: no optimizer has number " + std::to_string(rule));
+  return kernels().optim.rules[rule].positive;
 }
 
 // The numbers that an optimizer computes for a step, in the order of the function `hyper` in Python.
@@ -98,6 +106,9 @@ double finite(py::handle number, const char* name) {
   return value;
 }
 
+// Where float32 flushes a number to zero, as it does with subnormal ones.
+constexpr double kSmallestFloat = 0x1p-126;
+
 Hyper hyper_of(py::handle job) {
   const py::handle numbers = item_of(job, job_field::hyper);
   constexpr std::size_t count = std::size(kHyperFields);
@@ -111,11 +122,26 @@ Hyper hyper_of(py::handle job) {
   hyper.grad_scale = finite(item_of(job, job_field::grad_scale), "grad_scale");
   hyper.shrink = finite(item_of(job, job_field::shrink), "shrink");
   hyper.keep_zeros = item_of(job, job_field::keep_zeros).cast<bool>();
+  if (hyper.grad_scale != 0 && std::abs(hyper.grad_scale) < kSmallestFloat) {
+    hyper.rescale = kSmallestFloat;
+    hyper.grad_scale /= kSmallestFloat;
+  }
   return hyper;
 }
 
-const char* name_of(Float type) {
-  return type == Float::f64 ? "float64" : type == Float::f32 ? "float32" : type == Float::f16 ? "float16" : "bfloat16";
+// Fails if float32, in which all but float64 parameters are stepped, cannot hold a number of the step.
+void require_floats(const Hyper& hyper) {
+  const auto fits = [](double value) { return std::abs(value) <= std::numeric_limits<float>::max(); };
+  bool fit = fits(hyper.grad_scale) & fits(hyper.shrink);
+  for (const HyperField& field : kHyperFields) fit &= fits(hyper.*field.member);
+  if (fit) return;
+  const auto require = [&](const char* name, double value) {
+    if (fits(value)) return;
+    fail_value({name}, "expected a number that float32 can hold, got " + std::string(py::str(py::float_(value))));
+  };
+  for (const HyperField& field : kHyperFields) require(field.name, hyper.*field.member);
+  require("grad_scale", hyper.grad_scale);
+  require("shrink", hyper.shrink);
 }
 
 // The state arrays of one tensor: the states of the rule, the exponents of 8-bit states, then the master weights if
@@ -173,8 +199,18 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
   if (state.size() > count) tensor.args.master = add(float{}, item(count), tensor.size);
 }
 
+// A gradient, or a copy of it in C order that `copies` keeps: gradients are only read.
+const py::detail::PyArray_Proxy* readable(py::handle grad, const py::detail::PyArray_Proxy* array,
+                                          std::vector<py::object>& copies) {
+  using Api = py::detail::npy_api;
+  constexpr int needed = Api::NPY_ARRAY_C_CONTIGUOUS_ | Api::NPY_ARRAY_ALIGNED_;
+  if ((array->flags & needed) == needed) return array;
+  copies.push_back(py::module_::import("numpy").attr("require")(grad, py::none(), "CA"));
+  return py::detail::array_proxy(copies.back().ptr());
+}
+
 Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle grad, py::handle state,
-                 Disjoint& memory) {
+                 Disjoint& memory, std::vector<py::object>& copies) {
   const Label label{"parameter", name}, grad_label{"gradient of", name}, state_label{"state of", name};
   Tensor tensor{};
   StepArgs& args = tensor.args;
@@ -187,20 +223,23 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
   memory.writes(w->data, tensor.size * width_of(args.param_type), label);
 
   const auto* g = array_of(grad, grad_label);
-  const bool narrow_param = width_of(args.param_type) == 2;
-  const auto refuse = [&] {
-    const std::string needed = std::string(name_of(args.param_type)) + (narrow_param ? " or float32" : "");
-    fail_type(grad_label, "expected " + needed + ", got " + dtype_name(g));
-  };
-  if (g->descr == w->descr || has_dtype(g, py::reinterpret_borrow<py::dtype>(w->descr))) {
+  if (g->descr == w->descr) {
     args.grad_type = args.param_type;
-  } else if (narrow_param && has_dtype(g, py::dtype::of<float>())) {
-    args.grad_type = Float::f32;
   } else {
-    refuse();
+    const bool wide = args.param_type == Float::f64;
+    const auto is = [&](Float type, py::handle dtype) {
+      if (wide != (type == Float::f64) || !has_dtype(g, dtype)) return false;
+      args.grad_type = type;
+      return true;
+    };
+    if (!is(Float::f32, py::dtype::of<float>()) && !is(Float::f64, py::dtype::of<double>()) &&
+        !is(Float::f16, float16()) && !is(Float::bf16, bfloat16())) {
+      const char* const needed = wide ? "float64" : "float32, float16 or bfloat16";
+      fail_type(grad_label, std::string("expected ") + needed + ", got " + dtype_name(g));
+    }
   }
   require_same_shape(grad, param, grad_label);
-  check_layout(grad, g, Access::read, grad_label);
+  g = readable(grad, g, copies);
   args.grad = g->data;
   memory.reads(g->data, tensor.size * width_of(args.grad_type), grad_label);
   add_states(rule, py::reinterpret_borrow<py::tuple>(state), tensor, memory, state_label);
@@ -316,6 +355,7 @@ void step(const py::list& jobs, const py::list& steps) {
   if (steps.size() != 1) throw py::value_error("steps: expected a list of one number");
   std::vector<Tensor> tensors;
   std::vector<Hyper> hypers;
+  std::vector<py::object> copies;
   hypers.reserve(jobs.size());
   Disjoint memory;
   for (const py::handle job : jobs) {
@@ -326,16 +366,21 @@ void step(const py::list& jobs, const py::list& steps) {
     const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
     const py::handle names = item_of(job, job_field::names), params = item_of(job, job_field::params),
                      grads = item_of(job, job_field::grads), states = item_of(job, job_field::states);
+    bool in_floats = false;
     tensors.reserve(tensors.size() + length(params));
     memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
-      const auto read = Operand::is(item(params, i)) ? &tensor_at : &tensor_of;
-      Tensor t = read(rule, item(names, i), item(params, i), item(grads, i), item(states, i), memory);
+      const auto of = [&](py::handle list) { return item(list, i); };
+      Tensor t = Operand::is(of(params))
+                     ? tensor_at(rule, of(names), of(params), of(grads), of(states), memory)
+                     : tensor_of(rule, of(names), of(params), of(grads), of(states), memory, copies);
       t.hyper = &hypers.back();
       t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
       t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
+      in_floats = in_floats || t.args.param_type != Float::f64;
       tensors.push_back(t);
     });
+    if (in_floats) require_floats(hypers.back());
   }
   memory.check();
   run(tensors);
@@ -360,6 +405,7 @@ double sum_squares(const py::list& names, const py::list& grads) {
     std::size_t size, first_chunk;
   };
   std::vector<Part> parts;
+  std::vector<py::object> copies;
   std::size_t chunks = 0;
   double bytes = 0;
   for (std::size_t i = 0; i < grads.size(); ++i) {
@@ -372,7 +418,7 @@ double sum_squares(const py::list& names, const py::list& grads) {
       const Label label{"gradient of", PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))};
       const auto* array = array_of(grad, label);
       const Float type = float_of(array, label);
-      check_layout(grad, array, Access::read, label);
+      array = readable(grad, array, copies);
       parts.push_back({type, array->data, size_of(array), chunks});
     }
     chunks += ceil_div(parts.back().size, kChunk);
@@ -402,6 +448,7 @@ void bind_optim(py::module_& m) {
   m.attr("HYPER_FIELDS") = hyper_fields;
   m.attr("JOB_FIELDS") = job_fields;
   m.def("rule", &rule, py::arg("name"));
+  m.def("positive_states", &positive_states, py::arg("rule"));
   m.def("step", &step, py::arg("jobs"), py::arg("steps"));
   m.def("sum_squares", &sum_squares, py::arg("names"), py::arg("grads"));
 }

@@ -60,16 +60,19 @@ struct Hyper {
   double blend1;        // factor of the gradient in the first state (1 - dampening, 1 - beta1)
   double decay2;        // factor kept of the squares (beta2, alpha)
   double blend2;        // 1 - decay2
-  double eps;           // for Adam eps * sqrt(1 - beta2^t)
+  double eps;           // for Adam eps * sqrt(1 - beta2^t); not less than the smallest normal number
   double grad_scale;    // multiplies every gradient: loss scale, clipping, sign of `maximize`
   double shrink;        // proximal L1 after the step: |w| - shrink, exact zero below
   bool keep_zeros;      // a weight that is zero stays zero
+  double rescale = 1;   // a second factor of every gradient, where grad_scale alone would be subnormal in float32
 };
 
 inline constexpr std::size_t kMaxStates = 3;
 
 // A state in 8 bits is a small float of its own: 3 bits of mantissa and 4 of exponent behind a sign, or 5 of exponent
-// where the state is never negative. The elements of a state block share the exponent that theirs count from.
+// where the state is never negative. The elements of a state block share the exponent that theirs count from. A few
+// elements that are far larger than the block was, and NaN and infinity, do not set it: they are stored as the largest
+// code.
 inline constexpr std::size_t kStateBlock = 256;
 
 enum class StateType { wide, bf16, u8 };  // wide: the type that is computed in
@@ -82,7 +85,8 @@ struct StepArgs {
   const void* grad;
   void* state[kMaxStates];
   std::uint8_t* exponent[kMaxStates];  // of each state block, for u8
-  float* master;                       // float32 copy of float16 or bfloat16 parameters, or null
+  float* master;                       // float32 copy of float16 or bfloat16 parameters, or null; where it does not
+                                       // round to the parameter, the parameter was changed and takes its place
   Float param_type, grad_type;
   StateType state_type;
   bool stochastic;      // round float16 and bfloat16 parameters up or down by chance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -16,6 +17,9 @@ _BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
 _FLOATS_TEXT = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 # Halfway from the largest number to the next, which rounds to infinity, lies just above.
 _LARGEST = {"float16": float.fromhex("0x1.ffdffep15"), "bfloat16": float.fromhex("0x1.fefffep127")}
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+BELOW_ONE = 1 - 2.0**-25  # what is not below it is rounded to 1 in float32
 FLAGS = {
     "amsgrad",
     "centered",
@@ -160,12 +164,18 @@ def require(condition: bool, name: str, needed: str, got: object) -> None:
 
 
 def is_number(x: object) -> bool:
-    return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def is_scalar_array(x: Any) -> bool:
+    """Return whether `x` is a real number in an array or tensor without axes, as NumPy, torch and jax make them."""
+    kind = str(getattr(x, "dtype", "")).rpartition(".")[2]  # torch says torch.float32
+    return kind.startswith(("float", "bfloat", "int", "uint")) and tuple(getattr(x, "shape", (0,))) == ()
 
 
 def as_float(value: Any, name: str) -> float:
     """Return a number as a Python float; NumPy's narrower types would round the arithmetic between steps."""
-    if not is_number(value):
+    if not is_number(value) and not is_scalar_array(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
         return float(value)
@@ -199,7 +209,25 @@ def require_flags(options: Mapping[str, Any]) -> None:
 
 def require_betas(options: MutableMapping[str, Any]) -> None:
     betas = options["betas"]
-    if not isinstance(betas, tuple | list) or not all(is_number(b) for b in betas):
+    if not isinstance(betas, tuple | list) or not all(is_number(b) or is_scalar_array(b) for b in betas):
         raise TypeError(f"betas: expected two numbers, got {betas!r}")
-    require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
-    options["betas"] = tuple(float(b) for b in betas)  # a list could be changed later
+    pair = tuple(as_float(b, "betas") for b in betas)  # a list could be changed later
+    require(len(pair) == 2 and all(0 <= b < 1 for b in pair), "betas", "two numbers in [0, 1)", betas)
+    options["betas"] = pair
+
+
+def require_float32(options: Mapping[str, Any]) -> None:
+    """Raise if float32 arithmetic, which flushes subnormal numbers to zero, would make another number of an option.
+
+    Two may become zero: a learning rate, as schedules end there, and `eps`, which the kernels do not let be less than
+    the smallest normal number.
+    """
+    for name, value in options.items():
+        for number in value if name == "betas" else (value,):
+            if not isinstance(number, float):
+                continue
+            require(abs(number) <= FLOAT32_MAX, name, f"at most {FLOAT32_MAX:.8g}, which float32 can hold", value)
+            lost = 0 < abs(number) < FLOAT32_TINY and name not in ("lr", "eps")
+            require(not lost, name, f"0, or at least {FLOAT32_TINY:.8g}, which float32 can hold", value)
+            if name in ("betas", "alpha"):
+                require(number < BELOW_ONE, name, "less than 1 in float32, where it is rounded to 1", value)

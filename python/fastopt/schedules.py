@@ -5,20 +5,30 @@ saved, and it can be pickled and copied with its optimizer.
 """
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+from fastopt._checks import as_float
+
 Schedule: TypeAlias = Callable[[int], float]
 
 
-def _check(name: str, value: float, least: float = 0.0, most: float = math.inf) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def _check(name: str, value: float, least: float = 0.0, most: float = math.inf) -> float:
+    """Return a number as a float, or raise."""
+    given, value = value, as_float(value, name)
     if not (math.isfinite(value) and least <= value <= most):
         limit = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
-        raise ValueError(f"{name}: expected a finite number, {limit}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, {limit}, got {given!r}")
+    return value
+
+
+def _power(lr: float, gamma: float, times: float) -> float:
+    """Return ``lr * gamma**times``; infinity, which an optimizer refuses, where a float cannot hold it."""
+    try:
+        return float(lr * gamma**times)
+    except OverflowError:
+        return math.inf if lr else 0.0
 
 
 def constant(lr: float) -> Schedule:
@@ -45,7 +55,7 @@ def constant(lr: float) -> Schedule:
     >>> schedules.constant(0.1)(1000)
     0.1
     """
-    _check("lr", lr)
+    lr = _check("lr", lr)
     return partial(_constant, lr)
 
 
@@ -80,14 +90,14 @@ def step(lr: float, *, step_size: int, gamma: float = 0.1) -> Schedule:
     >>> [rate(s) for s in (0, 9, 10, 25)]
     [1.0, 1.0, 0.5, 0.25]
     """
-    _check("lr", lr)
+    lr = _check("lr", lr)
     _check("step_size", step_size, 1)
-    _check("gamma", gamma)
+    gamma = _check("gamma", gamma)
     return partial(_step, lr, step_size, gamma)
 
 
 def _step(lr: float, step_size: int, gamma: float, step: int) -> float:
-    return float(lr * gamma ** (step // step_size))
+    return _power(lr, gamma, step // step_size)
 
 
 def exponential(lr: float, *, gamma: float) -> Schedule:
@@ -115,13 +125,13 @@ def exponential(lr: float, *, gamma: float) -> Schedule:
     >>> schedules.exponential(1.0, gamma=0.5)(3)
     0.125
     """
-    _check("lr", lr)
-    _check("gamma", gamma)
+    lr = _check("lr", lr)
+    gamma = _check("gamma", gamma)
     return partial(_exponential, lr, gamma)
 
 
 def _exponential(lr: float, gamma: float, step: int) -> float:
-    return float(lr * gamma**step)
+    return _power(lr, gamma, step)
 
 
 def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
@@ -155,9 +165,9 @@ def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
     >>> [round(rate(s), 3) for s in (0, 50, 100, 200)]
     [1.0, 0.5, 0.0, 0.0]
     """
-    _check("lr", lr)
+    lr = _check("lr", lr)
     _check("steps", steps, 1)
-    _check("final", final)
+    final = _check("final", final)
     return partial(_cosine, lr, steps, final)
 
 
@@ -197,9 +207,9 @@ def linear(lr: float, *, steps: int, start: float = 0.0) -> Schedule:
     >>> [rate(s) for s in (0, 1, 4, 9)]
     [0.0, 0.25, 1.0, 1.0]
     """
-    _check("lr", lr)
+    lr = _check("lr", lr)
     _check("steps", steps, 1)
-    _check("start", start)
+    start = _check("start", start)
     return partial(_linear, lr, steps, start)
 
 
@@ -244,11 +254,11 @@ def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, initial: float = 0.
     >>> [round(rate(s), 3) for s in (0, 29, 99)]
     [0.04, 1.0, 0.0]
     """
-    _check("lr", lr)
+    lr = _check("lr", lr)
     _check("steps", steps, 1)
-    _check("warmup", warmup, 0, 1)
-    _check("initial", initial, 0, 1)
-    _check("final", final, 0, 1)
+    warmup = _check("warmup", warmup, 0, 1)
+    initial = _check("initial", initial, 0, 1)
+    final = _check("final", final, 0, 1)
     return partial(_one_cycle, lr, steps, warmup, lr * initial, lr * final)
 
 
@@ -338,8 +348,8 @@ def cubic_sparsity(final: float, steps: int, *, initial: float = 0.0, begin: int
     >>> [round(schedule(step), 3) for step in (0, 50, 100, 200)]
     [0.0, 0.7, 0.8, 0.8]
     """
-    _check("final", final, most=1)
-    _check("initial", initial, most=1)
+    final = _check("final", final, most=1)
+    initial = _check("initial", initial, most=1)
     _check("steps", steps, least=1)
     return partial(_cubic_sparsity, final, steps, initial, begin)
 

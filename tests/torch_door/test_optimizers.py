@@ -49,6 +49,7 @@ def fits(name, options, own, dtype):
         (narrow or not {"master_weights", "stochastic_rounding"} & own.keys())
         and (dtype != torch.float64 or "state_dtype" not in own)
         and not (no_uint8 and own.get("state_dtype") == torch.uint8)
+        and not (options.get("centered") and "state_dtype" in own)
     )
 
 
@@ -385,6 +386,8 @@ def test_wrong_options_of_a_group_are_refused():
         ft.Adagrad(params_of(), state_dtype="uint8")
     with pytest.raises(ValueError, match="centered"):
         ft.RMSprop(params_of(), state_dtype="uint8", centered=True)
+    with pytest.raises(ValueError, match="state_dtype: expected 'float32' if centered, got 'bfloat16'"):
+        ft.RMSprop(params_of(), state_dtype="bfloat16", centered=True)
 
 
 def test_constructors_take_what_those_of_torch_take():

@@ -119,6 +119,25 @@ __attribute__((always_inline)) inline void narrow_two(Float type, void* base, st
   }
 }
 
+// Takes over the parameters of a block that their owner changed since the last step: those that are not their rounded
+// masters. A kept zero is one of them, though the master may only round to it. Once a block, and not in the loop of the
+// step, which is there for each rule and type of state.
+[[gnu::noinline]] inline void take_over(Float type, const void* param, float* master, bool keep_zeros) {
+  constexpr std::size_t lanes = kLanes<float>;
+  const UInts no_chance[2] = {};
+  std::uint16_t rounded[kStateBlock];
+  for (std::size_t i = 0; i < kStateBlock; i += 2 * lanes) {
+    narrow_two(type, rounded, i, widen_two(Float::f32, master, i), 0, no_chance);
+  }
+  if (!keep_zeros && std::memcmp(rounded, param, sizeof rounded) == 0) return;
+  for (std::size_t i = 0; i < kStateBlock; i += lanes) {
+    const Vec<float> own = widen(type, param, i), held = load<Vec<float>>(master + i);
+    Vec<float> next = bit_cast<UInts>(widen(type, rounded, i)) == bit_cast<UInts>(own) ? held : own;
+    if (keep_zeros) next = own == 0 ? own : next;
+    store(master + i, next);
+  }
+}
+
 // The code of an 8-bit state is cut out of the bits of a float, after the exponent of its state block was subtracted:
 //
 //   float       s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
@@ -145,8 +164,32 @@ inline Vec<float> widen_u8(const Masks& masks, const std::uint8_t* codes, UInts 
   return bit_cast<Vec<float>>((bits & masks.code) == 0 ? code : code + least);
 }
 
-// One state block between its step and its codes: the sign and the rounded magnitude of each element. close() chooses
-// the exponent from the largest magnitude; after that write() can make the codes.
+// The magnitudes of NaN and infinity start here; and how many elements of a block are no reason to change its exponent,
+// if they are more than so many binades above what it could hold before and above all others.
+constexpr std::uint32_t kNotFinite = 0x7f8;
+constexpr std::size_t kOutliers = 4;
+constexpr std::uint32_t binades_to_outliers(bool positive) { return positive ? 10 : 5; }
+
+// The magnitude that the codes of a block have to reach where some elements may be outliers. `before` is what they
+// could reach before this step, or 0.
+[[gnu::noinline]] inline std::uint32_t reach_without_outliers(const void* magnitudes, std::uint32_t before,
+                                                              std::uint32_t distance) {
+  std::uint16_t words[kStateBlock];
+  std::memcpy(words, magnitudes, sizeof words);
+  std::uint32_t largest[kOutliers + 1] = {};  // of the finite ones, in falling order
+  for (const std::uint16_t word : words) {
+    std::uint32_t next = word & 0x7ffu;
+    if (next >= kNotFinite) continue;
+    for (std::uint32_t& rank : largest) {
+      if (next > rank) std::swap(next, rank);
+    }
+  }
+  const std::uint32_t others = before > largest[kOutliers] ? before : largest[kOutliers];
+  return others > 0 && largest[0] > others + distance ? others + distance : largest[0];
+}
+
+// One state block between its step and its codes: the sign and the rounded magnitude of each element. close()
+// chooses the exponent from the largest magnitude; after that write() can make the codes.
 struct Rounded {
   Words words[kBlockVectors / 2];
   std::uint8_t* codes;
@@ -166,11 +209,17 @@ struct Rounded {
     return positive ? both : both & masks.magnitude;
   }
 
-  // Returns the exponent of the state block: the smallest from which a code can reach the largest magnitude.
-  std::uint8_t close(void* to, Words largest, bool positive) {
+  // Returns the exponent of the state block: the smallest from which a code can reach the largest magnitude that is no
+  // outlier. `before` is the exponent that it had.
+  std::uint8_t close(void* to, Words largest, std::uint32_t before, bool positive) {
     const UInts pairs = bit_cast<UInts>(largest), low = pairs & 0xffffu, high = pairs >> 16;
-    const std::uint32_t top = fold(larger(low, high), larger) >> kMantissa;
-    const std::uint32_t exponents = positive ? 31 : 15, exponent = top > exponents ? top - exponents : 0;
+    const std::uint32_t exponents = positive ? 31 : 15, binades = binades_to_outliers(positive);
+    std::uint32_t reach = fold(larger(low, high), larger);
+    if (reach >= kNotFinite || (reach >> kMantissa) > before + exponents + binades) {
+      const std::uint32_t reached = before > 0 ? ((before + exponents) << kMantissa) + (1 << kMantissa) - 1 : 0;
+      reach = reach_without_outliers(words, reached, binades << kMantissa);
+    }
+    const std::uint32_t top = reach >> kMantissa, exponent = top > exponents ? top - exponents : 0;
     least = static_cast<std::int16_t>(exponent << kMantissa);
     codes = static_cast<std::uint8_t*>(to);
     return static_cast<std::uint8_t>(exponent);
@@ -184,7 +233,8 @@ struct Rounded {
       code = pack_unsigned(a - least, b - least);
     } else {
       code = pack_unsigned((a & masks.magnitude) - least, (b & masks.magnitude) - least);
-      code = (code & ~masks.sign) | (pack_signed(a, b) & masks.sign);
+      code = code < masks.sign ? code : ~masks.sign;
+      code = code | (pack_signed(a, b) & masks.sign);
     }
     store(codes + at * kLanes<float>, unpacked_order(code));
   }
@@ -213,6 +263,7 @@ struct StateBlocks {
     char* const param = static_cast<char*>(a.param) + at * width_of(param_type);
     const char* const grad = static_cast<const char*>(a.grad) + at * width_of(grad_type);
     void* const w = a.master ? static_cast<void*>(a.master + at) : param;
+    if (a.master) take_over(param_type, param, a.master + at, k.options & kKeepZeros);
     char* state[R::states + 1];
     for (std::size_t j = 0; j < R::states; ++j) state[j] = static_cast<char*>(a.state[j]) + at * width_of(State);
     Rounded* const now = rounded[count % 2];
@@ -327,7 +378,8 @@ struct StateBlocks {
     }
     if constexpr (State == StateType::u8) {
       for (std::size_t j = 0; j < R::states; ++j) {
-        a.exponent[j][at / kStateBlock] = now[j].close(state[j], largest[j], Positive >> j & 1);
+        std::uint8_t& exponent = a.exponent[j][at / kStateBlock];
+        exponent = now[j].close(state[j], largest[j], exponent, Positive >> j & 1);
       }
       ++count;
     }

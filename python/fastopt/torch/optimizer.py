@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
 import torch
 
 from fastopt import _core
-from fastopt._checks import require, require_number
+from fastopt._checks import as_float, require, require_number
 from fastopt.torch.states import codes_name, find_or_make
 from fastopt.train.optimizer import Job, job, mixed
 from fastopt.train.optimizer import Optimizer as Formula
@@ -259,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         own = {name: group.get(name, value) for name, value in OWN.items()}
         if own["max_norm"] is not None:
-            require(require_number(own, "max_norm") > 0, "max_norm", "more than 0", own["max_norm"])
+            require(as_float(own["max_norm"], "max_norm") > 0, "max_norm", "more than 0", own["max_norm"])
         require_number(own, "l1")
         for name in ("keep_zeros", "master_weights", "stochastic_rounding"):
             if not isinstance(own[name], bool):

@@ -93,7 +93,7 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
     params, lr, alpha, eps, weight_decay, momentum, centered, maximize
         As in ``torch.optim.RMSprop``.
     **options
-        See `fastopt.torch.Optimizer`. States of 8 bits are refused if `centered`.
+        See `fastopt.torch.Optimizer`. Only float32 states are taken if `centered`.
     """
 
     _formula = formulas.RMSprop
@@ -116,8 +116,12 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         flags = (centered, capturable, foreach, maximize, differentiable)
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, *flags, **options)
 
-    def _check_uint8(self, group: Group) -> None:
-        require(not group["centered"], "state_dtype", "'float32' or 'bfloat16' if centered", group["state_dtype"])
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        dtype = group.get("state_dtype", "float32")
+        require(
+            not group["centered"] or dtype in ("float32", torch.float32), "state_dtype", "'float32' if centered", dtype
+        )
 
 
 class Adam(Optimizer, torch.optim.Adam):

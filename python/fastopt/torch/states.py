@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastopt._types import Array
-from fastopt.train.optimizer import STATE_BLOCK
+from fastopt.train.param_group import STATE_BLOCK
 
 # States that are never negative: their 8-bit codes have no sign, but one more bit of exponent.
 POSITIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}

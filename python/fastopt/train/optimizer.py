@@ -1,32 +1,44 @@
-"""Optimizers: steps in place on NumPy arrays, with the names, defaults and formulas of ``torch.optim``."""
+"""The base class of all optimizers: parameter groups, the step in place, and saving and restoring of states."""
 
 from __future__ import annotations
 
 import abc
-import inspect
+import difflib
 import math
-import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
-import ml_dtypes
 import numpy as np
 
 from fastopt import _core
-from fastopt._checks import as_float, require, require_count, require_flags, require_number
+from fastopt._checks import (
+    FLOAT32_MAX,
+    as_float,
+    as_index,
+    require,
+    require_count,
+    require_flags,
+    require_float32,
+    require_number,
+)
 from fastopt._types import Array
-from fastopt.train.param_tree import Params, addresses_of, as_array, as_gradient, is_tensor, leaves_of
+from fastopt.train.param_group import STATE_DTYPES, ParamGroup
+from fastopt.train.param_tree import (
+    Params,
+    addresses_of,
+    as_tree,
+    is_tensor,
+    name_of,
+)
 
 LearningRate: TypeAlias = float | Callable[[int], float]
 Hyper: TypeAlias = tuple[float, ...]  # made by `hyper`
 Job: TypeAlias = tuple[Any, ...]  # made by `job`
 
-# Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
-STATE_BLOCK = 256
-
-_STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
+# Options that the arrays of a group were made for.
+_FIXED = ("state_dtype", "master_weights")
 
 
 class Common(TypedDict, total=False):
@@ -85,95 +97,6 @@ def job(
     )  # fmt: skip
 
 
-class _Group:
-    """The tensors of one parameter group: what a step needs, in parallel lists."""
-
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        names: list[str],
-        leaves: list[Any],
-        rule: str,
-        keys: tuple[str, ...],
-        common: Mapping[str, Any],
-    ) -> None:
-        self.checked = dict(options)  # as they were when they were found to be right
-        self.rule = _core.rule(rule)
-        self.rule_states = keys
-        self.tree = tree = options["params"]
-        # What gradients come in: what the parameters came in.
-        self.tree_keys = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
-        self.single = not isinstance(tree, Mapping | list)
-        self.names = names
-        self.leaves = leaves
-        self.params = params = [as_array(leaf) for leaf in leaves]
-        self.addresses = addresses_of(leaves)
-        self.counts = [0] * len(params)  # steps that each has taken
-        self.keys = keys
-        self.states: list[tuple[Array, ...]] = []
-        dtype = _STATE_DTYPES[common["state_dtype"]]
-        if dtype is np.uint8:
-            self.keys += tuple(f"{key}.exponent" for key in keys)
-        if common["master_weights"]:
-            self.keys += ("master",)
-        for param in params:
-            wide = np.dtype(np.float64) if param.dtype == np.float64 else np.dtype(np.float32)
-            state = [np.zeros(param.shape, wide if dtype is np.float32 else dtype) for _ in keys]
-            if dtype is np.uint8:
-                state += [np.zeros(-(-param.size // STATE_BLOCK), np.uint8) for _ in keys]
-            if common["master_weights"]:
-                state.append(param.astype(np.float32))
-            self.states.append(tuple(state))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.params = [as_array(leaf) for leaf in self.leaves]  # a copied tensor has memory of its own
-        self.addresses = addresses_of(self.leaves)
-
-    def replaced(self) -> bool:
-        """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
-        here = self.tree if self.tree_keys is None else self.tree.values()
-        if len(here) >= len(self.leaves) and not any(map(operator.is_not, here, self.leaves)):  # it may have more
-            return False
-        return self.tree_keys is None or any(map(operator.is_not, map(self.tree.get, self.tree_keys), self.leaves))
-
-    def gradients(self, tree: Any) -> list[Any]:
-        """Return the gradients in the order of the parameters."""
-        if self.single:
-            return [tree if type(tree) is np.ndarray else as_gradient(tree)]
-        if self.tree_keys is not None:
-            if type(tree) is not dict and not isinstance(tree, Mapping):
-                raise TypeError(f"grads: expected a dict like params, got {type(tree).__name__}")
-            if tree.keys() != self.tree_keys.keys():
-                missing, extra = (
-                    sorted(a.keys() - b.keys(), key=str) for a, b in ((self.tree_keys, tree), (tree, self.tree_keys))
-                )
-                raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
-            tree = [tree[name] for name in self.tree_keys]
-        else:
-            if not isinstance(tree, list | tuple):
-                raise TypeError(f"grads: expected a list like params, got {type(tree).__name__}")
-            require(len(tree) == len(self.params), "grads", f"{len(self.params)} gradients", len(tree))
-        return [grad if type(grad) is np.ndarray else as_gradient(grad) for grad in tree]
-
-    def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
-        """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
-        counts = self.counts
-        if len(counts) == 1 and grads[0] is not None:
-            return ((counts[0], None),)
-        for grad in grads:
-            if grad is None:
-                break
-        else:
-            if counts and counts.count(counts[0]) == len(counts):
-                return ((counts[0], None),)
-        by_count: dict[int, list[int]] = {}
-        for i, (count, grad) in enumerate(zip(counts, grads, strict=True)):
-            if grad is not None:
-                by_count.setdefault(count, []).append(i)
-        return by_count.items()
-
-
 class Optimizer(abc.ABC):
     """Base class of all optimizers: parameter groups, the step, and saving and restoring of states.
 
@@ -182,84 +105,90 @@ class Optimizer(abc.ABC):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        float32, float64, float16 or bfloat16, C-contiguous and writable, changed in place: NumPy arrays, CPU
-        tensors of torch, or anything that gives its memory by ``__array__`` or ``__dlpack__``. A group is a dict
-        with ``"params"`` and options of its own.
+        Arrays of float32, float64, float16 or bfloat16, changed in place: NumPy arrays, CPU tensors of torch, or
+        anything that gives its memory by ``__array__`` or ``__dlpack__``. They must be writable and dense, in any
+        order of their axes. Dicts and lists may be nested; pairs of name and array, as of ``named_parameters()``,
+        are taken as a dict. A group is a dict with ``"params"`` and options of its own.
     lr : float or callable
-        Learning rate, or a function from the number of steps taken so far to it; see `fastopt.schedules`.
+        Learning rate, or a function that maps the number of steps taken so far to it; see `fastopt.schedules`.
     l1 : float, default 0
-        L1 penalty as a proximal step after the update, which makes exact zeros.
+        L1 penalty, as a proximal step after the update: it makes exact zeros.
     keep_zeros : bool, default False
-        A weight that is exactly 0 stays 0: fine-tune a pruned model.
+        Keep a weight at 0 that is exactly 0, to fine-tune a pruned model.
     maximize : bool, default False
-        Climb instead of descend.
+        Ascend the gradient instead of descending it.
     max_norm : float, optional
-        Gradients whose norm over all tensors is larger are scaled down to it, as
-        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients. A step
-        whose norm is not finite is skipped.
+        Gradient clipping: scale the gradients down if their norm over all tensors is larger than this, as
+        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients. A step whose
+        norm is not finite is skipped. With infinity nothing is clipped, but NaN and infinite gradients are skipped;
+        without `max_norm` and `grad_scale` they reach the weights, as in torch.
     state_dtype : "float32", "bfloat16" or "uint8", default "float32"
-        Of the states; those of float64 parameters are float64, and nothing else. bfloat16 halves them; uint8 is a
-        small float of its own, with an exponent for each 256 elements: 1.004 bytes a state. Both are rounded up or
-        down by chance, so that small changes are not lost.
+        Dtype of the states. Float64 parameters need "float32" here and have float64 states. bfloat16 halves the
+        states. uint8 is an 8-bit float with an exponent for each 256 elements: 1.004 bytes an element. Both are
+        rounded stochastically, so that small changes are not lost. With uint8, clip the gradients: an element far
+        larger than the others of its 256 is remembered as less than it was.
     master_weights : bool, default False
-        Keep a float32 copy of float16 and bfloat16 parameters, and step that. What else changes the parameters
-        meanwhile the next step undoes, but for zeros with `keep_zeros`.
+        Keep a float32 copy of float16 and bfloat16 parameters, and step that; other parameters need none. Parameters
+        may be changed between steps: a weight that differs from its rounded copy replaces it.
     stochastic_rounding : bool, default False
-        Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
+        Round float16 and bfloat16 parameters up or down at random, the nearer number with the higher probability,
+        instead of to the nearest. Other parameters, and those with master weights, are not rounded so.
     seed : int, default 0
-        Of that chance. It is drawn from seed, step and index: the same for any number of threads, and on resuming.
+        Seed of the stochastic rounding, which depends on seed, step and index alone: it is the same for any number of
+        threads, and in a resumed run.
 
     Attributes
     ----------
     param_groups : list of dict
-        One dict a group: ``"params"`` as they were given, and the options, which may be changed between steps.
+        One dict for each group: ``"params"`` as they were given, and the options. Options may be changed between steps,
+        but not `state_dtype` and `master_weights`. Other keys are kept, for the use of the caller.
+    max_norm : float or None
+        As given; it may be changed between steps.
     skipped : int
-        Steps that were skipped because the norm of the gradients was not finite.
+        Number of steps that were skipped because the norm of the gradients was not finite.
+
+    Notes
+    -----
+    All parameters but those of float64 are stepped in float32, where subnormal numbers count as zero. Options that
+    float32 cannot hold are errors; a learning rate below 1.2e-38 is 0, and `eps` is never less than that.
     """
 
     param_groups: list[dict[str, Any]]
 
-    def __init_subclass__(cls) -> None:
-        """Spell out in the subclass's documentation what it says of `params`, `lr` and the common options."""
-        if cls.__doc__ and Optimizer.__doc__:  # -OO leaves none
-            shared = inspect.cleandoc(Optimizer.__doc__).split("Parameters\n----------\n")[1].split("\nAttributes")[0]
-            first, others = shared.split("l1 :")
-            own = inspect.cleandoc(cls.__doc__).replace("params, lr\n    See `Optimizer`.\n", first)
-            cls.__doc__ = own.replace("**common\n    See `Optimizer`.\n", f"l1 :{others}")
-
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
-        unknown = sorted(set(common) - set(Common.__annotations__))
-        if unknown:
-            raise TypeError(f"{type(self).__name__}: unexpected options {unknown}")
-        self._common: dict[str, Any] = {
-            "max_norm": common.get("max_norm"),
-            "state_dtype": common.get("state_dtype", "float32"),
-            "master_weights": common.get("master_weights", False),
-            "stochastic_rounding": common.get("stochastic_rounding", False),
-            "seed": common.get("seed", 0),
-        }
-        self._check_common(self._common)
-        self._note_chance()
-        self._defaults = {
+        known = [*defaults, *Common.__annotations__]
+        for name in common:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{type(self).__name__}: unexpected options {[name]}{hint} (options: {sorted(known)})")
+        self.max_norm = common.get("max_norm")
+        self._max_norm()
+        self._seed = as_index(common.get("seed", 0), "seed")
+        self._defaults: dict[str, Any] = {
             **defaults,
             "l1": common.get("l1", 0.0),
             "keep_zeros": common.get("keep_zeros", False),
             "maximize": common.get("maximize", False),
+            "state_dtype": common.get("state_dtype", "float32"),
+            "master_weights": common.get("master_weights", False),
+            "stochastic_rounding": common.get("stochastic_rounding", False),
         }
-        self._groups: list[_Group] = []
+        self._groups: list[ParamGroup] = []
         self._steps = [0]  # calls of `step`; in a list, so that the call that steps the tensors raises it too
         self.skipped = 0
         self._has_tensors = False
         self.param_groups = []
-        single = isinstance(params, Mapping) or hasattr(params, "__array__") or hasattr(params, "__dlpack__")
-        if not single and not isinstance(params, Iterable):
-            raise TypeError(f"params: expected an array, a list, a dict or groups, got {type(params).__name__}")
-        tree: Any = params
-        if not single and not isinstance(tree, list):
-            tree = list(tree)
-        self._grouped = isinstance(tree, list) and bool(tree) and all(isinstance(p, Mapping) for p in tree)
+        tree = as_tree(params)
+        self._grouped = (
+            isinstance(tree, list)
+            and all(isinstance(part, Mapping) for part in tree)
+            and any("params" in part or "lr" in part for part in tree)  # else a list of layers
+        )
         for group in tree if self._grouped else [{"params": tree}]:
             self.add_param_group(group)
+        if not any(group.leaves for group in self._groups):
+            raise ValueError("params: expected at least one array, got none")
 
     # ---- what a subclass says --------------------------------------------------------------------------------
 
@@ -282,6 +211,12 @@ class Optimizer(abc.ABC):
     def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         """Return the numbers of step number `step`, counted from 1."""
 
+    @staticmethod
+    def _refuse_states(options: Mapping[str, Any], refused: tuple[str, ...], when: str) -> None:
+        """Raise if the states have one of the `refused` dtypes."""
+        left = " or ".join(repr(name) for name in STATE_DTYPES if name not in refused)
+        require(options["state_dtype"] not in refused, "state_dtype", f"{left} {when}", options["state_dtype"])
+
     # ---- groups ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -290,84 +225,73 @@ class Optimizer(abc.ABC):
         Parameters
         ----------
         group : mapping
-            ``"params"``: an array, a list or a dict of arrays; other keys override the optimizer's options.
+            ``"params"``: an array, or a list or dict of arrays, also nested. Other keys override the options of the
+            optimizer, but for `max_norm` and `seed`, which all groups share. Keys that are no options are kept.
 
         Raises
         ------
         TypeError
             If a parameter is not an array of a float type.
         ValueError
-            If an option is unknown or out of range, two arrays have the same name, or an array is read-only, not
-            contiguous, or shares memory with another one.
+            If an option is misspelt or out of range, two arrays have the same name, or an array is read-only, not
+            dense, or shares memory with another one.
         """
         if "params" not in group:
-            raise ValueError(f"params: missing from the group with {sorted(group)}")
-        options = {**self._defaults, **group}
-        self._check_options(options)
-
-        tree = options["params"]
-        if not (isinstance(tree, Mapping) or hasattr(tree, "__array__") or hasattr(tree, "__dlpack__")):
-            if not isinstance(tree, Iterable):
-                raise TypeError(f"params: expected an array, a list or a dict, got {type(tree).__name__}")
-            options["params"] = tree if isinstance(tree, list) else list(tree)
-        names, leaves = leaves_of(options["params"])
+            raise ValueError(f"params: missing from the group with {sorted(group, key=str)}")
+        options = {**self._defaults, **group, "params": as_tree(group["params"])}
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
-        names = [prefix + name for name in names]
-        params = [as_array(leaf) for leaf in leaves]
-        all_names = [name for g in self._groups for name in g.names] + names
+        self._check_options(options, in_floats=False)
+        made = ParamGroup(options, prefix, self._states(options))
+        all_names = [name for g in self._groups for name in g.names] + made.names
         twice = sorted(name for name, count in Counter(all_names).items() if count > 1)
         require(not twice, "params", "names that differ", twice)
-        _core.check_weights(all_names, [param for g in self._groups for param in g.params] + params)
-        self._check_fit(names, params, self._common)
-        rule, states = self._rule(options), self._states(options)
-        self._groups.append(_Group(options, names, leaves, rule, states, self._common))
-        self._has_tensors |= any(map(is_tensor, leaves))
+        _core.check_weights(all_names, [param for g in self._groups for param in g.params] + made.params)
+        self._check_options(options, in_floats=made.in_floats)
+        for name, param in zip(made.names, made.params, strict=True):
+            fits = param.dtype != np.float64 or options["state_dtype"] == "float32"
+            require(fits, "state_dtype", f"float32 for {name!r} of {param.dtype}", options["state_dtype"])
+        made.allocate(options)
+        made.accept(options, self._rule(options))
+        self._groups.append(made)
+        self._has_tensors |= any(map(is_tensor, made.leaves))
         self.param_groups.append(options)
 
-    @staticmethod
-    def _check_common(common: MutableMapping[str, Any]) -> None:
-        """Raise if an option of the whole optimizer is out of range."""
-        if common["max_norm"] is not None:
-            require(require_number(common, "max_norm") > 0, "max_norm", "more than 0", common["max_norm"])
-        state_dtype, seed = common["state_dtype"], common["seed"]
-        known = isinstance(state_dtype, str) and state_dtype in _STATE_DTYPES
-        require(known, "state_dtype", f"one of {sorted(_STATE_DTYPES)}", state_dtype)
-        require_flags(common)
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
-            raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
-        common["seed"] = int(seed)
+    def _max_norm(self) -> float | None:
+        """Return `max_norm`, or raise if it is out of range."""
+        if self.max_norm is None:
+            return None
+        value = as_float(self.max_norm, "max_norm")
+        require(value > 0, "max_norm", "more than 0", self.max_norm)
+        return value
 
-    @staticmethod
-    def _check_fit(names: list[str], params: list[Array], common: Mapping[str, Any]) -> None:
-        """Raise if an option of the whole optimizer does not fit a parameter's dtype."""
-        for name, param in zip(names, params, strict=True):
-            narrow = param.dtype.itemsize == 2
-            for option, fits, needed in (
-                ("state_dtype", param.dtype != np.float64 or common["state_dtype"] == "float32", "float32"),
-                ("master_weights", narrow or not common["master_weights"], "False"),
-                ("stochastic_rounding", narrow or not common["stochastic_rounding"], "False"),
-            ):
-                require(fits, option, f"{needed} for {name!r} of {param.dtype}", common[option])
-
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Raise if the options of a group are not among those of the optimizer, or out of range."""
-        unknown = sorted(options.keys() - self._defaults.keys() - {"params"})
-        require(not unknown, "group", f"options among {sorted(self._defaults)}", unknown)
+    def _check_options(self, options: dict[str, Any], *, in_floats: bool) -> None:
+        """Raise if an option of a group is missing, misspelt or out of range."""
+        for key in options.keys() - self._defaults.keys() - {"params"}:
+            if key in ("max_norm", "seed"):
+                raise ValueError(f"group: {key} is an option of the whole optimizer")
+            close = difflib.get_close_matches(str(key), self._defaults, 1, cutoff=0.8)
+            if close:
+                raise ValueError(f"group: unknown option {key!r}; did you mean {close[0]!r}?")
         missing = sorted(self._defaults.keys() - options.keys())
         if missing:
             raise ValueError(f"group: expected all options, got none for {missing}")
+        state_dtype = options["state_dtype"]
+        known = isinstance(state_dtype, str) and state_dtype in STATE_DTYPES
+        require(known, "state_dtype", f"one of {sorted(STATE_DTYPES)}", state_dtype)
         self._check(options)
         require_flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
             require_number(options, name)
+        if in_floats:
+            require_float32({name: options[name] for name in self._defaults})
 
-    def _note_chance(self) -> None:
-        """Note whether a step rounds anything by chance."""
-        self._chance = self._common["stochastic_rounding"] or self._common["state_dtype"] != "float32"
-
-    def _refuse_uint8(self, when: str) -> None:
-        dtype = self._common["state_dtype"]
-        require(dtype != "uint8", "state_dtype", f"'float32' or 'bfloat16' {when}", dtype)
+    def _check_groups(self) -> None:
+        """Raise if `param_groups` is no longer the list of groups that are stepped."""
+        if len(self.param_groups) != len(self._groups):
+            raise ValueError(
+                f"param_groups: expected {len(self._groups)} groups, got {len(self.param_groups)}; "
+                "use add_param_group to add one, and make another optimizer to remove one"
+            )
 
     # ---- the step --------------------------------------------------------------------------------------------
 
@@ -375,23 +299,25 @@ class Optimizer(abc.ABC):
         """Update all parameters in place, in one pass.
 
         Everything is checked first: a call that raises has changed nothing. An interrupt (Ctrl-C) comes before all
-        tensors, states and step counts are stepped, or after: ``state_dict()["steps"]`` tells.
+        tensors, states and step counts are stepped, or after: ``state_dict()["steps"]`` tells which.
 
         Parameters
         ----------
         grads : array, list or dict of arrays, or list of these
-            Gradients in the shape of the parameters: what was passed as ``params``, with a list of one entry
-            a group if there are several groups. Each has the shape and dtype of its parameter; those of
-            float16 and bfloat16 parameters may also be float32, and those of parameters without axes scalars of
-            NumPy. ``None`` in place of a gradient skips that tensor, whose own step count then stays.
+            Gradients in the shape of the parameters. With several groups, or one that was given as a group: a list
+            with an entry for each group, or a list of all gradients, or a dict from names to gradients. ``None`` in
+            place of a gradient skips that tensor and leaves its step count alone.
+
+            Each gradient has the shape of its parameter. Those of float64 parameters are float64, all others
+            float32, float16 or bfloat16. They are only read; one that is not C-contiguous is copied first.
         grad_scale : float, optional
-            Multiplies every gradient in the same pass; ``1 / loss_scale`` undoes a loss scale. If the norm of the
-            gradients is not finite then, nothing is changed, and `skipped` counts one more; so it is with `max_norm`.
+            Factor of every gradient, applied in the same pass; ``1 / loss_scale`` undoes a loss scale. If the norm of
+            the scaled gradients is not finite, the step is skipped, as with `max_norm`.
 
         Returns
         -------
         float or None
-            With `max_norm` or `grad_scale`: the norm of all scaled gradients, before clipping, which is not finite
+            With `max_norm` or `grad_scale`, the norm of all scaled gradients before clipping. It is not finite
             if the step was skipped.
 
         Raises
@@ -399,19 +325,17 @@ class Optimizer(abc.ABC):
         TypeError
             If a gradient is not an array of a dtype that its parameter allows.
         ValueError
-            If names or shapes do not match, an array is not contiguous or shares memory with another one, a
-            number is not finite, an option that was changed is out of range, or a dict or list that was passed as
-            ``params`` no longer has the same arrays.
+            If names or shapes do not match, an array shares memory with another one, a number is not finite or
+            float32 cannot hold it, an option that was changed is out of range, or the parameters or groups are no
+            longer those that the optimizer was made for.
         """
         groups = self._groups
-        if self._grouped or len(groups) > 1:
-            if not isinstance(grads, list | tuple) or len(grads) != len(groups):
-                raise ValueError(f"grads: expected a list of {len(groups)} entries, one a group")
-            gradients = [group.gradients(tree) for group, tree in zip(groups, grads, strict=True)]
-        else:
-            gradients = [groups[0].gradients(grads)]
+        count = len(groups)
+        if len(self.param_groups) != count:
+            self._check_groups()
+        gradients = self._gradients(grads) if count > 1 or self._grouped else [groups[0].gradients(grads)]
         scale, norm = 1.0, None
-        if grad_scale is not None or self._common["max_norm"] is not None:
+        if grad_scale is not None or self.max_norm is not None:
             scale, norm = self._scale(gradients, grad_scale)
             if not math.isfinite(norm):
                 self.skipped += 1
@@ -430,23 +354,26 @@ class Optimizer(abc.ABC):
                     "change arrays in place, or make another optimizer"
                 )
             if options != group.checked:
-                self._check_options(options)
+                self._check_options(options, in_floats=group.in_floats)
+                for key in _FIXED:
+                    needed = group.checked[key]
+                    require(options[key] == needed, key, f"{needed!r}, as the states were made for", options[key])
                 states = self._states(options)
                 require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
-                group.checked, group.rule = dict(options), _core.rule(self._rule(options))
+                group.accept(options, self._rule(options))
             lr = options["lr"]
             if callable(lr):
-                lr = require_number({"lr": lr(self._steps[0])}, "lr")
-            for count, indices in group.jobs(grads_of_group):
+                lr = self._rate(options, group)
+            for taken, indices in group.jobs(grads_of_group):
                 jobs.append(
                     job(
                         rule=group.rule,
-                        hyper=self._hyper(options, lr, count + 1),
+                        hyper=self._hyper(options, lr, taken + 1),
                         grad_scale=-scale if options["maximize"] else scale,
                         shrink=lr * options["l1"],
                         keep_zeros=options["keep_zeros"],
-                        stochastic=self._common["stochastic_rounding"],
-                        noise=mixed(self._common["seed"], self._steps[0], len(jobs)) if self._chance else 0,
+                        stochastic=group.stochastic,
+                        noise=mixed(self._seed, self._steps[0], len(jobs)) if group.chance else 0,
                         names=group.names,
                         params=group.params,
                         grads=grads_of_group,
@@ -455,22 +382,55 @@ class Optimizer(abc.ABC):
                         indices=indices,
                     )
                 )
-        if self._common["master_weights"]:
-            self._prune_masters()
         _core.step(jobs, self._steps)
         if self._has_tensors:
             self._tell_autograd(gradients)
         return norm
 
-    def _prune_masters(self) -> None:
-        """Let what was pruned since the last step be zero in the float32 copy too, where zeros are to be kept."""
-        for group, options in zip(self._groups, self.param_groups, strict=True):
-            if options["keep_zeros"]:
-                for param, state in zip(group.params, group.states, strict=True):
-                    np.copyto(state[-1], 0, where=param.view(np.uint16) << 1 == 0)
+    def _gradients(self, grads: Any) -> list[list[Any]]:
+        """Return the gradients of each of several groups, or of one that was given as a group."""
+        groups = self._groups
+        count = sum(len(group.params) for group in groups)
+        if isinstance(grads, Mapping):
+            grads = self._by_name(grads)
+        elif not isinstance(grads, list | tuple):
+            raise TypeError(f"grads: expected a list of {len(groups)} entries, one a group, got {type(grads).__name__}")
+        if len(grads) == count and not any(isinstance(grad, list | tuple | Mapping) for grad in grads):
+            rest = iter(grads)
+            flat = [group.arrays([next(rest) for _ in group.params]) for group in groups]
+            return [group.in_memory_order(part) for group, part in zip(groups, flat, strict=True)]
+        if len(grads) != len(groups):
+            raise ValueError(
+                f"grads: expected a list of {len(groups)} entries, one a group, or of all {count} gradients, "
+                f"got {len(grads)}"
+            )
+        return [
+            [None] * len(group.params) if tree is None else group.gradients(tree)
+            for group, tree in zip(groups, grads, strict=True)
+        ]
+
+    def _by_name(self, grads: Mapping[str, Any]) -> list[Any]:
+        """Return gradients that were given by the names of all parameters, in their order."""
+        names = [name for group in self._groups for name in group.names]
+        local = [name_of(path) for group in self._groups for path in group.paths]
+        given = {str(name): grad for name, grad in grads.items()}
+        chosen = local if len(set(local)) == len(local) and given.keys() == set(local) else names
+        missing, extra = sorted(set(chosen) - given.keys()), sorted(given.keys() - set(chosen))
+        if missing or extra:
+            raise ValueError(f"grads: expected the names of params; missing {missing}, unexpected {extra}")
+        return [given[name] for name in chosen]
+
+    def _rate(self, options: Mapping[str, Any], group: ParamGroup) -> float:
+        """Return the learning rate of the next step."""
+        lr = options["lr"]
+        if callable(lr):
+            lr = require_number({"lr": lr(self._steps[0])}, "lr")
+            fits = lr <= FLOAT32_MAX or not group.in_floats
+            require(fits, "lr", f"at most {FLOAT32_MAX:.8g}, which float32 can hold", lr)
+        return float(lr)
 
     def _tell_autograd(self, gradients: list[list[Any]]) -> None:
-        """Let torch know what was changed: it then refuses to go back through what was computed before."""
+        """Tell torch what was changed: it then refuses to go back through what was computed from the old values."""
         graph = sys.modules["torch"].autograd.graph
         for group, grads in zip(self._groups, gradients, strict=True):
             for leaf, grad in zip(group.leaves, grads, strict=True):
@@ -478,15 +438,31 @@ class Optimizer(abc.ABC):
                     graph.increment_version(leaf)
 
     def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
-        """Return what to multiply gradients by, with clipping, and the norm of all of them before clipping."""
+        """Return the factor of the gradients, with clipping, and the norm of all of them before clipping."""
         scale = 1.0 if grad_scale is None else as_float(grad_scale, "grad_scale")
         require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
-        names = [name for group in self._groups for name in group.names]
-        norm = abs(scale) * math.sqrt(_core.sum_squares(names, [grad for those in gradients for grad in those]))
-        max_norm = self._common["max_norm"]
+        norm = abs(scale) * self._norm([grad for grads in gradients for grad in grads])
+        max_norm = self._max_norm()
         if max_norm is not None:
             scale *= min(1.0, max_norm / (norm + 1e-6))
         return scale, norm
+
+    def _norm(self, grads: list[Any]) -> float:
+        """Return the norm of all gradients; squares of float64 that a float64 cannot hold are scaled."""
+        names = [name for group in self._groups for name in group.names]
+        norm = math.sqrt(_core.sum_squares(names, grads))
+        wide = [grad for grad in grads if isinstance(grad, np.ndarray) and grad.dtype == np.float64]
+        if 1e-140 < norm < math.inf or not wide:
+            return norm
+        largest = max(float(np.abs(grad).max(initial=0)) for grad in wide)
+        if not 0 < largest < math.inf:
+            return norm
+        exponent = math.frexp(largest)[1]
+        scaled = [None if grad is None else np.ldexp(grad.astype(np.float64), -exponent) for grad in grads]
+        try:
+            return math.ldexp(math.sqrt(_core.sum_squares(names, scaled)), exponent)
+        except OverflowError:
+            return math.inf
 
     # ---- saving ----------------------------------------------------------------------------------------------
 
@@ -496,23 +472,28 @@ class Optimizer(abc.ABC):
         Returns
         -------
         dict
-            ``"optimizer"``: the class's name; ``"steps"``: calls of `step`; ``"state"``: by parameter name its
-            step count, dtype, shape and states; ``"param_groups"``: options, with the names of the parameters. A
-            learning rate that is a function is left out: the optimizer that loads it brings its own.
+            ``"optimizer"``: the name of the class. ``"steps"``: calls of `step`. ``"state"``: for each parameter, by
+            name, its step count, dtype, shape and states. ``"param_groups"``: the options, with the names of the
+            parameters; a learning rate that is a function is left out.
         """
-        state = {}
+        self._check_groups()
+        state: dict[str, Any] = {}
         groups = []
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            for name, param, count, arrays in zip(group.names, group.params, group.counts, group.states, strict=True):
-                about = {"step": count, "dtype": param.dtype.name, "shape": param.shape}
-                state[name] = {**about, **dict(zip(group.keys, arrays, strict=True))}
+            for i, (name, param, arrays) in enumerate(zip(group.names, group.params, group.states, strict=True)):
+                about: dict[str, Any] = {"step": group.counts[i], "dtype": param.dtype.name, "shape": group.shape_at(i)}
+                if i in group.orders:
+                    about["order"] = group.orders[i]
+                given = (group.as_given(i, array) for array in arrays)
+                state[name] = {**about, **dict(zip(group.keys, given, strict=False))}
             plain = {key: value for key, value in options.items() if not callable(value)}
             groups.append({**plain, "params": list(group.names)})
         return {
             "optimizer": type(self).__name__,
             "steps": self._steps[0],
             "skipped": self.skipped,
-            **self._common,
+            "max_norm": self._max_norm(),
+            "seed": self._seed,
             "state": state,
             "param_groups": groups,
         }
@@ -520,28 +501,34 @@ class Optimizer(abc.ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the steps that follow are bit for bit the same.
 
+        States, step counts, the seed and the options of the groups are taken from `state_dict`. Two things stay as this
+        optimizer has them: a learning rate that is a function, and `max_norm`, unless it is None. Set them after
+        loading to have others.
+
         Parameters
         ----------
         state_dict : mapping
-            From an optimizer of the same class over parameters of the same names, shapes and dtypes. Its
-            arrays are copied.
+            From an optimizer of the same class over parameters of the same names, in any order, shapes and dtypes.
+            Its arrays are copied.
 
         Raises
         ------
         TypeError, ValueError
-            If it is another optimizer's, or damaged, naming the first difference. Nothing has then been changed.
+            If it belongs to another optimizer or is damaged; the message names the first difference. Nothing has been
+            changed then.
         """
-        name = type(self).__name__
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
-        for key in ("optimizer", "steps", "state", "param_groups", *self._common):
-            require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict))
+        self._check_groups()
+        name = type(self).__name__
+        for key in ("optimizer", "steps", "state", "param_groups", "max_norm", "seed"):
+            require(key in state_dict, "state_dict", f"the key {key!r}", sorted(state_dict, key=str))
         require(state_dict["optimizer"] == name, "optimizer", f"{name!r}", state_dict["optimizer"])
-        for key in ("state_dtype", "master_weights"):
-            require(state_dict[key] == self._common[key], key, repr(self._common[key]), state_dict[key])
-        common = {key: state_dict[key] for key in self._common}
-        self._check_common(common)
         steps, skipped = (require_count({"skipped": 0, **state_dict}, key, key) for key in ("steps", "skipped"))
+        seed, max_norm = as_index(state_dict["seed"], "seed"), state_dict["max_norm"]
+        if max_norm is not None:
+            max_norm = as_float(max_norm, "max_norm")
+            require(max_norm > 0, "max_norm", "more than 0", max_norm)
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
         if not isinstance(saved_groups, list | tuple) or not _are_dicts(saved_groups):
             raise TypeError(f"param_groups: expected a list of dicts, got {saved_groups!r:.80}")
@@ -552,27 +539,14 @@ class Optimizer(abc.ABC):
         todo: list[tuple[Array, Array]] = []
         counts: list[list[int]] = []
         options_of: list[dict[str, Any]] = []
-        for group, options, saved in zip(self._groups, self.param_groups, saved_groups, strict=True):
-            require(saved.get("params") == group.names, "params", str(group.names), saved.get("params"))
-            options_of.append({**options, **saved, "params": options["params"]})
-            self._check_options(options_of[-1])
-            states = self._states(options_of[-1])
-            require(states == group.rule_states, "state", str(group.rule_states), states)
-            self._check_fit(group.names, group.params, common)
-            for param, array in zip(group.names, group.params, strict=True):
-                require(param in saved_states, "state", f"one of {param!r}", sorted(saved_states))
-                about = saved_states[param]
-                dtype, shape = about.get("dtype"), tuple(about.get("shape", ()))
-                require(dtype == array.dtype.name, f"dtype of {param!r}", repr(array.dtype.name), dtype)
-                require(shape == array.shape, f"shape of {param!r}", str(array.shape), shape)
-            counts.append([require_count(saved_states[param], "step", f"step of {param!r}") for param in group.names])
-            for param, arrays in zip(group.names, group.states, strict=True):
-                for key, mine in zip(group.keys, arrays, strict=True):
-                    what, theirs = f"{key} of {param!r}", saved_states[param].get(key)
-                    require(isinstance(theirs, np.ndarray), what, "an array", theirs)
-                    require(theirs.dtype == mine.dtype, what, str(mine.dtype), str(theirs.dtype))
-                    require(theirs.shape == mine.shape, what, str(mine.shape), theirs.shape)
-                    todo.append((mine, theirs))
+        for i, (group, saved) in enumerate(zip(self._groups, saved_groups, strict=True)):
+            loaded, names = self._loaded_options(i, saved)
+            options_of.append(loaded)
+            for known in names:
+                require(known in saved_states, "state", f"one of {known!r}", sorted(saved_states, key=str))
+            counts.append([require_count(saved_states[known], "step", f"step of {known!r}") for known in names])
+            for at, known in enumerate(names):
+                todo += group.saved_arrays(at, known, saved_states[known])
 
         for mine, theirs in todo:
             mine[...] = theirs
@@ -581,19 +555,63 @@ class Optimizer(abc.ABC):
         ):
             group.counts[:] = steps_of_group
             options.update(loaded)
-        self._steps[0], self.skipped = steps, skipped
-        self._common.update(common)
-        self._note_chance()
+        self._steps[0], self.skipped, self._seed = steps, skipped, seed
+        self.max_norm = max_norm if self.max_norm is None else self.max_norm
+
+    def _loaded_options(self, i: int, saved: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the options that group `i` will have, and the names by which `saved` knows its parameters."""
+        group, options = self._groups[i], self.param_groups[i]
+        names: Any = saved.get("params")
+        plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        # A group that was added later has its number before its names; the first one then has none.
+        for rename in (lambda n: n, lambda n: n.removeprefix(f"{i}."), lambda n: f"{i}.{n}"):
+            found = {rename(name): name for name in names} if plain else {}
+            if found.keys() == set(group.names) and len(names) == len(group.names):
+                break
+        else:
+            require(False, "params", str(group.names), names)
+        loaded = {**options, **saved, "params": options["params"]}
+        if callable(options["lr"]):
+            loaded["lr"] = options["lr"]
+        self._check_options(loaded, in_floats=group.in_floats)
+        for key in _FIXED:
+            require(loaded[key] == options[key], key, repr(options[key]), loaded[key])
+        states = self._states(loaded)
+        require(states == group.rule_states, "state", str(group.rule_states), states)
+        return loaded, [found[name] for name in group.names]
+
+    # ---- what it is like ---------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Calls of `step` so far, but for those that were skipped."""
+        return self._steps[0]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of each group in the next step."""
+        self._check_groups()
+        return [self._rate(options, group) for options, group in zip(self.param_groups, self._groups, strict=True)]
 
     def __repr__(self) -> str:
         count = sum(len(group.params) for group in self._groups)
         size = sum(param.size for group in self._groups for param in group.params)
-        options = ", ".join(f"{key}={value!r}" for key, value in self._defaults.items())
-        return f"{type(self).__name__}({options}) over {size:,} parameters in {count} arrays"
+        shown = []
+        for key in self._defaults:
+            values = [_shown(options.get(key), self._steps[0]) for options in self.param_groups]
+            shown.append(f"{key}={values[0] if len(set(values)) == 1 else '[' + ', '.join(values) + ']'}")
+        if self.max_norm is not None:
+            shown.append(f"max_norm={self.max_norm!r}")
+        return f"{type(self).__name__}({', '.join(shown)}) over {size:,} parameters in {count} arrays"
 
 
 def _are_dicts(items: Iterable[Any]) -> bool:
     return all(isinstance(item, Mapping) for item in items)
+
+
+def _shown(value: Any, step: int) -> str:
+    """Return an option as text; a schedule by its rate at this step."""
+    return f"{value(step)!r} at step {step}" if callable(value) else repr(value)
 
 
 def mixed(seed: int, step: int, job: int) -> int:

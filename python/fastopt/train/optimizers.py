@@ -1,4 +1,7 @@
-"""The optimizers."""
+"""The optimizers, with the names, defaults and formulas of ``torch.optim``.
+
+`Optimizer` explains the options that they share.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,32 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     momentum, dampening : float
         See the formula.
     weight_decay : float
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     nesterov : bool
         Needs ``momentum > 0`` and ``dampening == 0``.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
@@ -106,22 +125,38 @@ class Adagrad(Optimizer):
         s &= s + g^2 \\
         w &= w - \frac{\mathrm{lr}}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \varepsilon}
 
-    with ``lr_decay`` :math:`\eta`. States of 8 bits are refused: they cannot hold a sum that only grows.
+    with ``lr_decay`` :math:`\eta`. 8-bit states are refused, as they cannot hold a sum that only grows.
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     lr_decay : float
         See the formula.
     weight_decay : float
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     initial_accumulator_value : float
-        What :math:`s` starts from.
+        Initial value of :math:`s`.
     eps : float
         Keeps the denominator from zero.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
@@ -163,15 +198,16 @@ class Adagrad(Optimizer):
         }
         super().__init__(params, defaults, common)
 
-    def add_param_group(self, group: Mapping[str, Any]) -> None:  # noqa: D102 - as in Optimizer
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with options of their own; see `Optimizer.add_param_group`."""
         super().add_param_group(group)
-        for (total,) in (state[:1] for state in self._groups[-1].states):
+        for total, *_ in self._groups[-1].states:
             total.fill(self.param_groups[-1]["initial_accumulator_value"])
 
     def _check(self, options: dict[str, Any]) -> None:
         for name in ("lr_decay", "initial_accumulator_value", "eps"):
             require_number(options, name)
-        self._refuse_uint8("for Adagrad")
+        self._refuse_states(options, ("uint8",), "for Adagrad")
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -195,13 +231,18 @@ class RMSprop(Optimizer):
         b &= \mu b + \frac{g}{\sqrt{v} + \varepsilon} \\
         w &= w - \mathrm{lr} \cdot b
 
-    Centered, the variance :math:`v - \bar g^2` takes the place of :math:`v` in the root, with the running mean
-    :math:`\bar g` of the gradient; states of 8 bits are refused then, as rounding would swallow the difference.
+    If ``centered``, the variance :math:`v - \bar g^2`, with the running mean :math:`\bar g` of the gradient, takes the
+    place of :math:`v` in the root. Where the gradient hardly varies, this difference is nothing but the rounding errors
+    of :math:`v`: up to 60 units in its last place. A variance below 64 units counts as 64, so that no step is longer
+    than 362 (in float64 8 million) times ``lr``. bfloat16 and 8-bit states are refused then, since 64 of their units
+    are half of :math:`v` or more.
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     alpha : float
         Decay of the running means, at least 0 and below 1.
     eps : float
@@ -212,8 +253,22 @@ class RMSprop(Optimizer):
         :math:`\mu`.
     centered : bool
         See above.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
@@ -262,7 +317,7 @@ class RMSprop(Optimizer):
             require_number(options, name)
         require(options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
         if options["centered"]:
-            self._refuse_uint8("if centered")
+            self._refuse_states(options, ("bfloat16", "uint8"), "if centered")
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -296,13 +351,15 @@ class Adam(Optimizer):
         w &= w - \frac{\mathrm{lr}}{1 - \beta_1^t} \cdot
              \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \varepsilon}
 
-    AMSGrad puts the largest :math:`v` so far in the root; states of 8 bits are refused then, as chance would only
-    ever raise it.
+    AMSGrad puts the largest :math:`v` so far in the root. 8-bit states are refused then, as stochastic rounding would
+    only ever raise that maximum.
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
         Decay of the running means of the gradient and of its square, each at least 0 and below 1.
     eps : float
@@ -311,8 +368,22 @@ class Adam(Optimizer):
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     amsgrad : bool
         See above.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
@@ -321,8 +392,8 @@ class Adam(Optimizer):
 
     Notes
     -----
-    Two states of the size of the parameters, ``exp_avg`` and ``exp_avg_sq``. Subnormal numbers are treated as
-    zero, so that units whose gradients have died do not slow the step down.
+    There are two states of the size of the parameters, ``exp_avg`` and ``exp_avg_sq``. Subnormal numbers count as zero,
+    so that units without gradients do not slow the step down.
 
     References
     ----------
@@ -359,7 +430,7 @@ class Adam(Optimizer):
         require_number(options, "eps")
         require_betas(options)
         if options["amsgrad"]:
-            self._refuse_uint8("with amsgrad")
+            self._refuse_states(options, ("uint8",), "with amsgrad")
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -395,13 +466,15 @@ class Adam(Optimizer):
 class AdamW(Adam):
     r"""Adam with decoupled weight decay.
 
-    Before the step of `Adam`, the weights shrink by themselves: :math:`w = w (1 - \mathrm{lr} \cdot \lambda)` with
-    ``weight_decay`` :math:`\lambda`; the gradient, and so the states, know nothing of it.
+    Before the step of `Adam`, the weights are multiplied by :math:`1 - \mathrm{lr} \cdot \lambda`, with
+    ``weight_decay`` :math:`\lambda`. The decay does not enter the gradient, nor the states.
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
         Decay of the running means of the gradient and of its square, each at least 0 and below 1.
     eps : float
@@ -410,8 +483,22 @@ class AdamW(Adam):
         Decoupled, :math:`\lambda`.
     amsgrad : bool
         See `Adam`.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
@@ -461,14 +548,30 @@ class Lion(Optimizer):
 
     Parameters
     ----------
-    params, lr
-        See `Optimizer`.
+    params : array, list, dict, or list of group dicts
+        What to step in place; see `Optimizer`.
+    lr : float or callable
+        Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
-        Of the blend and of the running mean, each at least 0 and below 1.
+        Factors of the blend and of the running mean, each at least 0 and below 1.
     weight_decay : float
         Decoupled, :math:`\lambda`.
-    **common
-        See `Optimizer`.
+    l1 : float
+        L1 penalty, as a proximal step.
+    keep_zeros : bool
+        Keep weights at 0 that are exactly 0.
+    maximize : bool
+        Ascend the gradient.
+    max_norm : float, optional
+        Clip the norm of all gradients.
+    state_dtype : "float32", "bfloat16" or "uint8"
+        Dtype of the states.
+    master_weights : bool
+        Keep float32 copies of float16 and bfloat16 parameters.
+    stochastic_rounding : bool
+        Round float16 and bfloat16 parameters stochastically.
+    seed : int
+        Seed of the stochastic rounding.
 
     Raises
     ------
