@@ -143,6 +143,7 @@ def peers(session):
     session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
     session.run("pytest", "-q", "tests/torch_door")
+    session.run("pytest", "-q", "-k", "fastopt.torch", "tests/test_docs.py")
 
 
 @nox.session
