@@ -255,15 +255,18 @@ def reach(magnitude, before, positive):
     return min(ranked[0], others + (binades << 3)) if others > 0 else ranked[0]
 
 
-def narrow_u8(x, positive, chance, before):
+def narrow_u8(x, positive, chance, before=None):
     """Codes and exponents of a state, rounded by 20 bits of chance; `before` are the exponents that it had.
 
-    What is beyond the codes, and NaN, becomes the largest code.
+    What is beyond the codes, and NaN, becomes the largest code. Without `before` nothing is an outlier.
     """
     bits = (np.minimum(x.view(np.uint32), 0x7FF00000) + chance if positive else raised(x, chance)) >> np.uint32(20)
     magnitude = (bits & np.uint32(0x7FF)).astype(np.int64)
     blocks = [magnitude[at : at + 256] for at in range(0, x.size, 256)]
-    largest = np.array([reach(m, int(b), positive) for m, b in zip(blocks, before, strict=True)], np.int64)
+    if before is None:
+        largest = np.array([m.max() for m in blocks], np.int64)
+    else:
+        largest = np.array([reach(m, int(b), positive) for m, b in zip(blocks, before, strict=True)], np.int64)
     exponents = np.maximum((largest >> 3) - (31 if positive else 15), 0)
     code = magnitude - np.repeat(exponents << 3, 256)[: x.size]
     code = np.clip(code, 0, 255 if positive else 127).astype(np.uint32)
