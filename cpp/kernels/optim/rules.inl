@@ -145,8 +145,7 @@ struct Lion {
 template <class T, class V>
 inline V gradient_of(const Scalars<T>& k, unsigned options, V w, V g) {
   if (!options) return g;
-  if (options & kRescaled) g = g * k.rescale;
-  g = g * k.grad_scale;
+  g = g * k.rescale * k.grad_scale;
   return options & kL2 ? g + k.weight_decay * w : g;
 }
 
