@@ -38,9 +38,11 @@ PYBIND11_MODULE(_core_main, m, py::mod_gil_not_used()) {
 }
 
 // pybind11 takes the lock of the main interpreter, and so would wait for good in another one.
+// NOLINTBEGIN(bugprone-reserved-identifier): the name is that of the module.
 extern "C" PYBIND11_EXPORT PyObject* PyInit__core();
 extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
   if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit__core_main();
   PyErr_SetString(PyExc_ImportError, "fastopt: cannot be imported in a subinterpreter, only in the main interpreter");
   return nullptr;
 }
+// NOLINTEND(bugprone-reserved-identifier)

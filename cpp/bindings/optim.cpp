@@ -132,7 +132,7 @@ Hyper hyper_of(py::handle job) {
 // Fails if float32, in which all but float64 parameters are stepped, cannot hold a number of the step.
 void require_floats(const Hyper& hyper) {
   const auto fits = [](double value) { return std::abs(value) <= std::numeric_limits<float>::max(); };
-  bool fit = fits(hyper.grad_scale) & fits(hyper.shrink);
+  bool fit = fits(hyper.grad_scale) && fits(hyper.shrink);
   for (const HyperField& field : kHyperFields) fit &= fits(hyper.*field.member);
   if (fit) return;
   const auto require = [&](const char* name, double value) {
@@ -248,6 +248,11 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
 
 std::size_t number_at(py::handle tuple, std::size_t i) { return item_of(tuple, i).cast<std::size_t>(); }
 
+// The memory at an address that Python knows.
+char* memory_at(std::size_t address) {
+  return reinterpret_cast<char*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
 // Memory that Python gives as a tuple of its address, its number of elements, and their Float.
 struct Operand {
   char* data;
@@ -257,7 +262,7 @@ struct Operand {
   static bool is(py::handle object) { return PyTuple_Check(object.ptr()); }
 
   explicit Operand(py::handle tuple)
-      : data(reinterpret_cast<char*>(number_at(tuple, 0))),
+      : data(memory_at(number_at(tuple, 0))),
         size(number_at(tuple, 1)),
         type(static_cast<Float>(number_at(tuple, 2))) {}
 };
@@ -277,7 +282,7 @@ Tensor tensor_at(const Rule& rule, py::handle name, py::handle param, py::handle
   memory.writes(w.data, w.size * width_of(w.type), {"parameter", name});
   memory.reads(g.data, g.size * width_of(g.type), {"gradient of", name});
   auto add = [&, next = std::size_t{1}](std::size_t bytes) mutable {
-    char* data = reinterpret_cast<char*>(number_at(state, next++));
+    char* data = memory_at(number_at(state, next++));
     memory.writes(data, bytes, {"state of", name});
     return data;
   };
@@ -390,7 +395,7 @@ void step(const py::list& jobs, const py::list& steps) {
       if (!Operand::is(item(item_of(job, job_field::params), i))) {
         increment(counts, i);
       } else if (const auto address = item(counts, i).cast<std::size_t>()) {
-        *reinterpret_cast<float*>(address) += 1;
+        *reinterpret_cast<float*>(memory_at(address)) += 1;
       }
     });
   }

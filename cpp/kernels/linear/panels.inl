@@ -221,7 +221,8 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
               for (std::size_t r = 0; r < Rows; ++r) {
                 const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kRun + 4 * j);
                 for (int l = 0; l < Limbs; ++l) {
-                  to[l][r] = add(to[l][r], bit_cast<Vec<std::uint8_t>>(four), limbs + 4 * kPanelWidth * l);
+                  to[l][r] = add(to[l][r], bit_cast<Vec<std::uint8_t>>(four),
+                                 limbs + 4 * kPanelWidth * static_cast<std::size_t>(l));
                 }
               }
             }

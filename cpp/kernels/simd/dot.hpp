@@ -42,9 +42,9 @@ inline Vec<std::int32_t> sum_pairs(Pairs pairs) { return multiply_pairs(pairs, P
 template <int Bits>
 constexpr bool kPairsFirst = false;
 
-// Declared for `if constexpr` alone.
-[[maybe_unused]] Pairs byte_pairs(Vec<std::uint8_t> codes, const std::int8_t* x);
-[[maybe_unused]] Vec<std::int32_t> sum_pairs(Pairs pairs);
+// Never called: `if constexpr` needs their names.
+inline Pairs byte_pairs(Vec<std::uint8_t>, const std::int8_t*) { return {}; }
+inline Vec<std::int32_t> sum_pairs(Pairs) { return {}; }
 #endif
 
 // sums[l] + codes[4l .. 4l + 3] . x[4l .. 4l + 3]; `codes` are unsigned, below 2^Bits, x is signed.
