@@ -43,8 +43,8 @@ template <int Bits>
 constexpr bool kPairsFirst = false;
 
 // Never called: `if constexpr` needs their names.
-inline Pairs byte_pairs(Vec<std::uint8_t>, const std::int8_t*) { return {}; }
-inline Vec<std::int32_t> sum_pairs(Pairs) { return {}; }
+inline Pairs byte_pairs(Vec<std::uint8_t>, const std::int8_t*) { return Pairs{}; }
+inline Vec<std::int32_t> sum_pairs(Pairs) { return Vec<std::int32_t>{}; }
 #endif
 
 // sums[l] + codes[4l .. 4l + 3] . x[4l .. 4l + 3]; `codes` are unsigned, below 2^Bits, x is signed.
