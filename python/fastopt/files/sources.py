@@ -1,5 +1,7 @@
 """Models in files of any kind, read one array at a time."""
 
+from __future__ import annotations
+
 import fnmatch
 import zipfile
 from collections.abc import Callable, Iterable, Sequence

@@ -1,5 +1,7 @@
 """Weights of a file, read one at a time."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class Weights(Mapping[str, Array]):
 
     def __init__(
         self,
-        sources: Mapping[str, "Source"],
+        sources: Mapping[str, Source],
         shards: Mapping[str, Sequence[str]] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
@@ -58,7 +60,7 @@ class Weights(Mapping[str, Array]):
         """Bytes of each array."""
         return {name: source.nbytes for name, source in self._sources.items()}
 
-    def only(self, names: Sequence[str]) -> "Weights":
+    def only(self, names: Sequence[str]) -> Weights:
         """Return the arrays of these names.
 
         Parameters

@@ -1,5 +1,7 @@
 """Formats of other runtimes: a module for each, and `export` in front of them."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase

@@ -1,5 +1,7 @@
 """The choice of bits and group size for each tensor: the least error within a budget of bytes."""
 
+from __future__ import annotations
+
 import json
 import math
 import re

@@ -1,5 +1,7 @@
 """Statistics of the tensors of a model, and differences between two models."""
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,7 @@
 """Recipes: the options that apply to each tensor of a model."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import re
@@ -76,7 +78,7 @@ class Options:
         """True if the tensor is pruned and stored sparse."""
         return any(getattr(self, name) is not None for name in _PRUNING)
 
-    def changed(self, other: Mapping[str, Any]) -> "Options":
+    def changed(self, other: Mapping[str, Any]) -> Options:
         """Return the options with some changed; a change of one pruning option resets the others."""
         fresh = dict.fromkeys(_PRUNING) if any(name in other for name in _PRUNING) else {}
         return Options(**{**{f.name: getattr(self, f.name) for f in fields(Options)}, **fresh, **other})
@@ -240,7 +242,7 @@ class Recipe(Options):
         return {**plain, "include": list(self.include), "exclude": list(self.exclude)}
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Recipe":
+    def from_dict(cls, raw: Mapping[str, Any]) -> Recipe:
         """Return the recipe that a plain dict describes.
 
         Parameters
@@ -265,7 +267,7 @@ class Recipe(Options):
         return cls(**raw)
 
     @classmethod
-    def from_toml(cls, path: PathLike) -> "Recipe":
+    def from_toml(cls, path: PathLike) -> Recipe:
         r"""Read a recipe from a TOML file: options by name, "none" for None, and a table ``[overrides]``.
 
         Parameters
@@ -300,7 +302,7 @@ class Recipe(Options):
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{path}: {error}") from error
 
-    def replace(self, **changes: Any) -> "Recipe":
+    def replace(self, **changes: Any) -> Recipe:
         """Return the same with some options changed.
 
         Parameters
@@ -332,7 +334,7 @@ class RecipeOptions(TypedDict, total=False):
     min_size: int
 
 
-def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: "Recipe") -> bool:
+def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: Recipe) -> bool:
     """Return whether a recipe treats two names of one tensor alike."""
     shape, dtype = spec_of(weights, name)
     return recipe.of(name, shape, dtype)[0] == recipe.of(other, shape, dtype)[0]

@@ -1,5 +1,7 @@
 """Reports of packing: sizes and errors of each tensor and of the whole model."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal

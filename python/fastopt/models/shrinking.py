@@ -1,5 +1,7 @@
 """Structured pruning: units, channels and layers are removed from the arrays, in NumPy alone."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections import defaultdict
