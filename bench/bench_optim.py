@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -134,7 +134,7 @@ def many_small(torch: Any, makers: dict[str, Any], numba: Step | None) -> Case:
     size = int(sizes.sum())
     grads = [normal(n, seed=1) for n in sizes]
     rivals = [numpy_adam(normal(n), g) for n, g in zip(sizes, grads, strict=True)]
-    contenders: dict[str, list[Call]] = {
+    contenders: dict[str, Collection[Call]] = {
         FASTOPT: [partial(fo.Adam([normal(n) for n in sizes]).step, grads)],
         NUMPY: [lambda: [step() for step in rivals]],
     }

@@ -2,7 +2,7 @@
 
 import argparse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ def threshold_case(side: int, threshold: float) -> Case:
         fo.prune_(w, threshold=threshold)
         return float(np.count_nonzero(w != exact))
 
-    contenders: dict[str, list[Any]] = {
+    contenders: dict[str, Collection[Any]] = {
         FASTOPT: [lambda: fo.prune_(w, threshold=threshold, return_mask=False)],
         NUMPY: [lambda: w * (np.abs(w) > threshold)],
         "numpy, out=": [without_temporaries],
@@ -88,11 +88,11 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
         dense.fill(0)
         dense[bits.view(np.bool_)] = s.values
 
-    to: dict[str, list[Any]] = {
+    to: dict[str, Collection[Any]] = {
         FASTOPT: [lambda: fo.SparseTensor.from_dense(w, layout="mask")],
         NUMPY: [numpy_from_dense],
     }
-    back: dict[str, list[Any]] = {FASTOPT: [lambda: s.to_dense(out=dense)], NUMPY: [numpy_to_dense]}
+    back: dict[str, Collection[Any]] = {FASTOPT: [lambda: s.to_dense(out=dense)], NUMPY: [numpy_to_dense]}
     scipy, ct = harness.peer("scipy.sparse"), harness.peer("compressed_tensors.compressors")
     if scipy:
         csr = scipy.csr_array(w)
@@ -120,7 +120,7 @@ def storage_cases(w: Array, what: str) -> Iterator[Case]:
     )
 
 
-def torch_peers(w: Array, batch: int) -> dict[str, list[Any]]:
+def torch_peers(w: Array, batch: int) -> dict[str, Collection[Any]]:
     """Dense and CSR products of torch, if it is there."""
     torch = harness.peer("torch")
     if torch is None:

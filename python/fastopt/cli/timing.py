@@ -11,9 +11,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeAlias
 
@@ -41,10 +41,10 @@ class Case:
         Number of elements.
     nbytes : int
         Bytes that must be read and written, each counted once.
-    contenders : dict of str to list of callables
+    contenders : dict of str to collection of callables
         Several callables do the same work on different copies; calls cycle through them, so that operands come
         from memory instead of cache.
-    limit : list of callables
+    limit : collection of callables
         Move `nbytes` and do nothing else.
     errors : dict of str to callable
         Return the error to print for a contender.
@@ -55,8 +55,8 @@ class Case:
     name: str
     size: int
     nbytes: int
-    contenders: dict[str, list[Call]]
-    limit: list[Call]
+    contenders: dict[str, Collection[Call]]
+    limit: Collection[Call]
     errors: dict[str, Callable[[], SupportsFloat]] = field(default_factory=dict)
     reset: Call | None = None
 
@@ -237,13 +237,36 @@ def show(results: list[Result], title: str) -> None:
     console.print(next(fitting, tables[-1]))
 
 
-def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> list[Call]:
+class Copies(Collection[Call]):
+    """Calls that do the same work, each with operands of its own.
+
+    They are made when they are first needed: a case that is not chosen takes no memory.
+    """
+
+    def __init__(self, make: Callable[[], Call], count: int) -> None:
+        self._make, self._count = make, count
+
+    @cached_property
+    def _calls(self) -> list[Call]:
+        return [self._make() for _ in range(self._count)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self._calls)
+
+    def __contains__(self, call: object) -> bool:
+        return call in self._calls
+
+
+def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> Copies:
     """Return one callable, or if `cold`, enough with operands of their own to exceed the cache four times."""
     cache = 1024 * max(cache_sizes().values(), default=2**15)
-    return [make() for _ in range(math.ceil(4 * cache / nbytes) if cold else 1)]
+    return Copies(make, math.ceil(4 * cache / nbytes) if cold else 1)
 
 
-def limit(*, read: int = 0, update: int = 0, streams: int = 1, write: int = 0, cold: bool = False) -> list[Call]:
+def limit(*, read: int = 0, update: int = 0, streams: int = 1, write: int = 0, cold: bool = False) -> Copies:
     """Return calls that read, update in place and write that many bytes, one after the other."""
 
     def make() -> Call:
