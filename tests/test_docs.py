@@ -45,12 +45,22 @@ def test_public_names_are_documented(name):
         assert "Examples\n" in text or name == "load", name
 
 
+def options_of(cls):
+    """Return the options in the section "Parameters" of a docstring, and the text from there on."""
+    text = inspect.getdoc(cls).split("Parameters\n----------\n")[1]
+    lines = text.split("\n\n")[0].splitlines()
+    return {name.strip() for line in lines if " : " in line for name in line.split(":")[0].split(",")}, text
+
+
 @pytest.mark.parametrize("cls", [*fo.Optimizer.__subclasses__(), fo.AdamW])
 def test_optimizers_document_every_option(cls):
-    sections = inspect.getdoc(cls).split("Parameters\n----------\n")[1].split("\n\n")
-    listed = {
-        name.strip() for line in sections[0].splitlines() if " : " in line for name in line.split(":")[0].split(",")
-    }
-    own = set(inspect.signature(cls).parameters) - {"common"}
-    assert listed == own | set(Common.__annotations__)
-    assert sections[1].startswith("Raises\n")
+    """A class lists its own options, and points to `Optimizer`, which lists those that all classes share."""
+    listed, text = options_of(cls)
+    assert listed == set(inspect.signature(cls).parameters) - {"common"}
+    options, after = text.split("\n\n")[:2]
+    assert options.splitlines()[-2:] == ["**common", "    The options that all optimizers share; see `Optimizer`."]
+    assert after.startswith("Raises\n")
+
+
+def test_the_base_class_documents_every_common_option():
+    assert options_of(fo.Optimizer)[0] == {"params", "lr", *Common.__annotations__}

@@ -26,6 +26,13 @@ def test_operators_have_the_bits_of_fastopt():
             deepspeed.Operators.adam_update(7, step, 0.1, 0.9, 0.999, 1e-8, 0.1, True, w, g, m, v)
             opt.step(g.numpy())
             assert np.array_equal(w.numpy(), array)
+    g = torch.randn(1000)  # without bias correction: as after steps without number
+    deepspeed.Operators.adam_update(7, 3, 0.1, 0.9, 0.999, 1e-8, 0.1, False, w, g, m, v)
+    late = opt.state_dict()
+    late["state"]["0"]["step"] = 1 << 61
+    opt.load_state_dict(late)
+    opt.step(g.numpy())
+    assert np.array_equal(w.numpy(), array)
     m.zero_(), v.zero_()
     adagrad, lion = fo.Adagrad(array, lr=0.1, eps=1e-10), None
     g = torch.randn(1000)

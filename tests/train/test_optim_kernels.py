@@ -151,7 +151,7 @@ def test_square_roots_are_correctly_rounded(isa, rng):
 
 
 def bits_of(x, dtype):
-    """What the reference takes: the 16 bits of a narrow type, or float32 itself."""
+    """Return an array as the reference takes it: the 16 bits of a narrow type, or float32 itself."""
     return x if dtype == "float32" else x.view(np.uint16)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -10,8 +9,10 @@ import torch
 
 from fastopt import _core
 from fastopt.torch.optimizer import FLOAT_NUMBERS, STATE_NUMBERS
-from fastopt.train.optimizer import Hyper, hyper, job
-from fastopt.train.optimizers import Adagrad, Lion
+from fastopt.train.optimizer import Hyper, job, mixed
+from fastopt.train.optimizers import Adagrad, Adam, AdamW, Lion
+
+_LAST_STEP = 1 << 62  # where the bias correction of Adam is 1 to the last bit
 
 
 def install() -> None:
@@ -19,7 +20,8 @@ def install() -> None:
 
     Call it before an optimizer is made. The classes stay DeepSpeed's, so that its checks for them pass; their
     builders no longer compile anything. Parameters and gradients have one dtype; states are float32, or bfloat16 and
-    then rounded by chance.
+    then rounded stochastically. SuperOffload and ZenFlow need operators that only DeepSpeed has: do not call this
+    function for them.
 
     Raises
     ------
@@ -39,7 +41,7 @@ def install() -> None:
 
 
 class Operators:
-    """What DeepSpeed's compiled modules offer, by the same names."""
+    """The functions of DeepSpeed's compiled modules, by the same names."""
 
     _decoupled: ClassVar[dict[int, bool]] = {}  # of each optimizer of Adam: whether weight decay is AdamW's
 
@@ -74,29 +76,25 @@ class Operators:
         exp_avg_sq: torch.Tensor,
     ) -> int:
         """Step a tensor as Adam does."""
-        unbias1, unbias2 = (1 - beta1**step, math.sqrt(1 - beta2**step)) if bias_correction else (1.0, 1.0)
-        decoupled = cls._decoupled.get(number, True)
-        numbers = hyper(
-            step_size=lr * unbias2 / unbias1,
-            weight_decay=0.0 if decoupled else weight_decay,
-            decay=1 - lr * weight_decay if decoupled else 1.0,
-            decay1=beta1,
-            blend1=1 - beta1,
-            decay2=beta2,
-            blend2=1 - beta2,
-            eps=eps * unbias2,
-        )
+        adam = AdamW if cls._decoupled.get(number, True) else Adam
+        options = {"betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        numbers = adam._hyper(options, lr, step if bias_correction else _LAST_STEP)
         return _step("adam", numbers, step, param, grad, exp_avg, exp_avg_sq)
 
     @staticmethod
     def adam_rollback(*args: Any) -> int:
-        """Raise: a step cannot be taken back exactly."""
-        raise NotImplementedError("adam_rollback: fastopt does not take back steps; use DeepSpeed's own operator")
+        """Raise: the weights and states before a step cannot be computed exactly from those after it."""
+        raise NotImplementedError(
+            "adam_rollback: fastopt takes back no step, as rounding makes that inexact; SuperOffload, which asks for "
+            "it, needs DeepSpeed's own operator: do not call fastopt.torch.deepspeed.install()"
+        )
 
     @staticmethod
-    def create_adagrad(*args: Any) -> int:
-        """Do nothing: every step has all numbers."""
+    def _do_nothing(*args: Any) -> int:
+        """Do nothing: each update brings all its numbers."""
         return 0
+
+    create_adagrad = destroy_adagrad = create_lion = destroy_lion = _do_nothing
 
     @staticmethod
     def adagrad_update(
@@ -114,11 +112,6 @@ class Operators:
         return _step("adagrad", numbers, step, param, grad, total)
 
     @staticmethod
-    def create_lion(*args: Any) -> int:
-        """Do nothing: every step has all numbers."""
-        return 0
-
-    @staticmethod
     def lion_update(
         number: int,
         step: int,
@@ -134,8 +127,6 @@ class Operators:
         numbers = Lion._hyper({"betas": (beta1, beta2), "weight_decay": weight_decay}, lr, step)
         return _step("lion", numbers, step, param, grad, exp_avg)
 
-    destroy_adagrad = destroy_lion = create_lion
-
 
 def _step(rule: str, numbers: Hyper, step: int, param: torch.Tensor, grad: torch.Tensor, *states: torch.Tensor) -> int:
     number, size = FLOAT_NUMBERS.get(param.dtype), param.numel()
@@ -148,7 +139,6 @@ def _step(rule: str, numbers: Hyper, step: int, param: torch.Tensor, grad: torch
     dtype = states[0].dtype
     if any(state.dtype != dtype for state in states) or (dtype != wide and dtype != torch.bfloat16):
         raise TypeError(f"state: expected {wide} or torch.bfloat16, got {dtype}; set fp32_optimizer_states=True")
-    narrow = dtype == torch.bfloat16
     work = job(
         rule=_core.rule(rule),
         hyper=numbers,
@@ -156,7 +146,7 @@ def _step(rule: str, numbers: Hyper, step: int, param: torch.Tensor, grad: torch
         shrink=0.0,
         keep_zeros=False,
         stochastic=False,
-        noise=step * 0x9E3779B1 & 0xFFFFFFFF if narrow else 0,
+        noise=mixed(0, step, 0) if dtype == torch.bfloat16 else 0,
         names=["param"],
         params=[(param.data_ptr(), size, number)],
         grads=[(grad.data_ptr(), size, FLOAT_NUMBERS[grad.dtype])],

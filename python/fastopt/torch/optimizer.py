@@ -13,21 +13,18 @@ from fastopt import _core
 from fastopt._checks import as_float, require, require_number
 from fastopt.torch.states import codes_name, find_or_make
 from fastopt.train.optimizer import Job, job, mixed
-from fastopt.train.optimizer import Optimizer as Formula
+from fastopt.train.optimizer import Optimizer as ArrayOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Group: TypeAlias = dict[str, Any]
-Part: TypeAlias = tuple[Group, list[torch.Tensor]]  # parameters of a group
-Memory: TypeAlias = tuple[int, int, int]  # address, elements and the number of their type: Operand in cpp/bindings/
+GroupParams: TypeAlias = tuple[Group, list[torch.Tensor]]  # a group, and those of its parameters that are meant
+Operand: TypeAlias = tuple[int, int, int]  # address, elements and the number of their type, as in cpp/bindings/
 
-FLOAT_NUMBERS = {
-    torch.float16: 0,
-    torch.bfloat16: 1,
-    torch.float32: 2,
-    torch.float64: 3,
-}  # Float in cpp/kernels/contract.hpp
+# Float in cpp/kernels/contract.hpp: the narrow types come first.
+FLOAT_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_FLOAT32, _FLOAT64 = FLOAT_NUMBERS[torch.float32], FLOAT_NUMBERS[torch.float64]
 STATE_NUMBERS = {torch.bfloat16: 1, torch.uint8: 2}  # 0 for others
 _STATE_DTYPES = {
     "float32": torch.float32,
@@ -55,6 +52,7 @@ class Options(TypedDict, total=False):
     seed: int
 
 
+# The options that torch's classes do not have, and their defaults.
 OWN: dict[str, Any] = {
     "max_norm": None,
     "l1": 0.0,
@@ -76,33 +74,41 @@ class Optimizer(torch.optim.Optimizer):
     Parameters
     ----------
     max_norm : float, optional
-        Gradients whose norm over all parameters of the optimizer, in all groups, is larger are scaled down to it, as
-        ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients. A step
+        Gradient clipping: scale the gradients down if their norm over the parameters of all groups is larger than this,
+        as ``torch.nn.utils.clip_grad_norm_`` does, but in the same pass and without changing the gradients. A step
         whose norm is not finite is skipped.
     l1 : float, default 0
-        L1 penalty as a proximal step after the update, which makes exact zeros.
+        L1 penalty, as a proximal step after the update: it makes exact zeros.
     keep_zeros : bool, default False
-        A weight that is exactly 0 stays 0: fine-tune a pruned model.
+        Keep a weight at 0 that is exactly 0, to fine-tune a pruned model.
     state_dtype : "float32", "bfloat16" or "uint8", default "float32"
-        Of the states, also of 16-bit parameters; those of float64 parameters are float64. bfloat16 halves them;
-        uint8 is a small float, with an exponent for each 256 elements. Both are rounded up or down by chance.
+        Dtype of the states, also of those of 16-bit parameters; float64 parameters have float64 states. bfloat16
+        halves the states; uint8 is an 8-bit float with an exponent for each 256 elements. Both are rounded
+        stochastically.
     master_weights : bool, default False
         Keep a float32 copy of float16 and bfloat16 parameters, and step that.
     stochastic_rounding : bool, default False
-        Round float16 and bfloat16 parameters up or down by chance, the nearer the likelier, instead of to nearest.
+        Round float16 and bfloat16 parameters up or down at random, the nearer number with the higher probability,
+        instead of to the nearest.
     seed : int, default 0
-        Of that chance, with the step count: a run that is resumed goes on bit for bit.
+        Seed of the stochastic rounding, which also depends on the step count: a resumed run continues bit for bit.
 
     Attributes
     ----------
     grad_norm : float or None
         Norm of the gradients of the last step, before clipping, if a group has `max_norm`.
     skipped : int
-        Steps that this object skipped because `grad_norm` was not finite, or ``GradScaler`` found it so.
+        Number of steps that were skipped because `grad_norm` was not finite, or ``GradScaler`` found a gradient that
+        is not.
+
+    Notes
+    -----
+    A step counts subnormal weights as zero, as `fastopt.Optimizer` does. With a learning rate of 0, finite gradients
+    change no weight.
     """
 
     param_groups: list[Group]
-    _formula: ClassVar[type[Formula]]
+    _array_class: ClassVar[type[ArrayOptimizer]]  # the class of fastopt with the same formula
     _counts_steps = True  # whether the state of torch's class has "step"
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling to the step
     _own: Mapping[str, Any] = {}
@@ -147,54 +153,55 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped += 1
             return
         scale = 1.0 if loss_scale is None else 1 / float(loss_scale)
-        parts: list[Part] = [(group, group["params"]) for group in self.param_groups]
-        batch = _Batch(self, parts)
+        parts: list[GroupParams] = [(group, group["params"]) for group in self.param_groups]
+        plan = _StepPlan(self, parts)
         if any(group.get("max_norm") is not None for group in self.param_groups):
-            self.grad_norm = scale * math.sqrt(batch.sum_squares())
+            self.grad_norm = scale * math.sqrt(plan.sum_squares())
             if not math.isfinite(self.grad_norm):
-                batch.forget_new_states()
+                plan.forget_new_states()
                 self.skipped += 1
                 return
-        self._apply(batch, scale)
-        while batch.again:  # a parameter that is listed twice is stepped twice
-            batch = _Batch(self, batch.again)
-            self._apply(batch, scale)
+        self._apply(plan, scale)
+        while plan.repeated:
+            plan = _StepPlan(self, plan.repeated)
+            self._apply(plan, scale)
 
-    def _apply(self, batch: _Batch, scale: float) -> None:
-        if batch.others:
-            self._step_others(batch.others, scale)
-        jobs: list[Job] = []
-        for run in batch.runs:
-            group, lr = run.group, float(run.group["lr"])
-            grad_scale = self._clipped(group, scale)
-            formula = self._formula_of(group)
-            numbers = formula._hyper(run.options, lr, run.count + 1)
-            jobs.append(
-                job(
-                    rule=_rule(formula._rule(run.options)),
-                    hyper=numbers,
-                    grad_scale=-grad_scale if group["maximize"] else grad_scale,
-                    shrink=lr * group.get("l1", 0.0),
-                    keep_zeros=group.get("keep_zeros", False),
-                    stochastic=group.get("stochastic_rounding", False),
-                    noise=mixed(group.get("seed", 0), run.count, len(jobs)) if run.chance else 0,
-                    names=run.names,
-                    params=run.params,
-                    grads=run.grads,
-                    states=run.states,
-                    counts=run.counts,
-                    indices=None,
-                )
-            )
+    def _apply(self, plan: _StepPlan, scale: float) -> None:
         try:
+            if plan.for_torch:
+                self._step_by_torch(plan.for_torch, scale)
+            jobs: list[Job] = []
+            for lists in plan.jobs:
+                needs, group = lists.needs, lists.needs.group
+                array_class = self._array_class_of(group)
+                grad_scale = self._clipped(group, scale)
+                jobs.append(
+                    job(
+                        rule=_rule(array_class._rule(needs.options)),
+                        hyper=array_class._hyper(needs.options, needs.lr, lists.count + 1),
+                        grad_scale=-grad_scale if group["maximize"] else grad_scale,
+                        shrink=needs.lr * group.get("l1", 0.0),
+                        keep_zeros=group.get("keep_zeros", False),
+                        stochastic=needs.stochastic,
+                        noise=mixed(group.get("seed", 0), lists.count, len(jobs)) if needs.chance else 0,
+                        names=lists.names,
+                        params=lists.params,
+                        grads=lists.grads,
+                        states=lists.states,
+                        counts=lists.counts,
+                        indices=None,
+                    )
+                )
             _core.step(jobs, [0])
         except BaseException:
-            batch.forget_new_states()
+            plan.forget_new_states()
             raise
-        for count in batch.other_counts:
+        for count in plan.torch_counts:
             count.add_(1)
-        if batch.changed:
-            _increment_versions(batch.changed)  # autograd refuses to go back through what was before
+        for w, before in plan.unmoved:
+            w.copy_(torch.where(w == 0, before, w))
+        if plan.changed:
+            _increment_versions(plan.changed)  # autograd refuses to go back through what was before
 
     def _clipped(self, group: Group, scale: float) -> float:
         """Return what to multiply the gradients of a group by."""
@@ -203,12 +210,12 @@ class Optimizer(torch.optim.Optimizer):
             return scale
         return scale * min(1.0, max_norm / (self.grad_norm + 1e-6))
 
-    def _formula_of(self, group: Group) -> type[Formula]:
-        return self._formula
+    def _array_class_of(self, group: Group) -> type[ArrayOptimizer]:
+        return self._array_class
 
     # ---- parameters that torch steps ---------------------------------------------------------------------------
 
-    def _step_others(self, parts: list[Part], scale: float) -> None:
+    def _step_by_torch(self, parts: list[GroupParams], scale: float) -> None:
         """Step what the kernels do not take, by torch's own code."""
         for group, params in parts:
             for name in ("state_dtype", "master_weights", "stochastic_rounding"):
@@ -255,27 +262,12 @@ class Optimizer(torch.optim.Optimizer):
     def _check(self, group: Group) -> None:
         """Raise if one of our own options of a group is out of range."""
         given = [group.get(name) for name in OWN]
-        if given == self._checked:
-            return
-        own = {name: group.get(name, value) for name, value in OWN.items()}
-        if own["max_norm"] is not None:
-            require(as_float(own["max_norm"], "max_norm") > 0, "max_norm", "more than 0", own["max_norm"])
-        require_number(own, "l1")
-        for name in ("keep_zeros", "master_weights", "stochastic_rounding"):
-            if not isinstance(own[name], bool):
-                raise TypeError(f"{name}: expected True or False, got {own[name]!r}")
-        dtype, seed = own["state_dtype"], own["seed"]
-        known = isinstance(dtype, str | torch.dtype) and dtype in _STATE_DTYPES
-        require(known, "state_dtype", "'float32', 'bfloat16' or 'uint8'", dtype)
-        if _STATE_DTYPES[dtype] == torch.uint8:
-            self._check_uint8(group)
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
-        if _STATE_DTYPES[dtype] != torch.uint8:  # which other options may forbid
+        if given != self._checked:
+            _check_own({name: group.get(name, value) for name, value in OWN.items()})
             self._checked = given
-
-    def _check_uint8(self, group: Group) -> None:
-        """Raise if the states of a group must not have 8 bits."""
+        dtype = _STATE_DTYPES[group.get("state_dtype", "float32")]
+        if dtype != torch.float32:
+            self._array_class_of(group)._check_state_dtype(group, str(dtype).removeprefix("torch."))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state of this class or of torch's, which are the same but for `state_dtype`.
@@ -312,70 +304,88 @@ def _copied(value: Any) -> Any:
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-class _Run:
+def _check_own(options: dict[str, Any]) -> None:
+    """Raise if one of the options in `OWN` is out of range."""
+    if options["max_norm"] is not None:
+        require(as_float(options["max_norm"], "max_norm") > 0, "max_norm", "more than 0", options["max_norm"])
+    require_number(options, "l1")
+    for name in ("keep_zeros", "master_weights", "stochastic_rounding"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name}: expected True or False, got {options[name]!r}")
+    dtype, seed = options["state_dtype"], options["seed"]
+    known = isinstance(dtype, str | torch.dtype) and dtype in _STATE_DTYPES
+    require(known, "state_dtype", "'float32', 'bfloat16' or 'uint8'", dtype)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+
+
+class _Needs:
+    """The options of a group, and what its tensors need by them."""
+
+    def __init__(self, opt: Optimizer, group: Group) -> None:
+        self.group = self.options = group
+        self.lr = float(group["lr"])
+        if any(isinstance(number, torch.Tensor) for number in (group["weight_decay"], *group.get("betas", ()))):
+            self.options = {**group, "weight_decay": float(group["weight_decay"])}
+            if "betas" in group:
+                self.options["betas"] = tuple(map(float, group["betas"]))
+        self.keys = opt._array_class_of(group)._states(self.options)
+        self.initial = group.get("initial_accumulator_value", 0.0)
+        self.state_dtype = _STATE_DTYPES[group.get("state_dtype", "float32")]
+        self.state_number = STATE_NUMBERS.get(self.state_dtype, 0)
+        self.masters = group.get("master_weights", False)
+        self.stochastic = group.get("stochastic_rounding", False)
+        self.chance = self.stochastic or self.state_dtype != torch.float32
+        self.counts_steps = opt._counts_steps
+        self.differentiable = group.get("differentiable", False)
+        self.names = group.get("param_names")
+
+
+class _JobLists:
     """Tensors of a group that took the same number of steps: the lists of a job."""
 
-    def __init__(self, group: Group, options: dict[str, Any], count: int, chance: bool) -> None:
-        self.group, self.options, self.count, self.chance = group, options, count, chance
+    def __init__(self, needs: _Needs, count: int) -> None:
+        self.needs, self.count = needs, count
         self.names: list[Any] = []
-        self.params: list[Memory] = []
-        self.grads: list[Memory] = []
+        self.params: list[Operand] = []
+        self.grads: list[Operand] = []
         self.states: list[tuple[int, ...]] = []
         self.counts: list[int] = []
 
 
-class _Batch:
-    """What one call steps: addresses of dense float tensors of the CPU by runs, and what torch steps.
+class _StepPlan:
+    """The work of one step: jobs for the kernels, which take dense float tensors of the CPU, and the rest for torch.
 
-    Everything is read anew: others exchange parameters, their memory, gradients and states between steps.
+    It is made anew for every step, as others exchange parameters, their memory, gradients and states in between.
     """
 
-    def __init__(self, opt: Optimizer, parts: Iterable[Part]) -> None:
-        self.runs: list[_Run] = []
-        self.others: list[Part] = []
-        self.again: list[Part] = []  # parameters whose memory is in the batch already
+    def __init__(self, opt: Optimizer, parts: Iterable[GroupParams]) -> None:
+        self.jobs: list[_JobLists] = []
+        self.for_torch: list[GroupParams] = []
+        self.repeated: list[GroupParams] = []  # a parameter that is listed twice is stepped twice, by another plan
         self.changed: list[torch.Tensor] = []
-        self._new: list[tuple[dict[str, Any], str]] = []  # states that begin with this step
-        self.other_counts: list[torch.Tensor] = []  # step counts that are not float32
-        self._alive: list[torch.Tensor] = []  # gradients, of which some are copies
-        self._shards: dict[Any, list[Memory]] = {}  # gradients by the process groups that they are spread over
+        self.torch_counts: list[torch.Tensor] = []  # step counts that the kernels cannot raise: not float32
+        self.unmoved: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights with an lr of 0, and their copies
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # states that begin with this step, as they were
+        self._grads: list[torch.Tensor] = []  # some are copies: this keeps their memory
+        self._shards: dict[Any, list[Operand]] = {}  # gradients by the process groups that they are spread over
         seen: set[int] = set()
-        for group, params in parts:
-            opt._check(group)
-            others: list[torch.Tensor] = []
-            again: list[torch.Tensor] = []
-            self._add(opt, group, params, seen, others, again)
-            if others:
-                self.others.append((group, others))
-            if again:
-                self.again.append((group, again))
+        try:
+            for group, params in parts:
+                opt._check(group)
+                self._add(_Needs(opt, group), params, opt.state, seen)
+        except BaseException:
+            self.forget_new_states()
+            raise
 
-    def _add(
-        self,
-        opt: Optimizer,
-        group: Group,
-        params: list[torch.Tensor],
-        seen: set[int],
-        others: list[torch.Tensor],
-        again: list[torch.Tensor],
-    ) -> None:
-        options = group
-        if any(isinstance(number, torch.Tensor) for number in (group["weight_decay"], *group.get("betas", ()))):
-            options = {**group, "weight_decay": float(group["weight_decay"])}
-            if "betas" in group:
-                options["betas"] = tuple(map(float, group["betas"]))
-        keys = opt._formula_of(group)._states(options)
-        initial = options.get("initial_accumulator_value", 0.0)
-        wanted = _STATE_DTYPES[group.get("state_dtype", "float32")]
-        masters, stochastic = group.get("master_weights", False), group.get("stochastic_rounding", False)
-        chance = stochastic or wanted != torch.float32
-        counted = opt._counts_steps or chance
-        differentiable = group.get("differentiable", False)
-        names = group.get("param_names")
-        strided, float32, float64, uint8 = torch.strided, torch.float32, torch.float64, torch.uint8
-        state_number = STATE_NUMBERS.get(wanted, 0)
-        states_of = opt.state
-        runs: dict[int, _Run] = {}
+    def _add(self, needs: _Needs, params: list[torch.Tensor], states: Any, seen: set[int]) -> None:
+        """Add the parameters of a group that have gradients; `seen` has the addresses that are in the plan."""
+        for_torch: list[torch.Tensor] = []
+        repeated: list[torch.Tensor] = []
+        jobs: dict[int, _JobLists] = {}
+        keys, names, differentiable = needs.keys, needs.names, needs.differentiable
+        first_key, first_codes = (keys[0], codes_name(keys[0])) if keys else ("", "")
+        strided = torch.strided
         for index, p in enumerate(params):
             grad = p.grad
             if grad is None:
@@ -384,12 +394,12 @@ class _Batch:
             if kind not in _PLAIN and not _is_plain(kind):
                 sharded = _is_dtensor(kind)
                 if not sharded:
-                    others.append(p)
+                    for_torch.append(p)
                     continue
                 if grad.placements != p.placements:
                     grad = grad.redistribute(p.device_mesh, p.placements)
                 w, grad = p.to_local(), grad.to_local()
-            dtype, size = w.dtype, w.numel()
+            dtype = w.dtype
             number = FLOAT_NUMBERS.get(dtype)
             contiguous = w.is_contiguous()
             if (
@@ -399,110 +409,85 @@ class _Batch:
                 or grad.layout is not strided
                 or not (contiguous or _is_dense(w))
             ):
-                others.append(p)
+                for_torch.append(p)
                 continue
-            address = w.data_ptr()
+            address, size = w.data_ptr(), w.numel()
             if address in seen:
-                again.append(p)
+                repeated.append(p)
                 continue
             if size:
                 seen.add(address)
-            strides = None if contiguous else w.stride()
 
             grad_dtype = grad.dtype
-            if grad_dtype is not dtype and (number > 1 or grad_dtype is not float32):
+            if grad_dtype is not dtype and (number >= _FLOAT32 or grad_dtype is not torch.float32):
                 grad, grad_dtype = grad.to(dtype), dtype
+            strides = None if contiguous else w.stride()
             if not grad.is_contiguous() if contiguous else grad.stride() != strides:
                 grad = torch.empty_like(w).copy_(grad)
-            self._alive.append(grad)
+            self._grads.append(grad)
 
-            state = states_of[p]
-            state_dtype = float64 if number == 3 else wanted
-            if sharded and wanted is uint8:
-                raise ValueError(
-                    "state_dtype: expected 'float32' or 'bfloat16' for a DTensor, whose shards may cut the blocks "
-                    f"of 8-bit states; got {group['state_dtype']!r}"
-                )
-            started = bool(keys) and (keys[0] in state or codes_name(keys[0]) in state)
-            addresses = [0 if number == 3 else state_number]
-            for key in keys:
-                name = codes_name(key) if state_dtype is uint8 else key
-                s = state.get(name)
-                if sharded and s is not None:
-                    s = s.to_local()
-                if (
-                    s is None
-                    or s.dtype is not state_dtype
-                    or s.numel() != size
-                    or not s.is_cpu
-                    or (not s.is_contiguous() if contiguous else s.stride() != strides)
-                ):
-                    if not started:
-                        self._new.append((state, name))
-                    s = find_or_make(state, key, p, state_dtype, initial)
-                    s = s.to_local() if sharded else s
-                addresses.append(s.data_ptr())
-            if state_dtype is uint8:
-                addresses.extend(state["exponents"][key].data_ptr() for key in keys)
-            if masters and number < 2:
-                addresses.append(self._master(state, p, w, sharded, group))
+            state = states[p]
+            started = first_key in state or first_codes in state
+            if keys and not started:
+                self._before.append((state, dict(state)))
+            state_addresses = _find_states(state, p, needs, number, size, strides, sharded)
+            count, count_address = self._count(state, needs, started)
+            if needs.lr == 0:
+                self.unmoved.append((w, w.clone()))
 
-            count, count_address = int(started), 0
-            if counted:
-                step = state.get("step")
-                if not isinstance(step, torch.Tensor):
-                    known = step or (0 if opt._counts_steps else count)
-                    step = state["step"] = torch.tensor(float(known))
-                count = int(step.item())
-                if step.dtype is float32 and step.is_cpu and type(step) is torch.Tensor:
-                    count_address = step.data_ptr()
-                else:
-                    self.other_counts.append(step)
-                if keys and not started:
-                    count = 0
-            run = runs.get(count)
-            if run is None:
-                run = runs[count] = _Run(group, options, count, chance)
-            run.names.append(names[index] if names else index)
-            run.params.append((address, size, number))
-            memory = (grad.data_ptr(), size, FLOAT_NUMBERS[grad_dtype])
-            run.grads.append(memory)
-            run.states.append(tuple(addresses))
-            run.counts.append(count_address)
+            lists = jobs.get(count)
+            if lists is None:
+                lists = jobs[count] = _JobLists(needs, count)
+            lists.names.append(names[index] if names else index)
+            lists.params.append((address, size, number))
+            operand = (grad.data_ptr(), size, FLOAT_NUMBERS[grad_dtype])
+            lists.grads.append(operand)
+            lists.states.append(state_addresses)
+            lists.counts.append(count_address)
             self.changed.append(p)
             if sharded:
                 spread = tuple(i for i, place in enumerate(p.placements) if place.is_shard())
-                self._shards.setdefault((p.device_mesh, spread), []).append(memory)
-        self.runs.extend(runs.values())
+                self._shards.setdefault((p.device_mesh, spread), []).append(operand)
+        self.jobs.extend(jobs.values())
+        if for_torch:
+            self.for_torch.append((needs.group, for_torch))
+        if repeated:
+            self.repeated.append((needs.group, repeated))
 
-    def _master(self, state: dict[str, Any], p: torch.Tensor, w: torch.Tensor, sharded: bool, group: Group) -> int:
-        """Return where the float32 copy of a parameter is."""
-        master = find_or_make(state, "master", p, torch.float32, math.nan) if "master" in state else None
-        if master is None:
-            master = state["master"] = p.detach().to(torch.float32)
-        master = master.to_local() if sharded else master
-        if group.get("keep_zeros", False):
-            master.masked_fill_(w == 0, 0)  # what was pruned since the last step
-        return int(master.data_ptr())
+    def _count(self, state: dict[str, Any], needs: _Needs, started: bool) -> tuple[int, int]:
+        """Return the steps that a parameter took, and where the kernels raise this number; 0 for nowhere."""
+        if not (needs.counts_steps or needs.chance):
+            return int(started), 0
+        step = state.get("step")
+        if not isinstance(step, torch.Tensor):
+            known = step or (0 if needs.counts_steps else int(started))
+            step = state["step"] = torch.tensor(float(known))
+        address = 0
+        if step.dtype is torch.float32 and step.is_cpu and type(step) is torch.Tensor:
+            address = step.data_ptr()
+        else:
+            self.torch_counts.append(step)
+        return (int(step.item()) if started or not needs.keys else 0), address
 
     def forget_new_states(self) -> None:
         """Take back the states of parameters that would have taken their first step: SGD's first is another one."""
-        for state, name in self._new:
-            state.pop(name, None)
+        for state, before in self._before:
+            state.clear()
+            state.update(before)
 
     def sum_squares(self) -> float:
         """Return the sum of squares of all gradients, over all processes that hold shards of them."""
-        whole = [grad for run in self.runs for grad in run.grads]
+        whole = [grad for lists in self.jobs for grad in lists.grads]
         if self._shards:
-            shards = {memory for memories in self._shards.values() for memory in memories}
+            shards = {operand for operands in self._shards.values() for operand in operands}
             whole = [grad for grad in whole if grad not in shards]
         total = _core.sum_squares(list(range(len(whole))), whole)
-        for (mesh, spread), memories in self._shards.items():
-            part = torch.tensor(_core.sum_squares(list(range(len(memories))), memories), dtype=torch.float64)
+        for (mesh, spread), operands in self._shards.items():
+            part = torch.tensor(_core.sum_squares(list(range(len(operands))), operands), dtype=torch.float64)
             for dim in spread:
                 torch.distributed.all_reduce(part, group=mesh.get_group(dim))
             total += part.item()
-        for _, params in self.others:
+        for _, params in self.for_torch:
             for p in params:
                 grad = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
                 norm = torch.linalg.vector_norm(grad)
@@ -511,6 +496,54 @@ class _Batch:
 
 
 _rule = functools.cache(_core.rule)
+
+
+def _find_states(
+    state: dict[str, Any],
+    p: torch.Tensor,
+    needs: _Needs,
+    number: int,
+    size: int,
+    strides: tuple[int, ...] | None,
+    sharded: bool,
+) -> tuple[int, ...]:
+    """Return what the kernels are told of the states of a parameter: their type and addresses; make what is missing.
+
+    `number`, `size` and `strides` (None: contiguous) are those of the part of `p` that this process holds.
+    """
+    wide = number == _FLOAT64
+    dtype = torch.float64 if wide else needs.state_dtype
+    coded = dtype is torch.uint8
+    if sharded and coded:
+        raise ValueError(
+            "state_dtype: expected 'float32' or 'bfloat16' for a DTensor, whose shards may cut the blocks "
+            f"of 8-bit states; got {needs.group['state_dtype']!r}"
+        )
+    addresses = [0 if wide else needs.state_number]
+    for key in needs.keys:
+        s = state.get(codes_name(key) if coded else key)
+        if sharded and s is not None:
+            s = s.to_local()
+        if (
+            s is None
+            or s.dtype is not dtype
+            or s.numel() != size
+            or not s.is_cpu
+            or (not s.is_contiguous() if strides is None else s.stride() != strides)
+        ):
+            s = find_or_make(state, key, p, dtype, needs.initial)
+            s = s.to_local() if sharded else s
+        addresses.append(s.data_ptr())
+    if coded:
+        addresses.extend(state["exponents"][key].data_ptr() for key in needs.keys)
+    if needs.masters and number < _FLOAT32:
+        master = state.get("master")
+        if master is None:
+            master = state["master"] = p.detach().to(torch.float32)
+        else:
+            master = find_or_make(state, "master", p, torch.float32, math.nan)
+        addresses.append((master.to_local() if sharded else master).data_ptr())
+    return tuple(addresses)
 
 
 def _increment_versions(tensors: list[torch.Tensor]) -> None:
@@ -543,7 +576,7 @@ def _is_plain(kind: type) -> bool:
     return plain
 
 
-def _is_dtensor(kind: type) -> bool:
+def _is_dtensor(kind: type) -> bool:  # by its methods: torch.distributed is not in every build of torch
     return hasattr(kind, "to_local") and hasattr(kind, "from_local")
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from fastopt._checks import require
+from fastopt._checks import require_betas, require_number
 from fastopt.torch.optimizer import Group, Optimizer, Options
-from fastopt.train import optimizers as formulas
-from fastopt.train.optimizer import Optimizer as Formula
+from fastopt.train import optimizers as arrays
+from fastopt.train.optimizer import Optimizer as ArrayOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class SGD(Optimizer, torch.optim.SGD):
     tensor([-0.5000, -1.0000])
     """
 
-    _formula = formulas.SGD
+    _array_class = arrays.SGD
     _counts_steps = False
 
     def __init__(
@@ -63,10 +63,10 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize
         As in ``torch.optim.Adagrad``.
     **options
-        See `fastopt.torch.Optimizer`. States of 8 bits are refused: they cannot hold a sum that only grows.
+        See `fastopt.torch.Optimizer`. 8-bit states are refused, as they cannot hold a sum that only grows.
     """
 
-    _formula = formulas.Adagrad
+    _array_class = arrays.Adagrad
 
     def __init__(
         self,
@@ -81,9 +81,6 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     ) -> None:
         super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, **options)
 
-    def _check_uint8(self, group: Group) -> None:
-        require(False, "state_dtype", "'float32' or 'bfloat16' for Adagrad", group["state_dtype"])
-
 
 class RMSprop(Optimizer, torch.optim.RMSprop):
     """``torch.optim.RMSprop``; the formula is that of `fastopt.RMSprop`.
@@ -93,10 +90,10 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
     params, lr, alpha, eps, weight_decay, momentum, centered, maximize
         As in ``torch.optim.RMSprop``.
     **options
-        See `fastopt.torch.Optimizer`. Only float32 states are taken if `centered`.
+        See `fastopt.torch.Optimizer`. bfloat16 and 8-bit states are refused if `centered`.
     """
 
-    _formula = formulas.RMSprop
+    _array_class = arrays.RMSprop
 
     def __init__(
         self,
@@ -116,13 +113,6 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         flags = (centered, capturable, foreach, maximize, differentiable)
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, *flags, **options)
 
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        dtype = group.get("state_dtype", "float32")
-        require(
-            not group["centered"] or dtype in ("float32", torch.float32), "state_dtype", "'float32' if centered", dtype
-        )
-
 
 class Adam(Optimizer, torch.optim.Adam):
     """``torch.optim.Adam``; the formula is that of `fastopt.Adam`.
@@ -132,10 +122,10 @@ class Adam(Optimizer, torch.optim.Adam):
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
         As in ``torch.optim.Adam``.
     **options
-        See `fastopt.torch.Optimizer`. States of 8 bits are refused with `amsgrad`.
+        See `fastopt.torch.Optimizer`. 8-bit states are refused with `amsgrad`.
     """
 
-    _formula = formulas.Adam
+    _array_class = arrays.Adam
 
     def __init__(
         self,
@@ -149,11 +139,8 @@ class Adam(Optimizer, torch.optim.Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
-    def _formula_of(self, group: Group) -> type[Formula]:
-        return formulas.AdamW if group.get("decoupled_weight_decay", False) else self._formula
-
-    def _check_uint8(self, group: Group) -> None:
-        require(not group["amsgrad"], "state_dtype", "'float32' or 'bfloat16' with amsgrad", group["state_dtype"])
+    def _array_class_of(self, group: Group) -> type[ArrayOptimizer]:
+        return arrays.AdamW if group.get("decoupled_weight_decay", False) else self._array_class
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
@@ -164,7 +151,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
     params, lr, betas, eps, weight_decay, amsgrad, maximize
         As in ``torch.optim.AdamW``.
     **options
-        See `fastopt.torch.Optimizer`. States of 8 bits are refused with `amsgrad`.
+        See `fastopt.torch.Optimizer`. 8-bit states are refused with `amsgrad`.
 
     Examples
     --------
@@ -177,7 +164,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
     >>> opt.step()
     """
 
-    _formula = formulas.AdamW
+    _array_class = arrays.AdamW
 
     def __init__(
         self,
@@ -191,9 +178,6 @@ class AdamW(Optimizer, torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
-    def _check_uint8(self, group: Group) -> None:
-        require(not group["amsgrad"], "state_dtype", "'float32' or 'bfloat16' with amsgrad", group["state_dtype"])
-
 
 class Lion(Optimizer):
     """Lion, which torch does not have; the formula is that of `fastopt.Lion`.
@@ -205,14 +189,14 @@ class Lion(Optimizer):
     lr : float or tensor
         Learning rate.
     betas : (float, float)
-        Of the blend and of the running mean, each at least 0 and below 1.
+        Factors of the blend and of the running mean, each at least 0 and below 1.
     weight_decay : float
-        Decoupled.
+        Decoupled weight decay.
     **options
         See `fastopt.torch.Optimizer`.
     """
 
-    _formula = formulas.Lion
+    _array_class = arrays.Lion
 
     def __init__(
         self,
@@ -226,11 +210,10 @@ class Lion(Optimizer):
         given: dict[str, Any] = dict(options)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         defaults |= {name: given.pop(name, value) for name, value in flags.items()}
-        if not lr >= 0:
-            raise ValueError(f"lr: expected at least 0, got {lr}")
-        for i in (0, 1):
-            require(bool(0 <= betas[i] < 1), f"betas[{i}]", "a number in [0, 1)", betas[i])
-        require(weight_decay >= 0, "weight_decay", "at least 0", weight_decay)
+        checked = dict(defaults)  # the checks make floats of tensors
+        require_number(checked, "lr")
+        require_betas(checked)
+        require_number(checked, "weight_decay")
         super().__init__(params, defaults, **given)
 
     def _torch_step(self) -> None:

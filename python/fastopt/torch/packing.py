@@ -272,9 +272,14 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
 
     for name, (tensor, turned) in found.items():
         place = places.get(name)
-        fits = place is not None and not place.kept and place.turned == turned
-        if fits and isinstance(tensor, PackedTensor) and _holds(place, tensor):  # type: ignore[arg-type]
-            place.hold(tensor, precision)  # type: ignore[union-attr]
+        if (
+            isinstance(tensor, PackedTensor)
+            and place is not None
+            and not place.kept
+            and place.turned == turned
+            and _holds(place, tensor)
+        ):
+            place.hold(tensor, precision)
             continue
         dense = unpacked(tensor)
         target = buffers[name] if place is None else place.weight

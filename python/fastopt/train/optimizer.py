@@ -90,7 +90,7 @@ def job(
 ) -> Job:
     """Return what `_core.step` takes for the tensors of a group, in the order of ``_core.JOB_FIELDS``.
 
-    Of the lists, the tensors at `indices` are stepped, or all if that is None.
+    `indices` are the places in these lists of the tensors that are stepped; None means all.
     """
     return (
         rule, hyper, grad_scale, shrink, keep_zeros, stochastic, noise, names, params, grads, states, counts, indices
@@ -211,11 +211,18 @@ class Optimizer(abc.ABC):
     def _hyper(cls, options: dict[str, Any], lr: float, step: int) -> Hyper:
         """Return the numbers of step number `step`, counted from 1."""
 
-    @staticmethod
-    def _refuse_states(options: Mapping[str, Any], refused: tuple[str, ...], when: str) -> None:
-        """Raise if the states have one of the `refused` dtypes."""
-        left = " or ".join(repr(name) for name in STATE_DTYPES if name not in refused)
-        require(options["state_dtype"] not in refused, "state_dtype", f"{left} {when}", options["state_dtype"])
+    @classmethod
+    def _refused_state_dtypes(cls, options: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+        """Return the dtypes that states must not have with these options, and a phrase that says when."""
+        return (), ""
+
+    @classmethod
+    def _check_state_dtype(cls, options: Mapping[str, Any], state_dtype: str) -> None:
+        """Raise if states must not have this dtype with these options."""
+        refused, when = cls._refused_state_dtypes(options)
+        if state_dtype in refused:
+            left = " or ".join(repr(name) for name in STATE_DTYPES if name not in refused)
+            raise ValueError(f"state_dtype: expected {left} {when}, got {state_dtype!r}")
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
@@ -279,6 +286,7 @@ class Optimizer(abc.ABC):
         known = isinstance(state_dtype, str) and state_dtype in STATE_DTYPES
         require(known, "state_dtype", f"one of {sorted(STATE_DTYPES)}", state_dtype)
         self._check(options)
+        self._check_state_dtype(options, state_dtype)
         require_flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
             require_number(options, name)

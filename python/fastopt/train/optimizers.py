@@ -30,7 +30,7 @@ class SGD(Optimizer):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     momentum, dampening : float
@@ -39,22 +39,8 @@ class SGD(Optimizer):
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     nesterov : bool
         Needs ``momentum > 0`` and ``dampening == 0``.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
@@ -130,7 +116,7 @@ class Adagrad(Optimizer):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     lr_decay : float
@@ -141,22 +127,8 @@ class Adagrad(Optimizer):
         Initial value of :math:`s`.
     eps : float
         Keeps the denominator from zero.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
@@ -207,7 +179,10 @@ class Adagrad(Optimizer):
     def _check(self, options: dict[str, Any]) -> None:
         for name in ("lr_decay", "initial_accumulator_value", "eps"):
             require_number(options, name)
-        self._refuse_states(options, ("uint8",), "for Adagrad")
+
+    @classmethod
+    def _refused_state_dtypes(cls, options: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+        return ("uint8",), "for Adagrad"
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -240,7 +215,7 @@ class RMSprop(Optimizer):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     alpha : float
@@ -253,22 +228,8 @@ class RMSprop(Optimizer):
         :math:`\mu`.
     centered : bool
         See above.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
@@ -316,8 +277,10 @@ class RMSprop(Optimizer):
         for name in ("eps", "momentum", "alpha"):
             require_number(options, name)
         require(options["alpha"] < 1, "alpha", "a number in [0, 1)", options["alpha"])
-        if options["centered"]:
-            self._refuse_states(options, ("bfloat16", "uint8"), "if centered")
+
+    @classmethod
+    def _refused_state_dtypes(cls, options: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+        return (("bfloat16", "uint8") if options["centered"] else ()), "if centered"
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -357,7 +320,7 @@ class Adam(Optimizer):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
@@ -368,22 +331,8 @@ class Adam(Optimizer):
         L2 penalty: ``weight_decay * w`` is added to the gradient.
     amsgrad : bool
         See above.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
@@ -429,8 +378,10 @@ class Adam(Optimizer):
     def _check(self, options: dict[str, Any]) -> None:
         require_number(options, "eps")
         require_betas(options)
-        if options["amsgrad"]:
-            self._refuse_states(options, ("uint8",), "with amsgrad")
+
+    @classmethod
+    def _refused_state_dtypes(cls, options: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+        return (("uint8",) if options["amsgrad"] else ()), "with amsgrad"
 
     @classmethod
     def _rule(cls, options: dict[str, Any]) -> str:
@@ -472,7 +423,7 @@ class AdamW(Adam):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
@@ -483,22 +434,8 @@ class AdamW(Adam):
         Decoupled, :math:`\lambda`.
     amsgrad : bool
         See `Adam`.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
@@ -549,29 +486,15 @@ class Lion(Optimizer):
     Parameters
     ----------
     params : array, list, dict, or list of group dicts
-        What to step in place; see `Optimizer`.
+        Arrays to step in place; see `Optimizer`.
     lr : float or callable
         Learning rate, or a schedule: a function of the number of steps taken so far.
     betas : (float, float)
         Factors of the blend and of the running mean, each at least 0 and below 1.
     weight_decay : float
         Decoupled, :math:`\lambda`.
-    l1 : float
-        L1 penalty, as a proximal step.
-    keep_zeros : bool
-        Keep weights at 0 that are exactly 0.
-    maximize : bool
-        Ascend the gradient.
-    max_norm : float, optional
-        Clip the norm of all gradients.
-    state_dtype : "float32", "bfloat16" or "uint8"
-        Dtype of the states.
-    master_weights : bool
-        Keep float32 copies of float16 and bfloat16 parameters.
-    stochastic_rounding : bool
-        Round float16 and bfloat16 parameters stochastically.
-    seed : int
-        Seed of the stochastic rounding.
+    **common
+        The options that all optimizers share; see `Optimizer`.
 
     Raises
     ------
