@@ -62,6 +62,17 @@ def run(*command, **options):
     return done.stdout
 
 
+# For code that `run_python` runs: the most memory that the process has had, in MB. On Linux ru_maxrss would not do: it
+# counts what the parent process had when it started this one.
+PEAK_MB = """
+def peak_mb():
+    import resource, sys
+    if sys.platform == "linux":
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+"""
+
+
 def run_python(code, *args, **options):
     """Run Python code in a process of its own, and return how it ended and what it printed."""
     return start(sys.executable, "-c", textwrap.dedent(code), *args, **options)

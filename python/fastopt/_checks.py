@@ -45,7 +45,7 @@ def require_real(value: Any, name: str) -> None:
 
 
 def as_index(value: Any, name: str, needed: str = "an integer") -> int:
-    """Return an integer of Python or NumPy as an int, or raise; a bool is none."""
+    """Return an integer of Python or NumPy as an int, or raise; a bool does not count as one."""
     try:
         if not isinstance(value, bool | np.bool_):
             return operator.index(value)
@@ -143,7 +143,7 @@ def as_float32(array: Any, name: str) -> Array:
 
 def largest_of(dtype: np.dtype[Any]) -> float:
     """Return the largest float32 that a dtype of weights rounds to a finite number."""
-    return _LARGEST.get(dtype.name, float(np.finfo(np.float32).max))
+    return _LARGEST.get(dtype.name, FLOAT32_MAX)
 
 
 def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:

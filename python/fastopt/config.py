@@ -2,7 +2,6 @@
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from fastopt import _core
 from fastopt._checks import as_index
@@ -74,4 +73,3 @@ def show_config() -> None:
     print(f"  compiler     {_core.compiler}")
     print(f"  numpy        {np.__version__}")
     print(f"  ml_dtypes    {ml_dtypes.__version__}")
-    print(f"  safetensors  {safetensors.__version__}")

@@ -156,10 +156,10 @@ def test_a_file_that_becomes_a_pipe_meanwhile_is_refused(tmp_path):
     assert names(tmp_path) == ["m.txt"]
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.index.json", "m.npz", "m.npy", "m.pt", "m"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.index.json", "m.npz", "m.npy", "m.pt", "m.onnx", "m"])
 def test_a_pipe_is_not_read(name, tmp_path):
-    if name == "m.pt":
-        pytest.importorskip("torch")
+    if name in ("m.pt", "m.onnx"):
+        pytest.importorskip({"m.pt": "torch", "m.onnx": "onnx"}[name])
     os.mkfifo(tmp_path / name)
     with pytest.raises(OSError, match="Not a regular file"):
         fo.open_weights(tmp_path / name)

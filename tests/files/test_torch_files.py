@@ -98,7 +98,15 @@ def test_masks_of_pruning_are_joined(rng, tmp_path):
     mask = (rng.random(w.shape) < 0.5).astype("f4")
     mask[0, 0] = 0
     expected = np.where(mask == 1, w, np.float32(0))
-    arrays = {"a.bias": w[0], "a.weight_orig": w, "a.weight_mask": mask, "b_orig": w, "c_mask": mask}
+    arrays = {
+        "a.bias": w[0],
+        "a.weight_orig": w,
+        "a.weight_mask": mask,
+        "b_orig": w,
+        "c_mask": mask,
+        "d_mask_orig": w,  # the parameter d_mask
+        "d_mask_mask": mask,
+    }
     np.savez(tmp_path / "m.npz", **arrays)
     save_file(arrays, tmp_path / "m.safetensors")
     shards = {"a.weight_orig": "1.safetensors", "a.weight_mask": "2.safetensors", "a.bias": "2.safetensors"}
@@ -106,8 +114,8 @@ def test_masks_of_pruning_are_joined(rng, tmp_path):
     save_file({"a.weight_mask": mask, "a.bias": w[0]}, tmp_path / "2.safetensors")
     (tmp_path / "m.index.json").write_text(json.dumps({"weight_map": shards}))
     for name, others in [
-        ("m.npz", {"b_orig", "c_mask"}),
-        ("m.safetensors", {"b_orig", "c_mask"}),
+        ("m.npz", {"b_orig", "c_mask", "d_mask"}),
+        ("m.safetensors", {"b_orig", "c_mask", "d_mask"}),
         ("m.index.json", set()),
     ]:
         opened = fo.open_weights(tmp_path / name)
@@ -115,6 +123,7 @@ def test_masks_of_pruning_are_joined(rng, tmp_path):
         assert same_bits(opened["a.weight"], expected)
         assert opened.spec("a.weight") == ((64, 80), np.dtype("f4"))
         opened.release("a.weight")
+        assert set(fo.open_weights(tmp_path / name, skip="a.weight")) == {"a.bias"} | others
     assert opened.shards == {"1.safetensors": ["a.weight"], "2.safetensors": ["a.bias"]}
     fo.pack_file(tmp_path / "m.index.json", tmp_path / "p.index.json", sparsity=0.1)
     assert (fo.load(tmp_path / "p.index.json").unpack()["a.weight"][mask == 0] == 0).all()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_python
+from helpers import PEAK_MB, run_python
 from test_cli import run as command
 from test_export_onnx import distance, random, run
 
@@ -389,8 +389,8 @@ def test_more_than_a_file_holds(weights, rng, tmp_path, monkeypatch):
 @pytest.mark.parametrize("opset", [17, 21])
 def test_one_tensor_is_in_memory(opset, tmp_path):
     """Of 64 MB in 16 weights, also where the model is brought to another operator set."""
-    code = f"""
-import resource, sys
+    code = f"""{PEAK_MB}
+import sys
 import numpy as np, onnx
 from onnx import helper as h
 import fastopt as fo
@@ -403,17 +403,14 @@ def save(count, size, path):
     graph = h.make_graph(nodes, "g", info[:1], info[1:], constants)
     onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", {opset})], ir_version=8), path)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
 if len(sys.argv) > 1:
     save(16, 1024, "big.onnx")
 else:
     save(1, 64, "small.onnx")
     fo.pack_onnx("small.onnx", "small.onnx", bits=4)
-    before = peak()
+    before = peak_mb()
     fo.pack_onnx("big.onnx", "packed.onnx", bits=4)
-    print(peak() - before)
+    print(peak_mb() - before)
 """
     assert run_python(code, "make", cwd=tmp_path).returncode == 0
     assert float(run_python(code, cwd=tmp_path).stdout) < 32

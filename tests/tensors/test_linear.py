@@ -154,7 +154,7 @@ def test_nan_and_infinity_of_x_reach_what_numpy_says(rng):
 @pytest.mark.parametrize("precision", ["exact", "int8"])
 @pytest.mark.parametrize("batch", [1, 13, 130])
 def test_infinity_where_an_outlier_is(isa, batch, precision, rng):
-    """What is added may have another sign than what the code stands for: then their sum decides, as in NumPy."""
+    """The correction of an outlier may have another sign than its code: then their sum decides, as in NumPy."""
     for group_size in (16, None):
         q = fo.quantize(rng.standard_normal((37, 300)).astype("f4"), 2, group_size=group_size, outliers=0.05)
         x = rng.standard_normal((batch, 300)).astype("f4")

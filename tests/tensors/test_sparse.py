@@ -34,7 +34,7 @@ def stored_in(s):
 
 
 def fit(w, layout):
-    """What of `w` the layout can hold."""
+    """The part of `w` that the layout can hold."""
     if layout != "4:8":
         return w
     w = w.copy()

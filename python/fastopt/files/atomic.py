@@ -14,20 +14,33 @@ from typing import IO, NamedTuple
 
 from fastopt._types import PathLike
 
+_LFS = b"version https://git-lfs"
 _LONGEST_NAME = 200  # bytes; with what a temporary name adds it stays below the 255 of file systems
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: PathLike) -> IO[bytes]:
-    """Open a regular file for reading; raise OSError for a folder, a pipe or a device, which could block for good."""
+    """Open a regular file for reading.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, or is a folder, a pipe or a device, which could block for good.
+    ValueError
+        If git-lfs has left a pointer in place of the file.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         _require_regular(os.fstat(handle), path)
+        file = os.fdopen(handle, "rb")
     except OSError:
         os.close(handle)
         raise
-    return os.fdopen(handle, "rb")
+    if file.peek(len(_LFS)).startswith(_LFS):
+        file.close()
+        raise ValueError(f"{path}: is a pointer of git-lfs, not the file; 'git lfs pull' fetches it")
+    return file
 
 
 def _require_regular(info: os.stat_result, path: PathLike) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt._checks import require_bits, require_group_size
 from fastopt._types import FLOATS, Array
-from fastopt.files.safetensors_file import DTYPES, MOST_OF_ONE_BYTE, PAD, MappedFile, parse_json, require_shape, shown
+from fastopt.files.safetensors_file import DTYPES, MOST_OF_ONE_BYTE, PAD, MappedFile, as_shape, parse_json, shown
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
@@ -166,7 +166,7 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight]
             kind = entry.get("kind", str)
             if kind not in kinds:
                 raise ValueError(f"kind: expected one of {sorted(kinds)}, got {kind!r}")
-            packed[name] = kinds[kind](name, entry, require_shape(entry.get("shape", list), "shape"))
+            packed[name] = kinds[kind](name, entry, as_shape(entry.get("shape", list), "shape"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name!r}: {error}") from error
     both = sorted(packed.keys() & rest.keys())

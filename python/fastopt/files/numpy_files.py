@@ -21,7 +21,7 @@ import numpy as np
 from fastopt._types import Array
 from fastopt.files.atomic import open_regular
 from fastopt.files.mapped import Map
-from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE, require_shape
+from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE, as_shape
 from fastopt.files.weights import Source
 
 _LONGEST_HEADER = 10_000  # NumPy's own limit for headers of files that it does not trust
@@ -118,7 +118,9 @@ def _read_spec(file: IO[bytes], what: str) -> _Spec:
     start += file.read(width - 2)
     length = int.from_bytes(start[8:], "little")
     if length > _LONGEST_HEADER:
-        raise ValueError(f"{what}: not an array of NumPy: a header of {length} bytes, expected {_LONGEST_HEADER}")
+        raise ValueError(
+            f"{what}: not an array of NumPy: a header of {length} bytes, expected at most {_LONGEST_HEADER}"
+        )
     header = file.read(length)
     try:
         described = _literal(header.decode("latin-1"))
@@ -127,7 +129,7 @@ def _read_spec(file: IO[bytes], what: str) -> _Spec:
         descr, fortran, sizes = described["descr"], described["fortran_order"], described["shape"]
         if not isinstance(descr, str | list) or not isinstance(sizes, tuple) or not isinstance(fortran, bool):
             raise ValueError("expected a dtype, an order and a shape")
-        shape = require_shape(list(sizes), "shape")
+        shape = as_shape(list(sizes), "shape")
         dtype = np.dtype(descr)
     except (ValueError, TypeError, SyntaxError) as error:
         raise ValueError(f"{what}: not an array of NumPy: {error!s:.200}") from error

@@ -4,7 +4,9 @@ Every tensor of a file of fastopt starts at a multiple of 64 bytes. The format a
 whose name starts with ``fastopt.pad.`` fills the space up to the next multiple.
 
 A reader trusts nothing that the file says. The header is read from the same descriptor that is mapped, takes at most
-64 bytes of memory for each of its own bytes, and time in proportion to its length.
+64 bytes of memory for each of its own bytes, and time in proportion to its length. The library safetensors cannot do
+that: it opens a path, which may be another file by then, or copies all tensors out of bytes in memory, and it accepts
+a header with the same name twice.
 """
 
 import json
@@ -53,7 +55,7 @@ _FOREIGN_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 # No file may claim arrays of more than this many times its own bytes; it is what deflate can reach.
 MOST_OF_ONE_BYTE = 1032
 _LONGEST_HEADER = 100_000_000  # as in the library safetensors
-_LARGEST = 1 << 62  # elements; NumPy counts bytes in 63 bits
+_LARGEST = 1 << 59  # elements, of up to 8 bytes; NumPy counts bytes in 63 bits
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -139,8 +141,6 @@ def _read_header(file: IO[bytes], size: int) -> bytes:
     return first + file.read(length - 1)
 
 
-LFS = b"version https://git-lfs"
-POINTER = "is a pointer of git-lfs, not the file; 'git lfs pull' fetches it"
 # First bytes of files that people take for safetensors.
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as .npz and .pt files are",
@@ -153,8 +153,6 @@ _MAGIC = {
 
 
 def _not_safetensors(start: bytes, size: int, length: int) -> str:
-    if start.startswith(LFS):
-        return POINTER
     if start[4:8] == b"TFL3":
         return "not a safetensors file but a TFLite file"
     for magic, kind in _MAGIC.items():
@@ -205,7 +203,7 @@ def _checked_entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], in
     kind, offsets = entry.get("dtype"), entry.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES.keys() | _FOREIGN_BITS.keys():
         raise ValueError(f"{name!r}: dtype: expected a dtype of the format, got {shown(kind)}")
-    shape = require_shape(entry.get("shape"), f"{name!r}: shape")
+    shape = as_shape(entry.get("shape"), f"{name!r}: shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
         raise ValueError(f"{name!r}: data_offsets: expected two numbers, got {shown(offsets)}")
     start, end = offsets
@@ -242,10 +240,10 @@ def shown(value: Any) -> str:
         return "a value that is nested too deeply"
 
 
-def require_shape(sizes: Any, name: str) -> tuple[int, ...]:
+def as_shape(sizes: Any, name: str) -> tuple[int, ...]:
     """Return the sizes of axes as a tuple, or raise if no array can have them."""
     whole = isinstance(sizes, list) and len(sizes) <= 32 and all(type(n) is int and n >= 0 for n in sizes)
-    if not whole or math.prod(max(n, 1) for n in sizes) >= _LARGEST // 8:
+    if not whole or math.prod(max(n, 1) for n in sizes) >= _LARGEST:
         raise ValueError(f"{name}: expected the sizes of up to 32 axes, got {shown(sizes)}")
     return tuple(sizes)
 
@@ -307,7 +305,7 @@ def write(
         Where no key starts with ``fastopt``, other programs read the file, and nothing is padded: arrays are sorted by
         the sizes of their elements instead, and so aligned to these.
     check : callable, optional
-        The reader's checks: called with the complete file before it replaces `path`. What it raises is raised.
+        The reader's checks: called with the complete file before it replaces `path`. Its errors pass through.
 
     Raises
     ------

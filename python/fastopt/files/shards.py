@@ -21,7 +21,7 @@ from fastopt.files.atomic import (
     temporary_beside,
     write_text,
 )
-from fastopt.files.safetensors_file import LFS, POINTER, Part, parse_json
+from fastopt.files.safetensors_file import Part, parse_json
 
 T = TypeVar("T")
 
@@ -29,13 +29,11 @@ T = TypeVar("T")
 def read_index(path: PathLike) -> dict[str, list[str]]:
     """Return the files that an index of shards names, each with its tensors; raise ValueError if it is damaged."""
     path = Path(path)
+    with open_regular(path) as file:
+        text = file.read()
     try:
-        with open_regular(path) as file:
-            text = file.read()
         parsed = parse_json(text.decode())
     except ValueError as error:
-        if text.startswith(LFS):
-            raise ValueError(f"{path}: {POINTER}") from error
         raise ValueError(f"{path}: not an index of shards: {error}") from error
     placed = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):

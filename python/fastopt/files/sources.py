@@ -11,7 +11,7 @@ from fastopt._types import Array, PathLike
 from fastopt.files.atomic import open_regular
 from fastopt.files.container import assemble, disassemble, others, tied_names
 from fastopt.files.numpy_files import npy_source, npz_sources
-from fastopt.files.safetensors_file import LFS, PAD, POINTER, MappedFile
+from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import is_placed_in, opened_shards, read_index
 from fastopt.files.torch_files import torch_sources
 from fastopt.files.weights import Source, Weights
@@ -76,6 +76,10 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
     def skipped(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
+    def is_part_of_skipped(part: str) -> bool:
+        steps = part.split(".")  # the arrays of a packed tensor are named after it: "fc.weight.codes"
+        return any(skipped(".".join(steps[: n + 1])) for n in range(len(steps)))
+
     found = model_files(path)
     if isinstance(found, list):
         if key is not None:
@@ -83,7 +87,7 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
         return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)})
     if not found.name.endswith(_INDEX):
         one, texts = _open_file(found, key, skipped)
-        return Weights(_joined(one), None, texts)
+        return Weights(_joined(one, skipped), None, texts)
     sources: dict[str, Source] = {}
     shards: dict[str, list[str]] = {}
     opened = opened_shards(found, lambda file: _open_file(file, key, skipped))
@@ -92,18 +96,18 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
     for shard, ((of_shard, texts), names) in opened.items():
         metadata = {**texts, **metadata}
         stored = {part for name, source in of_shard.items() for part in (name, *source.parts)}
-        missing = [name for name in names if name not in stored and not skipped(name)]
-        if missing and not patterns:
+        missing = [name for name in names if name not in stored and not is_part_of_skipped(name)]
+        if missing:
             raise ValueError(f"{found}: {missing[0]!r} is not in {shard}")
         for name, source in of_shard.items():
-            # Of a tensor in several files that of the index counts.
+            # If several files hold a tensor, the file that the index names counts.
             if not is_placed_in(shard, (name, *source.parts), placed):
                 continue
             if name in sources:
                 raise ValueError(f"{found}: {name!r} is in two shards")
             sources[name] = source
             shards.setdefault(shard, []).append(name)
-    joined = _joined(sources)
+    joined = _joined(sources, skipped)
     return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()}, metadata)
 
 
@@ -172,9 +176,6 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
             return {} if skipped(path.stem) else {path.stem: npy_source(path)}, {}
         return _of_safetensors(MappedFile(path), skipped)
     except ValueError as error:
-        with open_regular(path) as file:
-            if file.read(len(LFS)) == LFS:
-                raise ValueError(f"{path}: {POINTER}") from error
         if path.suffix in (".npz", ".npy", ".safetensors") or "not a safetensors file" not in str(error):
             raise
         raise ValueError(f"{error}; expected .safetensors, .index.json, {', '.join((*_OTHERS, *READERS))}") from error
@@ -196,7 +197,7 @@ def _kind(path: Path) -> str:
         start = file.read(16)
         if start.startswith(b"\x93NUMPY"):
             return "npy"
-        if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"[:16]):  # torch before zip archives
+        if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):  # torch before zip archives
             return "torch"
         if start.startswith(b"PK"):
             try:
@@ -210,15 +211,15 @@ def _kind(path: Path) -> str:
     return "safetensors"
 
 
-def _joined(sources: dict[str, Source]) -> dict[str, Source]:
+def _joined(sources: dict[str, Source], skipped: Callable[[str], bool]) -> dict[str, Source]:
     """Return the sources with each NAME_orig and NAME_mask, as torch.nn.utils.prune stores them, as one NAME."""
     joined: dict[str, Source] = {}
     for name, source in sources.items():
-        base = name.removesuffix("_orig").removesuffix("_mask")
+        base = name[:-5] if name.endswith(("_orig", "_mask")) else name
         orig, mask = sources.get(f"{base}_orig"), sources.get(f"{base}_mask")
         if base == name or base in sources or orig is None or mask is None or orig.shape != mask.shape:
             joined[name] = source
-        elif base not in joined:
+        elif base not in joined and not skipped(base):
             joined[base] = _masked(orig, mask)
     return joined
 

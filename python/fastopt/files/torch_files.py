@@ -13,7 +13,7 @@ import numpy as np
 
 from fastopt._types import Array
 from fastopt.files.atomic import open_regular
-from fastopt.files.safetensors_file import LFS, MOST_OF_ONE_BYTE, POINTER
+from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE
 from fastopt.files.weights import Source
 
 # Keys under which training scripts store the state dict of a model.
@@ -56,8 +56,6 @@ def torch_sources(path: Path, key: str | None, skipped: Callable[[str], bool]) -
         size = file.seek(0, 2)
         if start.startswith(b"PK") and _is_script(file):
             raise ValueError(f"{path}: is a TorchScript archive, expected a state dict: save model.state_dict()")
-    if start.startswith(LFS):
-        raise ValueError(f"{path}: {POINTER}")
     try:
         import torch
     except ImportError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastopt._types import Array
 from fastopt.files.safetensors_file import _nothing
-from fastopt.tensors.packed import PackedTensor, Weight
+from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 
 class Weights(Mapping[str, Array]):
@@ -88,45 +88,6 @@ class Weights(Mapping[str, Array]):
         source = self._sources[name]
         return source.shape, source.dtype
 
-    def packed(self, name: str) -> PackedTensor | None:
-        """Return a tensor as the file stores it, if that is packed; None if it is a plain array.
-
-        Parameters
-        ----------
-        name : str
-
-        Returns
-        -------
-        PackedTensor or None
-        """
-        return self._sources[name].packed
-
-    def identity(self, name: str) -> Hashable:
-        """Return a value that tensors have in common if the file stores them once; None if it does not tell.
-
-        Parameters
-        ----------
-        name : str
-
-        Returns
-        -------
-        hashable or None
-        """
-        return self._sources[name].identity
-
-    def nbytes_of(self, name: str) -> int:
-        """Return the bytes of an array without reading it.
-
-        Parameters
-        ----------
-        name : str
-
-        Returns
-        -------
-        int
-        """
-        return self._sources[name].nbytes
-
     def release(self, name: str) -> None:
         """Free the memory of an array that was read and is not needed any more.
 
@@ -139,7 +100,23 @@ class Weights(Mapping[str, Array]):
 
 @dataclass(frozen=True)
 class Source:
-    """How an array is read; `parts` are the names in the file if it is stored as several arrays."""
+    """How a weight is read.
+
+    Attributes
+    ----------
+    shape, dtype
+        Those of the array.
+    read : callable
+        Returns the array, unpacked.
+    release : callable
+        Frees its memory.
+    packed : PackedTensor or None
+        The weight as it is stored, if that is packed.
+    parts : sequence of str
+        The names in the file, if the weight is stored as several arrays.
+    identity : hashable
+        The same for weights that are stored once; None if that is not known.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -155,34 +132,36 @@ class Source:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def _source_of(weights: Mapping[str, Weight], name: str) -> Source:
+    """Return how a weight is read that is in a file or in memory already."""
+    if isinstance(weights, Weights):
+        return weights._sources[name]
+    weight = require_weight(name, weights[name])
+    packed = weight if isinstance(weight, PackedTensor) else None
+    return Source(weight.shape, weight.dtype, lambda: unpacked(weight), packed=packed)
+
+
 def spec_of(weights: Mapping[str, Weight], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and the dtype of a weight without reading it from a file."""
-    if isinstance(weights, Weights):
-        return weights.spec(name)
-    weight = require_weight(name, weights[name])
-    return weight.shape, weight.dtype
+    source = _source_of(weights, name)
+    return source.shape, source.dtype
 
 
 def packed_of(weights: Mapping[str, Weight], name: str) -> PackedTensor | None:
     """Return a weight that is packed already; None if it is a plain array, which is not read."""
-    if isinstance(weights, Weights):
-        return weights.packed(name)
-    weight = weights[name]
-    return weight if isinstance(weight, PackedTensor) else None
+    return _source_of(weights, name).packed
 
 
 def stored_of(weights: Mapping[str, Weight], name: str) -> Weight:
     """Return a weight as it is stored: packed if it is packed already."""
-    packed = packed_of(weights, name)
-    return weights[name] if packed is None else packed
+    source = _source_of(weights, name)
+    return source.read() if source.packed is None else source.packed
 
 
 def stored_nbytes(weights: Mapping[str, Weight], name: str) -> int:
     """Return the bytes that a weight takes where it is stored; a plain array of a file is not read."""
-    packed = packed_of(weights, name)
-    if packed is not None:
-        return packed.nbytes
-    return weights.nbytes_of(name) if isinstance(weights, Weights) else weights[name].nbytes
+    source = _source_of(weights, name)
+    return source.nbytes if source.packed is None else source.packed.nbytes
 
 
 def tied_in(weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, str]:
@@ -193,7 +172,7 @@ def tied_in(weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, st
     first: dict[Hashable, str] = {}
     tied: dict[str, str] = {}
     if isinstance(weights, Weights):
-        keys = {name: weights.identity(name) for name in names}
+        keys = {name: weights._sources[name].identity for name in names}
     else:
         keys = {name: _identity(weights[name]) for name in names} if isinstance(weights, dict) else {}
     for name, key in keys.items():

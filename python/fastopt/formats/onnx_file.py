@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastopt._types import Array
-from fastopt.files.atomic import replacing
+from fastopt.files.atomic import open_regular, replacing
 from fastopt.files.safetensors_file import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class OnnxFile:
 
     def _map(self, path: Path) -> mmap.mmap | bytes:
         if path not in self._maps:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         return self._maps[path]
@@ -205,7 +205,9 @@ class OnnxFile:
                 inner = self._without_payloads(field.message_type, data, content, finish, depth + 1)
                 out += _head(number, len(inner)) + inner
             elif large and kind.name == "TensorProto" and field.name == "raw_data":
-                token = self.payloads.add(self._payload(self.path, content, finish - content))
+                payload = self._payload(self.path, content, finish - content)
+                payload.release()  # the system maps pages around those that were read
+                token = self.payloads.add(payload)
                 out += _head(number, len(token)) + token
             else:
                 out += data[begin:finish]

@@ -140,7 +140,7 @@ class PackedTensor(ABC):
         return Transposed(self)
 
     def _check_out(self, out: Array) -> None:
-        """Raise if `out` is nothing that `to_dense` can write."""
+        """Raise if `to_dense` cannot write to `out`."""
         matrix_of_out(out, self.shape)
         if out.dtype != np.float32 and out.dtype != self.dtype:
             other = "" if self.dtype == np.float32 else f" or {self.dtype}"

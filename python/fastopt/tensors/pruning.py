@@ -135,7 +135,7 @@ def prune_(
         Their magnitudes rank the weights, instead of those of `w`: for example ``w * grad``, or ``w`` times the norm
         of the activations.
     scope : "local" or "global"
-        Whether `sparsity` holds for each array, or for all arrays together, which then must have one dtype.
+        With "local" `sparsity` holds for each array; with "global" for all arrays together, which must have one dtype.
     return_mask : bool
         False saves the time and the memory that masks take.
 
@@ -147,7 +147,7 @@ def prune_(
     Raises
     ------
     TypeError
-        If `w` or `importance` holds anything but arrays of a float type, or a number is none.
+        If `w` or `importance` holds anything but arrays of a float type, or an option that must be a number is not one.
     ValueError
         Unless exactly one of `threshold` and `sparsity` is given, or none of them with N:M; if one is out of range; or
         if an array is read-only, not contiguous, or shares memory with another one.
@@ -229,7 +229,7 @@ def prune(
     Raises
     ------
     TypeError
-        If `w` or `importance` is not of a float type, or a number is none.
+        If `w` or `importance` is not of a float type, or an option that must be a number is not one.
     ValueError
         As in `prune_`, or if `threshold` is infinite.
 

@@ -69,21 +69,21 @@ def quantize(
         How many neighbours in a row share scale and minimum; the last group of a row may be shorter. -1: a row.
         None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 32 for 4, 16 for 2.
     param_dtype : "float16" or "float32"
-        Of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
+        The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
     fit : "minmax" or "lsq"
         "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
-        format: with 4 bits the error falls by a fifteenth, with 2 bits by a fifth to a half. Values at the ends of
-        their group may then be off by more than half a step: see `outliers`.
+        format. The fewer the bits, the more it gains. Values at the ends of their group may then be off by more than
+        half a step: see `outliers`.
     outliers : float, optional
-        Share of the weights that keep what they are off by (8 bytes each): those that are off furthest, once scale
-        and minimum have been fitted without as many of the largest magnitudes. A handful of large weights then no
-        longer costs all others their accuracy.
+        Fraction of the weights whose error is stored and added again (8 bytes each). Scale and minimum are fitted
+        without as many of the largest magnitudes, and the weights with the largest errors are chosen, so that a
+        handful of large weights does not cost all others their accuracy.
     max_error : float, optional
-        The same for all weights that are off by more than this.
+        The same for all weights whose error is larger than this.
     out : QuantizedTensor, optional
-        Its arrays are overwritten, also where values are then found to be refused; it is of the same shape and
-        options, and is returned. Not with `outliers`.
+        Written and returned; of the same shape and options, without `outliers`. It is overwritten even if `w` is
+        then refused.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def quantize(
     back finite in their own dtype: next to its largest number the scale is rounded down instead of to nearest, and
     "lsq" leaves groups that it would carry beyond it as "minmax" has them.
 
-    What becomes of values that other quantizers lose (measured; a step is one of 4 bits):
+    The table shows how values that other quantizers lose come back:
 
     ======================= =========================== ===================================================
     values                  here                        elsewhere
@@ -114,11 +114,11 @@ def quantize(
     -3e38 to 3e38           half a step                 NaN; only bitsandbytes NF4 survives
     beyond 65504            half a step (float32        FBGEMM 4 bits: NaN; ggml Q4_1: infinity
                             parameters)
-    around 1e-7             half a step                 FBGEMM 16 steps, Q4_1 9, MLX 4
+    around 1e-7             half a step                 FBGEMM, ggml, MLX: several steps
     around 1e-9             half a step                 FBGEMM, ggml, MLX: a constant
     subnormal               half a step                 zero, or wrong
     1000 +- 1e-3            half a step                 FBGEMM, torchao, ONNX Runtime, ggml: a constant
-    5 to 6                  half a step                 integer zero points: 3 steps; NF4 12
+    5 to 6                  half a step                 integer zero points, NF4: several steps
     ======================= =========================== ===================================================
 
     Examples
@@ -139,9 +139,9 @@ def quantize(
     require_real(outliers, "outliers")
     require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
-        raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers}")
+        raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers!r}")
     if max_error is not None and not max_error >= 0:
-        raise ValueError(f"max_error: expected at least 0, got {max_error}")
+        raise ValueError(f"max_error: expected at least 0, got {max_error!r}")
     array = dense_array(w, "w")
     if out is not None:
         _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)
@@ -212,7 +212,7 @@ def _float_rows(array: Array, begin: int, end: int) -> Array:
 
 
 def _without_largest(w: Array, share: float) -> Array:
-    """Return a weight whose largest magnitudes, this share of it, are cut to the next smaller one."""
+    """Return a weight whose largest magnitudes, a `share` of all, are clipped to the next smaller one."""
     magnitude = np.abs(w).reshape(-1)
     rest = magnitude.size - round(share * magnitude.size)
     if not 0 < rest < magnitude.size or not np.isfinite(magnitude).all():  # what is not finite is refused later
@@ -222,7 +222,7 @@ def _without_largest(w: Array, share: float) -> Array:
 
 
 def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error: float | None) -> Outliers | None:
-    """Return what the weights that are off furthest are off by; of equal errors the lower index is kept."""
+    """Return the largest errors, as corrections; among equal ones, those of lower index."""
     with np.errstate(over="ignore"):
         missing = np.subtract(w, q.dequantize(dtype=np.float32), dtype=np.float32, casting="same_kind").reshape(-1)
     distance = np.abs(missing)
@@ -283,7 +283,7 @@ def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
-    """Unpack what `pack_bits` packed.
+    """Unpack codes that `pack_bits` packed.
 
     Parameters
     ----------

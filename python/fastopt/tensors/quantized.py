@@ -212,13 +212,12 @@ class QuantizedTensor(PackedTensor):
     def error_sums(self, w: ArrayLike) -> ErrorSums:
         """Return the sums that `error` is computed from; sums of several weights can be added."""
         array = self._original(w)
-        sums = ErrorSums()
-        rows = as_matrix(self.shape)[0]
-        step = max(1, (1 << 20) // max(as_matrix(self.shape)[1], 1))
+        if self.ndim < 2:
+            return super().error_sums(array)
+        rows, cols = as_matrix(self.shape)
+        sums, step = ErrorSums(), max(1, (1 << 20) // max(cols, 1))  # decodes some rows at a time
         for at in range(0, rows, step):
-            many = len(self.shape) > 1
-            ours = self.dequantize(rows=slice(at, at + step) if many else None)
-            sums.add(ours, array[at : at + step] if many else array)
+            sums.add(self.dequantize(rows=slice(at, at + step)), array[at : at + step])
         return sums
 
     def _take(self, key: slice | NDArray[np.int64], rows: NDArray[np.int64], shape: tuple[int, ...]) -> QuantizedTensor:

@@ -41,7 +41,8 @@ class SparseTensor(PackedTensor):
 
     `SparseTensor.from_dense` and `prune` make one. The tensor owns `positions` and `row_offsets`, because the kernels
     trust them: they are copied, unless they are `bytes` or a file that is mapped read-only. A mapped file must not be
-    changed in place while the tensor is used; replace it by a new file, as `PackedModel.save` does.
+    changed in place while the tensor is used: `to_dense` checks it again, products do not. Replace it by a new file,
+    as `PackedModel.save` does.
 
     Attributes
     ----------
