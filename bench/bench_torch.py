@@ -59,11 +59,11 @@ def step_case(name: str, shapes: Shapes) -> Case:
 
 
 def module_case(name: str, model: torch.nn.Module, x: torch.Tensor, run: Callable[..., torch.Tensor]) -> Case:
-    """A forward pass with 4 bits; the error is one minus the least cosine of a row with float32."""
+    """A forward pass with 4 bits; the error is 1 minus the smallest cosine between a row and that of float32."""
     exact, int8 = copy.deepcopy(model), copy.deepcopy(model)
     ft.pack_(exact, bits=4)
     ft.pack_(int8, bits=4, precision="int8")
-    with warnings.catch_warnings():  # deprecated, but what people have
+    with warnings.catch_warnings():  # it is deprecated, but in wide use
         warnings.simplefilter("ignore")
         dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
     models = {FASTOPT: exact, INT8: int8, "torch": model, DYNAMIC: dynamic}

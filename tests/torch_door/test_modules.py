@@ -216,6 +216,10 @@ def test_files(tmp_path):
     model.hidden = nn.Linear(64, 65)
     with pytest.raises(ValueError, match=r"'hidden\.weight': expected shape"):
         ft.load_(model, tmp_path / "p.safetensors")
+    model.register_buffer("table", torch.zeros(4).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="array 'table': "):
+        ft.save(model, tmp_path / "f.safetensors")
+    assert not (tmp_path / "f.safetensors").exists()
 
 
 def test_what_stays():

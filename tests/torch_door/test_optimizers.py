@@ -15,7 +15,8 @@ from reference import narrow_u8, widen_u8
 
 import fastopt as fo
 import fastopt.torch as ft
-from fastopt.torch.states import decode, encode
+from fastopt import _core
+from fastopt.torch.states import POSITIVE, decode, encode
 from fastopt.train.param_tree import as_array
 
 CASES = [
@@ -209,6 +210,15 @@ def test_a_state_of_torch_is_converted(state_dtype):
     opt.step()
     assert opt.state[p]["exp_avg"].dtype == torch.float32
     assert "exponents" not in opt.state[p]
+
+
+def test_the_positive_states_are_those_of_the_kernels():
+    for name, options in CASES:
+        (group,) = getattr(ft, name)(params_of(), **options).param_groups
+        formula = getattr(fo, name)
+        bits = _core.positive_states(_core.rule(formula._rule(group)))
+        keys = formula._states(group)
+        assert [key in POSITIVE for key in keys] == [bool(bits >> i & 1) for i in range(len(keys))]
 
 
 @pytest.mark.parametrize("positive", [False, True])

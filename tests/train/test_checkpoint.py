@@ -125,7 +125,7 @@ def test_bad_trees_and_files(tmp_path):
             fo.save_checkpoint({"a": [scalar]}, path)
     with pytest.raises(TypeError, match="tree: /a/0 is a set, which a file cannot hold"):
         fo.save_checkpoint({"a": [{1}]}, path)
-    with pytest.raises(TypeError, match="tree: /a has the key 1, expected texts"):
+    with pytest.raises(TypeError, match="tree: /a has the key 1, expected a string"):
         fo.save_checkpoint({"a": {1: 2}}, path)
     assert not path.exists()
     for metadata in (

@@ -276,7 +276,7 @@ def test_options_of_states_and_rounding_are_those_of_a_group(rng):
     before = [x.copy() for x in (w, norm, bias, big)]
     for _ in range(30):
         assert opt.step(grads) == pytest.approx(total)
-    assert len(np.unique(big)) > 1  # rounded by chance
+    assert len(np.unique(big)) > 1  # rounded stochastically
     resumed_params = [x.copy() for x in (w, norm, bias, big)]
     resumed = fo.AdamW(
         [

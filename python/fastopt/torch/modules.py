@@ -30,7 +30,8 @@ def tensors_of(packed: PackedTensor) -> tuple[dict[str, torch.Tensor], str]:
     return tensors, about
 
 
-# By the identity of the first tensor: a reference that tells whether it is still that, what it was made of, and it.
+# Packed tensors by the id of the first tensor that stores them: a weak reference to that tensor, the addresses and
+# versions of all tensors, and the packed tensor over them. It saves assembling at every call.
 _packed: dict[int, tuple[Any, list[Any], PackedTensor]] = {}
 
 
@@ -61,7 +62,7 @@ def _float32(x: torch.Tensor) -> Array:
     return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous().numpy()
 
 
-# ---- operators: torch.compile and torch.export see these, and none of what is inside -------------------------------
+# ---- operators, which torch.compile and torch.export see as they are ------------------------------------------------
 
 
 def _linear(
@@ -137,7 +138,7 @@ linear_operator.register_autograd(_linear_gradients, setup_context=_remember)
 
 
 def _is_direct(x: torch.Tensor) -> bool:
-    """Return whether nobody needs to see an operator: then calling the kernels directly is faster."""
+    """Return whether the kernels can be called without an operator, which is faster: nothing records what is done."""
     return type(x) is torch.Tensor and x.is_cpu and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 

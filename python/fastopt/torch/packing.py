@@ -15,7 +15,7 @@ from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.torch.modules import PACKED, PackedConv1D, PackedEmbedding, PackedModule, is_layer, tensors_of
-from fastopt.train.param_tree import as_array
+from fastopt.train.param_tree import as_array, as_parameter
 
 # Ends the name of a saved weight that is packed the other way round than its layer has it: [out, in].
 TRANSPOSED = ".T"
@@ -29,31 +29,32 @@ class _Place(NamedTuple):
     owners: list[tuple[str, torch.nn.Module]]  # names of the parameter there, and the modules
 
     @property
-    def kept(self) -> str:
-        """Why its modules cannot hold it packed; empty if they can."""
+    def obstacle(self) -> str:
+        """The reason why its modules cannot hold it packed; empty if they can."""
         weight = self.weight
         for name, module in self.owners:
             cls = type(module)
             if name != "weight" or not any(is_layer(cls, packed.layer) for packed in PACKED):
-                return f"is no weight of a layer that can be packed, but {name!r} of a {cls.__name__}"
+                return f"is {name!r} of a {cls.__name__}, which is not packed"
             if isinstance(module, torch.nn.Embedding) and module.max_norm is not None:
                 return "has max_norm, which changes it"
         if not (weight.is_cpu and weight.is_floating_point() and weight.layout is torch.strided):
             return f"is {weight.dtype} on {weight.device}"
-        return "is not in one order in all layers that share it" if len({*map(self._turned, self.owners)}) > 1 else ""
+        orders = {self._is_transposed(owner) for owner in self.owners}
+        return "is [in, out] in some layers and [out, in] in others" if len(orders) > 1 else ""
 
     @staticmethod
-    def _turned(owner: tuple[str, torch.nn.Module]) -> bool:
+    def _is_transposed(owner: tuple[str, torch.nn.Module]) -> bool:
         return is_layer(type(owner[1]), PackedConv1D.layer)
 
     @property
-    def turned(self) -> bool:
-        """Whether its layers hold it as [in, out]."""
-        return self._turned(self.owners[0])
+    def transposed(self) -> bool:
+        """True if its layers hold it as [in, out]."""
+        return self._is_transposed(self.owners[0])
 
     def array(self) -> Any:
         """Return its values as an array, as [out, in]."""
-        weight = self.weight.detach().T if self.turned else self.weight.detach()
+        weight = self.weight.detach().T if self.transposed else self.weight.detach()
         return as_array(weight.contiguous())
 
     def hold(self, packed: PackedTensor, precision: Precision) -> None:
@@ -135,7 +136,7 @@ def pack_(
     recipe = recipe_of(recipe, given)
     places = list(_places(module))
     if targeted:
-        weights = {place.name: place.array() for place in places if not place.kept}
+        weights = {place.name: place.array() for place in places if not place.obstacle}
         recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
 
     reporter = Reporter()
@@ -143,8 +144,8 @@ def pack_(
     for place in places:
         if place.weight.dtype not in _DTYPES or not place.weight.is_cpu:
             continue
-        array, kept = place.array(), place.kept
-        packed, reason = (array, kept) if kept else pack_tensor(place.name, array, recipe)
+        array, obstacle = place.array(), place.obstacle
+        packed, reason = (array, obstacle) if obstacle else pack_tensor(place.name, array, recipe)
         if isinstance(packed, PackedTensor):
             if _holds(place, packed):
                 todo.append((place, packed))
@@ -209,14 +210,14 @@ def save(module: torch.nn.Module, path: PathLike) -> None:
             held = child.buffers_of_weight[0]
             if id(held) not in seen:
                 seen.add(id(held))
-                turned = TRANSPOSED if isinstance(child, PackedConv1D) else ""
-                tensors[f"{dot}weight{turned}"] = child.packed
+                transposed = TRANSPOSED if isinstance(child, PackedConv1D) else ""
+                tensors[f"{dot}weight{transposed}"] = child.packed
         for name, tensor in (*child._parameters.items(), *child._buffers.items()):
             skip = name in child._non_persistent_buffers_set or (packed and name in child.stored)
             if tensor is None or skip or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            tensors[f"{dot}{name}"] = as_array(tensor.detach().cpu().contiguous())
+            tensors[f"{dot}{name}"] = as_parameter(tensor.detach().cpu().contiguous(), f"{dot}{name}")
     PackedModel(tensors).save(path)
 
 
@@ -255,28 +256,28 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     found: dict[str, tuple[Weight, bool]] = {}
     unexpected: list[str] = []
     for name, tensor in model.items():
-        turned = name.endswith(TRANSPOSED) and name not in alias and name not in buffers
-        plain = alias.get(name.removesuffix(TRANSPOSED) if turned else name, name)
+        transposed = name.endswith(TRANSPOSED) and name not in alias and name not in buffers
+        plain = alias.get(name.removesuffix(TRANSPOSED) if transposed else name, name)
         if plain in places or plain in buffers:
-            found.setdefault(plain, (tensor, turned))
+            found.setdefault(plain, (tensor, transposed))
         else:
             unexpected.append(name)
     missing = sorted((places.keys() | buffers.keys()) - found.keys())
     if missing or unexpected:
         raise ValueError(f"{path}: expected the names of the module; missing {missing}, unexpected {unexpected}")
-    for name, (tensor, turned) in found.items():
+    for name, (tensor, transposed) in found.items():
         shape = tuple((places[name].weight if name in places else buffers[name]).shape)
-        got = tuple(tensor.shape[::-1]) if turned else tuple(tensor.shape)
+        got = tuple(tensor.shape[::-1]) if transposed else tuple(tensor.shape)
         if got != shape:
             raise ValueError(f"{path}: {name!r}: expected shape {shape}, got {got}")
 
-    for name, (tensor, turned) in found.items():
+    for name, (tensor, transposed) in found.items():
         place = places.get(name)
         if (
             isinstance(tensor, PackedTensor)
             and place is not None
-            and not place.kept
-            and place.turned == turned
+            and not place.obstacle
+            and place.transposed == transposed
             and _holds(place, tensor)
         ):
             place.hold(tensor, precision)
@@ -284,7 +285,7 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
         dense = unpacked(tensor)
         target = buffers[name] if place is None else place.weight
         with torch.no_grad():
-            target.copy_(_tensor_of(dense.T if turned else dense))
+            target.copy_(_tensor_of(dense.T if transposed else dense))
 
 
 def _holds(place: _Place, tensor: PackedTensor) -> bool:

@@ -48,7 +48,7 @@ def find_or_make(state: dict[str, Any], key: str, param: torch.Tensor, dtype: to
     """Return the state `key` of a parameter in `dtype` and the parameter's layout, and keep it in `state`.
 
     A state that has another dtype or layout, as one that was loaded may have, is converted; one that is missing
-    starts from `initial`. 8-bit codes stand under `codes_name`, and their exponents in the dict ``"exponents"``.
+    starts from `initial`. 8-bit codes are kept under `codes_name`, and their exponents in the dict ``"exponents"``.
     """
     value = state.pop(key, None)
     codes = state.get(codes_name(key))

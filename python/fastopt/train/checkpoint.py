@@ -62,7 +62,7 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
         if isinstance(node, Mapping):
             wrong = [key for key in node if not isinstance(key, str)]
             if wrong:
-                raise TypeError(f"tree: {at or 'the root'} has the key {wrong[0]!r}, expected texts")
+                raise TypeError(f"tree: {at or 'the root'} has the key {wrong[0]!r}, expected a string")
             return {"dict": {key: plain(value, f"{at}/{key}", depth + 1) for key, value in node.items()}}
         if isinstance(node, list | tuple):
             return [plain(value, f"{at}/{i}", depth + 1) for i, value in enumerate(node)]

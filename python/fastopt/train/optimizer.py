@@ -190,7 +190,7 @@ class Optimizer(abc.ABC):
         if not any(group.leaves for group in self._groups):
             raise ValueError("params: expected at least one array, got none")
 
-    # ---- what a subclass says --------------------------------------------------------------------------------
+    # ---- defined by a subclass --------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def _check(self, options: dict[str, Any]) -> None:
@@ -247,13 +247,13 @@ class Optimizer(abc.ABC):
             raise ValueError(f"params: missing from the group with {sorted(group, key=str)}")
         options = {**self._defaults, **group, "params": as_tree(group["params"])}
         prefix = f"{len(self._groups)}." if self._grouped or self._groups else ""
-        self._check_options(options, in_floats=False)
+        self._check_options(options, in_float32=False)
         made = ParamGroup(options, prefix, self._states(options))
         all_names = [name for g in self._groups for name in g.names] + made.names
         twice = sorted(name for name, count in Counter(all_names).items() if count > 1)
         require(not twice, "params", "names that differ", twice)
         _core.check_weights(all_names, [param for g in self._groups for param in g.params] + made.params)
-        self._check_options(options, in_floats=made.in_floats)
+        self._check_options(options, in_float32=made.in_float32)
         for name, param in zip(made.names, made.params, strict=True):
             fits = param.dtype != np.float64 or options["state_dtype"] == "float32"
             require(fits, "state_dtype", f"float32 for {name!r} of {param.dtype}", options["state_dtype"])
@@ -271,7 +271,7 @@ class Optimizer(abc.ABC):
         require(value > 0, "max_norm", "more than 0", self.max_norm)
         return value
 
-    def _check_options(self, options: dict[str, Any], *, in_floats: bool) -> None:
+    def _check_options(self, options: dict[str, Any], *, in_float32: bool) -> None:
         """Raise if an option of a group is missing, misspelt or out of range."""
         for key in options.keys() - self._defaults.keys() - {"params"}:
             if key in ("max_norm", "seed"):
@@ -290,7 +290,7 @@ class Optimizer(abc.ABC):
         require_flags(options)
         for name in ("weight_decay", "l1") if callable(options["lr"]) else ("lr", "weight_decay", "l1"):
             require_number(options, name)
-        if in_floats:
+        if in_float32:
             require_float32({name: options[name] for name in self._defaults})
 
     def _check_groups(self) -> None:
@@ -362,7 +362,7 @@ class Optimizer(abc.ABC):
                     "change arrays in place, or make another optimizer"
                 )
             if options != group.checked:
-                self._check_options(options, in_floats=group.in_floats)
+                self._check_options(options, in_float32=group.in_float32)
                 for key in _FIXED:
                     needed = group.checked[key]
                     require(options[key] == needed, key, f"{needed!r}, as the states were made for", options[key])
@@ -433,7 +433,7 @@ class Optimizer(abc.ABC):
         lr = options["lr"]
         if callable(lr):
             lr = require_number({"lr": lr(self._steps[0])}, "lr")
-            fits = lr <= FLOAT32_MAX or not group.in_floats
+            fits = lr <= FLOAT32_MAX or not group.in_float32
             require(fits, "lr", f"at most {FLOAT32_MAX:.8g}, which float32 can hold", lr)
         return float(lr)
 
@@ -581,14 +581,14 @@ class Optimizer(abc.ABC):
         loaded = {**options, **saved, "params": options["params"]}
         if callable(options["lr"]):
             loaded["lr"] = options["lr"]
-        self._check_options(loaded, in_floats=group.in_floats)
+        self._check_options(loaded, in_float32=group.in_float32)
         for key in _FIXED:
             require(loaded[key] == options[key], key, repr(options[key]), loaded[key])
         states = self._states(loaded)
         require(states == group.rule_states, "state", str(group.rule_states), states)
         return loaded, [found[name] for name in group.names]
 
-    # ---- what it is like ---------------------------------------------------------------------------------------
+    # ---- shown to the user ----------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:

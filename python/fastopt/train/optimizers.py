@@ -208,7 +208,7 @@ class RMSprop(Optimizer):
 
     If ``centered``, the variance :math:`v - \bar g^2`, with the running mean :math:`\bar g` of the gradient, takes the
     place of :math:`v` in the root. Where the gradient hardly varies, this difference is nothing but the rounding errors
-    of :math:`v`: up to 60 units in its last place. A variance below 64 units counts as 64, so that no step is longer
+    of :math:`v`: tens of units in its last place. A variance below 64 units counts as 64, so that no step is longer
     than 362 (in float64 8 million) times ``lr``. bfloat16 and 8-bit states are refused then, since 64 of their units
     are half of :math:`v` or more.
 

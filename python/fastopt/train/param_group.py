@@ -46,7 +46,7 @@ class ParamGroup:
         self.shape = shape_of(tree) if any(len(path) > 1 for path in self.paths) else None
         self.tree_keys = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
         self._find_memory()
-        self.in_floats = any(param.dtype != np.float64 for param in self.params if isinstance(param, np.ndarray))
+        self.in_float32 = any(param.dtype != np.float64 for param in self.params if isinstance(param, np.ndarray))
         self.counts = [0] * len(found)  # steps that each has taken
         self.rule_states = keys
         self.keys = keys
@@ -58,7 +58,7 @@ class ParamGroup:
         if dtype is np.uint8:
             self.keys += tuple(f"{key}.exponent" for key in keys)
         if masters:
-            self.keys += ("master",)  # of those that are narrower
+            self.keys += ("master",)  # which only 16-bit parameters have
         for param in self.params:
             wide = np.dtype(np.float64) if param.dtype == np.float64 else np.dtype(np.float32)
             state = [np.zeros(param.shape, wide if dtype is np.float32 else dtype) for _ in keys]
@@ -69,14 +69,14 @@ class ParamGroup:
             self.states.append(tuple(state))
 
     def accept(self, options: Mapping[str, Any], rule: str) -> None:
-        """Note that these options were checked, and what a step asks of them."""
+        """Keep a copy of options that were checked, and what a step needs of them."""
         self.checked = dict(options)
         self.rule = _core.rule(rule)
         self.stochastic = options["stochastic_rounding"]
         self.chance = self.stochastic or options["state_dtype"] != "float32"
 
     def _find_memory(self) -> None:
-        """Find the arrays of the parameters, in the order of memory, and where they are."""
+        """Set the arrays of the parameters, with their axes in the order of memory, and the addresses."""
         found = [in_memory_order(as_parameter(leaf, name)) for leaf, name in zip(self.leaves, self.names, strict=True)]
         self.params = [array for array, _ in found]
         self.orders = {i: order for i, (_, order) in enumerate(found) if order is not None}
@@ -162,7 +162,7 @@ class ParamGroup:
         return array if order is None or array.ndim != len(order) else array.transpose(np.argsort(order))
 
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
-        """Return what to step: numbers of steps taken so far, with the tensors that took them (None: all)."""
+        """Return the step counts of the tensors to step, each with the indices of those that have it (None: all)."""
         counts = self.counts
         if len(counts) == 1 and grads[0] is not None:
             return ((counts[0], None),)
