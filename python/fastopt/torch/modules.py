@@ -1,4 +1,4 @@
-"""Modules with packed weights: in the place of torch's layers, with the operators that run them."""
+"""Modules with packed weights, which take the place of torch's layers, and the operators that run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastopt.train.param_tree import as_array
 
 
 def tensors_of(packed: PackedTensor) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the arrays of a packed tensor as tensors, after their names in a module, and a text about the rest."""
+    """Return the arrays of a packed tensor as tensors, by their names in a module, and the rest of it as JSON."""
     arrays, entry = disassemble("weight", packed)
     names = [name.removeprefix("weight.") for name in arrays]
     about = json.dumps([names, describe(["weight"], {"weight": entry}, None)["fastopt"]])
@@ -180,7 +180,7 @@ class PackedModule(torch.nn.Module):
     weight_requires_grad: bool
 
     def hold(self, tensors: dict[str, torch.Tensor], about: str, dtype: torch.dtype, precision: Precision) -> None:
-        """Become packed: take the place of the parameter `weight`."""
+        """Become a packed module: buffers take the place of the parameter `weight`."""
         weight = self._parameters.pop("weight")
         self.__class__ = next(cls for cls in PACKED if is_layer(type(self), cls.layer))
         self.weight_requires_grad = bool(weight is not None and weight.requires_grad)
@@ -189,7 +189,7 @@ class PackedModule(torch.nn.Module):
             self.register_buffer(name, tensor)
 
     def release(self, weight: torch.nn.Parameter) -> None:
-        """Become what it was, with a parameter as its weight."""
+        """Become the layer of torch again, with a parameter as its weight."""
         for name in self.stored:
             del self._buffers[name]
         for name in ("about", "stored", "precision", "weight_dtype", "weight_requires_grad"):

@@ -1,4 +1,4 @@
-"""The step of torch's optimizers by fastopt's kernels: what all classes of `fastopt.torch` share."""
+"""The base class of the optimizers of `fastopt.torch`: torch's optimizers, stepped by fastopt's kernels."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class Optimizer(torch.optim.Optimizer):
             _increment_versions(plan.changed)  # autograd refuses to go back through what was before
 
     def _clipped(self, group: Group, scale: float) -> float:
-        """Return what to multiply the gradients of a group by."""
+        """Return the factor of the gradients of a group, with clipping."""
         max_norm = group.get("max_norm")
         if max_norm is None or self.grad_norm is None:
             return scale
@@ -216,7 +216,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- parameters that torch steps ---------------------------------------------------------------------------
 
     def _step_by_torch(self, parts: list[GroupParams], scale: float) -> None:
-        """Step what the kernels do not take, by torch's own code."""
+        """Step the parameters that the kernels do not take, by torch's own code."""
         for group, params in parts:
             for name in ("state_dtype", "master_weights", "stochastic_rounding"):
                 value = group.get(name, OWN[name])
@@ -260,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- checks, saving ----------------------------------------------------------------------------------------
 
     def _check(self, group: Group) -> None:
-        """Raise if one of our own options of a group is out of range."""
+        """Raise if an option of a group that torch does not check is out of range."""
         given = [group.get(name) for name in OWN]
         if given != self._checked:
             _check_own({name: group.get(name, value) for name, value in OWN.items()})

@@ -1,4 +1,4 @@
-"""The optimizers, in the place of those of ``torch.optim``."""
+"""Optimizers that take the place of those of ``torch.optim``."""
 
 from __future__ import annotations
 

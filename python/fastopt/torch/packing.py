@@ -58,7 +58,7 @@ class _Place(NamedTuple):
         return as_array(weight.contiguous())
 
     def hold(self, packed: PackedTensor, precision: Precision) -> None:
-        """Let all its modules hold it packed, in the same tensors."""
+        """Make all its modules hold it packed, in the same tensors."""
         tensors, about = tensors_of(packed)
         for _, module in self.owners:
             PackedModule.hold(module, tensors, about, self.weight.dtype, precision)
@@ -108,7 +108,7 @@ def pack_(
     Returns
     -------
     Report
-        What became of each parameter.
+        How each parameter is stored, and why.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def pack_(
 
 
 def unpack_(module: torch.nn.Module) -> None:
-    """Undo `pack_`: layers are what they were, and their weights parameters again, decoded.
+    """Undo `pack_`: packed modules become layers of torch again, with the decoded weights as parameters.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def save(module: torch.nn.Module, path: PathLike) -> None:
 
 
 def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "exact") -> None:
-    """Put the weights of a file to work in a module: its layers become packed where the file has them packed.
+    """Load the weights of a file into a module, whose layers become packed where the file holds packed weights.
 
     Parameters
     ----------
