@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 from fastopt._types import PathLike
 
 _LFS = b"version https://git-lfs"
-_LONGEST_NAME = 200  # bytes; with what a temporary name adds it stays below the 255 of file systems
+_LONGEST_NAME = 200  # bytes; a temporary name is longer, and file systems allow 255
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ _FOREIGN_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 # No file may claim arrays of more than this many times its own bytes; it is what deflate can reach.
 MOST_OF_ONE_BYTE = 1032
 _LONGEST_HEADER = 100_000_000  # as in the library safetensors
-_LARGEST = 1 << 59  # elements, of up to 8 bytes; NumPy counts bytes in 63 bits
+_LARGEST = 1 << 59  # elements of up to 16 bytes; NumPy counts bytes in 63 bits
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

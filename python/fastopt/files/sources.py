@@ -123,7 +123,7 @@ def model_files(path: Path) -> Path | list[Path]:
         return path
     safetensors = sorted(path.glob("*.safetensors"))
     indices = sorted(path.glob(f"*{_INDEX}"))
-    if len(indices) > 1:  # those of one model in two formats
+    if len(indices) > 1:  # safetensors and torch hold the same model
         indices = [index for index in indices if not index.name.endswith(f".bin{_INDEX}")]
     arrays = sorted(path.glob("*.npy"))
     torch = sorted(file for file in path.iterdir() if file.suffix in _TORCH)
