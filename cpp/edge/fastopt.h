@@ -81,7 +81,8 @@ typedef struct fo_model {
 int fo_open(fo_model* model, const void* bytes, size_t size);
 
 /* Finds a tensor, and checks that its parts fit together: of a sparse one that reads all of it but the values, so find
-   it once. `tensor` points into the file. */
+   it once. `tensor` points into the file. A tied tensor is found under each of its names, if the one that it is stored
+   under has less than 256 bytes. */
 int fo_find(const fo_model* model, const char* name, fo_tensor* tensor);
 
 /* Decodes a row to `cols` floats; of codes to the same bits as Python's `dequantize`. */
@@ -133,6 +134,7 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale);
 #define FO__TILE 4   /* rows of x at a time */
 #define FO__DEPTH 24 /* of JSON */
 #define FO__MAX_AXES 32
+#define FO__NAME 256 /* bytes of the name that a tied tensor is stored under, with the 0 behind it */
 
 #ifdef __cplusplus
 extern "C" {
@@ -937,24 +939,47 @@ static int fo__accept(fo__text* t, int c) {
   return 1;
 }
 
+/* Reads a character inside a string, its last byte first; returns the number of bytes, 0 at the end of the string, -1
+   if no string has it. */
+static int fo__character(fo__text* t, uint8_t* utf8) {
+  const int c = fo__take(t);
+  if (c < 0x20) return -1; /* or the end of the text */
+  if (c == '"') return 0;
+  utf8[0] = (uint8_t)c;
+  if (c != '\\') return 1;
+  const int bytes = fo__escape(t, fo__take, utf8);
+  return bytes ? bytes : -1;
+}
+
 /* Reads a string; returns whether it is `a` followed by `b`, or -1 if it is no string. */
 static int fo__string(fo__text* t, const char* a, const char* b) {
-  int same = 1;
+  uint8_t utf8[4];
+  int same = 1, bytes;
   if (!fo__accept(t, '"')) return -1;
-  for (;;) {
-    uint8_t utf8[4];
-    int bytes = 1, c = fo__take(t);
-    if (c < 0x20) return -1; /* or the end */
-    if (c == '"') break;
-    utf8[0] = (uint8_t)c;
-    if (c == '\\' && (bytes = fo__escape(t, fo__take, utf8)) == 0) return -1;
+  while ((bytes = fo__character(t, utf8)) > 0) {
     while (bytes--) {
       if (*a == 0) a = b, b = "";
       same = same && *a != 0 && (uint8_t)*a == utf8[bytes];
       if (same) ++a;
     }
   }
-  return same && *a == 0 && *b == 0;
+  return bytes < 0 ? -1 : same && *a == 0 && *b == 0;
+}
+
+/* Copies a string and a 0; returns whether it is a string without 0 and fits. */
+static int fo__copy_name(fo__text* t, char name[FO__NAME]) {
+  uint8_t utf8[4];
+  size_t size = 0;
+  int bytes;
+  if (!fo__accept(t, '"')) return 0;
+  while ((bytes = fo__character(t, utf8)) > 0) {
+    while (bytes--) {
+      if (utf8[bytes] == 0 || size == FO__NAME - 1) return 0;
+      name[size++] = (char)utf8[bytes];
+    }
+  }
+  name[size] = 0;
+  return bytes == 0;
 }
 
 static int fo__digits(fo__text* t) {
@@ -1348,7 +1373,8 @@ static int fo__find_packed(const fo_model* model, const char* name, fo__text ent
   return fo__find_outliers(model, name, count, tensor);
 }
 
-int fo_find(const fo_model* model, const char* name, fo_tensor* tensor) {
+/* Finds a tensor under the name that it is stored under. */
+static int fo__find_stored(const fo_model* model, const char* name, fo_tensor* tensor) {
   fo_tensor found;
   fo__stored stored;
   int code;
@@ -1376,6 +1402,19 @@ int fo_find(const fo_model* model, const char* name, fo_tensor* tensor) {
   found.values = stored.bytes;
   *tensor = found;
   return FO_OK;
+}
+
+int fo_find(const fo_model* model, const char* name, fo_tensor* tensor) {
+  char stored[FO__NAME];
+  const int code = fo__find_stored(model, name, tensor);
+  if (code != FO_NOT_FOUND) return code;
+  /* In a file that is not fastopt's, the metadata itself maps tied names, between texts of any meaning. */
+  fo__text tied = model->metadata ? fo__metadata(model) : fo__header(model);
+  if (fo__seek(&tied, model->metadata ? "tied" : "__metadata__", "") != 1 || fo__seek(&tied, name, "") != 1 ||
+      !fo__copy_name(&tied, stored)) {
+    return FO_NOT_FOUND;
+  }
+  return fo__find_stored(model, stored, tensor);
 }
 
 #ifdef __cplusplus

@@ -410,6 +410,43 @@ def test_escapes_in_names(sanitized):
     assert [code for code, _ in sanitized.answers()] == ["FO_OK", "FO_NOT_FOUND", "FO_NOT_FOUND"] * len(names)
 
 
+@pytest.mark.parametrize("name", ["w", "\u00e9 \"\\ \U0001f600", "n" * 255])
+def test_tied_tensors_are_found_under_each_name(driver, rng, name, tmp_path):
+    w = rng.standard_normal((8, 64)).astype("f4")
+    weights = {name: w, "tied \u20ac": w, "apart": w + 1, "bias": w[0], "tied bias": w[0]}
+    model = fo.pack(weights, bits=4, min_size=0)
+    file, plain = saved(model, tmp_path), tmp_path / "plain.safetensors"
+    assert "tied" in json.loads(fo.files.container.MappedFile(tmp_path / "model.safetensors").metadata["fastopt"])
+    fo.unpack_file(tmp_path / "model.safetensors", plain)
+    for tensor in weights:
+        driver.ask(DEQUANTIZE, file, tensor, size=weights[tensor].size)
+        driver.ask(DEQUANTIZE, plain.read_bytes(), tensor, size=weights[tensor].size)
+    dense = model.unpack()
+    expected = [dense[tensor] for tensor in weights for _ in range(2)]
+    for array, (code, values) in zip(expected, driver.answers(), strict=True):
+        assert code == "FO_OK"
+        assert same_bits(values, array.ravel())
+    assert driver.answer(DEQUANTIZE, file, "tied")[0] == "FO_NOT_FOUND"
+
+
+def test_tied_names_are_checked(sanitized):
+    def plain(tied):
+        return written({"w": PLAIN, "n" * 256: {**PLAIN, "data_offsets": [8, 16]}, "__metadata__": tied}, bytes(16))
+
+    def about(tied):
+        return plain({"fastopt": json.dumps({"version": 2, "tensors": {}, "tied": tied})})
+
+    found = [{"a": "w"}, {"b": 3, "a": "w"}, {"a": "w", "w": "a"}]
+    lost = [{"a": "n" * 256}, {"a": "b", "b": "w"}, {"a": "a"}, {"a": "w\0"}, {"a": 3}, {"a": {"a": "w"}}, {"a": ""}]
+    for make in (about, plain):
+        for tied in found + lost:
+            sanitized.ask(DEQUANTIZE, make(tied), "a", size=2)
+    for tied in (["a", "w"], "a", None):
+        sanitized.ask(DEQUANTIZE, about(tied), "a", size=2)
+    codes = [code for code, _ in sanitized.answers()]
+    assert codes == (["FO_OK"] * len(found) + ["FO_NOT_FOUND"] * len(lost)) * 2 + ["FO_NOT_FOUND"] * 3
+
+
 def nested(depth):
     return [nested(depth - 1)] if depth else []
 
