@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from fastopt._text import shown
 from fastopt._types import BITS, DEFAULT_GROUP_SIZE, FLOATS, Array, GroupSize
 
 _BITS_TEXT = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
@@ -51,14 +52,14 @@ def as_index(value: Any, name: str, needed: str = "an integer") -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise TypeError(f"{name}: expected {needed}, got {value!r:.80}")
+    raise TypeError(f"{name}: expected {needed}, got {shown(value)}")
 
 
 def require_bits(bits: int) -> int:
     """Return `bits` as an int, or raise."""
     width = as_index(bits, "bits", _BITS_TEXT)
     if width not in BITS:
-        raise ValueError(f"bits: expected {_BITS_TEXT}, got {bits!r:.80}")
+        raise ValueError(f"bits: expected {_BITS_TEXT}, got {shown(bits)}")
     return width
 
 
@@ -72,10 +73,10 @@ def require_array(array: Any, name: str) -> Array:
 def require_shape(shape: Any) -> tuple[int, ...]:
     """Return a shape as a tuple of ints, or raise."""
     if not isinstance(shape, tuple):
-        raise TypeError(f"shape: expected a tuple of integers, got {shape!r:.80}")
+        raise TypeError(f"shape: expected a tuple of integers, got {shown(shape)}")
     sizes = tuple(as_index(size, "shape", "a tuple of integers") for size in shape)
     if min(sizes, default=0) < 0 or math.prod(max(size, 1) for size in sizes) >= 1 << 62:
-        raise ValueError(f"shape: expected sizes of 0 or more that memory could hold, got {shape!r:.80}")
+        raise ValueError(f"shape: expected sizes of 0 or more that memory could hold, got {shown(shape)}")
     return sizes
 
 
@@ -99,7 +100,7 @@ def require_param_dtype(param_dtype: DTypeLike) -> np.dtype[Any]:
     except (TypeError, ValueError):
         dtype = None
     if dtype is None or dtype not in (np.float16, np.float32):
-        raise ValueError(f"param_dtype: expected float16 or float32, got {param_dtype!r}")
+        raise ValueError(f"param_dtype: expected float16 or float32, got {shown(param_dtype)}")
     return dtype
 
 
@@ -111,7 +112,7 @@ def require_float_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     except (TypeError, ValueError):
         found = None
     if dtype is None or found is None or found.name not in FLOATS:
-        raise TypeError(f"{name}: expected {_FLOATS_TEXT}, got {dtype!r:.80}")
+        raise TypeError(f"{name}: expected {_FLOATS_TEXT}, got {shown(dtype)}")
     return found
 
 
@@ -160,7 +161,7 @@ def matrix_of_out(out: Array, shape: tuple[int, ...]) -> Array:
 
 def require(condition: bool, name: str, needed: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"{name}: expected {needed}, got {got!r}")
+        raise ValueError(f"{name}: expected {needed}, got {shown(got)}")
 
 
 def is_number(x: object) -> bool:
@@ -210,7 +211,7 @@ def require_flags(options: Mapping[str, Any]) -> None:
 def require_betas(options: MutableMapping[str, Any]) -> None:
     betas = options["betas"]
     if not isinstance(betas, tuple | list) or not all(is_number(b) or is_scalar_array(b) for b in betas):
-        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+        raise TypeError(f"betas: expected two numbers, got {shown(betas)}")
     pair = tuple(as_float(b, "betas") for b in betas)  # a list could be changed later
     require(len(pair) == 2 and all(0 <= b < 1 for b in pair), "betas", "two numbers in [0, 1)", betas)
     options["betas"] = pair

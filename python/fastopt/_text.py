@@ -1,7 +1,8 @@
-"""Texts from files and file systems, made safe to show."""
+"""Texts and values of others, made safe to show."""
 
 import json
 import re
+from typing import Any
 
 _ASCII = re.compile(r"[ -~]*")
 
@@ -23,3 +24,11 @@ def printable_json(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "\\u007f" if c == "\x7f" else json.dumps(c)[1:-1] for c in text)
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of the repr of a value, for a message, whatever that repr raises."""
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # such as those of a text that is no Unicode, and of what is nested too deeply
+        return f"an object of type {type(value).__name__}, which cannot be shown"

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeAlias
 
 from fastopt._checks import as_float
+from fastopt._text import shown
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -19,7 +20,7 @@ def _check(name: str, value: float, least: float = 0.0, most: float = math.inf) 
     given, value = value, as_float(value, name)
     if not (math.isfinite(value) and least <= value <= most):
         limit = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
-        raise ValueError(f"{name}: expected a finite number, {limit}, got {given!r}")
+        raise ValueError(f"{name}: expected a finite number, {limit}, got {shown(given)}")
     return value
 
 

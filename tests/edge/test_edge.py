@@ -410,7 +410,7 @@ def test_escapes_in_names(sanitized):
     assert [code for code, _ in sanitized.answers()] == ["FO_OK", "FO_NOT_FOUND", "FO_NOT_FOUND"] * len(names)
 
 
-@pytest.mark.parametrize("name", ["w", "\u00e9 \"\\ \U0001f600", "n" * 255])
+@pytest.mark.parametrize("name", ["w", '\u00e9 "\\ \U0001f600', "n" * 255])
 def test_tied_tensors_are_found_under_each_name(driver, rng, name, tmp_path):
     w = rng.standard_normal((8, 64)).astype("f4")
     weights = {name: w, "tied \u20ac": w, "apart": w + 1, "bias": w[0], "tied bias": w[0]}

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt._checks import require_bits, require_group_size
+from fastopt._text import shown
 from fastopt._types import FLOATS, Array
-from fastopt.files.safetensors_file import DTYPES, MOST_OF_ONE_BYTE, PAD, MappedFile, as_shape, parse_json, shown
+from fastopt.files.safetensors_file import DTYPES, MOST_OF_ONE_BYTE, PAD, MappedFile, as_shape, parse_json
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
@@ -133,7 +134,7 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight]
         bits = require_bits(entry.get("bits", int))
         dtype = entry.get("dtype", str)
         if dtype not in _FLOATS:
-            raise ValueError(f"dtype: expected one of {sorted(_FLOATS)}, got {dtype!r}")
+            raise ValueError(f"dtype: expected one of {sorted(_FLOATS)}, got {shown(dtype)}")
         codes, scale, minimum = take(f"{name}.codes"), take(f"{name}.scale"), take(f"{name}.minimum")
         group = require_group_size(group_size, bits)
         outliers = None
@@ -165,7 +166,7 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight]
             entry = _Object(raw, "entry")
             kind = entry.get("kind", str)
             if kind not in kinds:
-                raise ValueError(f"kind: expected one of {sorted(kinds)}, got {kind!r}")
+                raise ValueError(f"kind: expected one of {sorted(kinds)}, got {shown(kind)}")
             packed[name] = kinds[kind](name, entry, as_shape(entry.get("shape", list), "shape"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name!r}: {error}") from error

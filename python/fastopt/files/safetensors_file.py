@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from fastopt._text import shown
 from fastopt._types import Array, PathLike
 from fastopt.files.atomic import naming, open_regular, replacing
 from fastopt.files.mapped import Map
@@ -232,14 +233,6 @@ def parse_json(text: str) -> Any:
         raise ValueError("metadata: nested too deeply") from error
 
 
-def shown(value: Any) -> str:
-    """Return the beginning of a value of an untrusted file, for a message."""
-    try:
-        return f"{value!r:.100}"
-    except RecursionError:
-        return "a value that is nested too deeply"
-
-
 def as_shape(sizes: Any, name: str) -> tuple[int, ...]:
     """Return the sizes of axes as a tuple, or raise if no array can have them."""
     whole = isinstance(sizes, list) and len(sizes) <= 32 and all(type(n) is int and n >= 0 for n in sizes)
@@ -358,7 +351,7 @@ def _layout(parts: list[Part], metadata: Mapping[str, str]) -> tuple[list[tuple[
     laid, at = [], 0
     for i, part in enumerate(parts):
         if not isinstance(part.name, str):
-            raise TypeError(f"tensors: expected texts as names, got {part.name!r}")
+            raise TypeError(f"tensors: expected texts as names, got {shown(part.name)}")
         if part.name == "__metadata__" or part.name.startswith(PAD):
             raise ValueError(f"tensors: {part.name!r} is a name that the format reserves")
         if part.name in entries:

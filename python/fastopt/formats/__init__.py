@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fastopt._text import shown
 from fastopt._types import Notify, PathLike
 from fastopt.files.sources import READERS
 from fastopt.files.weights import Weights
@@ -79,7 +80,7 @@ def export(
     (64, 64)
     """
     if to not in FORMATS:
-        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {shown(to)}")
     known = FORMATS[to].OPTIONS
     unknown = sorted(options.keys() - known.keys())
     if unknown:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix, require_group_size
+from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.formats.common import Option, codes_matrix, regroup, require_package
 from fastopt.formats.onnx_file import Payload, Payloads, save
@@ -188,7 +189,7 @@ class Builder:
 
     def __init__(self, fast: bool, accuracy_level: int, taken: set[str]) -> None:
         if accuracy_level not in range(5):
-            raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r}")
+            raise ValueError(f"accuracy_level: expected 0 to 4, got {shown(accuracy_level)}")
         self.fast = fast
         self.accuracy_level = accuracy_level
         self.nodes: list[NodeProto] = []
@@ -588,4 +589,4 @@ def _activate(builder: Builder, name: str, activation: Any, y: str) -> None:
         builder.node(kind, y, output=name, **attributes)
     else:
         expected = sorted([*_ACTIVATIONS, "relu6", "silu"])
-        raise ValueError(f"activation: expected one of {', '.join(expected)} for {name!r}, got {activation!r}")
+        raise ValueError(f"activation: expected one of {', '.join(expected)} for {name!r}, got {shown(activation)}")

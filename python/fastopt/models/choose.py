@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastopt._text import shown
 from fastopt._types import GroupSize
 from fastopt.files.safetensors_file import ALIGNMENT
 from fastopt.files.weights import Weights, spec_of, stored_nbytes, stored_of
@@ -206,7 +207,7 @@ class _Search:
         if target_bits is not None and target_size is not None:
             raise ValueError("target_bits, target_size: expected one of them, got both")
         if target_bits is not None and not 0 <= target_bits < math.inf:
-            raise ValueError(f"target_bits: expected a number, 0 or more, got {target_bits!r}")
+            raise ValueError(f"target_bits: expected a number, 0 or more, got {shown(target_bits)}")
         if recipe.bits is not None:
             raise ValueError(f"bits: expected None together with a target, got {recipe.bits}")
         size = None if target_size is None else parse_size(target_size)
@@ -361,5 +362,5 @@ def parse_size(size: int | str) -> int:
     """Return the number of bytes that is given as a number, or as a text such as "12MB" or "1.5 GiB"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", str(size).lower())
     if match is None or isinstance(size, bool):
-        raise ValueError(f"target_size: expected bytes, as 12000000 or '12MB', got {size!r}")
+        raise ValueError(f"target_size: expected bytes, as 12000000 or '12MB', got {shown(size)}")
     return int(float(match[1]) * _UNITS[match[2]])

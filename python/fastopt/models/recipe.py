@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._checks import require_bits, require_group_size, require_param_dtype
+from fastopt._text import shown
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
@@ -63,11 +64,11 @@ class Options:
         for name in ("outliers", "threshold", "sparsity"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
+                raise TypeError(f"{name}: expected a number, got {shown(value)}")
         if self.fit not in ("minmax", "lsq"):
-            raise ValueError(f"fit: expected 'minmax' or 'lsq', got {self.fit!r}")
+            raise ValueError(f"fit: expected 'minmax' or 'lsq', got {shown(self.fit)}")
         if self.outliers is not None and not 0 <= self.outliers <= 1:
-            raise ValueError(f"outliers: expected a share between 0 and 1, got {self.outliers!r}")
+            raise ValueError(f"outliers: expected a share between 0 and 1, got {shown(self.outliers)}")
         if self.prunes:
             check_selection(self.threshold, self.sparsity, self.pattern)
             if self.outliers is not None and self.bits is not None:
@@ -179,7 +180,7 @@ class Recipe(Options):
         changed = {}
         for pattern, options in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(options, Mapping):
-                raise TypeError(f"overrides: expected options for a pattern, got {options!r:.80} for {pattern!r:.80}")
+                raise TypeError(f"overrides: expected options for a pattern, got {shown(options)} for {pattern!r:.80}")
             unknown = sorted(set(map(str, options)) - set(_OPTIONS))
             if unknown:
                 raise ValueError(f"overrides: {pattern!r} has unknown options {unknown}; there are {list(_OPTIONS)}")
@@ -190,7 +191,7 @@ class Recipe(Options):
             changed[pattern] = {name: getattr(checked, name) for name in options}
         object.__setattr__(self, "overrides", changed)
         if isinstance(self.min_size, bool) or not isinstance(self.min_size, int) or self.min_size < 0:
-            raise ValueError(f"min_size: expected a number, 0 or more, got {self.min_size!r}")
+            raise ValueError(f"min_size: expected a number, 0 or more, got {shown(self.min_size)}")
 
     def of(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[Options | None, str]:
         """Return what is done to a tensor, or None if it is kept as it is, and why.
@@ -406,7 +407,7 @@ def _patterns(given: Any, name: str) -> tuple[str, ...]:
     """Return glob patterns as a tuple; a text alone is one pattern, not its letters."""
     patterns = (given,) if isinstance(given, str) else given
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{name}: expected glob patterns, got {given!r:.80}")
+        raise TypeError(f"{name}: expected glob patterns, got {shown(given)}")
     return tuple(patterns)
 
 

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastopt._text import shown
 from fastopt._types import Array
 
 Activation: TypeAlias = "str | Callable[[Array], Array] | None"
@@ -392,13 +393,13 @@ def shrink(
     if (share is None) == (threshold is None):
         raise ValueError("share, threshold: expected exactly one of them")
     if share is not None and not 0 <= share <= 1:
-        raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+        raise ValueError(f"share: expected a number from 0 to 1, got {shown(share)}")
     if scope not in ("local", "global"):
-        raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
+        raise ValueError(f"scope: expected 'local' or 'global', got {shown(scope)}")
     if criterion not in ("l1", "l2", "activity", "taylor"):
-        raise ValueError(f"criterion: expected 'l1', 'l2', 'activity' or 'taylor', got {criterion!r}")
+        raise ValueError(f"criterion: expected 'l1', 'l2', 'activity' or 'taylor', got {shown(criterion)}")
     if round_to < 1:
-        raise ValueError(f"round_to: expected at least 1, got {round_to!r}")
+        raise ValueError(f"round_to: expected at least 1, got {shown(round_to)}")
     plan = _Plan(weights, graph)
     for name in weights:
         if name not in plan.cuts and not any(fnmatchcase(name, pattern) for pattern in keep):
@@ -484,7 +485,7 @@ def drop_layers(
     (['layers.0.weight'], True)
     """
     if prefix.count("{}") != 1:
-        raise ValueError(f"prefix: expected one '{{}}' for the number, got {prefix!r}")
+        raise ValueError(f"prefix: expected one '{{}}' for the number, got {shown(prefix)}")
     before, after = (re.escape(part) for part in prefix.split("{}"))
     pattern = re.compile(f"{before}(\\d+){after}(.*)", re.DOTALL)
     members: dict[int, list[Array]] = defaultdict(list)
@@ -495,7 +496,7 @@ def drop_layers(
     if sorted(members) != list(range(total)) or total == 0:
         raise ValueError(f"prefix: expected layers 0, 1, ... named {prefix!r}, got {sorted(members)}")
     if not 0 <= count < total:
-        raise ValueError(f"count: expected 0 to {total - 1}, got {count!r}")
+        raise ValueError(f"count: expected 0 to {total - 1}, got {shown(count)}")
     if importance is None:
         importance = [_rms(members[i]) for i in range(total)]
     if len(importance) != total:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt._checks import as_float_array, as_matrix, matrix_of_out
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.tensors.error import Error, ErrorSums
 
@@ -233,7 +234,7 @@ class PackedTensor(ABC):
         except (IndexError, TypeError, ValueError) as error:
             raise IndexError(f"rows: {error}") from error
         if numbers.ndim > 1 or (numbers.ndim == 0 and self.ndim > 2):
-            raise IndexError(f"rows: expected a slice or numbers along one axis, got {rows!r:.80}")
+            raise IndexError(f"rows: expected a slice or numbers along one axis, got {shown(rows)}")
         flat = numbers.reshape(-1)
         # A range of rows is a view; other rows are copied.
         key = rows if isinstance(rows, slice) and rows.step in (None, 1) else flat

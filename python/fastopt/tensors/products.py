@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from fastopt import _core
 from fastopt._checks import as_any_array, as_float32, as_matrix, matrix_of_out
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.tensors.packed import PackedTensor, Precision, Weight
 from fastopt.tensors.quantized import QuantizedTensor
@@ -80,7 +81,7 @@ def linear(
     array([15., 30., 45.], dtype=float32)
     """
     if precision not in ("exact", "int8", "blas"):
-        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
+        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {shown(precision)}")
     if isinstance(bias, PackedTensor):
         bias = bias.to_dense()
     if isinstance(w, PackedTensor):

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastopt import _core
 from fastopt._checks import as_float_array, as_matrix, require_real
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.sparse import SparseTensor
@@ -29,9 +30,9 @@ def check_selection(threshold: float | None, sparsity: float | None, pattern: st
     require_real(threshold, "threshold")
     require_real(sparsity, "sparsity")
     if threshold is not None and not threshold >= 0:
-        raise ValueError(f"threshold: expected a number, 0 or more, got {threshold!r}")
+        raise ValueError(f"threshold: expected a number, 0 or more, got {shown(threshold)}")
     if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity: expected a fraction from 0 to 1, got {sparsity!r}")
+        raise ValueError(f"sparsity: expected a fraction from 0 to 1, got {shown(sparsity)}")
     return groups
 
 
@@ -168,7 +169,7 @@ def prune_(
     """
     groups = check_selection(threshold, sparsity, pattern)
     if scope not in ("local", "global"):
-        raise ValueError(f"scope: expected 'local' or 'global', got {scope!r}")
+        raise ValueError(f"scope: expected 'local' or 'global', got {shown(scope)}")
     names, arrays = _parts(w)
     _core.check_weights([str(name) for name in names], arrays)
     scores = arrays if importance is None else _importance_of(importance, w, names, arrays)
@@ -244,7 +245,7 @@ def prune(
     """
     groups = check_selection(threshold, sparsity, pattern)
     if threshold is not None and math.isinf(threshold):
-        raise ValueError(f"threshold: expected a finite number, got {threshold!r}")
+        raise ValueError(f"threshold: expected a finite number, got {shown(threshold)}")
     if layout is None:
         layout = pattern if pattern is not None and (groups is None or groups[1] in (2, 4, 8)) else "auto"
     elif layout != "auto":

@@ -19,6 +19,7 @@ from fastopt._checks import (
     require_param_dtype,
     require_real,
 )
+from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
@@ -135,13 +136,13 @@ def quantize(
     group = require_group_size(group_size, bits)
     params = require_param_dtype(param_dtype)
     if fit not in ("minmax", "lsq"):
-        raise ValueError(f"fit: expected 'minmax' or 'lsq', got {fit!r}")
+        raise ValueError(f"fit: expected 'minmax' or 'lsq', got {shown(fit)}")
     require_real(outliers, "outliers")
     require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
-        raise ValueError(f"outliers: expected a share between 0 and 1, got {outliers!r}")
+        raise ValueError(f"outliers: expected a share between 0 and 1, got {shown(outliers)}")
     if max_error is not None and not max_error >= 0:
-        raise ValueError(f"max_error: expected at least 0, got {max_error!r}")
+        raise ValueError(f"max_error: expected at least 0, got {shown(max_error)}")
     array = dense_array(w, "w")
     if out is not None:
         _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)

@@ -20,6 +20,7 @@ from fastopt._checks import (
     require_group_size,
     require_shape,
 )
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import PackedTensor, Precision, Storage
@@ -115,7 +116,7 @@ class QuantizedTensor(PackedTensor):
     def __post_init__(self) -> None:
         bits, shape = require_bits(self.bits), require_shape(self.shape)
         if isinstance(self.group_size, str):
-            raise TypeError(f"group_size: expected an integer or None, got {self.group_size!r:.80}")
+            raise TypeError(f"group_size: expected an integer or None, got {shown(self.group_size)}")
         group_size = require_group_size(self.group_size, bits)
         rows, cols = as_matrix(shape)
         params = _param_shape(group_size, rows, cols)
@@ -263,7 +264,7 @@ class QuantizedTensor(PackedTensor):
 
 def _require_slice(rows: slice) -> slice:
     if not isinstance(rows, slice) or rows.step not in (None, 1):
-        raise ValueError(f"rows: expected a slice of step 1, got {rows!r}")
+        raise ValueError(f"rows: expected a slice of step 1, got {shown(rows)}")
     return rows
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fastopt._text import shown
 from fastopt._types import Array
 
 BLOCK = 16  # columns of a block of layout "1x16"
@@ -20,7 +21,7 @@ def parse_pattern(pattern: str, name: str = "pattern") -> tuple[int, int] | None
         return None
     match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", pattern) if isinstance(pattern, str) else None
     if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"{name}: expected 'N:M' with N < M, as in '2:4', or '1x16', got {pattern!r}")
+        raise ValueError(f"{name}: expected 'N:M' with N < M, as in '2:4', or '1x16', got {shown(pattern)}")
     return int(match[1]), int(match[2])
 
 
@@ -31,7 +32,7 @@ def require_layout(layout: str) -> str:
     group = re.fullmatch(r"(\d):([248])", layout) if isinstance(layout, str) else None
     if group is None or not 1 <= int(group[1]) < int(group[2]):
         raise ValueError(
-            f"layout: expected 'mask', 'index16', 'index8', '1x16', or 'N:M' with M of 2, 4 or 8, got {layout!r}"
+            f"layout: expected 'mask', 'index16', 'index8', '1x16', or 'N:M' with M of 2, 4 or 8, got {shown(layout)}"
         )
     return layout
 

@@ -11,6 +11,7 @@ import torch
 
 from fastopt import _core
 from fastopt._checks import as_float, require, require_number
+from fastopt._text import shown
 from fastopt.torch.states import codes_name, find_or_make
 from fastopt.train.optimizer import Job, job, mixed
 from fastopt.train.optimizer import Optimizer as ArrayOptimizer
@@ -224,7 +225,7 @@ class Optimizer(torch.optim.Optimizer):
                     p = params[0]
                     raise ValueError(
                         f"{name}: expected {OWN[name]!r} for a parameter that torch steps, a {type(p).__name__} of "
-                        f"{p.dtype} on {p.device}; got {value!r}"
+                        f"{p.dtype} on {p.device}; got {shown(value)}"
                     )
         zeros = [(p, p == 0) for group, params in parts if group.get("keep_zeros", False) for p in params]
         kept = [(p, p.grad) for _, params in parts for p in params]
@@ -311,7 +312,7 @@ def _check_own(options: dict[str, Any]) -> None:
     require_number(options, "l1")
     for name in ("keep_zeros", "master_weights", "stochastic_rounding"):
         if not isinstance(options[name], bool):
-            raise TypeError(f"{name}: expected True or False, got {options[name]!r}")
+            raise TypeError(f"{name}: expected True or False, got {shown(options[name])}")
     dtype, seed = options["state_dtype"], options["seed"]
     known = isinstance(dtype, str | torch.dtype) and dtype in _STATE_DTYPES
     require(known, "state_dtype", "'float32', 'bfloat16' or 'uint8'", dtype)
@@ -517,7 +518,7 @@ def _find_states(
     if sharded and coded:
         raise ValueError(
             "state_dtype: expected 'float32' or 'bfloat16' for a DTensor, whose shards may cut the blocks "
-            f"of 8-bit states; got {needs.group['state_dtype']!r}"
+            f"of 8-bit states; got {shown(needs.group['state_dtype'])}"
         )
     addresses = [0 if wide else needs.state_number]
     for key in needs.keys:

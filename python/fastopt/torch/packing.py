@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastopt._text import shown
 from fastopt._types import PathLike
 from fastopt.models.choose import choose_bits
 from fastopt.models.model import PackedModel, load
@@ -128,7 +129,7 @@ def pack_(
     """
     _require_module(module)
     if precision not in ("exact", "int8", "blas"):
-        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {precision!r}")
+        raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {shown(precision)}")
     targeted = target_bits is not None or target_size is not None
     given: dict[str, Any] = dict(options)
     if bits != 4 or (recipe is None and not targeted):

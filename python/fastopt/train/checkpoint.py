@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt._text import shown
 from fastopt.files.container import CHECKPOINT
 from fastopt.files.safetensors_file import parse_json, part_of, read_arrays, write
 
@@ -106,7 +107,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     try:
         described = parse_json(metadata[CHECKPOINT])
         if described["version"] != 1:
-            raise ValueError(f"expected version 1, got {described['version']!r:.100}")
+            raise ValueError(f"expected version 1, got {shown(described['version'])}")
         return _built(described["tree"], arrays)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a checkpoint of fastopt: {error!r:.200}") from error

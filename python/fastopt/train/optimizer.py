@@ -23,6 +23,7 @@ from fastopt._checks import (
     require_float32,
     require_number,
 )
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.train.param_group import STATE_DTYPES, ParamGroup
 from fastopt.train.param_tree import (
@@ -222,7 +223,7 @@ class Optimizer(abc.ABC):
         refused, when = cls._refused_state_dtypes(options)
         if state_dtype in refused:
             left = " or ".join(repr(name) for name in STATE_DTYPES if name not in refused)
-            raise ValueError(f"state_dtype: expected {left} {when}, got {state_dtype!r}")
+            raise ValueError(f"state_dtype: expected {left} {when}, got {shown(state_dtype)}")
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
@@ -539,9 +540,9 @@ class Optimizer(abc.ABC):
             require(max_norm > 0, "max_norm", "more than 0", max_norm)
         saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
         if not isinstance(saved_groups, list | tuple) or not _are_dicts(saved_groups):
-            raise TypeError(f"param_groups: expected a list of dicts, got {saved_groups!r:.80}")
+            raise TypeError(f"param_groups: expected a list of dicts, got {shown(saved_groups)}")
         if not isinstance(saved_states, Mapping) or not _are_dicts(saved_states.values()):
-            raise TypeError(f"state: expected a dict of dicts, got {saved_states!r:.80}")
+            raise TypeError(f"state: expected a dict of dicts, got {shown(saved_states)}")
         require(len(saved_groups) == len(self._groups), "param_groups", str(len(self._groups)), len(saved_groups))
 
         todo: list[tuple[Array, Array]] = []
@@ -604,20 +605,20 @@ class Optimizer(abc.ABC):
     def __repr__(self) -> str:
         count = sum(len(group.params) for group in self._groups)
         size = sum(param.size for group in self._groups for param in group.params)
-        shown = []
+        parts = []
         for key in self._defaults:
-            values = [_shown(options.get(key), self._steps[0]) for options in self.param_groups]
-            shown.append(f"{key}={values[0] if len(set(values)) == 1 else '[' + ', '.join(values) + ']'}")
+            values = [_at_step(options.get(key), self._steps[0]) for options in self.param_groups]
+            parts.append(f"{key}={values[0] if len(set(values)) == 1 else '[' + ', '.join(values) + ']'}")
         if self.max_norm is not None:
-            shown.append(f"max_norm={self.max_norm!r}")
-        return f"{type(self).__name__}({', '.join(shown)}) over {size:,} parameters in {count} arrays"
+            parts.append(f"max_norm={self.max_norm!r}")
+        return f"{type(self).__name__}({', '.join(parts)}) over {size:,} parameters in {count} arrays"
 
 
 def _are_dicts(items: Iterable[Any]) -> bool:
     return all(isinstance(item, Mapping) for item in items)
 
 
-def _shown(value: Any, step: int) -> str:
+def _at_step(value: Any, step: int) -> str:
     """Return an option as text; a schedule by its rate at this step."""
     return f"{value(step)!r} at step {step}" if callable(value) else repr(value)
 
