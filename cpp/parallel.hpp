@@ -3,10 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -44,37 +42,30 @@ inline void watch_fork() {
 }
 
 #if defined(_OPENMP)
-// Whether the system lets this process start `count` more threads. They are started to find out, and all wait until the
-// last one runs.
+// Returns true if the system lets this process start `count` more threads. They are started to find out, and none ends
+// before `gate` opens, after the last one was started.
 inline bool can_start(int count) noexcept {
-  std::mutex mutex;
-  std::condition_variable condition;
-  bool done = false;
+  std::mutex gate;
+  std::unique_lock<std::mutex> closed(gate);
   std::vector<std::thread> started;
   bool all = true;
   try {
     started.reserve(static_cast<std::size_t>(count));
     while (started.size() < static_cast<std::size_t>(count)) {
-      started.emplace_back([&] {
-        std::unique_lock<std::mutex> lock(mutex);
-        condition.wait(lock, [&] { return done; });
-      });
+      started.emplace_back([&gate] { const std::lock_guard<std::mutex> passing(gate); });
     }
   } catch (...) {  // std::system_error or std::bad_alloc
     all = false;
   }
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    done = true;
-  }
-  condition.notify_all();
+  closed.unlock();
   for (std::thread& thread : started) thread.join();
   return all;
 }
 
-// The team that OpenMP may be asked for: `team`, or 1 if the system refuses to start so many threads. libgomp would end
-// the process then. It keeps the threads of the last team of each calling thread, ends those that a smaller team does
-// not need, and starts new ones for a larger team: only the last needs the test, which takes as long as that start.
+// Returns the team that OpenMP may be asked for: `team`, or 1 if the system refuses to start so many threads, where
+// libgomp would end the process. libgomp keeps the last team of each calling thread, ends the threads that a smaller
+// team does not need, and starts new ones for a larger team. Only a larger team needs the test, which takes as long as
+// its start.
 inline int granted(int team) noexcept {
   static thread_local int last = 1;
   if (team > last && !can_start(team - last)) return 1;

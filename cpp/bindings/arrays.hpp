@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -89,12 +90,17 @@ inline std::string dtype_name(const py::detail::PyArray_Proxy* array) {
   return std::string(py::str(dtype.attr("name"))) + (swapped ? " in the other byte order" : "");
 }
 
-// Returns the float type of an array.
-inline Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
+// Returns the float type of an array, if it has one.
+inline std::optional<Float> float_type(const py::detail::PyArray_Proxy* array) {
   if (has_dtype(array, py::dtype::of<float>())) return Float::f32;
   if (has_dtype(array, py::dtype::of<double>())) return Float::f64;
   if (has_dtype(array, float16())) return Float::f16;
   if (has_dtype(array, bfloat16())) return Float::bf16;
+  return std::nullopt;
+}
+
+inline Float float_of(const py::detail::PyArray_Proxy* array, const Label& label) {
+  if (const std::optional<Float> type = float_type(array)) return *type;
   fail_type(label, "expected float32, float64, float16 or bfloat16, got " + dtype_name(array));
 }
 

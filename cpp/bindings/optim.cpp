@@ -5,6 +5,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,12 +50,15 @@ std::size_t rule(const std::string& name) {
   throw py::value_error("rule: no optimizer is called '" + name + "'");
 }
 
-// A bit for each state of a rule that is never negative.
-unsigned positive_states(std::size_t rule) {
-  if (rule >= kernels().optim.rule_count)
-    throw py::value_error("rule: no optimizer has number " + std::to_string(rule));
-  return kernels().optim.rules[rule].positive;
+const Rule& rule_at(std::size_t number) {
+  if (number >= kernels().optim.rule_count) {
+    throw py::value_error("rule: no optimizer has number " + std::to_string(number));
+  }
+  return kernels().optim.rules[number];
 }
+
+// A bit for each state of a rule that is never negative.
+unsigned positive_states(std::size_t rule) { return rule_at(rule).positive; }
 
 // The numbers that an optimizer computes for a step, in the order of the function `hyper` in Python.
 struct HyperField {
@@ -71,7 +75,7 @@ constexpr HyperField kHyperFields[] = {
 // The fields of a job, in the order of the function `job` in Python. Lists are over the tensors of a parameter group;
 // those at `indices` are stepped, or all where that is None, and their `counts` are raised by one.
 //
-// A tensor is given by NumPy arrays, or by addresses (`Operand`) where Python itself has checked its memory: then its
+// A tensor is given by NumPy arrays, or by addresses (`Memory`) where Python itself has checked its memory: then its
 // states are a tuple of their StateType and their addresses, and its count is the address of a float, or 0.
 namespace job_field {
 enum : std::size_t {
@@ -99,6 +103,10 @@ py::handle item_of(py::handle tuple, std::size_t i) {
   return PyTuple_GET_ITEM(tuple.ptr(), static_cast<py::ssize_t>(i));
 }
 
+py::handle item(py::handle list, std::size_t i) { return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)); }
+
+std::size_t length(py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); }
+
 double finite(py::handle number, const char* name) {
   const double value = PyFloat_AsDouble(number.ptr());
   if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
@@ -106,8 +114,7 @@ double finite(py::handle number, const char* name) {
   return value;
 }
 
-// Where float32 flushes a number to zero, as it does with subnormal ones.
-constexpr double kSmallestFloat = 0x1p-126;
+constexpr double kSmallestNormal = std::numeric_limits<float>::min();
 
 Hyper hyper_of(py::handle job) {
   const py::handle numbers = item_of(job, job_field::hyper);
@@ -122,9 +129,9 @@ Hyper hyper_of(py::handle job) {
   hyper.grad_scale = finite(item_of(job, job_field::grad_scale), "grad_scale");
   hyper.shrink = finite(item_of(job, job_field::shrink), "shrink");
   hyper.keep_zeros = item_of(job, job_field::keep_zeros).cast<bool>();
-  if (hyper.grad_scale != 0 && std::abs(hyper.grad_scale) < kSmallestFloat) {
-    hyper.rescale = kSmallestFloat;
-    hyper.grad_scale /= kSmallestFloat;
+  if (hyper.grad_scale != 0 && std::abs(hyper.grad_scale) < kSmallestNormal) {  // float32 would flush it to zero
+    hyper.rescale = kSmallestNormal;
+    hyper.grad_scale /= kSmallestNormal;
   }
   return hyper;
 }
@@ -147,10 +154,7 @@ void require_floats(const Hyper& hyper) {
 // The state arrays of one tensor: the states of the rule, the exponents of 8-bit states, then the master weights if
 // any.
 void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoint& memory, const Label& label) {
-  const bool narrow_param = tensor.args.param_type == Float::f16 || tensor.args.param_type == Float::bf16;
-  const auto item = [&](std::size_t i) {
-    return py::handle(PyTuple_GET_ITEM(state.ptr(), static_cast<py::ssize_t>(i)));
-  };
+  const bool narrow_param = width_of(tensor.args.param_type) == 2;
   const auto add = [&](auto type, py::handle object, std::size_t size) {
     using T = decltype(type);
     const View<T> v = view<T>(object, label);
@@ -160,7 +164,7 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
   };
   std::size_t count = rule.states;
   if (rule.states > 0 && state.size() >= rule.states) {
-    const auto* first = array_of(item(0), label);
+    const auto* first = array_of(item_of(state, 0), label);
     if (has_dtype(first, py::dtype::of<std::uint8_t>())) {
       tensor.args.state_type = StateType::u8;
       count *= 2;
@@ -177,13 +181,14 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
   for (std::size_t s = 0; s < rule.states; ++s) {
     switch (tensor.args.state_type) {
       case StateType::u8:
-        tensor.args.state[s] = add(std::uint8_t{}, item(s), tensor.size);
-        tensor.args.exponent[s] = add(std::uint8_t{}, item(rule.states + s), ceil_div(tensor.size, kStateBlock));
+        tensor.args.state[s] = add(std::uint8_t{}, item_of(state, s), tensor.size);
+        tensor.args.exponent[s] =
+            add(std::uint8_t{}, item_of(state, rule.states + s), ceil_div(tensor.size, kStateBlock));
         break;
       case StateType::bf16: {
-        const auto* array = array_of(item(s), label);
+        const auto* array = array_of(item_of(state, s), label);
         if (!has_dtype(array, bfloat16())) fail_type(label, "expected bfloat16, got " + dtype_name(array));
-        check_layout(item(s), array, Access::write, label);
+        check_layout(item_of(state, s), array, Access::write, label);
         require_size(size_of(array), tensor.size, label);
         memory.writes(array->data, 2 * tensor.size, label);
         tensor.args.state[s] = array->data;
@@ -191,12 +196,12 @@ void add_states(const Rule& rule, const py::tuple& state, Tensor& tensor, Disjoi
       }
       case StateType::wide:
         tensor.args.state[s] = tensor.args.param_type == Float::f64
-                                   ? static_cast<void*>(add(double{}, item(s), tensor.size))
-                                   : static_cast<void*>(add(float{}, item(s), tensor.size));
+                                   ? static_cast<void*>(add(double{}, item_of(state, s), tensor.size))
+                                   : static_cast<void*>(add(float{}, item_of(state, s), tensor.size));
         break;
     }
   }
-  if (state.size() > count) tensor.args.master = add(float{}, item(count), tensor.size);
+  if (state.size() > count) tensor.args.master = add(float{}, item_of(state, count), tensor.size);
 }
 
 // A gradient, or a copy of it in C order that `copies` keeps: gradients are only read.
@@ -227,16 +232,12 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
     args.grad_type = args.param_type;
   } else {
     const bool wide = args.param_type == Float::f64;
-    const auto is = [&](Float type, py::handle dtype) {
-      if (wide != (type == Float::f64) || !has_dtype(g, dtype)) return false;
-      args.grad_type = type;
-      return true;
-    };
-    if (!is(Float::f32, py::dtype::of<float>()) && !is(Float::f64, py::dtype::of<double>()) &&
-        !is(Float::f16, float16()) && !is(Float::bf16, bfloat16())) {
+    const std::optional<Float> type = float_type(g);
+    if (!type || (*type == Float::f64) != wide) {
       const char* const needed = wide ? "float64" : "float32, float16 or bfloat16";
       fail_type(grad_label, std::string("expected ") + needed + ", got " + dtype_name(g));
     }
+    args.grad_type = *type;
   }
   require_same_shape(grad, param, grad_label);
   g = readable(grad, g, copies);
@@ -248,28 +249,47 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
 
 std::size_t number_at(py::handle tuple, std::size_t i) { return item_of(tuple, i).cast<std::size_t>(); }
 
-// The memory at an address that Python knows.
-char* memory_at(std::size_t address) {
+char* pointer_to(std::size_t address) {
   return reinterpret_cast<char*>(address);  // NOLINT(performance-no-int-to-ptr)
 }
 
-// Memory that Python gives as a tuple of its address, its number of elements, and their Float.
-struct Operand {
+// The size of a tuple, or 0 if the object is none.
+std::size_t tuple_size(py::handle object) {
+  return PyTuple_Check(object.ptr()) ? static_cast<std::size_t>(PyTuple_GET_SIZE(object.ptr())) : 0;
+}
+
+// Memory that Python gives as a tuple of its address, its number of elements, and their Float. Python vouches for the
+// address and for that number of elements, and for nothing else.
+struct Memory {
   char* data;
   std::size_t size;
   Float type;
 
   static bool is(py::handle object) { return PyTuple_Check(object.ptr()); }
 
-  explicit Operand(py::handle tuple)
-      : data(memory_at(number_at(tuple, 0))),
-        size(number_at(tuple, 1)),
-        type(static_cast<Float>(number_at(tuple, 2))) {}
+  Memory(py::handle tuple, const Label& label) {
+    if (tuple_size(tuple) != 3 || number_at(tuple, 2) > static_cast<std::size_t>(Float::f64)) {
+      fail_value(label, "expected an address, a size and a float type");
+    }
+    data = pointer_to(number_at(tuple, 0));
+    size = number_at(tuple, 1);
+    type = static_cast<Float>(number_at(tuple, 2));
+  }
 };
 
 Tensor tensor_at(const Rule& rule, py::handle name, py::handle param, py::handle grad, py::handle state,
                  Disjoint& memory) {
-  const Operand w(param), g(grad);
+  const Label label{"parameter", name}, grad_label{"gradient of", name}, state_label{"state of", name};
+  const Memory w(param, label), g(grad, grad_label);
+  const bool wide = w.type == Float::f64;
+  if (g.size != w.size || wide != (g.type == Float::f64)) fail_value(grad_label, "does not fit the parameter");
+  const std::size_t given = tuple_size(state), state_type = given > 0 ? number_at(state, 0) : 0;
+  const bool u8 = state_type == static_cast<std::size_t>(StateType::u8);
+  const std::size_t needed = 1 + rule.states * (u8 ? 2 : 1);
+  const bool has_master = given == needed + 1 && width_of(w.type) == 2;
+  if ((given != needed && !has_master) || state_type > (wide ? 0 : static_cast<std::size_t>(StateType::u8))) {
+    fail_value(state_label, "does not fit the parameter");
+  }
   Tensor tensor{};
   StepArgs& args = tensor.args;
   tensor.kernel = rule.step;
@@ -278,30 +298,22 @@ Tensor tensor_at(const Rule& rule, py::handle name, py::handle param, py::handle
   args.grad = g.data;
   args.param_type = w.type;
   args.grad_type = g.type;
-  args.state_type = static_cast<StateType>(number_at(state, 0));
-  memory.writes(w.data, w.size * width_of(w.type), {"parameter", name});
-  memory.reads(g.data, g.size * width_of(g.type), {"gradient of", name});
+  args.state_type = static_cast<StateType>(state_type);
+  memory.writes(w.data, w.size * width_of(w.type), label);
+  memory.reads(g.data, g.size * width_of(g.type), grad_label);
   auto add = [&, next = std::size_t{1}](std::size_t bytes) mutable {
-    char* data = memory_at(number_at(state, next++));
-    memory.writes(data, bytes, {"state of", name});
+    char* data = pointer_to(number_at(state, next++));
+    memory.writes(data, bytes, state_label);
     return data;
   };
-  const bool u8 = args.state_type == StateType::u8;
-  const std::size_t width = u8 ? 1 : args.state_type == StateType::bf16 ? 2 : w.type == Float::f64 ? 8 : 4;
+  const std::size_t width = wide ? 8 : width_of(args.state_type);
   for (std::size_t s = 0; s < rule.states; ++s) args.state[s] = add(w.size * width);
   for (std::size_t s = 0; u8 && s < rule.states; ++s) {
     args.exponent[s] = reinterpret_cast<std::uint8_t*>(add(ceil_div(w.size, kStateBlock)));
   }
-  const std::size_t states = rule.states * (u8 ? 2 : 1);
-  if (static_cast<std::size_t>(PyTuple_GET_SIZE(state.ptr())) > states + 1) {
-    args.master = reinterpret_cast<float*>(add(w.size * sizeof(float)));
-  }
+  if (has_master) args.master = reinterpret_cast<float*>(add(w.size * sizeof(float)));
   return tensor;
 }
-
-py::handle item(py::handle list, std::size_t i) { return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i)); }
-
-std::size_t length(py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); }
 
 void require_job(py::handle job) {
   if (!PyTuple_Check(job.ptr()) || PyTuple_GET_SIZE(job.ptr()) != job_field::end) {
@@ -317,14 +329,6 @@ void require_job(py::handle job) {
   }
 }
 
-const Rule& rule_of(py::handle job) {
-  const std::size_t index = item_of(job, job_field::rule).cast<std::size_t>();
-  if (index >= kernels().optim.rule_count) {
-    throw py::value_error("rule: no optimizer has number " + std::to_string(index));
-  }
-  return kernels().optim.rules[index];
-}
-
 // Calls body(i) for each tensor of a job that is stepped.
 template <class Body>
 void for_indices(py::handle job, const Body& body) {
@@ -335,8 +339,8 @@ void for_indices(py::handle job, const Body& body) {
 
 // Replaces number i of a list by its successor.
 void increment(py::handle list, std::size_t i) {
-  const py::int_ next(item(list, i).cast<std::size_t>() + 1);
-  PyList_SetItem(list.ptr(), static_cast<py::ssize_t>(i), next.inc_ref().ptr());
+  py::int_ next(item(list, i).cast<std::size_t>() + 1);
+  PyList_SetItem(list.ptr(), static_cast<py::ssize_t>(i), next.release().ptr());
 }
 
 void run(std::vector<Tensor>& tensors) {
@@ -365,7 +369,7 @@ void step(const py::list& jobs, const py::list& steps) {
   Disjoint memory;
   for (const py::handle job : jobs) {
     require_job(job);
-    const Rule& rule = rule_of(job);
+    const Rule& rule = rule_at(number_at(job, job_field::rule));
     hypers.push_back(hyper_of(job));
     const bool stochastic = item_of(job, job_field::stochastic).cast<bool>();
     const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
@@ -376,9 +380,8 @@ void step(const py::list& jobs, const py::list& steps) {
     memory.reserve(tensors.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
       const auto of = [&](py::handle list) { return item(list, i); };
-      Tensor t = Operand::is(of(params))
-                     ? tensor_at(rule, of(names), of(params), of(grads), of(states), memory)
-                     : tensor_of(rule, of(names), of(params), of(grads), of(states), memory, copies);
+      Tensor t = Memory::is(of(params)) ? tensor_at(rule, of(names), of(params), of(grads), of(states), memory)
+                                        : tensor_of(rule, of(names), of(params), of(grads), of(states), memory, copies);
       t.hyper = &hypers.back();
       t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
       t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
@@ -392,10 +395,10 @@ void step(const py::list& jobs, const py::list& steps) {
   for (const py::handle job : jobs) {
     for_indices(job, [&](std::size_t i) {
       const py::handle counts = item_of(job, job_field::counts);
-      if (!Operand::is(item(item_of(job, job_field::params), i))) {
+      if (!Memory::is(item(item_of(job, job_field::params), i))) {
         increment(counts, i);
       } else if (const auto address = item(counts, i).cast<std::size_t>()) {
-        *reinterpret_cast<float*>(memory_at(address)) += 1;
+        *reinterpret_cast<float*>(pointer_to(address)) += 1;
       }
     });
   }
@@ -409,18 +412,19 @@ double sum_squares(const py::list& names, const py::list& grads) {
     const char* data;
     std::size_t size, first_chunk;
   };
+  if (names.size() != grads.size()) throw py::value_error("grads: expected as many as names");
   std::vector<Part> parts;
   std::vector<py::object> copies;
   std::size_t chunks = 0;
   double bytes = 0;
   for (std::size_t i = 0; i < grads.size(); ++i) {
-    const py::handle grad = PyList_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
+    const py::handle grad = item(grads, i);
     if (grad.is_none()) continue;
-    if (Operand::is(grad)) {
-      const Operand g(grad);
+    const Label label{"gradient of", item(names, i)};
+    if (Memory::is(grad)) {
+      const Memory g(grad, label);
       parts.push_back({g.type, g.data, g.size, chunks});
     } else {
-      const Label label{"gradient of", PyList_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))};
       const auto* array = array_of(grad, label);
       const Float type = float_of(array, label);
       array = readable(grad, array, copies);

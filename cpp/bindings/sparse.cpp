@@ -27,7 +27,7 @@ void check_mask_row(const Sparse& s, std::size_t row) {
   }
 }
 
-// Returns true if columns rise and stay below `cols`. Compilers vectorize these loops.
+// Returns true if columns rise and stay below `cols`. Loops without branches, as tensors of any size pass them.
 bool index_row_fits(const Sparse& s, std::size_t row) {
   const std::size_t begin = row_begin(s, row), end = row_begin(s, row + 1);
   if (begin == end) return true;
@@ -38,9 +38,9 @@ bool index_row_fits(const Sparse& s, std::size_t row) {
     return columns <= s.cols;
   }
   const auto* columns = static_cast<const std::uint16_t*>(s.positions);
-  bool falls = false;
-  for (std::size_t i = begin; i + 1 < end; ++i) falls |= columns[i] >= columns[i + 1];
-  return !falls && columns[end - 1] < s.cols;
+  int gaps = 0;  // all of them or-ed: negative if one is
+  for (std::size_t i = begin + 1; i < end; ++i) gaps |= columns[i] - columns[i - 1] - 1;
+  return gaps >= 0 && columns[end - 1] < s.cols;
 }
 
 void check_index_row(const Sparse& s, std::size_t row) {
