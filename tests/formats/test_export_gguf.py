@@ -205,7 +205,7 @@ fo.export({{}}, {str(tmp_path / "m.gguf")!r}, to="gguf")"""
 
 @pytest.mark.parametrize("error", [OSError("32768 requested and 7088 written"), OSError(28, "No space left on device")])
 def test_full_disk(error, tmp_path, monkeypatch):
-    """What the library says of a full disk names no file."""
+    """The library's own message about a full disk names no file."""
 
     def full(*_):
         raise error

@@ -7,13 +7,14 @@ from helpers import same_bits
 
 import fastopt as fo
 from fastopt.formats import onnx_file
+from fastopt.formats.onnx import opset_of_bits
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 
 def run(path, feeds=None):
-    """What ONNX Runtime makes of a model that onnx finds no fault with."""
+    """Check a model with onnx, and return its outputs in ONNX Runtime."""
     onnx.checker.check_model(path, full_check=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -246,3 +247,8 @@ def test_more_than_a_file_holds(fast, rng, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"an ONNX file has up to 2 GiB, three.onnx would have [0-9,]+ bytes"):
         fo.export(model, tmp_path / "three.onnx", to="onnx", graph=graph, fast=fast)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_width_that_onnx_does_not_have():
+    with pytest.raises(ValueError, match="bits: ONNX has codes of 8, 4, 2 bits, got 3"):
+        opset_of_bits(3)

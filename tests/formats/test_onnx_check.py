@@ -18,7 +18,7 @@ from fastopt.formats.onnx_check import check_onnx  # noqa: E402
 
 @pytest.fixture
 def model(rng, tmp_path):
-    """Of words by number, an image and a flag; its outputs are floats and integers."""
+    """Save a model that reads numbers of words, an image and a flag, and returns floats and integers."""
 
     def branch(kind):
         return onnx.helper.make_graph([node(kind, ["scores"], ["s"])], kind, [], [info("s", "batch", 16)])

@@ -1,5 +1,7 @@
 """Names, weights and local functions of ONNX models, judged by ONNX Runtime."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from test_export_onnx import distance, random
@@ -84,7 +86,9 @@ def test_alias_in_one_branch(fast, min_size, rng, tmp_path):
     nodes = [node("Add", ["P", "Q"], ["v"]), node("MatMul", ["x", "v"], ["y"])]
     other = branch("e", nodes, P=random(rng, 64, 32), Q=random(rng, 64, 32))
     source = save_branches(tmp_path / "m.onnx", then, other, A=random(rng, 64, 32))
-    fo.pack_onnx(source, tmp_path / "p.onnx", EIGHT.replace(min_size=min_size), fast=fast)
+    warns = contextlib.nullcontext() if min_size == 1 else pytest.warns(UserWarning, match="no tensor is packed")
+    with warns:
+        fo.pack_onnx(source, tmp_path / "p.onnx", EIGHT.replace(min_size=min_size), fast=fast)
     assert_close_in_both(source, tmp_path / "p.onnx", rng, 0.02 if min_size == 1 else 0)
 
 
@@ -205,8 +209,23 @@ def test_nothing_else_changes(rng, tmp_path):
     """Without a weight to pack a model is what it was."""
     nodes = [node("Identity", ["W"], ["v"]), node("MatMul", ["x", "v"], ["Y"])]
     source = save(tmp_path / "m.onnx", nodes, [info("x", 4, 64)], [info("Y", 4, 64)], {"W": random(rng, 64, 64)}, 13)
-    fo.pack_onnx(source, tmp_path / "p.onnx", bits=8, min_size=10**6)
+    with pytest.warns(UserWarning, match="no tensor is packed: 1 x fewer than min_size 1000000"):
+        fo.pack_onnx(source, tmp_path / "p.onnx", bits=8, min_size=10**6)
     assert onnx.load(tmp_path / "p.onnx") == onnx.load(source)
+
+
+@pytest.mark.parametrize("length", [60, 20_000])
+@pytest.mark.parametrize("last", ["Concat", "DequantizeLinear"])
+def test_long_chains_of_constants(last, length, rng, tmp_path):
+    """Each node reads the one before twice: neither time nor depth of calls may grow with the paths."""
+    nodes = [node("Identity", ["W"], ["v0"])]
+    nodes += [node("Add", [f"v{i}", f"v{i}"], [f"v{i + 1}"]) for i in range(length)]
+    nodes += [node(last, ["W", f"v{length}"], ["w"], axis=0), node("MatMul", ["x", "w"], ["Y"])]
+    source = save(tmp_path / "m.onnx", nodes, [info("x", 4, 64)], [info("Y", 4, 64)], {"W": random(rng, 32, 64)}, 21)
+    assert len(fo.open_weights(source)) == 1
+    assert [t.name for t in fo.pack_onnx(source, tmp_path / "p.onnx", bits=8, min_size=1, dry_run=True).tensors] == [
+        "W"
+    ]
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------

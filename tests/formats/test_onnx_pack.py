@@ -92,7 +92,7 @@ def source(weights, tmp_path):
 
 
 def packed_weights(weights, recipe):
-    """What `fo.pack` makes of the weights seen as [out, in, ...], decoded, as the model holds them."""
+    """Return the weights, packed by `fo.pack` as [out, in, ...] and decoded, as the model holds them."""
     seen = {name: w.T.copy() if TRANSPOSED[name] else w for name, w in weights.items()}
     decoded = fo.pack(seen, recipe=recipe).unpack()
     return {name: w.T.copy() if TRANSPOSED[name] else w for name, w in decoded.items()}
@@ -131,7 +131,7 @@ def test_model_computes_with_packed_weights(recipe, fast, weights, source, rng, 
 
 @pytest.mark.parametrize("opset", [11, 13, 21])
 def test_older_models(opset, weights, rng, tmp_path):
-    """Of operator sets without low-bit types, with initializers that are inputs too; packed over themselves."""
+    """They have no low-bit types, and initializers that are inputs too; each is packed over itself."""
     path = save_model(tmp_path / "model.onnx", weights, opset, listed=True)
     feeds = {"x": random(rng, 2, 3, 16, 16), "yes": np.array(True)}
     full = run(path, feeds)["y"]
@@ -230,7 +230,7 @@ def test_target_size_is_kept(shape, options, fast, rng, tmp_path):
     if fast and "group_size" in options:
         options = {"group_size": 64}
     full = source.stat().st_size
-    for share in (0.27, 0.3):
+    for share in (0.27, 0.29):  # at 0.3 some have 8 bits everywhere, and room is left
         report = fo.pack_onnx(source, tmp_path / "p.onnx", **options, fast=fast, target_size=int(share * full))
         assert 0.75 * share * full < (tmp_path / "p.onnx").stat().st_size <= share * full
     assert all(t.bits for t in report.tensors)
@@ -381,14 +381,15 @@ def test_more_than_a_file_holds(weights, rng, tmp_path, monkeypatch):
     assert two.stat().st_size < 30_000
     feeds = {"x": random(rng, 2, 3, 16, 16), "yes": np.array(True)}
     assert np.array_equal(run(two, feeds)["y"], run(one, feeds)["y"])
-    again = fo.pack_onnx(two, tmp_path / "three.onnx", recipe)
+    with pytest.warns(UserWarning, match="no tensor is packed"):  # the weights that are left are excluded
+        again = fo.pack_onnx(two, tmp_path / "three.onnx", recipe)
     assert again.nbytes_before > 0
     assert np.array_equal(run(tmp_path / "three.onnx", feeds)["y"], run(one, feeds)["y"])
 
 
 @pytest.mark.parametrize("opset", [17, 21])
 def test_one_tensor_is_in_memory(opset, tmp_path):
-    """Of 64 MB in 16 weights, also where the model is brought to another operator set."""
+    """The model has 64 MB in 16 weights; it may have to be brought to another operator set."""
     code = f"""{PEAK_MB}
 import sys
 import numpy as np, onnx

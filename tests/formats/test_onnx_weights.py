@@ -138,8 +138,9 @@ def test_commands(weights, tmp_path):
     assert "shared" in (tmp_path / "p.html").read_text()
     facts = {t["name"]: t for t in json.loads(command("inspect", packed, "--json").stdout)["tensors"]}
     assert facts["gemm"]["shape"] == [40, 48]
-    told = json.loads(command("diff", source, packed, "--json").stdout)
+    told = json.loads(command("diff", source, packed, "--json", "--max-error", 0.01).stdout)
     assert told["missing"] == []
+    assert told["extra"] == []
     assert told["reshaped"] == []
     assert 0 < told["total"]["relative"] < 0.01
     command("unpack", packed, "-o", tmp_path / "u.safetensors")
@@ -158,3 +159,14 @@ def test_commands(weights, tmp_path):
     assert command("inspect", tmp_path / "bad.onnx", code=1).stderr.startswith(
         f"fastopt: {tmp_path}/bad.onnx: not an ONNX"
     )
+
+
+def test_names_of_an_exported_model(rng, tmp_path):
+    """Weights have the names that they were exported under, also after packing."""
+    weights = {"fc.weight": random(rng, 64, 48), "fc.bias": random(rng, 64)}
+    fo.export(weights, tmp_path / "m.onnx", to="onnx", graph=[fo.Layer("fc")])
+    assert all(same_bits(fo.open_weights(tmp_path / "m.onnx")[name], w) for name, w in weights.items())
+    for fast in (False, True):
+        fo.pack_onnx(tmp_path / "m.onnx", tmp_path / "p.onnx", bits=4, min_size=1000, fast=fast, outliers=0.01)
+        difference = fo.diff(weights, tmp_path / "p.onnx")
+        assert (difference.missing, difference.extra, difference.reshaped) == ((), (), ())

@@ -1,4 +1,4 @@
-"""What tensors are like, and how far two models are apart."""
+"""Statistics of tensors, and differences between two models."""
 
 import math
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fastopt as fo
+from fastopt.files.weights import Source, Weights
 from fastopt.models import examine
 
 
@@ -185,3 +186,14 @@ def test_whole_numbers_do_not_hide_the_error_of_weights(rng):
     result = fo.diff(weights, fo.pack(weights, bits=4))
     assert result.total.relative == result.tensors[0].relative > 0.05
     assert len(result.tensors) == 2
+
+
+def test_diff_reads_each_tensor_once():
+    read = []
+
+    def source(name):
+        return Source((2,), np.dtype("f4"), lambda: read.append(name) or np.ones(2, "f4"))
+
+    first, second = (Weights({name: source(name) for name in names}) for names in ("ab", "bc"))
+    assert fo.diff(first, second).missing == ("a",)
+    assert read == ["b", "b"]

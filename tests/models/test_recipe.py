@@ -300,7 +300,7 @@ def test_the_writer_of_another_format_tells_its_bytes(rng):
 
 
 def test_no_other_choice_is_better(rng):
-    """Of few tensors all choices can be tried: none that fits has less error."""
+    """With few tensors, all choices can be tried: none that fits has less error."""
     groups = {2: (16, 32, 64, 128, -1), 4: (16, 32, 64, 128, -1), 8: (128, -1)}
     weights = {f"{i}": (rng.standard_t(3, (64 << i, 64)) * 10.0**i).astype("f4") for i in range(3)}
     tried = [

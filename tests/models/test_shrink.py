@@ -6,13 +6,13 @@ from fastopt.models.shrinking import ACTIVATIONS
 
 
 def conv(x, w, depthwise=False):
-    """Of [samples, channels, h, w], without padding."""
+    """Convolve x [samples, channels, h, w], without padding."""
     windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], axis=(2, 3))
     return np.einsum("nchwij,cij->nchw" if depthwise else "nchwij,ocij->nohw", windows, w[:, 0] if depthwise else w)
 
 
 def forward(weights, graph, x):
-    """What the graph computes, by node."""
+    """Return the output of each node of the graph."""
     out, before = {}, None
     for node in graph:
         if isinstance(node, fo.Layer):

@@ -151,7 +151,7 @@ def histogram(before: Array, after: "Weight | None") -> dict[str, Any] | None:
     ----------
     before : array
     after : array, QuantizedTensor or SparseTensor, or None
-        Of the same shape.
+        The tensor after packing, of the same shape.
 
     Returns
     -------

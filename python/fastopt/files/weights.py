@@ -41,6 +41,9 @@ class Weights(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return self._sources[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
 

@@ -1,4 +1,4 @@
-"""What several formats share: how they declare options, and how they read groups of codes."""
+"""Helpers that several formats use: they declare options, and read groups of codes."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,9 +22,9 @@ class Option(NamedTuple):
     kind : type
         bool, int, str or list (which may be repeated).
     metavar : str, optional
-        What stands for the value in help.
+        The placeholder of the value in --help.
     flag : str, optional
-        If not the keyword itself: "--layer".
+        The name on the command line, such as "--layer"; by default the keyword.
     parse : callable, optional
         Makes a value of each text of a list.
     """

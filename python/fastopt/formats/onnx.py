@@ -18,6 +18,7 @@ from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.formats.common import Option, codes_matrix, regroup, require_package
 from fastopt.formats.onnx_file import Payload, Payloads, save
+from fastopt.models.recipe import naming_tensor
 from fastopt.models.shrinking import Concat, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 _OPSET = 21  # the first with uint4
-_OPSET_OF_BITS = {8: _OPSET, 4: _OPSET, 2: 25}
 TAG = "fastopt.weight"
+AUXILIARY = "fastopt.auxiliary"
 _UINT8 = 2  # of TensorProto
-_CODES = {8: "UINT8", 4: "UINT4", 2: "UINT2"}
+_CODES = {8: ("UINT8", _OPSET), 4: ("UINT4", _OPSET), 2: ("UINT2", 25)}  # by bits: type, first operator set with it
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
@@ -118,23 +119,30 @@ def write(
 
 
 class Constant(NamedTuple):
-    """A constant of a graph; `content` makes its bytes."""
+    """A constant of a graph; `content` makes its bytes. An auxiliary one is no part of a weight, as a shape."""
 
     name: str
     kind: int
     shape: Sequence[int]
     nbytes: int
     content: Callable[[], NDArray[np.uint8]]
+    auxiliary: bool = False
 
     def add_to(self, graph: "GraphProto", payloads: Payloads) -> None:
         """Add the constant to a graph."""
         tensor = graph.initializer.add(name=self.name, data_type=self.kind, dims=self.shape)
+        if self.auxiliary:
+            tensor.doc_string = AUXILIARY
         payloads.set(tensor, Payload(self.nbytes, self.content))
 
 
 def opset_of_bits(bits: int | None) -> int:
     """Return the operator set that decodes codes of this bit width; None stands for a tensor without codes."""
-    return _OPSET if bits is None else _OPSET_OF_BITS[bits]
+    if bits is None:
+        return _OPSET
+    if bits not in _CODES:
+        raise ValueError(f"bits: ONNX has codes of {', '.join(map(str, _CODES))} bits, got {bits}")
+    return _CODES[bits][1]
 
 
 def quantized_nbytes(
@@ -229,20 +237,21 @@ class Builder:
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, domain=domain, **attributes))
         return output
 
-    def constant(self, name: str, array: Array) -> str:
+    def constant(self, name: str, array: Array, *, auxiliary: bool = False) -> str:
         """Add a constant and return its name."""
         from onnx import helper
 
         name = self.fresh(name)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype.newbyteorder("="))
         little = array if array.dtype.name == "bfloat16" else array.astype(array.dtype.newbyteorder("<"), copy=False)
-        self.constants.append(Constant(name, kind, array.shape, array.nbytes, partial(_bytes, little)))
+        self.constants.append(Constant(name, kind, array.shape, array.nbytes, partial(_bytes, little), auxiliary))
         return name
 
     def numbers(self, *values: int) -> str:
         """Return the name of a constant with these int64 values; equal ones are shared."""
         if values not in self._shared:
-            self._shared[values] = self.constant(f"numbers.{'.'.join(map(str, values))}", np.array(values, np.int64))
+            name = f"numbers.{'.'.join(map(str, values))}"
+            self._shared[values] = self.constant(name, np.array(values, np.int64), auxiliary=True)
         return self._shared[values]
 
     def value(self, name: str, tensor: Weight, output: str | None = None, dtype: Any = None) -> str:
@@ -256,7 +265,8 @@ class Builder:
         elif isinstance(tensor, SparseTensor):
             value, present = self._scattered(parts, tensor), np.dtype(tensor.dtype)
         else:
-            value, present = self.constant(f"{parts}.value", unpacked(tensor)), tensor.dtype
+            own = parts if output is None else f"{parts}.value"
+            value, present = self.constant(own, unpacked(tensor)), tensor.dtype
         if present.newbyteorder("=") != dtype.newbyteorder("="):
             return self.node("Cast", value, output=output, to=helper.np_dtype_to_tensor_dtype(dtype))
         return value if output is None else self.node("Identity", value, output=output)
@@ -274,13 +284,14 @@ class Builder:
 
         if q.size == 0:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
-        self.opset = max(self.opset, opset_of_bits(q.bits))
+        with naming_tensor(name):
+            self.opset = max(self.opset, opset_of_bits(q.bits))
         rows, cols = as_matrix(q.shape)
         groups = q.scale.shape[1]
         size = q.group_size if groups > 1 and q.group_size is not None else cols
         wide = groups * size  # the last group of a row is padded with codes of 0
         codes = self.fresh(f"{name}.codes")
-        kind, nbytes = TensorProto.DataType.Value(_CODES[q.bits]), -(-rows * wide * q.bits // 8)
+        kind, nbytes = TensorProto.DataType.Value(_CODES[q.bits][0]), -(-rows * wide * q.bits // 8)
         self.constants.append(Constant(codes, kind, (rows, wide), nbytes, partial(_codes, q, wide)))
         if groups == 1:
             scale = self._float32(f"{name}.scale", q.scale.reshape(() if q.group_size is None else rows))
@@ -367,7 +378,7 @@ class Builder:
             rows, groups = scale.shape
             scale_name = self._float32(f"{name}.scale", scale)
             # Without a zero point, codes count from the middle; so smaller numbers cancel.
-            middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32))
+            middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32), auxiliary=True)
             offset = self.node("Mul", scale_name, middle)
             parts = {"minimum": self._float32(f"{name}.minimum", minimum)}
             offset = self.node("Add", parts["minimum"], offset)
@@ -388,7 +399,7 @@ class Builder:
         assert q.outliers is not None
         kind = _index_type(q.size)
         index = self.constant(f"{name}.outlier_index", q.outliers.indices.astype(kind))
-        cols = self.constant(f"{name}.cols", np.array(as_matrix(q.shape)[1], kind))
+        cols = self.constant(f"{name}.cols", np.array(as_matrix(q.shape)[1], kind), auxiliary=True)
         row = self.node("Cast", self.node("Div", index, cols), to=TensorProto.INT64)
         rows = self.node("Reshape", row, self.numbers(-1, 1))
         values = self.constant(f"{name}.outlier_value", q.outliers.values[:, None])

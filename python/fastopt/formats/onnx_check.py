@@ -25,15 +25,15 @@ _LENGTH = 32  # of an axis whose length the model leaves open, but for the first
 
 @dataclass(frozen=True)
 class OutputReport:
-    """How far an output of one model is from that of another.
+    """The difference between an output of one model and that of another.
 
     Attributes
     ----------
     name : str
     shape : tuple of int
-        In the last run.
+        Its shape in the last run.
     error : Error
-        Over all runs, as `QuantizedTensor.error` has it.
+        The error over all runs, as in `QuantizedTensor.error`.
     same_top : float or None
         Fraction of the rows whose largest element is the same one; None for outputs of one column.
     """
@@ -65,7 +65,7 @@ def check_onnx(
     runs : int
         How many random inputs are drawn.
     seed : int
-        Of the random inputs.
+        The seed of the random inputs.
 
     Returns
     -------

@@ -50,11 +50,17 @@ class Value:
     node: NodeProto | None = None  # the node that computes it
     shape: tuple[int, ...] = ()  # known for tensors and for decoded weights
     kind: int = 0  # data type of a decoded weight
+    constant: bool = False  # a tensor, or computed by `DECODERS` from tensors alone
     uses: list[Use] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.tensor is not None:
-            self.shape = tuple(self.tensor.dims)
+            self.shape, self.constant = tuple(self.tensor.dims), True
+
+    def needed(self) -> list[Value | None]:
+        """Return the values that its node reads, None for an unknown name; nothing for a tensor."""
+        names = [] if self.tensor is not None or self.node is None else filter(None, self.node.input)
+        return [self.scope.find(name) for name in names]
 
 
 class Scope:
@@ -114,6 +120,11 @@ def scope_of(model: ModelProto) -> Scope:
     """Return the scope of a model's graph, with the uses of all values."""
     root = Scope(model.graph)
     for scope in root.walk():
+        for node in scope.nodes:  # in the order of computation, so what a node reads is known before it
+            if len(node.output) == 1 and node.op_type in DECODERS and node.domain in _ONNX:
+                value = scope.values.get(node.output[0])
+                if value is not None and value.node is node:
+                    value.constant = all(one is not None and one.constant for one in value.needed())
         reads = [(name, Use(scope, node, at, place)) for at, node in enumerate(scope.nodes)
                  for place, name in enumerate(node.input) if name]  # fmt: skip
         reads += [(output.name, Use(scope, None, -1, place)) for place, output in enumerate(scope.graph.output)]
@@ -283,7 +294,7 @@ def _passed(use: Use, axes: Sequence[int]) -> Sequence[int] | None:
         return axes
     if node.op_type == "Concat":  # of parts, as exporters reorder the gates of an LSTM
         inputs = [use.scope.find(name) for name in node.input]
-        return axes if all(value is not None and is_constant(value) for value in inputs) else None
+        return axes if all(value is not None and value.constant for value in inputs) else None
     if node.op_type in ("Unsqueeze", "Squeeze") and place == 0:
         return _resized(use.scope, node, axes)
     return None
@@ -307,17 +318,6 @@ def _resized(scope: Scope, node: NodeProto, axes: Sequence[int]) -> Sequence[int
         return [axis for place, axis in enumerate(axes) if place not in places]
     rest = iter(axes)
     return [-1 if place in places else next(rest, -1) for place in range(length)]
-
-
-def is_constant(value: Value) -> bool:
-    """Return whether a value is a constant, or computed from constants."""
-    if value.tensor is not None:
-        return True
-    node = value.node
-    if node is None or node.op_type not in DECODERS:
-        return False
-    needed = [value.scope.find(name) for name in node.input if name]
-    return all(one is not None and one is not value and is_constant(one) for one in needed)
 
 
 def _order(node: NodeProto, place: int, ndim: int) -> Order | None:

@@ -26,8 +26,16 @@ from fastopt.formats.onnx_graph import (
     scope_of,
     weights_of,
 )
-from fastopt.models.choose import Sizes, choose_bits_for, parse_size
-from fastopt.models.recipe import Options, Recipe, RecipeOptions, pack_tensor, recipe_of
+from fastopt.models.choose import Check, Sizes, make_to_fit
+from fastopt.models.recipe import (
+    Options,
+    Recipe,
+    RecipeOptions,
+    naming_tensor,
+    pack_tensor,
+    recipe_of,
+    warn_if_nothing_is_packed,
+)
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
@@ -96,6 +104,11 @@ def pack_onnx(
         If the source is not an ONNX model, or cannot be brought to an operator set with low-bit types (21, or 25 for
         2 bits), or as in `pack`.
 
+    Warns
+    -----
+    UserWarning
+        If no weight is packed, as in `pack`.
+
     Examples
     --------
     >>> import numpy as np
@@ -112,15 +125,16 @@ def pack_onnx(
     model = inlined(file.model, file.payloads)
     found, _ = weights_of(constants_of(scope_of(model)))
     weights = _weights(file, found)
-    budget = None if target_size is None else parse_size(target_size)
     sizes = _Sizes(fast, size_of(model, file.payloads) - sum(weights.sizes.values()))
-    while True:
-        chosen = choose_bits_for(sizes, weights, recipe, target_bits=target_bits, target_size=target_size)
+
+    def make(chosen: Recipe, check: Check) -> tuple[ModelProto, Report]:
         packed, report = _packed(file, model, weights, chosen, fast, accuracy_level, notify)
-        excess = 0 if budget is None else size_of(packed, file.payloads) - budget
-        if excess <= 0:
-            break
-        sizes.others += excess  # nodes are larger than was thought
+        tensors = [t for t in report.tensors if t.name in weights]
+        check(sum(t.nbytes for t in tensors), size_of(packed, file.payloads))
+        warn_if_nothing_is_packed(chosen, [(t.kind != "dense", t.reason) for t in tensors])
+        return packed, report
+
+    packed, report = make_to_fit(weights, recipe, make, target_bits=target_bits, target_size=target_size, sizes=sizes)
     if not dry_run:
         save(packed, file.payloads, Path(target))
     return report
@@ -208,7 +222,8 @@ def _source(file: OnnxFile, found: Found) -> Source:
 def _opset(recipe: Recipe, name: str, weights: Weights) -> int:
     """Return the operator set that the packed weight needs, 0 if it is kept as it is."""
     options, _ = recipe.of(name, *weights.spec(name))
-    return 0 if options is None else opset_of_bits(options.bits)
+    with naming_tensor(name):
+        return 0 if options is None else opset_of_bits(options.bits)
 
 
 class _Edit:

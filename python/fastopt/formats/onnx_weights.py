@@ -11,7 +11,7 @@ import numpy as np
 from fastopt._types import Array
 from fastopt.files.weights import Source
 from fastopt.formats.common import require_package
-from fastopt.formats.onnx import TAG
+from fastopt.formats.onnx import AUXILIARY, TAG
 from fastopt.formats.onnx_file import OnnxFile
 from fastopt.formats.onnx_graph import (
     DECODERS,
@@ -29,6 +29,8 @@ from fastopt.tensors.quantization import unpack_bits
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
+
+_STEPS = 4096  # a weight may be decoded from so many values; a hostile chain of nodes has more
 
 
 def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False) -> dict[str, Source]:
@@ -64,7 +66,11 @@ def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False
     for steps in (*decoded.values(), *(steps for _, _, steps in products)):
         parts.update(steps)
     _infer(model, root, decoded)
-    constants = [value for value in constants_of(root).values() if value not in parts]
+    constants = [
+        value
+        for value in constants_of(root).values()
+        if value not in parts and (value.tensor is None or value.tensor.doc_string != AUXILIARY)
+    ]
     values = named(root, [*constants, *decoded])
     found, _ = weights_of(values)
     sources = {name: _source(file, model, value, found.get(name)) for name, value in values.items()}
@@ -115,30 +121,26 @@ def _decoded(root: Scope) -> dict[Value, list[Value]]:
             if node is None or value in inside or bool(_tag(node)) is not ours:
                 continue
             if node.op_type in DECODERS if ours else node.op_type == "DequantizeLinear":
-                try:
-                    steps = _steps(value, [])
-                except RecursionError:
-                    steps = None
+                steps = _steps(value)
                 if steps is not None:
                     decoded[value] = steps
                     inside.update(steps)
     return decoded
 
 
-def _steps(value: Value, before: list[Value]) -> list[Value] | None:
-    """Return the values that a value needs, in order, and itself; None if it does not depend on constants alone."""
-    if value in before:
-        return before
-    if value.tensor is None:
-        node = value.node
-        if node is None or node.op_type not in DECODERS or len(node.output) != 1:
+def _steps(value: Value) -> list[Value] | None:
+    """Return the values that a value needs, in order, and itself; None if it is no constant, or needs too many."""
+    steps: dict[Value, None] = {}
+    todo = [value] if value.constant else []
+    while todo:
+        missing = [one for one in todo[-1].needed() if one is not None and one not in steps]
+        if len(steps) + len(missing) > _STEPS:
             return None
-        for name in filter(None, node.input):
-            needed = value.scope.find(name)
-            if needed is None or needed is value or _steps(needed, before) is None:
-                return None
-    before.append(value)
-    return before
+        if missing:
+            todo += reversed(missing)
+        else:
+            steps[todo.pop()] = None
+    return list(steps) or None
 
 
 def _infer(model: ModelProto, root: Scope, decoded: Iterable[Value]) -> None:
@@ -161,7 +163,7 @@ def _evaluated(file: OnnxFile, model: ModelProto, value: Value) -> Array:
     from onnx import NodeProto, helper
     from onnx.reference import ReferenceEvaluator
 
-    steps = _steps(value, [])
+    steps = _steps(value)
     assert steps is not None
     names: dict[Value, str] = {step: f"v{place}" for place, step in enumerate(steps)}
     nodes = []
@@ -196,11 +198,9 @@ def _products(root: Scope) -> Iterator[tuple[Scope, NodeProto, list[Value]]]:
     """Yield the nodes that multiply with codes, each with its graph and the constants of its weight."""
     for scope in root.walk():
         for node in scope.nodes:
-            if node.op_type == "MatMulNBits" and node.domain == "com.microsoft" and _parts(scope, node) is not None:
-                steps: list[Value] = []
-                for value in (_parts(scope, node) or {}).values():
-                    _steps(value, steps)
-                yield scope, node, steps
+            parts = _parts(scope, node) if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits") else None
+            if parts is not None:
+                yield scope, node, [step for value in parts.values() for step in _steps(value) or []]
 
 
 def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
@@ -213,7 +213,7 @@ def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
     for entry in node.metadata_props:
         if entry.key.startswith(f"{TAG}.") and (value := scope.find(entry.value)) is not None:
             parts[entry.key.removeprefix(f"{TAG}.")] = value
-    whole = {"codes", "scale"} <= parts.keys() and all(_steps(value, []) is not None for value in parts.values())
+    whole = {"codes", "scale"} <= parts.keys() and all(_steps(value) is not None for value in parts.values())
     return parts if whole and parts["codes"].tensor is not None else None
 
 
@@ -224,7 +224,7 @@ def _source_of_product(file: OnnxFile, scope: Scope, node: NodeProto) -> Source:
     assert parts is not None
 
     def constant(part: str) -> Array:
-        step = next(value for value in _steps(parts[part], []) or [] if value.tensor is not None)
+        step = next(value for value in _steps(parts[part]) or [] if value.tensor is not None)
         assert step.tensor is not None
         return file.array(step.tensor)
 

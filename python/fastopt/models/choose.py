@@ -99,7 +99,7 @@ def choose_bits(
     ----------
     weights : mapping from name to array
     recipe : Recipe
-        With ``bits=None``; its other options hold.
+        Its `bits` are None; its other options hold.
     target_bits : float, optional
         Bits for each weight of all tensors together, also of those that are kept as they are.
     target_size : int or str, optional
@@ -130,22 +130,9 @@ def choose_bits(
     >>> fo.pack(weights, recipe=recipe).report().bits_per_weight
     4.5
     """
-    return choose_bits_for(Sizes(), weights, recipe, target_bits=target_bits, target_size=target_size, notify=notify)
-
-
-def choose_bits_for(
-    sizes: Sizes,
-    weights: Mapping[str, Weight],
-    recipe: Recipe,
-    *,
-    target_bits: float | None = None,
-    target_size: int | str | None = None,
-    notify: Callable[[str], None] | None = None,
-) -> Recipe:
-    """Return a recipe as `choose_bits` does, for a file format in which tensors have other sizes."""
     if target_bits is None and target_size is None:
         return recipe
-    return _Search(sizes, weights, recipe, target_bits, target_size, notify).recipe(strict=True)
+    return _Search(Sizes(), weights, recipe, target_bits, target_size, notify).recipe(strict=True)
 
 
 # Raises if a model that was made, of so many bytes in its tensors and so many in its file, is larger than the target.
@@ -202,7 +189,7 @@ class _Search:
         recipe: Recipe,
         target_bits: float | None,
         target_size: int | str | None,
-        notify: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None,
     ) -> None:
         if target_bits is not None and target_size is not None:
             raise ValueError("target_bits, target_size: expected one of them, got both")

@@ -37,11 +37,11 @@ class TensorFacts:
     kind : "dense", "quantized", "sparse" or "sparse+quantized"
         How it is stored.
     bits : int or None
-        Of a code; None if values are not quantized.
+        The bits of a code; None if values are not quantized.
     group_size : int or None
     shape : tuple of int
     dtype : str
-        Of the decoded values.
+        The dtype of the decoded values.
     size : int
         Number of values.
     nbytes : int
@@ -49,10 +49,10 @@ class TensorFacts:
     bits_per_weight : float
         Bits stored for each value, parameters and positions included.
     minimum, maximum : float, int or None
-        Of the finite values, exact for integers. None if there are none, or if they have no order (complex numbers,
-        texts).
+        The range of the finite values, exact for integers. None if there are none, or if they have no order (complex
+        numbers, texts).
     mean, std : float or None
-        Of the finite values. The mean of complex numbers is None.
+        Mean and standard deviation of the finite values. The mean of complex numbers is None.
     zeros : int
         Values that are exactly 0.
     outliers : int
@@ -242,7 +242,7 @@ class TensorDifference:
     name : str
     shape : tuple of int
     dtypes : (str, str)
-        Of the decoded values in the first and in the second model.
+        The dtypes of the decoded values in the first and in the second model.
     size : int
     different : int
         Values that are not equal; 0 means that the tensors are. NaN equals NaN, and -0.0 equals 0.0.
@@ -278,7 +278,7 @@ class Difference:
     reshaped : tuple of (str, shape, shape)
         Names whose shapes differ.
     total : Error
-        Of all tensors of floating point and complex numbers that both have, together.
+        The error of all tensors of floating point and complex numbers that both have, together.
     """
 
     tensors: tuple[TensorDifference, ...]

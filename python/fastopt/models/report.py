@@ -24,10 +24,10 @@ class TensorReport:
     name : str
     shape : tuple of int
     dtype : str
-        Before it was packed.
+        The dtype before it was packed.
     kind : "dense", "quantized", "sparse" or "sparse+quantized"
     bits, group_size : int or None
-        Of the codes, as in `QuantizedTensor`.
+        Those of the codes, as in `QuantizedTensor`.
     density : float
         Fraction of the weights that is stored.
     bits_per_weight : float

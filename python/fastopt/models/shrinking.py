@@ -50,7 +50,7 @@ class Layer:
     flatten : bool
         A dense layer that reads a flattened feature map, all of a channel together.
     eps : float
-        Of the normalization.
+        The epsilon of the normalization.
     """
 
     name: str
@@ -342,13 +342,13 @@ def shrink(
     Parameters
     ----------
     weights : mapping from name to array
-        With the names and shapes of torch; stays as it is.
+        The model, with the names and shapes of torch; it stays as it is.
     graph : sequence of Layer, Add and Concat
         In the order of computation. Nodes that nobody reads are outputs, and keep all their channels.
     share : float
         The fraction of the units of each layer to remove; the number is rounded.
     threshold : float
-        Or remove units whose importance is not above this.
+        Remove units whose importance is not above this, instead of a share.
     scope : "local" or "global"
         Whether `share` holds for each layer, or for all together.
     criterion : "l1", "l2", "activity" or "taylor"
@@ -357,7 +357,7 @@ def shrink(
     activations : mapping from name of layer to array, shape (samples, channels, ...)
         For "activity": the outputs of each layer that may lose units, and of each that shares units with it.
     gradients : mapping from name of tensor to array
-        For "taylor".
+        The gradients, for "taylor".
     layers : sequence of glob patterns
         Layers that may lose units.
     round_to : int
@@ -460,8 +460,8 @@ def drop_layers(
     count : int
         The number of layers to remove: the least important ones, and of equal ones the later.
     importance : sequence of float, optional
-        Of each layer. By default the root mean square of its weights of two or more axes; better is how far the output
-        of the layer is from its input.
+        The importance of each layer. By default it is the root mean square of the layer's weights of two or more axes;
+        the distance between the layer's output and its input is better.
     states : sequence of mappings
         States of an optimizer, by the names of the weights: treated alike.
 
