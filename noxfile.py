@@ -162,6 +162,8 @@ def fuzz(session):
         python = ["python", "tests/fuzz/fuzz_python.py", target, str(folder)]
         command = [fuzz_edge, str(folder), "tests/fuzz/corpus_edge"] if target == "edge" else python
         options = [f"-max_total_time={seconds}", "-max_len=16384", f"-artifact_prefix={found}/{target}-"]
+        if "CI" in os.environ:
+            options.append("-seed=1")  # one commit passes or fails again
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         session.run(*command, *options, env=environment, external=True)
 
