@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -16,8 +16,8 @@ from numpy.typing import DTypeLike
 from fastopt._text import shown
 from fastopt._types import GroupSize
 from fastopt.files.safetensors_file import ALIGNMENT
-from fastopt.files.weights import Weights, spec_of, stored_nbytes, stored_of
-from fastopt.models.recipe import Options, Recipe, naming_tensor, pack_tensor
+from fastopt.files.weights import Weights, require_weight, spec_of, stored_nbytes, stored_of
+from fastopt.models.recipe import Options, Recipe, naming_tensor
 from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.pruning import prune
@@ -70,10 +70,28 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
+    """A setting of a tensor, with its bytes and its error: squared, relative to the tensor's square, and weighted."""
+
     nbytes: int
-    error: float  # squared, relative to the square of the tensor, and weighted
+    error: float
     changes: dict[str, Any]
+
+
+class Wanted(NamedTuple):
+    """A tensor to be measured: its options, None if it is kept as it is, and whether its bits are open."""
+
+    name: str
+    options: Options | None
+    is_open: bool
+
+
+# Measures tensors, and gives the useful settings of each, or its bytes if nothing about it is open. The last argument
+# is called with the name of each.
+Measure: TypeAlias = Callable[
+    [Mapping[str, Weight], Sequence[Wanted], Sizes, Callable[[str], None] | None],
+    Iterable[tuple[str, int | list[Choice]]],
+]
 
 
 def choose_bits(
@@ -149,6 +167,7 @@ def make_to_fit(
     target_size: int | str | None = None,
     notify: Callable[[str], None] | None = None,
     sizes: Sizes | None = None,
+    measure: Measure | None = None,
 ) -> T:
     """Return what `make` makes with the recipe that `choose_bits` chooses, and within the target.
 
@@ -162,10 +181,12 @@ def make_to_fit(
         recipe.
     sizes : Sizes, optional
         The bytes of tensors in the file, by default in a safetensors file.
+    measure : Measure, optional
+        Measures the tensors; by default they are measured here, one after the other.
     """
     if target_bits is None and target_size is None:
         return make(recipe, lambda tensors, file: None)
-    search = _Search(sizes or Sizes(), weights, recipe, target_bits, target_size, notify)
+    search = _Search(sizes or Sizes(), weights, recipe, target_bits, target_size, notify, measure)
     while True:
         try:
             return make(search.recipe(), search.check)
@@ -190,6 +211,7 @@ class _Search:
         target_bits: float | None,
         target_size: int | str | None,
         notify: Callable[[str], None] | None,
+        measure: Measure | None = None,
     ) -> None:
         if target_bits is not None and target_size is not None:
             raise ValueError("target_bits, target_size: expected one of them, got both")
@@ -200,25 +222,21 @@ class _Search:
         size = None if target_size is None else parse_size(target_size)
         self._recipe, self._probe, self._target_bits = recipe, recipe.replace(bits=8), target_bits
         self._target = target_bits if target_size is None else target_size
-        self._tried: dict[str, list[_Choice]] = {}
+        self._tried: dict[str, list[Choice]] = {}
         fixed = self._count = 0
         self._overhead = sizes.rest(recipe)
+        wanted = []
         for name in weights:
-            if notify is not None:
-                notify(name)
             shape, dtype = spec_of(weights, name)
             self._count += int(np.prod(shape, dtype=object))
             options, _ = self._probe.of(name, shape, dtype)
             self._overhead += sizes.header(name, options)
-            if options is None:
-                fixed += stored_nbytes(weights, name)
-            elif "bits" in self._probe.override_of(name)[1]:
-                fixed += sizes.stored(pack_tensor(name, stored_of(weights, name), self._probe)[0])
+            wanted.append(Wanted(name, options, "bits" not in self._probe.override_of(name)[1]))
+        for name, found in (measure or _measured_here)(weights, wanted, sizes, notify):
+            if isinstance(found, list):
+                self._tried[name] = found
             else:
-                with naming_tensor(name):
-                    self._tried[name] = _useful(_choices(stored_of(weights, name), options, sizes))
-            if isinstance(weights, Weights):
-                weights.release(name)
+                fixed += found
         self._limit = int((target_bits or 0) * self._count / 8) if size is None else size
         self._budget = self._limit if size is None else size - self._overhead
         self._least = fixed + sum(choices[0].nbytes for choices in self._tried.values())
@@ -261,7 +279,30 @@ class _Search:
         raise ValueError(f"target_size: expected at least {needed} bytes, got {got}")
 
 
-def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice]:
+def measured(weights: Mapping[str, Weight], wanted: Wanted, sizes: Sizes) -> int | list[Choice]:
+    """Return the useful settings of a tensor, or its bytes if nothing about it is open."""
+    name, options = wanted.name, wanted.options
+    if options is None:
+        return stored_nbytes(weights, name)
+    with naming_tensor(name):
+        tensor = require_weight(name, stored_of(weights, name))
+        if wanted.is_open:
+            return _useful(_choices(tensor, options, sizes))
+        return sizes.stored(options.apply(tensor))
+
+
+def _measured_here(
+    weights: Mapping[str, Weight], wanted: Sequence[Wanted], sizes: Sizes, notify: Callable[[str], None] | None
+) -> Iterator[tuple[str, int | list[Choice]]]:
+    for one in wanted:
+        if notify is not None:
+            notify(one.name)
+        yield one.name, measured(weights, one, sizes)
+        if isinstance(weights, Weights):
+            weights.release(one.name)
+
+
+def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[Choice]:
     """Yield the bytes and the error of a tensor for each setting that is open."""
     pruned: SparseTensor | None = None
     array = unpacked(tensor)
@@ -290,19 +331,19 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[_Choice
                 nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
             relative = sums.noise / sums.signal if sums.signal > 0 else 0.0
-            yield _Choice(nbytes, relative * math.sqrt(array.size) if math.isfinite(relative) else _WORST, changes)
+            yield Choice(nbytes, relative * math.sqrt(array.size) if math.isfinite(relative) else _WORST, changes)
 
 
-def _useful(choices: Iterator[_Choice]) -> list[_Choice]:
+def _useful(choices: Iterator[Choice]) -> list[Choice]:
     """Return the choices by rising bytes, without those that another choice beats in both bytes and error."""
-    useful: list[_Choice] = []
+    useful: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (c.nbytes, c.error)):
         if not useful or choice.error < useful[-1].error:
             useful.append(choice)
     return useful
 
 
-def _best(tensors: list[list[_Choice]], budget: int) -> list[_Choice]:
+def _best(tensors: list[list[Choice]], budget: int) -> list[Choice]:
     """Return a choice for each tensor, with the least total error that a budget of bytes beyond the smallest allows.
 
     This is dynamic programming over tensors and bytes, which are counted in units: ``least[b]`` is the least error of
@@ -328,7 +369,7 @@ def _best(tensors: list[list[_Choice]], budget: int) -> list[_Choice]:
     return _filled(tensors, chosen, budget)
 
 
-def _filled(tensors: list[list[_Choice]], chosen: list[int], budget: int) -> list[_Choice]:
+def _filled(tensors: list[list[Choice]], chosen: list[int], budget: int) -> list[Choice]:
     """Spend the bytes that the rounding to units left, each time on the step that gains most for a byte."""
     budget -= sum(choices[c].nbytes - choices[0].nbytes for choices, c in zip(tensors, chosen, strict=True))
     while True:

@@ -156,24 +156,14 @@ class Reporter:
 
         `nbytes` are those in the file, and `nbytes_before` those in the source, if they are not those of the arrays.
         """
-        sums = None if original is None else _error_sums(tensor, original)
+        self.add_measured(*measured(name, tensor, original, reason, nbytes, nbytes_before=nbytes_before))
+
+    def add_measured(self, report: TensorReport, sums: ErrorSums | None) -> None:
+        """Add the report of a tensor, with the sums of its error if that was measured."""
         if sums is not None:
             self._sums += sums
             self._measured = True
-        kind, bits, group_size = storage_of(tensor)
-        self.add_planned(
-            name,
-            tensor.shape,
-            tensor.dtype,
-            kind,
-            tensor.nbytes if nbytes is None else nbytes,
-            reason,
-            nbytes_before=nbytes_before,
-            bits=bits,
-            group_size=group_size,
-            density=tensor.density if isinstance(tensor, PackedTensor) else 1.0,
-            error=None if sums is None else sums.error(),
-        )
+        self._add(report)
 
     def add_planned(
         self,
@@ -191,14 +181,17 @@ class Reporter:
         nbytes_before: int | None = None,
     ) -> None:
         """Add a tensor that was not packed, from its planned storage."""
-        size = math.prod(shape)
-        per_weight = 8 * nbytes / max(size, 1)
-        before = size * dtype.itemsize if nbytes_before is None else nbytes_before
-        added = TensorReport(
-            name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
+        before = math.prod(shape) * dtype.itemsize if nbytes_before is None else nbytes_before
+        per_weight = bits_per_weight(nbytes, shape)
+        self._add(
+            TensorReport(
+                name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
+            )
         )
-        self._tensors.append(added)
-        self._by_name[name] = added
+
+    def _add(self, report: TensorReport) -> None:
+        self._tensors.append(report)
+        self._by_name[report.name] = report
 
     def add_tied(self, name: str, to: str) -> None:
         """Add a name of a tensor that is stored under another one; it takes no bytes."""
@@ -209,6 +202,43 @@ class Reporter:
     def report(self) -> Report:
         """Return the report of all tensors that were added."""
         return Report(tuple(self._tensors), self._sums.error() if self._measured else None, self._recipe)
+
+
+def measured(
+    name: str,
+    tensor: Weight,
+    original: Array | None,
+    reason: str,
+    nbytes: int | None = None,
+    *,
+    nbytes_before: int | None = None,
+) -> tuple[TensorReport, ErrorSums | None]:
+    """Return the report of a tensor as `Reporter.add` adds it, and the sums of its error."""
+    sums = None if original is None else _error_sums(tensor, original)
+    kind, bits, group_size = storage_of(tensor)
+    stored = tensor.nbytes if nbytes is None else nbytes
+    before = math.prod(tensor.shape) * tensor.dtype.itemsize if nbytes_before is None else nbytes_before
+    density = tensor.density if isinstance(tensor, PackedTensor) else 1.0
+    report = TensorReport(
+        name,
+        tensor.shape,
+        tensor.dtype.name,
+        kind,
+        bits,
+        group_size,
+        density,
+        bits_per_weight(stored, tensor.shape),
+        before,
+        stored,
+        None if sums is None else sums.error(),
+        reason,
+    )
+    return report, sums
+
+
+def bits_per_weight(nbytes: int, shape: tuple[int, ...]) -> float:
+    """Return the bits stored for each weight of a tensor of this shape."""
+    return 8 * nbytes / max(math.prod(shape), 1)
 
 
 def _error_sums(tensor: Weight, original: Array) -> ErrorSums | None:
