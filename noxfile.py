@@ -139,8 +139,8 @@ def lower_bounds(session):
 
 @nox.session
 def peers(session):
-    """Test with PyTorch and SciPy, which no other session installs."""
-    session.install("torch==2.13.0", "scipy>=1.13", *PYTEST, WHEEL)
+    """Test with PyTorch, transformers and SciPy, which no other session installs."""
+    session.install("torch==2.13.0", "transformers==5.24.0", "scipy>=1.13", *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
     session.run("pytest", "-q", "tests/torch_door")
     session.run("pytest", "-q", "-k", "fastopt.torch", "tests/test_docs.py")

@@ -89,6 +89,41 @@ def test_dtypes():
     assert torch.equal(y, model(x.clone()).detach())
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": None, "sparsity": 0.5}, {"outliers": 0.02}])
+def test_bfloat16_weights_keep_their_bits(options, tmp_path):
+    model = mlp().to(torch.bfloat16)
+    want = fo.pack({"w": as_array(model[0].weight).copy()}, **{"bits": 4, **options})["w"]
+    ft.pack_(model, **options)
+    assert torch.equal(model[0].dense().float(), torch.from_numpy(want.to_dense().astype("float32")))
+    ft.save(model, tmp_path / "m.safetensors")
+    other = mlp().to(torch.bfloat16)
+    ft.load_(other, tmp_path / "m.safetensors")
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_input_of_other_dtypes_is_refused(dtype):
+    model = mlp()
+    ft.pack_(model)
+    with pytest.raises(TypeError, match=f"x: expected a tensor of a float type, got {dtype}"):
+        model(torch.ones(2, 128, dtype=dtype))
+
+
+def test_conv1d_of_transformers(tmp_path):
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    model, x = nn.Sequential(utils.Conv1D(96, 128)), torch.randn(2, 3, 128)
+    weight = as_array(model[0].weight).copy()
+    ft.pack_(model, bits=8)
+    assert model[0].packed == fo.quantize(np.ascontiguousarray(weight.T), bits=8)
+    assert "nf=96, nx=128, quantized, bits=8" in repr(model)
+    torch.testing.assert_close(model(x), dense(model)(x), rtol=1e-4, atol=1e-4)
+    ft.save(model, tmp_path / "m.safetensors")
+    other = nn.Sequential(utils.Conv1D(96, 128))
+    ft.load_(other, tmp_path / "m.safetensors")
+    assert torch.equal(other(x), model(x))
+
+
 def test_a_model_is_packed_by_the_same_choice_as_an_array():
     model = Tied()
     weights = {name: as_array(p).copy() for name, p in model.named_parameters()}
@@ -157,6 +192,15 @@ def test_gradients_of_input_and_bias():
     assert [name for name, _ in model.named_parameters()] == ["0.bias"]
     with pytest.raises(RuntimeError, match="unpack_"):
         model[0].weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="unpack_"):
+        model[0].weight.requires_grad = True
+    for net in (model, want):  # a penalty on the gradient
+        y.grad = None
+        (grad,) = torch.autograd.grad(net(y).square().sum(), y, create_graph=True)
+        grad.square().sum().backward()
+        if net is model:
+            x.grad = y.grad
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
     torch.library.opcheck(
         torch.ops.fastopt.linear.default,
         (x, model[0].buffers_of_weight, model[0].about, model[0].bias, "exact"),
@@ -276,6 +320,7 @@ def test_compile_and_export():
     torch.export.save(program, file)
     file.seek(0)
     torch.testing.assert_close(torch.export.load(file).module()(ids), want)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(ids), want)
     traced = torch.jit.trace(model, (ids,))
     more = torch.randint(100, (2, 7))
     torch.testing.assert_close(traced(more), model(more))

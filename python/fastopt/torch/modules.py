@@ -24,10 +24,15 @@ def tensors_of(packed: PackedTensor) -> tuple[dict[str, torch.Tensor], str]:
     arrays, entry = disassemble("weight", packed)
     names = [name.removeprefix("weight.") for name in arrays]
     about = json.dumps([names, describe(["weight"], {"weight": entry}, None)["fastopt"]])
-    tensors = {
-        name.replace(".", "_"): torch.from_numpy(a.copy()) for name, a in zip(names, arrays.values(), strict=True)
-    }
+    tensors = {name.replace(".", "_"): tensor_of(array) for name, array in zip(names, arrays.values(), strict=True)}
     return tensors, about
+
+
+def tensor_of(array: Array) -> torch.Tensor:
+    """Return a copy of an array as a tensor."""
+    if array.dtype.name == "bfloat16":  # which torch.from_numpy does not know
+        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 # Packed tensors by the id of the first tensor that stores them: a weak reference to that tensor, the addresses and
@@ -59,6 +64,8 @@ def _shape_of(about: str) -> list[int]:
 
 def _float32(x: torch.Tensor) -> Array:
     x = x.detach() if x.requires_grad else x
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a tensor of a float type, got {x.dtype}")
     return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous().numpy()
 
 
@@ -101,7 +108,7 @@ def _operator(
     return operator
 
 
-linear_backward = _operator(
+linear_backward: Any = _operator(
     _linear_backward,
     "(Tensor grad, Tensor[] stored, str about) -> Tensor",
     lambda grad, stored, about: grad.new_empty((*grad.shape[:-1], _shape_of(about)[1])),
@@ -134,7 +141,16 @@ def _linear_gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return grad_x, [None] * len(ctx.stored), None, grad_bias, None
 
 
+def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.stored, ctx.about = inputs
+
+
+def _linear_backward_gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return linear_operator(grad, ctx.stored, ctx.about, None, "exact"), [None] * len(ctx.stored), None
+
+
 linear_operator.register_autograd(_linear_gradients, setup_context=_remember)
+linear_backward.register_autograd(_linear_backward_gradients, setup_context=_remember_backward)
 
 
 def _is_direct(x: torch.Tensor) -> bool:
@@ -150,12 +166,21 @@ class DecodedWeight(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    def requires_grad_(self, requires_grad: bool = True) -> DecodedWeight:
-        """Raise: this is a copy."""
+    @property
+    def requires_grad(self) -> bool:
+        """False; True is refused, as this is a copy."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
         if requires_grad:
             raise RuntimeError(
                 "weight: a packed weight has no gradient; fastopt.torch.unpack_(module) makes it a parameter again"
             )
+
+    def requires_grad_(self, requires_grad: bool = True) -> DecodedWeight:
+        """Set `requires_grad`."""
+        self.requires_grad = requires_grad
         return self
 
 
@@ -234,7 +259,7 @@ class PackedModule(torch.nn.Module):
         """Return the options of the layer, and how its weight is packed."""
         packed = self.packed
         own = f"{packed.storage}, bits={packed.bits}, group_size={packed.group_size}, precision={self.precision!r}"
-        layer = super().extra_repr()
+        layer = original_class(self.layer).extra_repr(self)
         return f"{layer}, {own}" if layer else own
 
 
@@ -246,8 +271,10 @@ class PackedLinear(PackedModule, torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, or that of autocast."""
         stored, bias = self.buffers_of_weight, self._parameters.get("bias")
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        run = _linear if _is_direct(x) and not needs_grad else linear_operator
+        run = linear_operator
+        if _is_direct(x):
+            needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+            run = linear_operator if needs_grad and torch.is_grad_enabled() else _linear
         out = run(x, stored, self.about, bias, self.precision)
         return out.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else out
 
@@ -262,8 +289,8 @@ class PackedConv1D(PackedLinear):
         return super().dense().T.contiguous()
 
     def extra_repr(self) -> str:
-        """Return how the weight is packed."""
-        return PackedModule.extra_repr(self)
+        """Return the shape, and how the weight is packed."""
+        return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
 
 
 class PackedEmbedding(PackedModule, torch.nn.Embedding):
@@ -305,7 +332,7 @@ def is_layer(cls: type, layer: Any) -> bool:
     return cls is layer if isinstance(layer, type) else f"{cls.__module__}.{cls.__qualname__}" == layer
 
 
-def original_class(layer: Any) -> type:
+def original_class(layer: Any) -> Any:
     """Return the class of torch or transformers."""
     if isinstance(layer, type):
         return layer

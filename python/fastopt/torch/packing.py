@@ -15,7 +15,7 @@ from fastopt.models.recipe import Recipe, pack_tensor, recipe_of
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.torch.modules import PACKED, PackedConv1D, PackedEmbedding, PackedModule, is_layer, tensors_of
+from fastopt.torch.modules import PACKED, PackedConv1D, PackedEmbedding, PackedModule, is_layer, tensor_of, tensors_of
 from fastopt.train.param_tree import as_array, as_parameter
 
 # Ends the name of a saved weight that is packed the other way round than its layer has it: [out, in].
@@ -46,7 +46,8 @@ class _Place(NamedTuple):
 
     @staticmethod
     def _is_transposed(owner: tuple[str, torch.nn.Module]) -> bool:
-        return is_layer(type(owner[1]), PackedConv1D.layer)
+        name, module = owner
+        return name == "weight" and is_layer(type(module), PackedConv1D.layer)
 
     @property
     def transposed(self) -> bool:
@@ -286,7 +287,7 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
         dense = unpacked(tensor)
         target = buffers[name] if place is None else place.weight
         with torch.no_grad():
-            target.copy_(_tensor_of(dense.T if transposed else dense))
+            target.copy_(tensor_of(dense.T if transposed else dense))
 
 
 def _holds(place: _Place, tensor: PackedTensor) -> bool:
@@ -296,12 +297,6 @@ def _holds(place: _Place, tensor: PackedTensor) -> bool:
 
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
-
-def _tensor_of(array: Any) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.astype("float32"))
-    return torch.from_numpy(array.copy())
 
 
 def _require_module(module: Any) -> None:
