@@ -296,6 +296,24 @@ def test_what_cannot_be_read_is_left_out(tmp_path):
     )
 
 
+def test_a_folder_with_a_config(model, tmp_path):
+    folder, small, back = tmp_path / "hf", tmp_path / "small", tmp_path / "back"
+    folder.mkdir()
+    model.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    (folder / "vocab.txt").write_text("a")
+    told = answer("pack", folder, "-o", small, "--bits", 4)
+    assert told["target"] == str(small / "model.safetensors")
+    assert told["file_bytes"] == (small / "model.safetensors").stat().st_size
+    assert '"quant_method": "fastopt"' in (small / "config.json").read_text()
+    told = answer("unpack", small, "-o", back)
+    assert told["target"] == str(back / "model.safetensors")
+    assert json.loads((back / "config.json").read_text()) == {"model_type": "toy"}
+    assert content(back).keys() == content(folder).keys()
+    run("pack", folder, "-o", small, "--bits", 8, "--html", tmp_path / "r.html", "--target-size", "1MB", code=2)
+    run("pack", folder, "-o", small, "--html", tmp_path / "r.html", "--target-size", "1MB")
+
+
 def test_shards(tmp_path):
     parts = {"a.safetensors": ["embed.weight", "ids"], "b.safetensors": ["layers.0.weight", "layers.0.bias"]}
     (tmp_path / "in").mkdir()

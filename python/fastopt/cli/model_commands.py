@@ -44,6 +44,7 @@ from fastopt.formats.onnx_check import OutputReport, check_onnx
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.examine import diff as difference_of
 from fastopt.models.examine import inspect as facts_of
+from fastopt.models.folders import file_to_write
 from fastopt.models.model import NOT_PACKED, PackedModel, load, open_model
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
@@ -84,6 +85,7 @@ def inspect(model: Source, key: Key = None, skip: Skip = None, as_json: Json = F
     "fastopt pack model.safetensors -o small.safetensors --target-size 12MB --html report.html\n\n"
     "fastopt pack model.safetensors -o small.safetensors --sparsity 0.5 --bits 8 --dry-run\n\n"
     "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml\n\n"
+    "fastopt pack huggingface_model/ -o packed/ --bits 4\n\n"
     "fastopt pack model.onnx -o small.onnx --bits 4 --fast"
 )
 @with_options(*(p for p in of_format("onnx") if p.name != "graph"))
@@ -261,8 +263,10 @@ def unpack(model: Source, output: Target, key: Key = None, skip: Skip = None, as
     Tensors get their original shapes and dtypes. JSON: source, target, file_bytes.
     """
     _check_outputs(output)
+    weights = open_weights(model, key=key, skip=skip or ())
     with byte_progress("unpack") as notify:
-        unpack_file(open_weights(model, key=key, skip=skip or ()), output, notify=notify)
+        unpack_file(weights, output, notify=notify)
+    output = file_to_write(weights, output)
     size = _file_bytes(output)
     if as_json:
         typer.echo(tables.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
@@ -396,7 +400,7 @@ def _pack(
         with byte_progress("page") as notify:
             watched = _Watched(weights, notify)
             page.write(html, page.of_packing(source, target, packed, packed.recipe or recipe, watched, model))
-    _tell(source, target, packed.recipe or recipe, packed, dry_run, as_json)
+    _tell(source, file_to_write(weights, target), packed.recipe or recipe, packed, dry_run, as_json)
 
 
 def _refuse_parts(key: str | None, skip: Sequence[str] | None) -> None:

@@ -43,7 +43,8 @@ Target = Annotated[
         "-o",
         help="The safetensors file to write; for an .onnx model, pack and prune also write one that ends in "
         ".onnx. It appears when it is complete, and may be the input itself. "
-        "A name that ends in .index.json writes one file for each shard of the input.",
+        "A name that ends in .index.json writes one file for each shard of the input. "
+        "If the input is a folder, as Hugging Face's models are, a folder, which gets its config and tokenizer too.",
         show_default=False,
     ),
 ]

@@ -80,14 +80,14 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
         steps = part.split(".")  # the arrays of a packed tensor are named after it: "fc.weight.codes"
         return any(skipped(".".join(steps[: n + 1])) for n in range(len(steps)))
 
-    found = model_files(path)
+    found, folder = model_files(path), path if path.is_dir() else None
     if isinstance(found, list):
         if key is not None:
             raise _no_key(path)
-        return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)})
+        return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)}, folder=folder)
     if not found.name.endswith(_INDEX):
         one, texts = _open_file(found, key, skipped)
-        return Weights(_joined(one, skipped), None, texts)
+        return Weights(_joined(one, skipped), None, texts, folder)
     sources: dict[str, Source] = {}
     shards: dict[str, list[str]] = {}
     opened = opened_shards(found, lambda file: _open_file(file, key, skipped))
@@ -108,7 +108,7 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
             sources[name] = source
             shards.setdefault(shard, []).append(name)
     joined = _joined(sources, skipped)
-    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()}, metadata)
+    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()}, metadata, folder)
 
 
 def model_files(path: Path) -> Path | list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class Weights(Mapping[str, Array]):
         The arrays of each file, if there are several files.
     metadata : mapping of str, optional
         Texts of other programs in the file, such as its licence.
+    folder : Path, optional
+        The folder that was opened, if it was not a file.
     """
 
     def __init__(
@@ -33,8 +36,10 @@ class Weights(Mapping[str, Array]):
         sources: Mapping[str, Source],
         shards: Mapping[str, Sequence[str]] | None = None,
         metadata: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._sources = dict(sources)
+        self.folder = folder
         self.shards = shards
         self.metadata = dict(metadata or {})
 

@@ -17,6 +17,7 @@ from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of, tied_in
 from fastopt.models.choose import Check, Sizes, make_to_fit
+from fastopt.models.folders import copy_others, file_to_write, is_folder
 from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, same_options, warn_if_nothing_is_packed
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
@@ -81,7 +82,8 @@ def pack_file(
     target : path-like
         A safetensors file, which appears when it is complete and on the disk; it may be the source itself. With
         ``NAME.index.json``, each shard of the source becomes a shard beside it, and the index is written last.
-        A dry run needs no target.
+        A folder, if the source is one, as Hugging Face's models are: its other files, such as config and tokenizer,
+        are copied. A dry run needs no target.
     recipe, target_bits, target_size, **options
         As in `pack`. With only pruning options the file holds sparse tensors; `unpack_file` turns them into dense
         arrays with zeros.
@@ -121,14 +123,17 @@ def pack_file(
     weights = source if isinstance(source, Weights) else open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
-    shards = _shards(weights, target)
+    file = None if target is None else file_to_write(weights, target)
+    shards = _shards(weights, file)
 
     def make(chosen: Recipe, check: Check) -> Report:
-        if dry_run or target is None:
+        if dry_run or target is None or file is None:
             report = plan(weights, chosen)
         else:
             progress.restart(int(searches))
-            report = _write_packed(weights, Path(target), shards, chosen, check, progress)
+            _make_folder(weights, target)
+            report = _write_packed(weights, file, shards, chosen, check, progress)
+            copy_others(weights, target, packed=True)
         warn_if_nothing_is_packed(chosen, [(t.kind != "dense", t.reason) for t in report.tensors])
         return report
 
@@ -208,6 +213,7 @@ def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify 
     PackedModel(1 tensors, 32,768 bytes)
     """
     weights = source if isinstance(source, Weights) else open_weights(source)
+    file = file_to_write(weights, target)
     progress = Progress(weights.sizes, notify)
 
     def part(name: str) -> Part:
@@ -225,8 +231,15 @@ def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify 
         write_to(path, parts, {**weights.metadata, **tied})
         return parts
 
-    _write_all(Path(target), _shards(weights, target), unpack_some)
+    _make_folder(weights, target)
+    _write_all(file, _shards(weights, file), unpack_some)
+    copy_others(weights, target, packed=False)
     progress.next("")
+
+
+def _make_folder(weights: Weights, target: PathLike) -> None:
+    if is_folder(weights, target):
+        Path(target).mkdir(exist_ok=True)
 
 
 def _shards(weights: Weights, target: PathLike | None) -> list[list[str]]:
