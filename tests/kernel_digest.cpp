@@ -283,8 +283,8 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
 
   Shared shared = {};
   unsigned flags = group ? 0 : k.quant.range(x.data(), x.size(), &shared.range);
-  if (!group && refit && !flags) shared.pair = k.quant.fit(x.data(), x.size(), bits, shared.range);
-  flags |= k.quant.quantize(x.data(), to, group ? nullptr : &shared, refit, 0, rows);
+  if (!group && refit && !flags) shared.pair = k.quant.fit(x.data(), nullptr, x.size(), bits, shared.range);
+  flags |= k.quant.quantize(x.data(), to, group ? nullptr : &shared, Fit{refit, nullptr, 0}, 0, rows);
   c.add(flags);
   if (flags) return;  // nobody looks at the rest
   c.add(codes);

@@ -388,10 +388,11 @@ def grid(low, high, bits, half, limit=FLT_MAX):
         return (scale, rounded, f(1), rounded, scale, f(1)), bool(fits)
 
 
-def fit(x, scale, minimum, bits):
+def fit(x, scale, minimum, bits, importance=None):
     """Least squares, eight times: codes of the pair, then the pair that fits these codes best (after Lloyd, 1982).
 
-    With u = (x - minimum) / scale, the pair is changed by the line a + b * (code - middle) that fits u - code.
+    With u = (x - minimum) / scale, the pair is changed by the line a + b * (code - middle) that fits u - code. The
+    squared error of each value is multiplied by its importance.
     """
     f = np.float32
     top = f(2**bits - 1)
@@ -400,14 +401,16 @@ def fit(x, scale, minimum, bits):
     def total(values):
         return float(tree(partial_sums(values, SUMS["partials"])))
 
-    n, least = float(len(x)), scale * f(2**-20)
+    n, least, noise, v = float(len(x)), scale * f(2**-20), 0.0, f(1)
+    if importance is not None:
+        n, noise, v = total(importance), 2.0**-20, importance
     for _ in range(8):
         u = (x - minimum) * (f(1) / scale)
         code = np.clip(np.rint(u), f(0), top)
         d, r = code - middle, u - code
-        sd, sdd, sr, srd = total(d), total(d * d), total(r), total(r * d)
+        sd, sdd, sr, srd = total(v * d), total(v * d * d), total(v * r), total(v * r * d)
         spread = n * sdd - sd * sd
-        if not spread > 0:
+        if not spread > n * sdd * noise:
             break
         b = (n * srd - sd * sr) / spread
         a = (sr - b * sd) * (1 / n)
@@ -418,8 +421,10 @@ def fit(x, scale, minimum, bits):
     return scale, minimum
 
 
-def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX):
+def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX, importance=None):
     """Codes (one a byte), scale and minimum of a matrix; float32 parameters where float16 does not fit.
+
+    `importance` has the shape of `w`. Its largest number is brought below 1 by a power of 2.
 
     No code stands for a value beyond `limit`: a scale is lowered, and a fitted pair is given up, where one would.
     """
@@ -430,6 +435,8 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX):
     codes = np.zeros((rows, cols), np.uint8)
     shape = (1, 1) if group_size is None else (rows, groups)
     scale, minimum = np.zeros(shape, f), np.zeros(shape, f)
+    if importance is not None and importance.size:
+        importance = np.ldexp(importance, -np.frexp(importance.max())[1])
     for r in range(rows):
         for g in range(groups):
             part = slice(g * size, min((g + 1) * size, cols))
@@ -443,7 +450,10 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX):
                 return m >= -limit and decoded(f(2**bits - 1), s, m) <= limit
 
             if refit and exact[2] == 1 and 2.0**-100 <= exact[0] <= 2.0**100:
-                best = fit(values, exact[0], exact[1], bits)
+                weight = None
+                if importance is not None:
+                    weight = importance.reshape(-1) if group_size is None else importance[r, part]
+                best = fit(values, exact[0], exact[1], bits, weight)
                 if within(*best):
                     pair = best
                     if half:
@@ -455,7 +465,7 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX):
                         s, m = pair
                         factor, offset, divisor, levels = f(1), m, s, f(1)
             if half and not fits:
-                return quantize(w, bits, group_size, False, refit, limit)
+                return quantize(w, bits, group_size, False, refit, limit, importance)
             with np.errstate(over="ignore"):
                 scaled = (w[r, part] * factor - offset) / divisor * levels
             codes[r, part] = np.clip(np.round(scaled), 0, 2**bits - 1)

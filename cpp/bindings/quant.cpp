@@ -29,7 +29,7 @@ unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
 
 // Fills codes, scale and minimum; returns kNonFinite and kHalfMisfit flags.
 unsigned quantize(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum,
-                  int bits, std::size_t group_size, bool refit, float limit) {
+                  int bits, std::size_t group_size, bool least_squares, float limit, const py::object& importance) {
   require_2d(x, {"x"});
   const View<const float> from = view<const float>(x, {"x"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
@@ -39,6 +39,16 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
     fail_value({"codes"}, "expected " + std::to_string(rows) + " rows, got " + std::to_string(q.rows));
   Disjoint memory;
   memory.reads(from.data, from.size * sizeof(float), {"x"});
+  Fit fit{least_squares, nullptr, 0};
+  if (!importance.is_none()) {
+    const auto weights = py::cast<py::array>(importance);
+    require_2d(weights, {"importance"});
+    const View<const float> values = view<const float>(weights, {"importance"});
+    const bool one_row = dimension(weights, 0) == 1 && group_size != 0;
+    require_shape(weights, one_row ? 1 : rows, cols, {"importance"});
+    fit = {least_squares, values.data, one_row ? 0 : cols};
+    memory.reads(values.data, values.size * sizeof(float), {"importance"});
+  }
   memory.writes(q.codes, rows * q.row_bytes, {"codes"});
   memory.writes(q.scale, param_bytes(q), {"scale"});
   memory.writes(q.minimum, param_bytes(q), {"minimum"});
@@ -55,10 +65,11 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   }
   Shared all{};
   std::atomic<unsigned> flags{group_size == 0 ? range_of(k, from.data, from.size, &all.range) : 0};
-  if (group_size == 0 && refit && flags == 0) all.pair = k.quant.fit(from.data, from.size, bits, all.range);
-  const double passes = refit ? 16 : 1;  // least squares takes far more arithmetic than one pass over memory
+  if (group_size == 0 && least_squares && flags == 0)
+    all.pair = k.quant.fit(from.data, fit.importance, from.size, bits, all.range);
+  const double passes = least_squares ? 16 : 1;  // least squares takes far more arithmetic than one pass over memory
   parallel_for(rows, passes * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
-    flags |= k.quant.quantize(from.data, q, group_size == 0 ? &all : nullptr, refit, begin, end);
+    flags |= k.quant.quantize(from.data, q, group_size == 0 ? &all : nullptr, fit, begin, end);
   });
   return flags;
 }
@@ -116,7 +127,8 @@ void bind_quant(py::module_& m) {
   m.attr("NON_FINITE") = kNonFinite;
   m.attr("HALF_MISFIT") = kHalfMisfit;
   m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
-        py::arg("group_size"), py::arg("refit") = false, py::arg("limit") = std::numeric_limits<float>::max());
+        py::arg("group_size"), py::arg("least_squares") = false, py::arg("limit") = std::numeric_limits<float>::max(),
+        py::arg("importance") = py::none());
   m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("out"));
   m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));

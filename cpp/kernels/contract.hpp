@@ -152,6 +152,17 @@ struct Pair {
   float scale, minimum;
 };
 
+// How scale and minimum of a group follow from its values: by their range or, if `least_squares`, by the least sum of
+// squared errors, each times its importance. Row r of x has the importance at `importance` + r * `stride`; with a
+// stride of 0 all rows have the same. If `importance` is null, all errors count alike.
+struct Fit {
+  bool least_squares;
+  const float* importance;
+  std::size_t stride;
+
+  const float* of_row(std::size_t r) const { return importance ? importance + r * stride : nullptr; }
+};
+
 // The grid of a whole matrix: its range and, where it was fitted to the values, a pair (otherwise of scale 0).
 struct Shared {
   Range range;
@@ -257,10 +268,11 @@ struct QuantKernels {
   // Smallest and largest of n > 0 values; returns kNonFinite or 0.
   unsigned (*range)(const float* x, std::size_t n, Range*);
   // The pair that is best for n values in the sense of least squares; of scale 0 if that of the range is better.
-  Pair (*fit)(const float* x, std::size_t n, int bits, Range);
+  // `importance` has n values too, or is null.
+  Pair (*fit)(const float* x, const float* importance, std::size_t n, int bits, Range);
   // Rows [begin, end) of x into codes, scale and minimum of `q`, which are written. Where param_stride is 0 `shared` is
-  // given, otherwise null; `refit` fits every group. Returns flags.
-  unsigned (*quantize)(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
+  // given, otherwise null; otherwise `fit` says how every group is fitted. Returns flags.
+  unsigned (*quantize)(const float* x, const QuantizedOut& q, const Shared* shared, const Fit& fit, std::size_t begin,
                        std::size_t end);
   // Columns [col_begin, col_end) of one row.
   void (*dequantize)(const Quantized& q, std::size_t row, std::size_t col_begin, std::size_t col_end, float* out);

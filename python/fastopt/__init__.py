@@ -17,6 +17,7 @@ from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights
 from fastopt.formats import export
 from fastopt.formats.onnx_pack import pack_onnx
+from fastopt.models.calibration import Calibration
 from fastopt.models.choose import choose_bits
 from fastopt.models.examine import diff, inspect
 from fastopt.models.model import PackedModel, load, pack
@@ -40,6 +41,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Add",
+    "Calibration",
     "Concat",
     "Layer",
     "Lion",

@@ -31,8 +31,9 @@ def quantize(
     minimum: _Array,
     bits: int,
     group_size: int,
-    refit: bool = False,
+    least_squares: bool = False,
     limit: float = ...,
+    importance: _Array | None = None,
 ) -> int: ...
 def dequantize(codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, out: _Array) -> None: ...
 def pack(codes: _Array, bits: int, packed: _Array) -> None: ...

@@ -7,18 +7,21 @@
 // every width of a vector. fit_sums() takes the first steps of the tree, down to one vector for each group;
 // fold_groups() takes the others for all groups together. fit_sums() is not inlined, as the compiler would run out of
 // registers.
+//
+// With an importance every term is multiplied by it, and n, the sum of the importance, stands for the number of values.
 struct Sums {
-  Vec<float> d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
+  Vec<float> n[kGroupsAtOnce], d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
 };
 
-[[gnu::noinline]] void fit_sums(const float* x, std::size_t n, float top, float minimum, float inverse, Sums* sums,
-                                std::size_t g) {
+template <bool Weighted>
+[[gnu::noinline]] void fit_sums(const float* x, const float* importance, std::size_t n, float top, float minimum,
+                                float inverse, Sums* sums, std::size_t g) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>, vectors = kPartials / lanes;
   const float middle = top * 0.5f;
   const V one = broadcast(1.0f);
-  V sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
-  const auto take = [&](std::size_t j, V v, std::size_t left) {
+  V sum_n[vectors] = {}, sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
+  const auto take = [&](std::size_t j, V v, V weight, std::size_t left) {
     const V u = (v - minimum) * inverse;
     const V code = positive_part(smaller(round_even(u), broadcast(top)));
     V d = code - middle, r = u - code;
@@ -27,23 +30,30 @@ struct Sums {
       d = exists ? d : V{};
       r = exists ? r : V{};
     }
-    sum_d[j] = add_product(sum_d[j], d, one);
-    sum_dd[j] = add_product(sum_dd[j], d, d);
-    sum_r[j] = add_product(sum_r[j], r, one);
-    sum_rd[j] = add_product(sum_rd[j], r * d, one);
+    const V wd = Weighted ? weight * d : d, wr = Weighted ? weight * r : r;
+    if constexpr (Weighted) sum_n[j] = add_product(sum_n[j], weight, one);
+    sum_d[j] = add_product(sum_d[j], wd, one);
+    sum_dd[j] = Weighted ? add_product(sum_dd[j], wd * d, one) : add_product(sum_dd[j], d, d);
+    sum_r[j] = add_product(sum_r[j], wr, one);
+    sum_rd[j] = add_product(sum_rd[j], wr * d, one);
   };
   std::size_t i = 0;
   for (; i + kPartials <= n; i += kPartials) {
-    for (std::size_t j = 0; j < vectors; ++j) take(j, load<V>(x + i + j * lanes), lanes);
+    for (std::size_t j = 0; j < vectors; ++j) {
+      const std::size_t at = i + j * lanes;
+      take(j, load<V>(x + at), Weighted ? load<V>(importance + at) : V{}, lanes);
+    }
   }
   for (std::size_t j = 0; i < n; ++j, i += lanes) {
     const std::size_t left = n - i < lanes ? n - i : lanes;
-    take(j, load_part<V>(x + i, left * sizeof(float)), left);
+    const std::size_t bytes = left * sizeof(float);
+    take(j, load_part<V>(x + i, bytes), Weighted ? load_part<V>(importance + i, bytes) : V{}, left);
   }
   const auto total = [&](const V(&v)[vectors]) {
     if constexpr (vectors == 4) return (v[0] + v[2]) + (v[1] + v[3]);
     return vectors == 2 ? v[0] + v[vectors - 1] : v[0];
   };
+  if constexpr (Weighted) sums->n[g] = total(sum_n);
   sums->d[g] = total(sum_d);
   sums->dd[g] = total(sum_dd);
   sums->r[g] = total(sum_r);
@@ -54,7 +64,7 @@ struct Sums {
 // for the latency of another, and without branches, so that the compiler can vectorize the loops over groups.
 struct Fits {
   PerGroup scale, minimum, least;                     // least: the smallest scale that is accepted
-  double count[kGroupsAtOnce], share[kGroupsAtOnce];  // of values, and its inverse
+  double count[kGroupsAtOnce], share[kGroupsAtOnce];  // of values or sum of their importance, and its inverse
   std::int32_t moving[kGroupsAtOnce];                 // 0 after the last step of a pair
 
   // A pair of scale 0 is left alone: a scale of 1 stands in for it.
@@ -71,10 +81,19 @@ struct Fits {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
   }
 
+  // Counts the importance of the values instead of their number.
+  void count_importance(const PerGroup& total) {
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+      count[g] = static_cast<double>(total[g]);
+      share[g] = 1 / count[g];
+    }
+  }
+
   // Moves each pair to the line r ~ a + b * d through its sums. The line gives only the small change of the pair, so
-  // nothing cancels. A pair whose codes are all equal stays. A step that does not change a pair is its last: the next
-  // one would not change it either.
-  void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, double middle) {
+  // nothing cancels. A pair whose codes are all equal stays, and so does one where a single code has nearly all
+  // importance: every line fits it then, and a spread below `noise` is nothing but rounding errors. A step that does
+  // not change a pair is its last: the next one would not change it either.
+  void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, double middle, double noise) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
       const double sum_d = static_cast<double>(d[g]), sum_dd = static_cast<double>(dd[g]);
       const double sum_r = static_cast<double>(r[g]), sum_rd = static_cast<double>(rd[g]);
@@ -82,7 +101,8 @@ struct Fits {
       const double b = (count[g] * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) * share[g];
       const float better = static_cast<float>(s * (1 + b));
       const float moved = static_cast<float>(static_cast<double>(minimum[g]) + s * (a - b * middle));
-      const bool good = (moving[g] != 0) & (spread > 0) & (better >= least[g]) & (better <= 0x1p100f);
+      const bool good =
+          (moving[g] != 0) & (spread > count[g] * sum_dd * noise) & (better >= least[g]) & (better <= 0x1p100f);
       moving[g] = good & ((better != scale[g]) | (moved != minimum[g]));
       scale[g] = good ? better : scale[g];
       minimum[g] = good ? moved : minimum[g];
@@ -92,25 +112,31 @@ struct Fits {
 
 // Fits the pairs of the groups of n values. Each of at most eight steps computes the codes of the present pairs, then
 // the pairs that fit these codes best.
-inline void fit_groups(const float* x, std::size_t n, std::size_t group, float top, PerGroup& scales,
-                       PerGroup& minimum) {
-  const double middle = static_cast<double>(top * 0.5f);
+inline void fit_groups(const float* x, const float* importance, std::size_t n, std::size_t group, float top,
+                       PerGroup& scales, PerGroup& minimum) {
+  const double middle = static_cast<double>(top * 0.5f), noise = importance ? 0x1p-20 : 0.0;
   const std::size_t groups = (n + group - 1) / group;
   Fits fits(scales, minimum, n, group);
   Sums sums;
-  PerGroup d = {}, dd = {}, r = {}, rd = {}, inverse;
+  PerGroup total = {}, d = {}, dd = {}, r = {}, rd = {}, inverse;
   std::uint32_t left = ~0u >> (kGroupsAtOnce - groups);  // moving[], as a bit for each group
   for (int step = 0; step < 8 && left != 0; ++step) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) inverse[g] = 1.0f / fits.scale[g];
     for (std::uint32_t rest = left; rest != 0; rest &= rest - 1) {
       const std::size_t g = static_cast<std::size_t>(__builtin_ctz(rest)), at = g * group;
-      fit_sums(x + at, n - at < group ? n - at : group, top, fits.minimum[g], inverse[g], &sums, g);
+      const std::size_t size = n - at < group ? n - at : group;
+      importance ? fit_sums<true>(x + at, importance + at, size, top, fits.minimum[g], inverse[g], &sums, g)
+                 : fit_sums<false>(x + at, nullptr, size, top, fits.minimum[g], inverse[g], &sums, g);
+    }
+    if (importance && step == 0) {
+      fold_groups(sums.n, groups, &total, plus);
+      fits.count_importance(total);
     }
     fold_groups(sums.d, groups, &d, plus);
     fold_groups(sums.dd, groups, &dd, plus);
     fold_groups(sums.r, groups, &r, plus);
     fold_groups(sums.rd, groups, &rd, plus);
-    fits.move(d, dd, r, rd, middle);
+    fits.move(d, dd, r, rd, middle, noise);
     left = 0;
     for (std::size_t g = 0; g < groups; ++g) left |= static_cast<std::uint32_t>(fits.moving[g]) << g;
   }
@@ -123,11 +149,11 @@ inline bool can_fit(Range r, float scale) {
   return r.max - r.min <= 0x1.fffffep127f && scale >= 0x1p-100f && scale <= 0x1p100f;
 }
 
-Pair fit_any(const float* x, std::size_t n, int bits, Range r) {
+Pair fit_any(const float* x, const float* importance, std::size_t n, int bits, Range r) {
   const float top = static_cast<float>((1 << bits) - 1);
   const Grid exact = grid_f32(r, top, 0x1.fffffep127f);
   if (!can_fit(r, exact.scale)) return {};
   PerGroup scale = {exact.scale}, minimum = {exact.minimum};
-  fit_groups(x, n, n, top, scale, minimum);
+  fit_groups(x, importance, n, n, top, scale, minimum);
   return {scale[0], minimum[0]};
 }

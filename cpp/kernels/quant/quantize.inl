@@ -118,10 +118,12 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
   }
 }
 
-// The grids of the groups of `size` values, from their ranges, fitted if `refit`. A vector of the ranges holds `folded`
-// groups. Not inlined: it is long, and the same for every width of codes.
-[[gnu::noinline]] void prepare_groups(const float* x, std::size_t size, const QuantizedOut& q, bool refit, float top,
-                                      const Ranges& ranges, std::size_t folded, Grids* grids, bool* misfit) {
+// The grids of the groups of `size` values, from their ranges, fitted if `least_squares`; `importance` is
+// that of the first value, or null. A vector of the ranges holds `folded` groups. Not inlined: it is long, and the same
+// for every width of codes.
+[[gnu::noinline]] void prepare_groups(const float* x, const float* importance, std::size_t size, const QuantizedOut& q,
+                                      bool least_squares, float top, const Ranges& ranges, std::size_t folded,
+                                      Grids* grids, bool* misfit) {
   const std::size_t n = (size + q.group - 1) / q.group;
   PerGroup low, high;
   const auto fold_all = [&](auto held) {
@@ -133,14 +135,14 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
     low[i] = 0.0f;
     high[i] = 1.0f;
   }
-  make_grids(low, high, nullptr, nullptr, q.half && !refit, top, q.limit, grids, misfit);
-  if (refit) {
+  make_grids(low, high, nullptr, nullptr, q.half && !least_squares, top, q.limit, grids, misfit);
+  if (least_squares) {
     PerGroup scale, minimum;
     for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
       scale[i] = can_fit({low[i], high[i]}, grids->scale[i]) ? grids->scale[i] : 0.0f;
       minimum[i] = grids->minimum[i];
     }
-    fit_groups(x, size, q.group, top, scale, minimum);
+    fit_groups(x, importance, size, q.group, top, scale, minimum);
     make_grids(low, high, &scale, &minimum, q.half, top, q.limit, grids, misfit);
   }
 }
@@ -257,21 +259,24 @@ struct Lot {
   const float* x;
   std::size_t size;  // how many values
   std::uint8_t* codes;
-  std::size_t param;  // index of their first scale and minimum
+  std::size_t param;        // index of their first scale and minimum
+  const float* importance;  // of their values, or null
 };
 
 // Hands out the lots of rows [begin, end), and empty ones behind the last.
 class Lots {
  public:
-  Lots(const float* x, const QuantizedOut& q, std::size_t begin, std::size_t end)
-      : x_(x), q_(q), row_(begin), end_(end) {}
+  Lots(const float* x, const QuantizedOut& q, const Fit& fit, std::size_t begin, std::size_t end)
+      : x_(x), q_(q), fit_(fit), row_(begin), end_(end) {}
 
   Lot next() {
     if (row_ == end_) return {};
     const std::size_t bits = static_cast<std::size_t>(q_.bits);
     const std::size_t at = group_ * q_.group, left = q_.cols - at, most = kGroupsAtOnce * q_.group;
+    const float* importance = fit_.of_row(row_);
     const Lot lot = {x_ + row_ * q_.cols + at, left < most ? left : most,
-                     q_.codes + row_ * q_.row_bytes + at * bits / 8, row_ * q_.param_stride + group_};
+                     q_.codes + row_ * q_.row_bytes + at * bits / 8, row_ * q_.param_stride + group_,
+                     importance ? importance + at : nullptr};
     group_ = left > most ? group_ + kGroupsAtOnce : 0;
     row_ += group_ == 0;
     return lot;
@@ -280,6 +285,7 @@ class Lots {
  private:
   const float* x_;
   const QuantizedOut& q_;
+  const Fit& fit_;
   std::size_t row_, end_, group_ = 0;
 };
 
@@ -291,8 +297,8 @@ inline Grid shared_grid(const Shared& shared, const QuantizedOut& q, float top, 
 // Quantizes rows [begin, end) with three lots in flight, as drawn above. The two Grids take turns: one is read by the
 // lot that is encoded, the other is filled for the lot behind it. At the ends of the range, and where lots differ in
 // size, a part of a lot is encoded beside values whose ranges are ignored, or measured by itself.
-unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
-                          std::size_t end) {
+unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* shared, const Fit& fit,
+                          std::size_t begin, std::size_t end) {
   const float top = static_cast<float>((1 << q.bits) - 1);
   bool misfit = false;
   Grids grids[2] = {};
@@ -315,7 +321,7 @@ unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* s
     };
     vectors == 1 ? run(Int<1>{}) : vectors == 2 ? run(Int<2>{}) : run(Int<0>{});
   };
-  Lots lots(x, q, begin, end);
+  Lots lots(x, q, fit, begin, end);
   Lot encoded, gridded = {}, measured = {};
   std::size_t turn = 0;
   do {
@@ -325,7 +331,8 @@ unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* s
     Grids& next_grids = grids[turn];
     turn = 1 - turn;
     if (gridded.size != 0 && !shared) {
-      prepare_groups(gridded.x, gridded.size, q, refit, top, ranges, folded, &next_grids, &misfit);
+      prepare_groups(gridded.x, gridded.importance, gridded.size, q, fit.least_squares, top, ranges, folded,
+                     &next_grids, &misfit);
       store_params(q, gridded.param, next_grids, gridded.size / q.group);
     }
     const std::size_t both = encoded.size < measured.size ? encoded.size : measured.size;
@@ -341,16 +348,16 @@ unsigned quantize_vectors(const float* x, const QuantizedOut& q, const Shared* s
 }
 
 // Quantizes rows [begin, end) with groups of any size: measures kGroupsAtOnce of them, then encodes them from cache.
-unsigned quantize_any(const float* x, const QuantizedOut& q, const Shared* shared, bool refit, std::size_t begin,
+unsigned quantize_any(const float* x, const QuantizedOut& q, const Shared* shared, const Fit& fit, std::size_t begin,
                       std::size_t end) {
-  if (fills_vectors(q)) return quantize_vectors(x, q, shared, refit, begin, end);
+  if (fills_vectors(q)) return quantize_vectors(x, q, shared, fit, begin, end);
   const float top = static_cast<float>((1 << q.bits) - 1);
   const std::size_t ahead = q.groups > kGroupsAtOnce ? kGroupsAtOnce * q.group : q.cols;
   bool misfit = false;
   Grids grids = {};
   Ranges ranges = {};
   for (std::size_t row = begin; row < end; ++row) {
-    const float* values = x + row * q.cols;
+    const float *values = x + row * q.cols, *importance = fit.of_row(row);
     Packer packer(q.bits, q.codes + row * q.row_bytes, ahead);
     if (shared) {
       grids.plain = true;
@@ -362,10 +369,11 @@ unsigned quantize_any(const float* x, const QuantizedOut& q, const Shared* share
       const std::size_t n = q.groups - g < kGroupsAtOnce ? q.groups - g : kGroupsAtOnce;
       const std::size_t left = q.cols - g * q.group, size = left < n * q.group ? left : n * q.group;
       measure_groups(values, size, q.group, 0, &ranges);
-      prepare_groups(values, size, q, refit, top, ranges, 1, &grids, &misfit);
+      prepare_groups(values, importance, size, q, fit.least_squares, top, ranges, 1, &grids, &misfit);
       store_params(q, row * q.param_stride + g, grids, n);
       packer.add(values, size, q.group, grids);
       values += size;
+      if (importance) importance += size;
     }
     packer.flush();
   }

@@ -23,6 +23,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 class Fit(str, Enum):
     """Ways to find scale and minimum."""
 
+    auto = "auto"
     minmax = "minmax"
     lsq = "lsq"
 

@@ -19,6 +19,7 @@ from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arra
 from fastopt.files.shards import is_placed_in, opened_shards
 from fastopt.files.sources import is_safetensors, model_files, open_weights
 from fastopt.files.weights import Weights, stored_of, tied_in
+from fastopt.models.calibration import CALIBRATION
 from fastopt.models.choose import Check, make_to_fit
 from fastopt.models.recipe import (
     Recipe,
@@ -309,6 +310,8 @@ def load(path: PathLike) -> PackedModel:
 def _model_of(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> PackedModel:
     if CHECKPOINT in metadata:
         raise ValueError(f"{path}: is a checkpoint, not a model; read it with fastopt.load_checkpoint")
+    if CALIBRATION in metadata:
+        raise ValueError(f"{path}: is a calibration, not a model; read it with fastopt.Calibration.load")
     tensors, recipe, others = assemble(path, arrays, metadata)
     try:
         return PackedModel(tensors, None if recipe is None else Recipe.from_dict(recipe), others)

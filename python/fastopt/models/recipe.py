@@ -14,18 +14,18 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._checks import require_bits, require_group_size, require_param_dtype
 from fastopt._text import shown
-from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, GroupSize, PathLike
+from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Fit, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
-from fastopt.tensors.quantization import quantize
+from fastopt.tensors.quantization import quantize, require_fit
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
@@ -50,7 +50,7 @@ class Options:
     bits: int | None = None
     group_size: GroupSize = "auto"
     param_dtype: DTypeLike = "float16"
-    fit: Literal["minmax", "lsq"] = "minmax"
+    fit: Fit = "auto"
     outliers: float | None = None
     threshold: float | None = None
     sparsity: float | None = None
@@ -65,8 +65,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
                 raise TypeError(f"{name}: expected a number, got {shown(value)}")
-        if self.fit not in ("minmax", "lsq"):
-            raise ValueError(f"fit: expected 'minmax' or 'lsq', got {shown(self.fit)}")
+        require_fit(self.fit)
         if self.outliers is not None and not 0 <= self.outliers <= 1:
             raise ValueError(f"outliers: expected a share between 0 and 1, got {shown(self.outliers)}")
         if self.prunes:
@@ -324,7 +323,7 @@ class RecipeOptions(TypedDict, total=False):
     bits: int | None
     group_size: GroupSize
     param_dtype: DTypeLike
-    fit: Literal["minmax", "lsq"]
+    fit: Fit
     outliers: float | None
     threshold: float | None
     sparsity: float | None

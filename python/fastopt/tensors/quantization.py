@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastopt import _core
 from fastopt._checks import (
     as_any_array,
+    as_float32,
+    as_float_array,
     as_index,
     as_matrix,
     largest_of,
@@ -20,7 +22,8 @@ from fastopt._checks import (
     require_real,
 )
 from fastopt._text import shown
-from fastopt._types import Array, GroupSize
+from fastopt._types import FITS, Array, Fit, GroupSize
+from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
 
@@ -45,7 +48,9 @@ def quantize(
     *,
     group_size: GroupSize = "auto",
     param_dtype: DTypeLike = "float16",
-    fit: Literal["minmax", "lsq"] = "minmax",
+    fit: Fit = "auto",
+    importance: ArrayLike | Literal["magnitude"] | None = None,
+    calibration: InputSums | None = None,
     outliers: float | None = None,
     max_error: float | None = None,
     out: QuantizedTensor | None = None,
@@ -72,10 +77,16 @@ def quantize(
     param_dtype : "float16" or "float32"
         The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
-    fit : "minmax" or "lsq"
+    fit : "auto", "minmax" or "lsq"
         "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
         format. The fewer the bits, the more it gains. Values at the ends of their group may then be off by more than
-        half a step: see `outliers`.
+        half a step: see `outliers`. "auto" is "lsq" with `importance` or `calibration`, and otherwise "minmax".
+    importance : array_like of a float type, or "magnitude", optional
+        How much the squared error of each weight counts, for "lsq" and `outliers`: 0 or more, as one number for each
+        column of the matrix or of the shape of `w`. The mean of the squares of a layer's inputs makes the error of
+        its outputs small. "magnitude" needs no data: ``|w|`` plus the root mean square of `w`.
+    calibration : InputSums, optional
+        Sums over the inputs of this weight, as `Calibration` collects them. They give the importance.
     outliers : float, optional
         Fraction of the weights whose error is stored and added again (8 bytes each). Scale and minimum are fitted
         without as many of the largest magnitudes, and the weights with the largest errors are chosen, so that a
@@ -135,8 +146,7 @@ def quantize(
     bits = require_bits(bits)
     group = require_group_size(group_size, bits)
     params = require_param_dtype(param_dtype)
-    if fit not in ("minmax", "lsq"):
-        raise ValueError(f"fit: expected 'minmax' or 'lsq', got {shown(fit)}")
+    require_fit(fit)
     require_real(outliers, "outliers")
     require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
@@ -154,6 +164,7 @@ def quantize(
     rows, cols = as_matrix(array.shape)
     codes = np.empty((rows, -(-cols * bits // 8)), np.uint8) if out is None else out.codes
     fitted = _without_largest(array, outliers) if outliers else array
+    fit, weight = _importance(array, fit, importance, calibration)
 
     def fill(dtype: np.dtype[Any]) -> tuple[int, Array, Array]:
         shape = _param_shape(group, rows, cols)
@@ -163,7 +174,10 @@ def quantize(
             part = slice(begin, end)
             x = _float_rows(fitted, begin, end)
             s, m = (scale, minimum) if group is None else (scale[part], minimum[part])
-            flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit)
+            v = weight if weight is None or len(weight) == 1 else weight[part]
+            if v is not None and group is None:
+                v = np.ascontiguousarray(np.broadcast_to(v, x.shape))
+            flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit, v)
         return flags, scale, minimum
 
     flags, scale, minimum = fill(params)
@@ -180,8 +194,56 @@ def quantize(
     q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype)
     if outliers is None and max_error is None:
         return q
-    found = _find_outliers(q, array, outliers, max_error)
+    found = _find_outliers(q, array, outliers, max_error, weight)
     return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, found)
+
+
+def require_fit(fit: str) -> None:
+    """Raise unless `fit` is one of those that `quantize` knows."""
+    if fit not in FITS:
+        raise ValueError(f"fit: expected {', '.join(map(repr, FITS[:-1]))} or {FITS[-1]!r}, got {shown(fit)}")
+
+
+def _importance(
+    w: Array, fit: Fit, importance: ArrayLike | Literal["magnitude"] | None, calibration: InputSums | None
+) -> tuple[Fit, Array | None]:
+    """Return the fit that "auto" stands for, and the importance: a float32 matrix of one row or of all."""
+    if importance is not None and calibration is not None:
+        raise ValueError("importance, calibration: expected one of them, got both")
+    rows, cols = as_matrix(w.shape)
+    if calibration is not None:
+        require_calibration(calibration, cols)
+        weight = calibration.importance()[None]
+    elif importance is None:
+        return "minmax" if fit == "auto" else fit, None
+    elif isinstance(importance, str):
+        if importance != "magnitude":
+            raise ValueError(f"importance: expected an array or 'magnitude', got {shown(importance)}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            weight = np.abs(w.astype(np.float32).reshape(rows, cols))
+            weight /= np.float32(weight.max(initial=0)) or np.float32(1)
+            weight += np.float32(math.sqrt(_core.sum_squares(["w"], [weight]) / max(w.size, 1)))
+        if not np.isfinite(weight).all():  # which is an error of w, found later
+            weight = np.ones((1, cols), np.float32)
+    else:
+        given = as_float32(as_float_array(importance, "importance"), "importance")
+        if given.shape not in ((cols,), w.shape):
+            raise ValueError(f"importance: expected shape {(cols,)} or {w.shape}, got {given.shape}")
+        if not (np.isfinite(given) & (given >= 0)).all():
+            raise ValueError("importance: expected finite numbers, 0 or more")
+        weight = given.reshape(-1, cols) if cols else given.reshape(1, 0)
+    if fit == "minmax" and importance is not None:
+        raise ValueError("importance: expected None with fit='minmax', which does not weigh errors")
+    weight = np.ldexp(weight, -np.frexp(weight.max(initial=0))[1])
+    return "lsq" if fit == "auto" else fit, np.ascontiguousarray(weight)
+
+
+def require_calibration(calibration: InputSums, cols: int) -> None:
+    """Raise unless these are sums over the inputs of a weight of so many columns."""
+    if not isinstance(calibration, InputSums):
+        raise TypeError(f"calibration: expected InputSums, got {type(calibration).__name__}")
+    if calibration.columns != cols:
+        raise ValueError(f"calibration: expected sums of {cols} columns, got {calibration.columns}")
 
 
 def _check_out(out: QuantizedTensor, shape: tuple[int, ...], bits: int, group_size: int | None, outliers: bool) -> None:
@@ -222,11 +284,15 @@ def _without_largest(w: Array, share: float) -> Array:
     return np.clip(w, -limit, limit)
 
 
-def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error: float | None) -> Outliers | None:
+def _find_outliers(
+    q: QuantizedTensor, w: Array, share: float | None, max_error: float | None, importance: Array | None
+) -> Outliers | None:
     """Return the largest errors, as corrections; among equal ones, those of lower index."""
     with np.errstate(over="ignore"):
         missing = np.subtract(w, q.dequantize(dtype=np.float32), dtype=np.float32, casting="same_kind").reshape(-1)
     distance = np.abs(missing)
+    if importance is not None:
+        distance = (distance.reshape(-1, importance.shape[1]) * np.sqrt(importance)).reshape(-1)
     index = np.empty(0, np.int64)
     if share is not None and (count := round(share * missing.size)):
         limit = np.partition(distance, missing.size - count)[missing.size - count]
@@ -234,6 +300,7 @@ def _find_outliers(q: QuantizedTensor, w: Array, share: float | None, max_error:
         ties = np.flatnonzero(distance == limit)[: count - above.size]
         index = np.union1d(above, ties)
     if max_error is not None:
+        distance = np.abs(missing)
         if w.dtype.itemsize == 2:  # as a reader sees it: rounded to the dtype
             distance = np.abs(np.subtract(w, q.dequantize(), dtype=np.float32)).reshape(-1)
         index = np.union1d(index, np.flatnonzero(distance > max_error))

@@ -6,7 +6,7 @@ import math
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -20,7 +20,7 @@ from fastopt._checks import (
     require_bits,
     require_shape,
 )
-from fastopt._types import SPARSE_GROUP_SIZE, Array, GroupSize
+from fastopt._types import SPARSE_GROUP_SIZE, Array, Fit, GroupSize
 from fastopt.tensors.packed import PackedTensor, Precision, Storage, dense_array
 from fastopt.tensors.quantization import quantize
 from fastopt.tensors.quantized import QuantizedTensor
@@ -219,7 +219,8 @@ class SparseTensor(PackedTensor):
         *,
         group_size: GroupSize = "auto",
         param_dtype: DTypeLike = "float16",
-        fit: Literal["minmax", "lsq"] = "minmax",
+        fit: Fit = "auto",
+        importance: ArrayLike | None = None,
     ) -> SparseTensor:
         """Return the same weight with its values in 8, 4 or 2 bits.
 
@@ -231,6 +232,8 @@ class SparseTensor(PackedTensor):
             128 for 8 bits, 32 for 4 and 16 for 2. -1 and None are all values.
         param_dtype, fit
             As in `fastopt.quantize`.
+        importance : array_like of a float type, optional
+            As in `fastopt.quantize`: one number for each column or for each weight, zeros included.
 
         Returns
         -------
@@ -258,8 +261,25 @@ class SparseTensor(PackedTensor):
         if self.layout == "index8" and not values.all():
             s = self.to_layout("index16")
             values = s._float_values()
-        quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit)
+        weight = None if importance is None else s._at_values(importance)
+        quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit, importance=weight)
         return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
+
+    def _at_values(self, numbers: ArrayLike) -> Array:
+        """Return the numbers of a row or of the whole weight that stand where values are stored, in their order."""
+        rows, cols = as_matrix(self.shape)
+        given = as_float_array(numbers, "importance")
+        if given.shape not in ((cols,), self.shape):
+            raise ValueError(f"importance: expected shape {(cols,)} or {self.shape}, got {given.shape}")
+        ones = np.ones(self.values.shape, np.float32)
+        stored = SparseTensor(self.layout, self.positions, self.row_offsets, ones, self.shape).to_dense() != 0
+        stored = stored.reshape(rows, cols)
+        matrix = np.broadcast_to(given.reshape(-1, cols), (rows, cols))
+        if self.layout == "1x16":  # whole blocks, also at the end of a row
+            ends = ((0, 0), (0, -cols % BLOCK))
+            matrix, stored = np.pad(matrix, ends), np.pad(stored, ends)
+            stored = np.repeat(stored.reshape(rows, -1, BLOCK).any(axis=2), BLOCK, axis=1)
+        return np.asarray(matrix[stored])
 
     def to_layout(self, layout: str) -> SparseTensor:
         """Return the same weight in another layout.
