@@ -8,8 +8,8 @@ import fastopt
 ROOT = Path(fastopt.__file__).parent
 # From the ground up.
 LAYERS = [
-    ["_core", "_types", "_threads"],
-    ["_checks", "_text"],
+    ["_core", "_types", "_threads", "_text"],
+    ["_checks"],
     ["config", "progress", "schedules"],
     ["tensors"],
     ["files"],

@@ -20,8 +20,8 @@ _INDEX = ".index.json"
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # that of "Llama-3.2" is none
 # Files of weights, which are not copied: the packed file is in their place.
 _WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".keras", ".msgpack", ".ot", ".onnx",
-    ".onnx_data", ".gguf", ".tflite", ".part",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data",
+    ".gguf", ".tflite", ".part", ".ot",  # codespell:ignore ot
 }  # fmt: skip
 
 
