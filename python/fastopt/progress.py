@@ -1,6 +1,6 @@
 """Progress of long work, counted in bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fastopt._types import Notify
 
@@ -33,3 +33,9 @@ class Progress:
         self._name = name
         if self._notify is not None:
             self._notify(self._done, self._total, name)
+
+    def add(self, names: Iterable[str], nbytes: int) -> None:
+        """Tell that so many bytes of some tensors are done, in whatever order."""
+        self._done += nbytes
+        if self._notify is not None:
+            self._notify(self._done, self._total, next(iter(names), ""))

@@ -858,3 +858,21 @@ def test_an_error_of_any_kind_is_one_line(model, monkeypatch):
         assert result.stderr.startswith(f"fastopt: {type(error).__name__}")
         result = CliRunner().invoke(app, ["--debug", "inspect", str(model)])
         assert result.exception is error
+
+
+def test_workers(model, tmp_path):
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    pool = ("--workers", 2)
+    alone = answer("pack", model, "-o", one, "--target-bits", 14)
+    together = answer("pack", model, "-o", two, "--target-bits", 14, *pool)
+    assert {**alone, "target": None} == {**together, "target": None}
+    assert one.read_bytes() == two.read_bytes()
+    assert answer("inspect", one) == answer("inspect", one, *pool)
+    assert answer("diff", model, one) == answer("diff", model, one, *pool)
+    run("unpack", one, "-o", tmp_path / "three.safetensors")
+    run("unpack", one, "-o", tmp_path / "four.safetensors", *pool)
+    assert (tmp_path / "three.safetensors").read_bytes() == (tmp_path / "four.safetensors").read_bytes()
+    assert "expected one of them" in run("inspect", model, *pool, "--dask", "tcp://nowhere:1", code=2).output
+    onnx = tmp_path / "m.onnx"
+    onnx.touch()
+    assert "not for an ONNX model" in run("pack", onnx, "-o", onnx, "--bits", 4, *pool, code=2).output

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,6 +36,7 @@ from fastopt.cli.options import (
     usage,
     with_options,
 )
+from fastopt.cli.workers import Dask, Workers, executor_of
 from fastopt.files.shards import read_index
 from fastopt.files.sources import is_torch, open_weights
 from fastopt.files.weights import Weights
@@ -43,6 +45,7 @@ from fastopt.formats import export as export_to
 from fastopt.formats.onnx_check import OutputReport, check_onnx
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.examine import diff as difference_of
+from fastopt.models.examine import difference_by, facts_by
 from fastopt.models.examine import inspect as facts_of
 from fastopt.models.folders import file_to_write
 from fastopt.models.model import NOT_PACKED, PackedModel, load, open_model
@@ -57,7 +60,14 @@ from fastopt.tensors.packed import Weight
     epilog="Examples:\n\nfastopt inspect model.safetensors\n\n"
     "fastopt inspect small.safetensors --json | jq '.tensors[] | select(.outliers > 0) | .name'"
 )
-def inspect(model: Source, key: Key = None, skip: Skip = None, as_json: Json = False) -> None:
+def inspect(
+    model: Source,
+    key: Key = None,
+    skip: Skip = None,
+    workers: Workers = None,
+    dask: Dask = None,
+    as_json: Json = False,
+) -> None:
     """Show the tensors of a model: size, range, zeros, outliers, and how many bits are enough.
 
     Outliers are more than 6 standard deviations away from the mean. The suggestion is the lowest bit width whose root
@@ -67,9 +77,12 @@ def inspect(model: Source, key: Key = None, skip: Skip = None, as_json: Json = F
     JSON: file, recipe, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum,
     maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
     """
-    with byte_progress("inspect") as notify:
+    with executor_of(workers, dask) as executor, byte_progress("inspect") as notify:
         opened = open_model(model, key=key, skip=skip or ())
-        facts = facts_of(_Watched(opened, notify))
+        if executor is None:
+            facts = facts_of(_Watched(opened, notify))
+        else:
+            facts = facts_by(executor, open_weights(model, key=key, skip=skip or ()), notify)
     recipe = opened.recipe if isinstance(opened, PackedModel) else None
     if as_json:
         told = {"file": str(model), "recipe": recipe and recipe.to_dict(), "tensors": facts}
@@ -154,6 +167,8 @@ def pack(
         ),
     ] = None,
     dry_run: DryRun = False,
+    workers: Workers = None,
+    dask: Dask = None,
     html: Html = None,
     as_json: Json = False,
     **of_onnx: Any,
@@ -205,14 +220,15 @@ def pack(
             raise typer.BadParameter("--check-inputs: expected together with --check")
         if check and (dry_run or output.resolve() == model.resolve()):
             raise typer.BadParameter("--check: compares two files, without --dry-run and with another --output")
-        _refuse_parts(key, skip)
+        _refuse_parts(key, skip, workers, dask)
         checked = check_inputs if check_inputs is not None else check
         _pack_onnx(model, output, wanted, dry_run, html, as_json, checked, **targets, **onnx)
         return
     if onnx or check or check_inputs is not None:
         raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
     weights = open_weights(model, key=key, skip=skip or ())
-    _pack(model, weights, output, wanted, dry_run, html, as_json, **targets)
+    with executor_of(workers, dask) as executor:
+        _pack(model, weights, output, wanted, dry_run, html, as_json, executor, **targets)
 
 
 @app.command(
@@ -231,6 +247,8 @@ def prune(
     key: Key = None,
     skip: Skip = None,
     dry_run: DryRun = False,
+    workers: Workers = None,
+    dask: Dask = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -247,25 +265,35 @@ def prune(
     if not recipe.prunes:
         raise typer.BadParameter("expected --sparsity, --threshold or --pattern")
     if output.suffix == ".onnx":
-        _refuse_parts(key, skip)
+        _refuse_parts(key, skip, workers, dask)
         _pack_onnx(model, output, recipe, dry_run, html, as_json)
     else:
-        _pack(model, open_weights(model, key=key, skip=skip or ()), output, recipe, dry_run, html, as_json)
+        with executor_of(workers, dask) as executor:
+            weights = open_weights(model, key=key, skip=skip or ())
+            _pack(model, weights, output, recipe, dry_run, html, as_json, executor)
 
 
 @app.command(
     epilog="Examples:\n\nfastopt unpack small.safetensors -o back.safetensors\n\n"
     "fastopt unpack model.npz -o model.safetensors"
 )
-def unpack(model: Source, output: Target, key: Key = None, skip: Skip = None, as_json: Json = False) -> None:
+def unpack(
+    model: Source,
+    output: Target,
+    key: Key = None,
+    skip: Skip = None,
+    workers: Workers = None,
+    dask: Dask = None,
+    as_json: Json = False,
+) -> None:
     """Convert a packed model, or one in another format, to plain tensors that every safetensors reader can read.
 
     Tensors get their original shapes and dtypes. JSON: source, target, file_bytes.
     """
     _check_outputs(output)
     weights = open_weights(model, key=key, skip=skip or ())
-    with byte_progress("unpack") as notify:
-        unpack_file(weights, output, notify=notify)
+    with executor_of(workers, dask) as executor, byte_progress("unpack") as notify:
+        unpack_file(weights, output, notify=notify, executor=executor)
     output = file_to_write(weights, output)
     size = _file_bytes(output)
     if as_json:
@@ -341,6 +369,8 @@ def diff(
     ] = None,
     key: Key = None,
     skip: Skip = None,
+    workers: Workers = None,
+    dask: Dask = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -355,8 +385,14 @@ def diff(
     """
     _check_outputs(None, html)
     one, other = (open_model(path, key=key if is_torch(path) else None, skip=skip or ()) for path in (first, second))
-    with byte_progress("compare") as notify:
-        found = difference_of(_Watched(one, notify), other)
+    with executor_of(workers, dask) as executor, byte_progress("compare") as notify:
+        if executor is None:
+            found = difference_of(_Watched(one, notify), other)
+        else:
+            a, b = (
+                open_weights(path, key=key if is_torch(path) else None, skip=skip or ()) for path in (first, second)
+            )
+            found = difference_by(executor, a, b, notify)
     if html is not None:
         with byte_progress("page") as notify:
             page.write(html, page.of_difference(first, second, found, _Watched(one, notify), other))
@@ -388,13 +424,14 @@ def _pack(
     dry_run: bool,
     html: Path | None,
     as_json: bool,
+    executor: Executor | None,
     **targets: Any,
 ) -> None:
     """Pack from file to file, and print the report."""
     _check_outputs(target, html)
     _require_match(recipe, weights)
     with byte_progress("plan" if dry_run else "pack") as notify:
-        packed = pack_file(weights, target, recipe, dry_run=dry_run, notify=notify, **targets)
+        packed = pack_file(weights, target, recipe, dry_run=dry_run, notify=notify, executor=executor, **targets)
     if html is not None:
         model = None if dry_run else load(target)
         with byte_progress("page") as notify:
@@ -403,9 +440,11 @@ def _pack(
     _tell(source, file_to_write(weights, target), packed.recipe or recipe, packed, dry_run, as_json)
 
 
-def _refuse_parts(key: str | None, skip: Sequence[str] | None) -> None:
+def _refuse_parts(key: str | None, skip: Sequence[str] | None, workers: int | None, dask: str | None) -> None:
     if key is not None or skip:
         raise typer.BadParameter("--key, --skip: not for an ONNX model; use --exclude")
+    if workers is not None or dask is not None:
+        raise typer.BadParameter("--workers, --dask: not for an ONNX model")
 
 
 def _pack_onnx(

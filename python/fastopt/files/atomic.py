@@ -15,6 +15,8 @@ from typing import IO, NamedTuple
 from fastopt._types import PathLike
 
 _LFS = b"version https://git-lfs"
+LOCK = "lock"  # the file that shows that a folder of temporary files is in use
+_FOLDER = ".parts"
 _LONGEST_NAME = 200  # bytes; a temporary name is longer, and file systems allow 255
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -123,6 +125,38 @@ def temporary_beside(target: Path) -> Iterator[Temporary]:
                 os.close(handle)
 
 
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Temporary]:
+    """Create a folder beside `target` for files of several processes, and remove it with all that is in it.
+
+    The file `LOCK` in it is locked as long as it is used; folders that a killed process left are removed here. The mode
+    is that of new files.
+    """
+    _existing(target)
+    _remove_abandoned(target)
+    while True:
+        folder = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{_FOLDER}")
+        handle, made = -1, False
+        try:
+            folder.mkdir()
+            made = True
+            try:
+                handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            except FileNotFoundError:
+                continue
+            if os.fstat(handle).st_nlink == 0:  # another process took it for abandoned before the lock was held
+                continue
+            yield Temporary(folder, stat.S_IMODE(os.fstat(handle).st_mode))
+            return
+        finally:
+            if made:
+                _remove_folder(folder)
+            if handle >= 0:
+                os.close(handle)
+
+
 def move(temporary: Temporary, target: Path, *, durably: bool = True) -> None:
     """Move a finished file to its place: first its content, then its name reach the disk.
 
@@ -185,7 +219,8 @@ def naming(target: Path) -> Iterator[None]:
             raise OSError(f"{target}: cannot be written: {error}") from error
         if error.filename is not None:
             named, folder = real_path(os.fsdecode(error.filename)), real_path(target).parent
-            temporary = named.parent == folder and named.name.startswith((".", "tmp"))
+            place = named.parent if named.parent.name.endswith(_FOLDER) else named
+            temporary = place.parent == folder and place.name.startswith((".", "tmp"))
             if named != folder and not temporary:  # an error about another file
                 raise
         raise OSError(error.errno, error.strerror, str(target)) from error
@@ -208,10 +243,14 @@ def _prefix(target: Path) -> str:
 
 
 def _remove_abandoned(target: Path) -> None:
-    ours = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}\.part")
+    ours = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}\.parts?")
     with contextlib.suppress(OSError):  # a folder that cannot be listed, files of others: they stay
         for path in target.parent.iterdir():
-            if ours.fullmatch(path.name):
+            if not ours.fullmatch(path.name):
+                continue
+            if path.name.endswith(_FOLDER):
+                _remove_unlocked_folder(path)
+            else:
                 _remove_unlocked(path)
 
 
@@ -224,6 +263,32 @@ def _remove_unlocked(path: Path) -> None:
                 path.unlink()
         finally:
             os.close(handle)
+
+
+def _remove_unlocked_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return
+        try:
+            handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            folder.rmdir()
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_folder(folder)
+        finally:
+            os.close(handle)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder and its files; a process that still writes to it finds no place for new ones."""
+    with contextlib.suppress(OSError):
+        renamed = folder.with_name(f"{folder.name[: -16 - len(_FOLDER)]}{secrets.token_hex(8)}{_FOLDER}")
+        folder.rename(renamed)
+        for path in sorted(renamed.iterdir(), key=lambda path: path.name == LOCK):
+            path.unlink(missing_ok=True)
+        renamed.rmdir()
 
 
 def _keep_owner(handle: int, existing: os.stat_result) -> int:

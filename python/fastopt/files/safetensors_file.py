@@ -13,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -256,12 +256,15 @@ def _nothing() -> None:
 
 
 class Part(NamedTuple):
-    """An array to be written: `make` is called when it is written, and `release` afterwards."""
+    """An array to be written: `make` is called when it is written, and `release` afterwards.
+
+    `make` returns the array, or gives its rows some at a time.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    make: Callable[[], Array]
+    make: Callable[[], Array | Iterator[Array]]
     release: Callable[[], None] = _nothing
 
 
@@ -322,17 +325,24 @@ def write_to(
     with naming(path), path.open("wb") as file:
         file.write(header)
         for part, fill in laid:
-            array = part.make()
-            if array.dtype.newbyteorder("<") != part.dtype or array.shape != part.shape:
-                raise ValueError(
-                    f"tensors: {part.name!r}: expected {part.dtype} of shape {part.shape}, "
-                    f"got {array.dtype} of shape {array.shape}"
-                )
-            write_array(file, array)
+            _write_part(file, part)
             part.release()
             file.write(bytes(fill))
     if check is not None:
         check(MappedFile(path))
+
+
+def _write_part(file: IO[bytes], part: Part) -> None:
+    made = part.make()
+    shapes: list[tuple[int, ...]] = []
+    for array in [made] if isinstance(made, np.ndarray) else made:
+        if array.dtype.newbyteorder("<") != part.dtype:
+            raise ValueError(f"tensors: {part.name!r}: expected {part.dtype}, got {array.dtype}")
+        write_array(file, array)
+        shapes.append(array.shape)
+    shape = shapes[0] if len(shapes) == 1 else (sum(rows for rows, *_ in shapes), *part.shape[1:])
+    if shape != part.shape:
+        raise ValueError(f"tensors: {part.name!r}: expected shape {part.shape}, got {shape}")
 
 
 def file_nbytes(parts: Iterable[Part], metadata: Mapping[str, str]) -> int:

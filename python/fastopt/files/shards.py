@@ -5,9 +5,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastopt._types import PathLike
 from fastopt.files.atomic import (
@@ -46,8 +46,10 @@ def read_index(path: PathLike) -> dict[str, list[str]]:
     return shards
 
 
-def opened_shards(path: PathLike, open_one: Callable[[Path], T]) -> dict[str, tuple[T, list[str]]]:
-    """Open the files that an index names; return each with the tensors that the index places in it.
+def opened_shards(
+    path: PathLike, open_one: Callable[[Path], T], only: Container[str] | None = None
+) -> dict[str, tuple[T, list[str]]]:
+    """Open the files that an index names, or `only` some; return each with the tensors that the index places in it.
 
     A writer may replace the index meanwhile and remove the files of the old one: then the new ones are opened.
     """
@@ -55,7 +57,8 @@ def opened_shards(path: PathLike, open_one: Callable[[Path], T]) -> dict[str, tu
     while True:
         shards = read_index(path)
         try:
-            return {file: (open_one(path.parent / file), names) for file, names in shards.items()}
+            wanted = {file: names for file, names in shards.items() if only is None or file in only}
+            return {file: (open_one(path.parent / file), names) for file, names in wanted.items()}
         except FileNotFoundError:
             if read_index(path) == shards:
                 raise
@@ -88,25 +91,44 @@ def write_shards(index: Path, count: int, write_one: Callable[[Path, int], list[
         If a file cannot be written. The old model is then left as it was.
     """
     index = real_path(index)
-    stem = _stem(index)
     with contextlib.ExitStack() as stack:
         stack.enter_context(naming(index))
-        made: dict[str, Temporary] = {}
-        placed: dict[str, str] = {}
-        total = 0
+        shards: list[Shard] = []
         for i in range(count):
             temporary = stack.enter_context(temporary_beside(index))
             parts = write_one(temporary.path, i)
-            file = f"{stem}-{i + 1:05}-of-{count:05}-{_digest(temporary.path)}.safetensors"
-            made[file] = temporary
-            for part in parts:
-                if part.name in placed:
-                    raise ValueError(f"{index}: two shards would store {part.name!r}")
-                placed[part.name] = file
-            total += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
-        # No other writer may remove these files, as those of its old index, before the index names them.
-        stack.enter_context(locked(index.parent))
+            shards.append(Shard(temporary, digest_of(temporary.path), nbytes_of(parts)))
+        place_shards(index, shards)
+
+
+class Shard(NamedTuple):
+    """A finished file that is not in its place yet, a digest of its content, and the bytes of each array in it."""
+
+    temporary: Temporary
+    digest: str
+    nbytes: dict[str, int]
+
+
+def nbytes_of(parts: Iterable[Part]) -> dict[str, int]:
+    """Return the bytes of each part."""
+    return {part.name: math.prod(part.shape) * part.dtype.itemsize for part in parts}
+
+
+def place_shards(index: Path, shards: Sequence[Shard]) -> None:
+    """Move finished files to their places beside an index, and replace the index, as `write_shards` does."""
+    made: dict[str, Temporary] = {}
+    placed: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"{_stem(index)}-{i + 1:05}-of-{len(shards):05}-{shard.digest}.safetensors"
+        made[file] = shard.temporary
+        for name in shard.nbytes:
+            if name in placed:
+                raise ValueError(f"{index}: two shards would store {name!r}")
+            placed[name] = file
+    total = sum(sum(shard.nbytes.values()) for shard in shards)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=1) + "\n"
+    # No other writer may remove these files, as those of its old index, before the index names them.
+    with locked(index.parent):
         _place(index, made, text)
 
 
@@ -146,7 +168,8 @@ def _named(index: Path) -> set[str]:
         return set()
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return the digest of a file's content that its name has."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import os
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastopt._types import Array, PathLike
@@ -14,7 +16,7 @@ from fastopt.files.numpy_files import npy_source, npz_sources
 from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import is_placed_in, opened_shards, read_index
 from fastopt.files.torch_files import torch_sources
-from fastopt.files.weights import Source, Weights
+from fastopt.files.weights import Origin, Source, Weights
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -70,27 +72,64 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
     >>> weights["w"].size
     6
     """
-    path = Path(path)
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    return _opened(Origin(os.path.abspath(path), key, patterns, {}), Path(path))  # noqa: PTH100 - no links followed
+
+
+def reopen(origin: Origin, shards: Collection[str] = ()) -> Weights:
+    """Open weights again, in any process; of an index only the files of these names, unless there are none.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `open_weights` does, and if a file is not the one that was opened before.
+    """
+    weights = _opened(Origin(origin.path, origin.key, origin.skip, {}), Path(origin.path), shards or None)
+    assert weights.origin is not None
+    require_stamps(weights.origin.stamps, origin.stamps)
+    return weights
+
+
+def require_stamps(now: Mapping[str, tuple[int, int]], before: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError if a file is not the one that was opened before."""
+    for file, stamp in now.items():
+        if before.get(file) != stamp:
+            raise ValueError(f"{file}: has changed since it was opened")
+
+
+def stamp_of(path: PathLike) -> tuple[int, int]:
+    """Return the bytes of a file and the time of its last change."""
+    info = Path(path).stat()
+    return info.st_size, info.st_mtime_ns
+
+
+def _opened(origin: Origin, path: Path, only: Collection[str] | None = None) -> Weights:
+    """Open weights; adds the stamps of the files to their origin."""
 
     def skipped(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in origin.skip)
 
     def is_part_of_skipped(part: str) -> bool:
         steps = part.split(".")  # the arrays of a packed tensor are named after it: "fc.weight.codes"
         return any(skipped(".".join(steps[: n + 1])) for n in range(len(steps)))
 
+    def stamped(file: Path) -> Path:
+        with contextlib.suppress(OSError):  # who opens it reports the error
+            origin.stamps[os.path.abspath(file)] = stamp_of(file)  # noqa: PTH100
+        return file
+
     found, folder = model_files(path), path if path.is_dir() else None
     if isinstance(found, list):
-        if key is not None:
+        if origin.key is not None:
             raise _no_key(path)
-        return Weights({file.stem: npy_source(file) for file in found if not skipped(file.stem)}, folder=folder)
+        files = {file.stem: npy_source(stamped(file)) for file in found if not skipped(file.stem)}
+        return Weights(files, None, None, folder, origin)
     if not found.name.endswith(_INDEX):
-        one, texts = _open_file(found, key, skipped)
-        return Weights(_joined(one, skipped), None, texts, folder)
+        one, texts = _open_file(stamped(found), origin.key, skipped)
+        return Weights(_joined(one, skipped), None, texts, folder, origin)
     sources: dict[str, Source] = {}
     shards: dict[str, list[str]] = {}
-    opened = opened_shards(found, lambda file: _open_file(file, key, skipped))
+    opened = opened_shards(stamped(found), lambda file: _open_file(stamped(file), origin.key, skipped), only)
     placed = {name: shard for shard, (_, names) in opened.items() for name in names}
     metadata: dict[str, str] = {}
     for shard, ((of_shard, texts), names) in opened.items():
@@ -108,7 +147,8 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
             sources[name] = source
             shards.setdefault(shard, []).append(name)
     joined = _joined(sources, skipped)
-    return Weights(joined, {shard: _renamed(names, joined) for shard, names in shards.items()}, metadata, folder)
+    in_shards = {shard: _renamed(names, joined) for shard, names in shards.items()}
+    return Weights(joined, in_shards, metadata, folder, origin)
 
 
 def model_files(path: Path) -> Path | list[Path]:

@@ -15,6 +15,26 @@ from fastopt.files.safetensors_file import _nothing
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where weights were opened, for other processes that open them again.
+
+    Attributes
+    ----------
+    path : str
+        The absolute path that was given.
+    key : str or None
+    skip : tuple of str
+    stamps : dict from path to (int, int)
+        Bytes and time of change of each file, in nanoseconds, when it was opened.
+    """
+
+    path: str
+    key: str | None
+    skip: tuple[str, ...]
+    stamps: dict[str, tuple[int, int]]
+
+
 class Weights(Mapping[str, Array]):
     """The arrays of a model's files by name; each is read when it is accessed, and not kept.
 
@@ -29,6 +49,8 @@ class Weights(Mapping[str, Array]):
         Texts of other programs in the file, such as its licence.
     folder : Path, optional
         The folder that was opened, if it was not a file.
+    origin : Origin, optional
+        Where other processes can open the same weights.
     """
 
     def __init__(
@@ -37,11 +59,13 @@ class Weights(Mapping[str, Array]):
         shards: Mapping[str, Sequence[str]] | None = None,
         metadata: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self._sources = dict(sources)
         self.folder = folder
         self.shards = shards
         self.metadata = dict(metadata or {})
+        self.origin = origin
 
     def __getitem__(self, name: str) -> Array:
         return self._sources[name].read()
@@ -95,6 +119,11 @@ class Weights(Mapping[str, Array]):
         """
         source = self._sources[name]
         return source.shape, source.dtype
+
+    def has_rows(self, name: str) -> bool:
+        """Return whether some rows of an array can be read without reading all of it: it is mapped, and not packed."""
+        source = self._sources[name]
+        return source.packed is None and source.identity is not None
 
     def release(self, name: str) -> None:
         """Free the memory of an array that was read and is not needed any more.

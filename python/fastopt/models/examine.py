@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import as_matrix
-from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, PathLike
+from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, Notify, PathLike
+from fastopt.files.sources import open_weights
+from fastopt.files.weights import Origin, Weights, stored_of
 from fastopt.models.model import open_model
+from fastopt.models.tasks import Task, dealt, files_of, naming_task, opened, origin_of, results, run_nbytes
+from fastopt.progress import Progress
 from fastopt.tensors.error import Error, ErrorSums, unit_of
 from fastopt.tensors.packed import Weight, storage_of, unpacked
 from fastopt.tensors.quantization import quantize
@@ -84,13 +89,15 @@ class TensorFacts:
     suggested_bits: int | None
 
 
-def inspect(weights: Mapping[str, Weight] | PathLike) -> list[TensorFacts]:
+def inspect(weights: Mapping[str, Weight] | PathLike, *, executor: Executor | None = None) -> list[TensorFacts]:
     """Return statistics of the tensors of a model: size, range, outliers, zeros, and the bits that are enough.
 
     Parameters
     ----------
     weights : mapping from name to array, QuantizedTensor or SparseTensor, or path-like
         Packed tensors are decoded one at a time.
+    executor : concurrent.futures.Executor, optional
+        Reads the tensors of a path by tasks, as `pack_file` does.
 
     Returns
     -------
@@ -105,9 +112,47 @@ def inspect(weights: Mapping[str, Weight] | PathLike) -> list[TensorFacts]:
     >>> facts.suggested_bits, facts.outliers, facts.bits_per_weight
     (4, 0, 32.0)
     """
+    if executor is not None:
+        return facts_by(executor, open_weights(_path(weights, "weights")))
     if not isinstance(weights, Mapping):
         weights = open_model(weights)
     return [facts_of(name, weights[name]) for name in weights]
+
+
+def _path(weights: Mapping[str, Weight] | PathLike, name: str) -> PathLike:
+    if isinstance(weights, Mapping):
+        raise TypeError(f"{name}: expected a path together with an executor, got {type(weights).__name__}")
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    origin: Origin
+    sources: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def __call__(self) -> list[TensorFacts]:
+        weights, found = opened(self.origin, self.sources, self.names), []
+        for name in self.names:
+            with naming_task(name):
+                found.append(facts_of(name, stored_of(weights, name)))
+            weights.release(name)
+        return found
+
+
+def facts_by(executor: Executor, weights: Weights, notify: Notify | None = None) -> list[TensorFacts]:
+    """Return statistics as `inspect` does, by tasks."""
+    origin = origin_of(weights, "weights")
+    nbytes, progress = weights.sizes, Progress(weights.sizes, notify)
+    tasks = [
+        _Facts(origin, files_of(weights, run), tuple(run))
+        for run in dealt(weights, nbytes.__getitem__, run_nbytes(weights.nbytes))
+    ]
+    return [facts for found in results(executor, tasks, _counted(progress, nbytes)) for facts in found]
+
+
+def _counted(progress: Progress, nbytes: Mapping[str, int]) -> Callable[[Task[Any]], None]:
+    return lambda task: progress.add(task.names, sum(nbytes[name] for name in task.names))
 
 
 def facts_of(name: str, tensor: Weight) -> TensorFacts:
@@ -288,13 +333,20 @@ class Difference:
     total: Error
 
 
-def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | PathLike) -> Difference:
+def diff(
+    first: Mapping[str, Weight] | PathLike,
+    second: Mapping[str, Weight] | PathLike,
+    *,
+    executor: Executor | None = None,
+) -> Difference:
     """Return the differences between two models, tensor by tensor.
 
     Parameters
     ----------
     first, second : mappings from name to array, QuantizedTensor or SparseTensor, or path-like
         Tensors with the same name are compared by their decoded values, however they are stored, one pair at a time.
+    executor : concurrent.futures.Executor, optional
+        Compares the tensors of two paths by tasks, as `pack_file` packs them.
 
     Returns
     -------
@@ -314,25 +366,71 @@ def diff(first: Mapping[str, Weight] | PathLike, second: Mapping[str, Weight] | 
     >>> [(t.name, round(t.max, 4)) for t in result.tensors], result.missing
     ([('w', 0.0), ('b', 0.0)], ())
     """
+    if executor is not None:
+        return difference_by(executor, open_weights(_path(first, "first")), open_weights(_path(second, "second")))
     first = first if isinstance(first, Mapping) else open_model(first)
     second = second if isinstance(second, Mapping) else open_model(second)
+    return _difference(first, second, (_compared(name, first[name], second[name]) for name in first if name in second))
+
+
+# A pair of tensors: both shapes if they differ, else the difference, and the sums of the error if they are weights.
+_Compared: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]] | tuple[TensorDifference, ErrorSums | None]"
+
+
+def _compared(name: str, one: Weight, other: Weight) -> _Compared:
+    if one.shape != other.shape:
+        return one.shape, other.shape
+    a, b = unpacked(one), unpacked(other)
+    sums, different = _differences(a, b)
+    facts = (name, a.shape, (a.dtype.name, b.dtype.name), a.size, different, (one.nbytes, other.nbytes))
+    # Numbers of tokens or positions are large, and no weights.
+    return TensorDifference(*facts, *sums.error()), sums if is_float(a.dtype) else None
+
+
+def _difference(first: Collection[str], second: Collection[str], compared: Iterable[_Compared]) -> Difference:
+    """Collect the differences of all pairs, in the order of the first model."""
     tensors, reshaped, total = [], [], ErrorSums()
-    for name in first:
-        if name not in second:
-            continue
-        one, other = first[name], second[name]
-        if one.shape != other.shape:
-            reshaped.append((name, one.shape, other.shape))
+    for name, (found, other) in zip((name for name in first if name in second), compared, strict=True):
+        if isinstance(found, TensorDifference):
+            tensors.append(found)
+            if isinstance(other, ErrorSums):
+                total += other
         else:
-            a, b = unpacked(one), unpacked(other)
-            sums, different = _differences(a, b)
-            if is_float(a.dtype):  # numbers of tokens or positions are large, and no weights
-                total += sums
-            facts = (name, a.shape, (a.dtype.name, b.dtype.name), a.size, different, (one.nbytes, other.nbytes))
-            tensors.append(TensorDifference(*facts, *sums.error()))
+            assert isinstance(other, tuple)
+            reshaped.append((name, found, other))
     missing = tuple(name for name in first if name not in second)
     extra = tuple(name for name in second if name not in first)
     return Difference(tuple(tensors), missing, extra, tuple(reshaped), total.error())
+
+
+@dataclass(frozen=True, eq=False)
+class _Differences:
+    origins: tuple[Origin, Origin]
+    sources: tuple[tuple[str, ...], tuple[str, ...]]
+    names: tuple[str, ...]
+
+    def __call__(self) -> list[_Compared]:
+        one, other = (opened(*model, self.names) for model in zip(self.origins, self.sources, strict=True))
+        found = []
+        for name in self.names:
+            with naming_task(name):
+                found.append(_compared(name, stored_of(one, name), stored_of(other, name)))
+            one.release(name)
+            other.release(name)
+        return found
+
+
+def difference_by(executor: Executor, first: Weights, second: Weights, notify: Notify | None = None) -> Difference:
+    """Return the differences between two models as `diff` does, by tasks."""
+    origins = origin_of(first, "first"), origin_of(second, "second")
+    nbytes, progress = first.sizes, Progress(first.sizes, notify)
+    both = [name for name in first if name in second]
+    tasks = [
+        _Differences(origins, (files_of(first, run), files_of(second, run)), tuple(run))
+        for run in dealt(both, nbytes.__getitem__, run_nbytes(first.nbytes))
+    ]
+    compared = (one for found in results(executor, tasks, _counted(progress, nbytes)) for one in found)
+    return _difference(first, second, compared)
 
 
 def _differences(first: Array, second: Array) -> tuple[ErrorSums, int]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastopt._checks import require_group_size
-from fastopt._types import Array, Notify, PathLike
+from fastopt._types import Notify, PathLike
 from fastopt.files.atomic import naming, replacing
 from fastopt.files.container import describe, disassemble, require_readable
-from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, require_dtype, write_to
+from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of, tied_in
 from fastopt.models.choose import Check, Sizes, make_to_fit
 from fastopt.models.folders import copy_others, file_to_write, is_folder
+from fastopt.models.parallel import measure_by, pack_by, unpack_by, write_plain
 from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, same_options, warn_if_nothing_is_packed
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
@@ -68,6 +71,7 @@ def pack_file(
     target_size: int | str | None = None,
     dry_run: bool = False,
     notify: Notify | None = None,
+    executor: Executor | None = None,
     **options: Unpack[RecipeOptions],
 ) -> Report:
     """Pack a model from file to file, as `pack` does, one tensor at a time.
@@ -91,6 +95,12 @@ def pack_file(
         Write nothing, and report the sizes without errors.
     notify : callable, optional
         Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
+    executor : concurrent.futures.Executor, optional
+        Measures and packs the tensors by tasks, in other processes or on other machines: a ``ProcessPoolExecutor``,
+        Dask's ``Client.get_executor()``, ``mpi4py.futures.MPIPoolExecutor``. The workers read the source and write
+        beside the target under the same paths as this process, and need this version of fastopt. The files are those
+        that one process writes, byte for byte. A tensor of more than 256 MB is packed some rows at a time, unless it
+        is pruned, keeps `outliers`, or is one group. `notify` then hears of tensors when they are done.
 
     Returns
     -------
@@ -102,7 +112,11 @@ def pack_file(
     OSError
         If a file cannot be opened or written; an existing target is then left as it was.
     TypeError, ValueError
-        If the source is damaged, or as in `pack`.
+        If the source is damaged, or as in `pack`. With an executor also if the source is no file that others can open,
+        if it changes meanwhile, or if a worker has another version of fastopt.
+    RuntimeError
+        If the executor loses a task for good. After any error, and after an interrupt (Ctrl-C), the tasks that are left
+        are cancelled, and an existing target stays as it was.
 
     Examples
     --------
@@ -125,6 +139,7 @@ def pack_file(
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
     file = None if target is None else file_to_write(weights, target)
     shards = _shards(weights, file)
+    write = _write_packed if executor is None else partial(_write_by_tasks, executor)
 
     def make(chosen: Recipe, check: Check) -> Report:
         if dry_run or target is None or file is None:
@@ -132,7 +147,7 @@ def pack_file(
         else:
             progress.restart(int(searches))
             _make_folder(weights, target)
-            report = _write_packed(weights, file, shards, chosen, check, progress)
+            report = write(weights, file, shards, chosen, check, progress)
             copy_others(weights, target, packed=True)
         warn_if_nothing_is_packed(chosen, [(t.kind != "dense", t.reason) for t in report.tensors])
         return report
@@ -145,7 +160,21 @@ def pack_file(
         target_size=target_size,
         notify=progress.next,
         sizes=Sizes(len(shards)),
+        measure=None if executor is None else measure_by(executor, weights, progress),
     )
+
+
+def _write_by_tasks(
+    executor: Executor,
+    weights: Weights,
+    target: Path,
+    shards: Sequence[Sequence[str]],
+    recipe: Recipe,
+    check: Check,
+    progress: Progress,
+) -> Report:
+    index_nbytes = partial(_index_nbytes, target, len(shards)) if _is_index(target) else None
+    return pack_by(executor, weights, target, shards, recipe, check, progress, index_nbytes)
 
 
 def _write_packed(
@@ -190,13 +219,21 @@ def _write_packed(
     return reporter.report()
 
 
-def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify | None = None) -> None:
+def unpack_file(
+    source: PathLike | Weights,
+    target: PathLike,
+    *,
+    notify: Notify | None = None,
+    executor: Executor | None = None,
+) -> None:
     """Unpack a model from file to file, one tensor at a time: all tensors become plain arrays.
 
     Parameters
     ----------
     source, target, notify
         As in `pack_file`. A source that is not packed is converted to safetensors.
+    executor : concurrent.futures.Executor, optional
+        As in `pack_file`; each file of the target is one task.
 
     Raises
     ------
@@ -216,23 +253,12 @@ def unpack_file(source: PathLike | Weights, target: PathLike, *, notify: Notify 
     file = file_to_write(weights, target)
     progress = Progress(weights.sizes, notify)
 
-    def part(name: str) -> Part:
-        shape, dtype = weights.spec(name)
-
-        def make() -> Array:
-            progress.next(name)
-            return weights[name]
-
-        return Part(name, require_dtype(name, dtype), shape, make, lambda: weights.release(name))
-
-    def unpack_some(path: Path, names: Sequence[str]) -> list[Part]:
-        tied = tied_in(weights, names)
-        parts = [part(name) for name in names if name not in tied]
-        write_to(path, parts, {**weights.metadata, **tied})
-        return parts
-
+    shards = _shards(weights, file)
     _make_folder(weights, target)
-    _write_all(file, _shards(weights, file), unpack_some)
+    if executor is not None:
+        unpack_by(executor, weights, file, shards, _is_index(file), progress)
+    else:
+        _write_all(file, shards, lambda path, names: write_plain(weights, path, names, progress.next))
     copy_others(weights, target, packed=False)
     progress.next("")
 
