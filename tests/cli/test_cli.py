@@ -191,7 +191,7 @@ def test_pack_json_is_stable(model, tmp_path):
     for t in told["tensors"]:
         assert set(t) == {
             *("name", "shape", "dtype", "kind", "bits", "group_size", "density", "bits_per_weight"),
-            *("nbytes_before", "nbytes", "error", "reason"),
+            *("nbytes_before", "nbytes", "error", "reason", "output_error"),
         }
         assert t["error"] is None or set(t["error"]) == error
 

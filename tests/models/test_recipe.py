@@ -117,7 +117,7 @@ def test_what_is_wrong_is_named():
         fo.pack({}, bits=4, recipe=fo.Recipe())
     with pytest.raises(TypeError, match=r"unknown option 'bit', did you mean 'bits'.*options: bits, group_size"):
         fo.pack({}, bit=4)
-    assert [*RecipeOptions.__annotations__] == [f.name for f in dataclasses.fields(fo.Recipe)]
+    assert [*RecipeOptions.__annotations__] == [f.name for f in dataclasses.fields(fo.Recipe) if f.name != "inputs"]
     with pytest.raises(TypeError, match="recipe: expected a Recipe, got dict"):
         fo.pack({}, recipe={})
 

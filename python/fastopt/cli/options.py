@@ -137,7 +137,7 @@ def usage() -> Iterator[None]:
 
 
 _GROUPS = {"row": -1, "tensor": None, "auto": "auto"}
-_OPTIONS = tuple(f.name for f in fields(Options))
+_OPTIONS = tuple(f.name for f in fields(Options) if f.name != "inputs")
 # A pattern may have colons: the options begin behind the last one that a word and "=" follow.
 _OVERRIDE = re.compile(r"(.+):(\w+=.*)", re.DOTALL)
 

@@ -222,7 +222,7 @@ def print_report(report: Report) -> None:
     """
     console = _console()
     packed = [t for t in report.tensors if t.kind != "dense"]
-    columns = (
+    columns = [
         _Column("shape", lambda t: _times(t.shape), 4),
         _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size)),
         _Column("bits/w", lambda t: f"{t.bits_per_weight:.2f}", 2),
@@ -232,7 +232,9 @@ def print_report(report: Report) -> None:
         _Column("max", lambda t: _short(t.error and t.error.max), 1),
         _Column("SNR dB", lambda t: decibel_text(t.error.snr) if t.error else "", 1),
         _Column("cosine", lambda t: f"{t.error.cosine:.5f}" if t.error else "", 6),
-    )
+    ]
+    if any(t.output_error is not None for t in packed):
+        columns.append(_Column("output error", lambda t: percent_text(t.output_error), 1))
     if packed:
         _print(console, columns, packed)
     for line in report_lines(report):
@@ -246,6 +248,9 @@ def report_lines(report: Report) -> list[str]:
         if t.kind == "dense":
             kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
     lines = [f"kept as they are: {len(n)} tensors, {size_text(sum(n))} ({reason})" for reason, n in kept.items()]
+    calibrated = [t.output_error is not None for t in report.tensors if t.kind != "dense"]
+    if any(calibrated) and not all(calibrated):
+        lines.append(f"packed without calibration: {calibrated.count(False)} tensors")
     if before := sum(t.reason.endswith(PACKED_BEFORE) for t in report.tensors):
         lines.append(f"packed before: {before} tensors; sizes and errors are relative to what they were")
     total = f"{size_text(report.nbytes_before)} -> {size_text(report.nbytes)} ({ratio_text(report)})"

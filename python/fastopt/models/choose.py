@@ -148,6 +148,7 @@ def choose_bits(
     >>> fo.pack(weights, recipe=recipe).report().bits_per_weight
     4.5
     """
+    recipe.require_fitting(weights)
     if target_bits is None and target_size is None:
         return recipe
     return _Search(Sizes(), weights, recipe, target_bits, target_size, notify).recipe(strict=True)
@@ -184,6 +185,7 @@ def make_to_fit(
     measure : Measure, optional
         Measures the tensors; by default they are measured here, one after the other.
     """
+    recipe.require_fitting(weights)
     if target_bits is None and target_size is None:
         return make(recipe, lambda tensors, file: None)
     search = _Search(sizes or Sizes(), weights, recipe, target_bits, target_size, notify, measure)
@@ -330,7 +332,10 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[Choice]
                 s = changed.apply(pruned) if pruned is tensor else changed.quantize_values(pruned)
                 nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
-            relative = sums.noise / sums.signal if sums.signal > 0 else 0.0
+            noise, signal = sums.noise, sums.signal
+            if options.inputs is not None:
+                noise, signal = options.inputs.output_error(sample, unpacked(q if pruned is None else s))
+            relative = noise / signal if signal > 0 else 0.0
             yield Choice(nbytes, relative * math.sqrt(array.size) if math.isfinite(relative) else _WORST, changes)
 
 

@@ -199,7 +199,8 @@ def pack(
     **options
         The fields of `Recipe`: `bits`, `group_size`, `param_dtype`, `fit` and `outliers` as in `quantize`; `threshold`,
         `sparsity` and `pattern` as in `prune`; `include`, `exclude`, `overrides` and `min_size` select tensors by name
-        and size. With `bits` and a pruning option the non-zeros are quantized.
+        and size. With `bits` and a pruning option the non-zeros are quantized. `calibration` makes the errors of the
+        outputs small instead of those of the weights.
 
     Returns
     -------

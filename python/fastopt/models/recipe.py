@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
@@ -19,10 +19,12 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt._checks import require_bits, require_group_size, require_param_dtype
+from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
 from fastopt._text import shown
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Fit, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
+from fastopt.models.calibration import Calibration
+from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
 from fastopt.tensors.quantization import quantize, require_fit
@@ -45,6 +47,8 @@ class Options:
     threshold, sparsity, pattern
         As in `prune`; the tensor is stored sparse. With `bits` too, its values are quantized. All None: it stays
         dense.
+    inputs : InputSums or None
+        Sums over the inputs of the tensor, if it was calibrated.
     """
 
     bits: int | None = None
@@ -55,6 +59,7 @@ class Options:
     threshold: float | None = None
     sparsity: float | None = None
     pattern: str | None = None
+    inputs: InputSums | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.bits is not None:
@@ -111,6 +116,7 @@ class Options:
             param_dtype=self.param_dtype,
             fit=self.fit,
             outliers=self.outliers,
+            calibration=self.inputs,
         )
 
     def _made(self, values: Weight, group_sizes: Mapping[int, int]) -> bool:
@@ -125,11 +131,15 @@ class Options:
         assert self.bits is not None
         if pruned.layout == "index16":  # index8 takes a third less, and a tenth more time
             pruned = pruned.to_layout("index8")
-        return pruned.quantize(self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit)
+        weight = None if self.inputs is None or self.fit == "minmax" else self.inputs.importance()
+        return pruned.quantize(
+            self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit, importance=weight
+        )
 
 
+_DATA = ("inputs", "calibration")  # fields that are no options: they are not written
 _NO_FLOATS = "is not quantized or pruned"
-_OPTIONS = tuple(f.name for f in fields(Options))
+_OPTIONS = tuple(f.name for f in fields(Options) if f.name != "inputs")
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,9 @@ class Recipe(Options):
         Other values of the options above for tensors whose names match; the first pattern that matches counts.
     min_size : int
         Tensors of fewer weights are kept as they are.
+    calibration : Calibration or None
+        Sums over the inputs of tensors, by their names, which a file does not keep. Scales and minima are then fitted
+        to make the errors of the outputs small. A tensor without sums is packed without data, as its reason says.
 
     Raises
     ------
@@ -169,9 +182,12 @@ class Recipe(Options):
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_size: int = 4096
+    calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise TypeError(f"calibration: expected a Calibration, got {type(self.calibration).__name__}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(getattr(self, name), name))
         if not isinstance(self.overrides, Mapping):
@@ -220,9 +236,27 @@ class Recipe(Options):
         matching, changes = self.override_of(name)
         options = self.changed(changes)
         reason = "for all" if matching is None else f"override {matching!r}"
+        if self.calibration is not None:
+            options = options.changed({"inputs": self.inputs_of(name)})
+            if options.inputs is None:
+                reason += "; no calibration"
         if options.bits is None and not options.prunes:
             return None, "nothing is asked for" if matching is None else reason
         return options, reason
+
+    def inputs_of(self, name: str) -> InputSums | None:
+        """Return the sums over the inputs of a tensor, None if none were seen."""
+        sums = None if self.calibration is None else self.calibration.get(name)
+        return sums if sums is not None and sums.rows else None
+
+    def require_fitting(self, weights: Mapping[str, Weight]) -> None:
+        """Raise unless all that was calibrated is in a model, with as many inputs."""
+        for name, sums in (self.calibration or {}).items():
+            if name not in weights:
+                raise ValueError(f"calibration: has inputs of {name!r}, which the model does not have")
+            cols = as_matrix(spec_of(weights, name)[0])[1]
+            if sums.columns != cols:
+                raise ValueError(f"calibration: has {sums.columns} inputs of {name!r}, which takes {cols}")
 
     def override_of(self, name: str) -> tuple[str | None, Mapping[str, Any]]:
         """Return the first pattern of `overrides` that matches a name, None if none does, and its options."""
@@ -238,7 +272,8 @@ class Recipe(Options):
         -------
         dict
         """
-        plain = asdict(self)
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _DATA}
+        plain["overrides"] = {pattern: dict(options) for pattern, options in self.overrides.items()}
         return {**plain, "include": list(self.include), "exclude": list(self.exclude)}
 
     @classmethod
@@ -258,7 +293,7 @@ class Recipe(Options):
         TypeError, ValueError
             If an option is unknown or out of range.
         """
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if f.name not in _DATA]
         if not isinstance(raw, Mapping):
             raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
         unknown = sorted(set(map(str, raw)) - set(known))
@@ -332,6 +367,7 @@ class RecipeOptions(TypedDict, total=False):
     exclude: Sequence[str]
     overrides: Mapping[str, Mapping[str, Any]]
     min_size: int
+    calibration: Calibration | None
 
 
 def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: Recipe) -> bool:
@@ -342,7 +378,7 @@ def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: R
 
 def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     """Return the given recipe, or one made of keyword arguments; an unknown keyword is a TypeError."""
-    known = [f.name for f in fields(Recipe)]
+    known = [f.name for f in fields(Recipe) if f.name != "inputs"]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
@@ -352,6 +388,8 @@ def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
         return Recipe(**options)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+    if options.keys() == {"calibration"}:
+        return recipe.replace(**options)
     if options:
         raise ValueError("recipe: cannot be given together with other options; use recipe.replace")
     return recipe

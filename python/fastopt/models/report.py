@@ -11,8 +11,11 @@ import numpy as np
 from fastopt._text import printable
 from fastopt._types import FLOATS, Array
 from fastopt.models.recipe import Recipe
+from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.error import Error, ErrorSums
-from fastopt.tensors.packed import PackedTensor, Weight, storage_of
+from fastopt.tensors.packed import PackedTensor, Weight, storage_of, unpacked
+
+_OUTPUTS = 256  # the most outputs of a tensor whose error is measured
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class TensorReport:
         The error against the original, if that is known and of a float type.
     reason : str
         The part of the recipe that chose this, or the reason why the tensor was not packed.
+    output_error : float or None
+        If the tensor was calibrated: the root mean square error of its outputs on these inputs, divided by the root
+        mean square of the outputs. If `Calibration` summed no products, inputs count as uncorrelated.
     """
 
     name: str
@@ -52,6 +58,7 @@ class TensorReport:
     nbytes: int
     error: Error | None
     reason: str
+    output_error: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,13 +103,16 @@ class Report:
 
     def __str__(self) -> str:
         """Return a table of the tensors, and the totals in its last line."""
-        rows = [("tensor", "shape", "stored", "bits/w", "bytes", "error", "why")]
+        outputs = any(t.output_error is not None for t in self.tensors)
+        rows = [["tensor", "shape", "stored", "bits/w", "bytes", "error", *["output error"] * outputs, "why"]]
         for t in self.tensors:
             stored = t.kind if t.bits is None else f"{t.kind}, {t.bits} bits"
             error = "" if t.error is None else f"{t.error.relative:.3g}"
             shape = "x".join(map(str, t.shape))
             per_weight = f"{t.bits_per_weight:.2f}"
-            rows.append((printable(t.name), shape, stored, per_weight, f"{t.nbytes:,}", error, printable(t.reason)))
+            output = ["" if t.output_error is None else f"{t.output_error:.3g}"] * outputs
+            name, reason = printable(t.name), printable(t.reason)
+            rows.append([name, shape, stored, per_weight, f"{t.nbytes:,}", error, *output, reason])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, repr(self)])
@@ -156,7 +166,8 @@ class Reporter:
 
         `nbytes` are those in the file, and `nbytes_before` those in the source, if they are not those of the arrays.
         """
-        self.add_measured(*measured(name, tensor, original, reason, nbytes, nbytes_before=nbytes_before))
+        inputs = None if self._recipe is None else self._recipe.inputs_of(name)
+        self.add_measured(*measured(name, tensor, original, reason, nbytes, nbytes_before=nbytes_before, inputs=inputs))
 
     def add_measured(self, report: TensorReport, sums: ErrorSums | None) -> None:
         """Add the report of a tensor, with the sums of its error if that was measured."""
@@ -212,8 +223,12 @@ def measured(
     nbytes: int | None = None,
     *,
     nbytes_before: int | None = None,
+    inputs: InputSums | None = None,
 ) -> tuple[TensorReport, ErrorSums | None]:
-    """Return the report of a tensor as `Reporter.add` adds it, and the sums of its error."""
+    """Return the report of a tensor as `Reporter.add` adds it, and the sums of its error.
+
+    With sums over its inputs, the error of its outputs is measured too.
+    """
     sums = None if original is None else _error_sums(tensor, original)
     kind, bits, group_size = storage_of(tensor)
     stored = tensor.nbytes if nbytes is None else nbytes
@@ -232,8 +247,16 @@ def measured(
         stored,
         None if sums is None else sums.error(),
         reason,
+        None if original is None or inputs is None else _output_error(tensor, original, inputs),
     )
     return report, sums
+
+
+def _output_error(tensor: Weight, original: Array, inputs: InputSums) -> float:
+    """Return the relative error of the outputs of a tensor, measured on at most `_OUTPUTS` of its rows."""
+    step = max(1, -(-len(original) // _OUTPUTS)) if original.ndim > 1 else 1
+    noise, signal = inputs.output_error(original[::step], unpacked(tensor)[::step])
+    return math.sqrt(noise / signal) if signal > 0 else (0.0 if noise == 0 else math.inf)
 
 
 def bits_per_weight(nbytes: int, shape: tuple[int, ...]) -> float:
