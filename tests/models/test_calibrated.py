@@ -1,6 +1,7 @@
 """Models that are packed with what is known of their inputs."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -64,9 +65,15 @@ def test_every_door_makes_the_same(layers, tmp_path):
     model = fo.pack(weights, bits=4, calibration=calib)
     np.savez(tmp_path / "m.npz", **weights)
     report = fo.pack_file(tmp_path / "m.npz", tmp_path / "m.safetensors", bits=4, calibration=calib)
+    with ThreadPoolExecutor(2) as executor:
+        again = fo.pack_file(
+            tmp_path / "m.npz", tmp_path / "n.safetensors", bits=4, calibration=calib, executor=executor
+        )
+    assert again.tensors == report.tensors
     assert [t.output_error for t in report.tensors] == [t.output_error for t in model.report(weights).tensors]
     for other in (
         fo.load(tmp_path / "m.safetensors"),
+        fo.load(tmp_path / "n.safetensors"),
         fo.pack(weights, recipe),
         fo.pack(weights, fo.Recipe(bits=4), calibration=calib),
         fo.pack(weights, pickle.loads(pickle.dumps(recipe))),

@@ -124,7 +124,8 @@ def _pack_item(weights: Weights, item: _Item, file: Any, file_name: str) -> _Pac
             if rows is not None:
                 options.apply(whole)  # names the place in the whole tensor
             raise
-    report, sums = report_of(name, tensor, unpacked(stored), item.reason, nbytes_before=stored.nbytes)
+    inputs = None if options is None else options.inputs
+    report, sums = report_of(name, tensor, unpacked(stored), item.reason, nbytes_before=stored.nbytes, inputs=inputs)
     arrays, entry = disassemble(name, tensor)
     placed = {}
     for part, array in arrays.items():
@@ -322,7 +323,8 @@ def _items(weights: Weights, name: str, recipe: Recipe, most: int) -> Iterator[_
 
 
 def _packs_rows_alone(options: Options) -> bool:
-    return not options.prunes and options.outliers is None and options.group_size is not None
+    shared = options.outliers is not None or options.group_size is None
+    return not options.prunes and not shared and options.inputs is None  # whose output error is that of all rows
 
 
 def _with_wide_params(plan: _Plan) -> list[_Item]:

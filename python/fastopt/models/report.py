@@ -166,7 +166,9 @@ class Reporter:
 
         `nbytes` are those in the file, and `nbytes_before` those in the source, if they are not those of the arrays.
         """
-        inputs = None if self._recipe is None else self._recipe.inputs_of(name)
+        inputs = None
+        if self._recipe is not None and isinstance(tensor, PackedTensor):
+            inputs = self._recipe.inputs_of(name)
         self.add_measured(*measured(name, tensor, original, reason, nbytes, nbytes_before=nbytes_before, inputs=inputs))
 
     def add_measured(self, report: TensorReport, sums: ErrorSums | None) -> None:
