@@ -21,6 +21,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(fo.__path__, "fastopt.") if m.n
 def test_docstrings(name, tmp_path, monkeypatch):
     if name.startswith("fastopt.torch"):
         pytest.importorskip("torch")
+    if name.endswith(".transformers"):
+        pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     threads = fo.get_num_threads()
     failed, _ = doctest.testmod(import_module(name), optionflags=OPTIONS)

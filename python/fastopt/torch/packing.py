@@ -231,7 +231,8 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     module : torch.nn.Module
         Packed or not; parameters and buffers have the names and shapes of the file.
     path : path-like
-        A file of `save`, or of ``fastopt pack`` from the same model's weights.
+        A file of `save`, or a file or folder of ``fastopt pack`` from the same model's weights. Models of transformers
+        may have other names in the file: the rules of ``from_pretrained`` hold.
     precision : "exact", "int8" or "blas"
         As in `pack_`.
 
@@ -240,12 +241,27 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     OSError
         If the file cannot be opened.
     ValueError
-        If names or shapes differ, or a layer cannot hold a packed weight. The module is then as it was, but for
-        layers that were packed: these are unpacked.
+        If names or shapes differ, or the module has no memory: it is on the device "meta". The module is then as it
+        was, but for layers that were packed: these are unpacked.
     """
     _require_module(module)
     model: Mapping[str, Weight] = load(path)
     unpack_(module)
+    if hasattr(module, "base_model_prefix"):  # it is one of transformers
+        from fastopt.torch.transformers import names_in
+
+        names = names_in(module, list(model))
+        model = {names[name]: tensor for name, tensor in model.items()}
+    fill_(module, model, precision, str(path))
+
+
+def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Precision, path: str | None = None) -> None:
+    """Give the weights of a model to a module that is not packed; see `load_`.
+
+    With a path, all names must be the same, or the error names it.
+    """
+    if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"module: {empty[0]!r} is on the device 'meta'; module.to_empty(device='cpu') gives it memory")
     places = {place.name: place for place in _places(module)}
     alias = {
         other: name
@@ -265,13 +281,13 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
         else:
             unexpected.append(name)
     missing = sorted((places.keys() | buffers.keys()) - found.keys())
-    if missing or unexpected:
+    if path is not None and (missing or unexpected):
         raise ValueError(f"{path}: expected the names of the module; missing {missing}, unexpected {unexpected}")
     for name, (tensor, transposed) in found.items():
         shape = tuple((places[name].weight if name in places else buffers[name]).shape)
         got = tuple(tensor.shape[::-1]) if transposed else tuple(tensor.shape)
         if got != shape:
-            raise ValueError(f"{path}: {name!r}: expected shape {shape}, got {got}")
+            raise ValueError(f"{path or 'model'}: {name!r}: expected shape {shape}, got {got}")
 
     for name, (tensor, transposed) in found.items():
         place = places.get(name)
