@@ -325,6 +325,24 @@ def sum_squares(x):
     return total
 
 
+def summed(ranks):
+    """The gradients that all ranks step by: for each tensor, those of the ranks added in order in float32."""
+    sums = []
+    for grads in zip(*ranks, strict=True):
+        total = np.zeros(grads[0].shape, np.float32)
+        for g in grads:
+            total = total + g.astype(np.float32)
+        sums.append(total)
+    return sums
+
+
+def scale_and_norm(sums, ranks, grad_scale, max_norm):
+    """The factor of the sums, which makes the mean of them and clips it, and the norm of the mean before clipping."""
+    scale = grad_scale / ranks
+    norm = abs(scale) * np.sqrt(sum(sum_squares(g.reshape(-1)) for g in sums))
+    return scale * min(1.0, max_norm / (norm + 1e-6)), norm
+
+
 # ---- quantization -----------------------------------------------------------------------------------------
 
 

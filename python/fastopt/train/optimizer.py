@@ -33,6 +33,7 @@ from fastopt.train.param_tree import (
     is_tensor,
     name_of,
 )
+from fastopt.train.reduction import Reduce, Reduction
 
 LearningRate: TypeAlias = float | Callable[[int], float]
 Hyper: TypeAlias = tuple[float, ...]  # made by `hyper`
@@ -179,6 +180,7 @@ class Optimizer(abc.ABC):
         self._steps = [0]  # calls of `step`; in a list, so that the call that steps the tensors raises it too
         self.skipped = 0
         self._has_tensors = False
+        self._reduction: Reduction | None = None
         self.param_groups = []
         tree = as_tree(params)
         self._grouped = (
@@ -304,7 +306,7 @@ class Optimizer(abc.ABC):
 
     # ---- the step --------------------------------------------------------------------------------------------
 
-    def step(self, grads: Any, *, grad_scale: float | None = None) -> float | None:
+    def step(self, grads: Any, *, grad_scale: float | None = None, reduce: Reduce | None = None) -> float | None:
         """Update all parameters in place, in one pass.
 
         Everything is checked first: a call that raises has changed nothing. An interrupt (Ctrl-C) comes before all
@@ -322,12 +324,18 @@ class Optimizer(abc.ABC):
         grad_scale : float, optional
             Factor of every gradient, applied in the same pass; ``1 / loss_scale`` undoes a loss scale. If the norm of
             the scaled gradients is not finite, the step is skipped, as with `max_norm`.
+        reduce : callable, optional
+            For a run on several ranks, each with the gradients of its own part of a batch: sums a flat float32 array
+            in place over all ranks and returns None, as ``lambda buffer: comm.Allreduce(MPI.IN_PLACE, buffer)`` with
+            mpi4py. Each rank then steps by the mean of the gradients, and ranks with the same parameters keep the same.
+            `grad_scale`, `max_norm` and the norm are those of the mean. A step whose norm is not finite is skipped on
+            all ranks. Every rank must call `step`, with the same options. float64 parameters are refused.
 
         Returns
         -------
         float or None
-            With `max_norm` or `grad_scale`, the norm of all scaled gradients before clipping. It is not finite
-            if the step was skipped.
+            With `max_norm`, `grad_scale` or `reduce`, the norm of all scaled gradients before clipping. It is not
+            finite if the step was skipped.
 
         Raises
         ------
@@ -336,16 +344,23 @@ class Optimizer(abc.ABC):
         ValueError
             If names or shapes do not match, an array shares memory with another one, a number is not finite or
             float32 cannot hold it, an option that was changed is out of range, or the parameters or groups are no
-            longer those that the optimizer was made for.
+            longer those that the optimizer was made for. With `reduce` also if ranks differ in parameters, options or
+            number of steps, or if only some have a gradient of a parameter; all ranks raise, and none has stepped.
+        RuntimeError
+            With `reduce`, if another rank raised an error of its own. None has stepped.
         """
         groups = self._groups
         count = len(groups)
-        if len(self.param_groups) != count:
+        if reduce is None and len(self.param_groups) != count:
             self._check_groups()
-        gradients = self._gradients(grads) if count > 1 or self._grouped else [groups[0].gradients(grads)]
+        ranks = 1.0
+        if reduce is None:
+            gradients = self._gradients(grads) if count > 1 or self._grouped else [groups[0].gradients(grads)]
+        else:
+            gradients, ranks = self._reduced(grads, grad_scale, reduce)
         scale, norm = 1.0, None
-        if grad_scale is not None or self.max_norm is not None:
-            scale, norm = self._scale(gradients, grad_scale)
+        if grad_scale is not None or self.max_norm is not None or reduce is not None:
+            scale, norm = self._scale(gradients, grad_scale, ranks)
             if not math.isfinite(norm):
                 self.skipped += 1
                 return norm
@@ -353,26 +368,7 @@ class Optimizer(abc.ABC):
         jobs: list[Job] = []
         for i, group in enumerate(groups):
             options, grads_of_group = self.param_groups[i], gradients[i]
-            if (
-                options.get("params") is not group.tree
-                or (not group.single and group.replaced())
-                or (self._has_tensors and group.addresses != addresses_of(group.leaves))
-            ):
-                raise ValueError(
-                    "params: expected the arrays that the optimizer was made for, got others in their place; "
-                    "change arrays in place, or make another optimizer"
-                )
-            if options != group.checked:
-                self._check_options(options, in_float32=group.in_float32)
-                for key in _FIXED:
-                    needed = group.checked[key]
-                    require(options[key] == needed, key, f"{needed!r}, as the states were made for", options[key])
-                states = self._states(options)
-                require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
-                group.accept(options, self._rule(options))
-            lr = options["lr"]
-            if callable(lr):
-                lr = self._rate(options, group)
+            lr = self._ready(options, group)
             for taken, indices in group.jobs(grads_of_group):
                 jobs.append(
                     job(
@@ -395,6 +391,63 @@ class Optimizer(abc.ABC):
         if self._has_tensors:
             self._tell_autograd(gradients)
         return norm
+
+    def _ready(self, options: dict[str, Any], group: ParamGroup) -> float:
+        """Raise if a group cannot be stepped with its options as they are now; return its learning rate."""
+        if (
+            options.get("params") is not group.tree
+            or (not group.single and group.replaced())
+            or (self._has_tensors and group.addresses != addresses_of(group.leaves))
+        ):
+            raise ValueError(
+                "params: expected the arrays that the optimizer was made for, got others in their place; "
+                "change arrays in place, or make another optimizer"
+            )
+        if options != group.checked:
+            self._check_options(options, in_float32=group.in_float32)
+            for key in _FIXED:
+                needed = group.checked[key]
+                require(options[key] == needed, key, f"{needed!r}, as the states were made for", options[key])
+            states = self._states(options)
+            require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
+            group.accept(options, self._rule(options))
+        lr = options["lr"]
+        return self._rate(options, group) if callable(lr) else lr
+
+    def _reduced(self, grads: Any, grad_scale: float | None, reduce: Reduce) -> tuple[list[list[Any]], float]:
+        """Return the gradients summed over all ranks, and the number of ranks.
+
+        Whatever is wrong on this rank is found before the sum, so that the others learn of it instead of waiting.
+        """
+        groups = self._groups
+        if not callable(reduce):
+            raise TypeError(f"reduce: expected a function, got {type(reduce).__name__}")
+        names = [name for group in groups for name in group.names]
+        if self._reduction is None or self._reduction.names != names:
+            params = [param for group in groups for param in group.params]
+            wide = [name for name, param in zip(names, params, strict=True) if param.dtype == np.float64]
+            require(not wide, "reduce", "no float64 parameters, since float32 cannot hold their gradients", wide)
+            self._reduction = Reduction(names, [param.shape for param in params])
+        reduction, failure = self._reduction, None
+        try:
+            self._check_groups()
+            rates = [self._ready(*pair) for pair in zip(self.param_groups, groups, strict=True)]
+            several = len(groups) > 1 or self._grouped
+            mine = self._gradients(grads) if several else [groups[0].gradients(grads)]
+            options = [[each[key] for key in self._defaults if key != "lr"] for each in self.param_groups]
+            numbers = self._grad_scale(grad_scale), self._max_norm(), self._seed, self._steps[0]
+            tensors = [(group.counts, group.orders) for group in groups]
+            about = type(self).__name__, rates, options, numbers, tensors
+            reduction.fill([grad for each in mine for grad in each], about)
+        except Exception as error:
+            failure = error
+            reduction.fail()
+        reduction.sum(reduce)
+        if failure is not None:
+            raise failure
+        summed, ranks = reduction.gradients()
+        rest = iter(summed)
+        return [[next(rest) for _ in group.params] for group in groups], ranks
 
     def _gradients(self, grads: Any) -> list[list[Any]]:
         """Return the gradients of each of several groups, or of one that was given as a group."""
@@ -446,10 +499,15 @@ class Optimizer(abc.ABC):
                 if grad is not None and is_tensor(leaf):
                     graph.increment_version(leaf)
 
-    def _scale(self, gradients: list[list[Any]], grad_scale: float | None) -> tuple[float, float]:
-        """Return the factor of the gradients, with clipping, and the norm of all of them before clipping."""
+    def _grad_scale(self, grad_scale: float | None) -> float:
+        """Return `grad_scale`, or raise if it is not finite."""
         scale = 1.0 if grad_scale is None else as_float(grad_scale, "grad_scale")
         require(math.isfinite(scale), "grad_scale", "a finite number", grad_scale)
+        return scale
+
+    def _scale(self, gradients: list[list[Any]], grad_scale: float | None, ranks: float) -> tuple[float, float]:
+        """Return the factor of the gradients, with clipping, and the norm of all of them before clipping."""
+        scale = self._grad_scale(grad_scale) / ranks
         norm = abs(scale) * self._norm([grad for grads in gradients for grad in grads])
         max_norm = self._max_norm()
         if max_norm is not None:
