@@ -142,8 +142,15 @@ def peers(session):
     """Test with PyTorch, transformers and SciPy, which no other session installs."""
     session.install("torch==2.13.0", "transformers==5.24.0", "scipy>=1.13", *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
-    session.run("pytest", "-q", "tests/torch_door")
+    session.run("pytest", "-q", "tests/torch_door", "tests/cluster/test_gloo.py")
     session.run("pytest", "-q", "-k", "fastopt.torch", "tests/test_docs.py")
+
+
+@nox.session
+def cluster(session):
+    """Test with real engines: Dask on two hosts, which are network namespaces, and MPI on four ranks."""
+    session.install(*PYTEST, "mpich>=4; sys_platform == 'linux'", f"{WHEEL}[cli,dask,mpi]")
+    session.run("pytest", "-q", "tests/cluster")
 
 
 @nox.session
