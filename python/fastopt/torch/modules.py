@@ -63,10 +63,13 @@ def _shape_of(about: str) -> list[int]:
 
 
 def _float32(x: torch.Tensor) -> Array:
-    x = x.detach() if x.requires_grad else x
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x: expected a tensor of a float type, got {x.dtype}")
-    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous().numpy()
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype is not torch.float32:
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: expected a tensor of a float type, got {x.dtype}")
+        x = x.to(torch.float32)
+    return x.numpy()
 
 
 # ---- operators, which torch.compile and torch.export see as they are ------------------------------------------------
@@ -76,8 +79,8 @@ def _linear(
     x: torch.Tensor, stored: Sequence[torch.Tensor], about: str, bias: torch.Tensor | None, precision: Precision
 ) -> torch.Tensor:
     packed = packed_of(stored, about)
-    out = torch.empty((*x.shape[:-1], packed.rows))
-    linear(_float32(x), packed, None if bias is None else _float32(bias), out=out.numpy(), precision=precision)
+    array = linear(_float32(x), packed, None if bias is None else _float32(bias), precision=precision)
+    out = torch.from_numpy(array)
     return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
@@ -151,6 +154,22 @@ def _linear_backward_gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 linear_operator.register_autograd(_linear_gradients, setup_context=_remember)
 linear_backward.register_autograd(_linear_backward_gradients, setup_context=_remember_backward)
+
+
+class _DirectLinear(torch.autograd.Function):
+    """The same as `linear_operator`, whose dispatch takes longer than the product of a small layer."""
+
+    @staticmethod
+    def forward(  # with `setup_context` apart, torch would inspect the signature at every call
+        ctx: Any, x: torch.Tensor, stored: Any, about: str, bias: torch.Tensor | None, precision: Precision
+    ) -> torch.Tensor:
+        ctx.stored, ctx.about = stored, about
+        return _linear(x, stored, about, bias, precision)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        grad_x, _, _, grad_bias, _ = _linear_gradients(ctx, grad)
+        return grad_x, None, None, grad_bias, None
 
 
 def _is_direct(x: torch.Tensor) -> bool:
@@ -274,7 +293,7 @@ class PackedLinear(PackedModule, torch.nn.Linear):
         run = linear_operator
         if _is_direct(x):
             needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-            run = linear_operator if needs_grad and torch.is_grad_enabled() else _linear
+            run = _DirectLinear.apply if needs_grad and torch.is_grad_enabled() else _linear
         out = run(x, stored, self.about, bias, self.precision)
         return out.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else out
 
