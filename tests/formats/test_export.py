@@ -57,6 +57,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*has no input")
 def test_command(rng, tmp_path):
     """Each format from the command line is that from Python."""
     pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -80,7 +81,8 @@ def test_command(rng, tmp_path):
             path.parent.mkdir(exist_ok=True)
         fo.export(model, paths[0], to=to, **options)
         result = run("export", small, "--to", to, "-o", paths[1], *flags, "--json")
-        assert result.stderr == ""
+        runs_nowhere = to == "onnx" and not options
+        assert ("has no input" in result.stderr) is bool(result.stderr) is runs_nowhere
         size = paths[0].stat().st_size
         assert json.loads(result.stdout) == {
             "source": str(small), "target": str(paths[1]), "to": to, "file_bytes": size

@@ -39,7 +39,7 @@ from fastopt.cli.options import (
 from fastopt.cli.workers import Dask, Workers, executor_of
 from fastopt.files.shards import read_index
 from fastopt.files.sources import is_torch, open_weights
-from fastopt.files.weights import Weights
+from fastopt.files.weights import Weights, is_packed
 from fastopt.formats import FORMATS
 from fastopt.formats import export as export_to
 from fastopt.formats.onnx_check import OutputReport, check_onnx
@@ -210,8 +210,10 @@ def pack(
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
         raise typer.BadParameter("--bits: chosen by --target-bits or --target-size, not given beside it")
+    weights = None if output.suffix == ".onnx" else open_weights(model, key=key, skip=skip or ())
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
-    if not asked:
+    # Packed tensors of another format, as GGUF has them, become those of a file of fastopt without any option.
+    if not asked and not (weights is not None and any(is_packed(weights, name) for name in weights)):
         raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
     onnx = given_to_format(of_onnx)
     targets = {"target_bits": target_bits, "target_size": target_size}
@@ -226,7 +228,7 @@ def pack(
         return
     if onnx or check or check_inputs is not None:
         raise typer.BadParameter("--fast, --accuracy-level, --check: for an ONNX model only")
-    weights = open_weights(model, key=key, skip=skip or ())
+    assert weights is not None
     with executor_of(workers, dask) as executor:
         _pack(model, weights, output, wanted, dry_run, html, as_json, executor, **targets)
 
@@ -304,6 +306,7 @@ def unpack(
 
 @app.command(
     epilog="Examples:\n\nfastopt export small.safetensors --to gguf -o small.gguf\n\n"
+    "fastopt pack llm.gguf -o llm.safetensors --bits 4 && fastopt export llm.safetensors --to gguf -o llm4.gguf\n\n"
     "fastopt export small.safetensors --to onnx -o small.onnx --layer fc1:relu --layer fc2 --fast\n\n"
     "fastopt export small.safetensors --to mlx -o mlx.safetensors --param-dtype float16"
 )
@@ -323,6 +326,10 @@ def export(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors whose names match; may be repeated.")
     ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Replace a text in all names; may be repeated, in this order."),
+    ] = None,
     key: Key = None,
     skip: Skip = None,
     as_json: Json = False,
@@ -338,10 +345,13 @@ def export(
     if to not in FORMATS:
         raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
     options = given_to_format(of_formats)
+    for text in rename or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"--rename: expected OLD=NEW, got {text!r}")
+    names = {old: new for old, _, new in (text.partition("=") for text in rename or ())}
     with byte_progress("export") as notify:
-        export_to(
-            open_model(model, key=key, skip=skip or ()), output, to=to, exclude=exclude or (), notify=notify, **options
-        )
+        opened = open_model(model, key=key, skip=skip or ())
+        export_to(opened, output, to=to, exclude=exclude or (), rename=names, notify=notify, **options)
     size = _file_bytes(output)
     if as_json:
         about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}

@@ -32,8 +32,8 @@ Source = Annotated[
     Path,
     typer.Argument(
         help="A .safetensors file, the .index.json of one in shards, a folder with either, .npz, .npy or a folder of "
-        ".npy files, an .onnx model (needs onnx), or a state dict or checkpoint of torch (.pt, .pth, .bin, .ckpt, also "
-        "in shards; needs torch).",
+        ".npy files, an .onnx model (needs onnx), a .gguf file, a .keras or .h5 file of Keras (needs h5py), or a state "
+        "dict or checkpoint of torch (.pt, .pth, .bin, .ckpt, also in shards; needs torch).",
         show_default=False,
     ),
 ]

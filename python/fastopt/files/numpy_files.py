@@ -57,7 +57,7 @@ def npy_source(path: Path) -> Source:
 
 def npz_sources(path: Path, skipped: Callable[[str], bool]) -> dict[str, Source]:
     """Return the arrays of an .npz file but for the skipped ones; raise ValueError if it is not sound."""
-    archive = _archive(path)
+    archive = zip_archive(path, "a .npz file")
     sources: dict[str, Source] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
@@ -69,13 +69,14 @@ def npz_sources(path: Path, skipped: Callable[[str], bool]) -> dict[str, Source]
     return sources
 
 
-def _archive(path: Path) -> zipfile.ZipFile:
+def zip_archive(path: Path, kind: str) -> zipfile.ZipFile:
+    """Open a zip archive, or raise ValueError, which says what `kind` of file was expected, if it is not sound."""
     file = open_regular(path)
     try:
-        with _sound(f"{path}: not a .npz file"):
+        with sound(f"{path}: not {kind}"):
             archive = zipfile.ZipFile(file)
         if sum(info.compress_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path}: not a .npz file: its arrays overlap")
+            raise ValueError(f"{path}: not {kind}: its parts overlap")
     except BaseException:
         file.close()
         raise
@@ -87,7 +88,7 @@ def _of_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{path}: {name!r} is compressed by method {info.compress_type}, expected deflate or none")
     cannot = f"{path}: {info.filename!r} cannot be read"
-    with _sound(cannot), archive.open(info) as file:
+    with sound(cannot), archive.open(info) as file:
         spec = _read_spec(file, f"{path}: {name!r}")
     expected = spec.start + spec.nbytes
     if expected != info.file_size or info.file_size > MOST_OF_ONE_BYTE * (info.compress_size + 1):
@@ -95,7 +96,7 @@ def _of_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name
 
     def read() -> Array:
         content = np.empty(spec.nbytes, np.uint8)
-        with _sound(cannot), archive.open(info) as file:
+        with sound(cannot), archive.open(info) as file:
             file.read(spec.start)
             rest = content.data
             while rest and (count := file.readinto(rest)):  # type: ignore[attr-defined]
@@ -149,8 +150,8 @@ def _literal(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _sound(what: str) -> Iterator[None]:
-    """Raise ValueError for all that a damaged archive makes zipfile raise; errors of the system stay as they are."""
+def sound(what: str) -> Iterator[None]:
+    """Raise ValueError for all that a damaged file makes a library raise; errors of the system stay as they are."""
     try:
         yield
     except MemoryError:

@@ -148,7 +148,7 @@ _MAGIC = {
     b"\x93NUMPY": "a .npy file",
     b"\x89HDF": "an HDF5 file",
     b"GGUF": "a GGUF file",
-    b"\x80": "a pickle, as old .pt files are",
+    b"\x80": "a pickle, which is not read, as it could run code",
     b"<": "a text, HTML or XML",
 }
 

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastopt._types import Array, PathLike
 from fastopt.files.atomic import open_regular
@@ -17,14 +18,33 @@ from fastopt.files.safetensors_file import PAD, MappedFile
 from fastopt.files.shards import is_placed_in, opened_shards, read_index
 from fastopt.files.torch_files import torch_sources
 from fastopt.files.weights import Origin, Source, Weights
-from fastopt.tensors.packed import PackedTensor, Weight, unpacked
+from fastopt.tensors.packed import PackedTensor, Weight
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _OTHERS = (".npz", ".npy", *_TORCH)
 _INDEX = ".index.json"
 
-# Readers of formats that other layers know, by suffix; they get a path and a function that says which names to skip.
-READERS: dict[str, Callable[[Path, Callable[[str], bool]], dict[str, Source]]] = {}
+
+class Reader(NamedTuple):
+    """How the files of another format are read.
+
+    Attributes
+    ----------
+    read : callable
+        Gets a path, and a function that says of a name whether to leave it out; returns the arrays and the metadata.
+    start : bytes, optional
+        The first bytes of such a file.
+    member : str, optional
+        A name in such a file, if it is a zip archive.
+    """
+
+    read: Callable[[Path, Callable[[str], bool]], tuple[dict[str, Source], dict[str, str]]]
+    start: bytes = b""
+    member: str = ""
+
+
+# The formats that the layer above knows, by suffix.
+READERS: dict[str, Reader] = {}
 
 
 def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable[str] = ()) -> Weights:
@@ -36,9 +56,11 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
         A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; a
         ``.npy`` or ``.npz`` file; a state dict or a training checkpoint that torch saved (``.pt``, ``.pth``, ``.bin``,
         ``.ckpt``), through torch, which must be installed; the ``.index.json`` of a model in shards; or a folder with
-        one of them; an ``.onnx`` model, through onnx, with its weights as [out, in, ...]. Other suffixes are judged by
-        the first bytes. In a folder an index comes before a safetensors
-        file, and that before files of torch; a folder of ``.npy`` files alone is one model.
+        one of them. An ``.onnx`` model, through onnx, with its weights as [out, in, ...]. A ``.gguf`` file; its types
+        that are affine are packed tensors with the same codes, and the others are decoded, with a warning. A
+        ``.keras`` or ``.h5`` file of Keras, through h5py, with its kernels as [out, in, ...] and without the
+        optimizer. Other suffixes are judged by the first bytes. In a folder an index comes before a safetensors
+        file, that before files of torch, and these before the others; a folder of ``.npy`` files alone is one model.
     key : str, optional
         Which part of a training checkpoint is the model, as ``"model"`` or ``"generator/state_dict"``; ``""`` is all
         of it. By default the part that stands out: the only one with tensors, not counting those of optimizers, or the
@@ -59,7 +81,7 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
     ValueError
         If it is none of these, or not sound, or if it is not clear which part is the model.
     ImportError
-        If torch is needed and not installed.
+        If the package that reads the format is not installed.
 
     Examples
     --------
@@ -174,7 +196,8 @@ def model_files(path: Path) -> Path | list[Path]:
         return arrays
     if not (arrays or safetensors or indices):
         named = [file for file in torch if file.name == "pytorch_model.bin"]
-        for candidates in (torch, named):
+        others = [file for file in path.iterdir() if file.suffix in READERS] if not torch else []
+        for candidates in (torch, named, others):
             if len(candidates) == 1:
                 return candidates[0]
     raise ValueError(
@@ -209,7 +232,7 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
         raise _no_key(path)
     try:
         if kind in READERS:
-            return READERS[kind](path, skipped), {}
+            return READERS[kind].read(path, skipped)
         if kind == "npz":
             return npz_sources(path, skipped), {}
         if kind == "npy":
@@ -235,6 +258,9 @@ def _kind(path: Path) -> str:
         return "torch"
     with open_regular(path) as file:
         start = file.read(16)
+        for suffix, reader in READERS.items():
+            if reader.start and start.startswith(reader.start):
+                return suffix
         if start.startswith(b"\x93NUMPY"):
             return "npy"
         if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):  # torch before zip archives
@@ -246,6 +272,9 @@ def _kind(path: Path) -> str:
                 return "safetensors"
             if any(name.endswith("/data.pkl") for name in names):
                 return "torch"
+            for suffix, reader in READERS.items():
+                if reader.member in names:
+                    return suffix
             if names and all(name.endswith(".npy") for name in names):
                 return "npz"
     return "safetensors"
@@ -317,7 +346,7 @@ def _of_packed(file: MappedFile, parts: Sequence[str], tensor: Weight) -> Source
         for part in parts:
             file.release(part)
 
-    packed = tensor if isinstance(tensor, PackedTensor) else None
+    assert isinstance(tensor, PackedTensor)
     return Source(
-        tensor.shape, tensor.dtype, lambda: unpacked(tensor), release, packed, parts, identity=(id(file), parts[0])
+        tensor.shape, tensor.dtype, tensor.to_dense, release, lambda: tensor, parts, identity=(id(file), parts[0])
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastopt._types import Array
 from fastopt.files.safetensors_file import _nothing
-from fastopt.tensors.packed import PackedTensor, Weight, unpacked
+from fastopt.tensors.packed import PackedTensor, Weight
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,25 @@ class Weights(Mapping[str, Array]):
         -------
         Weights
         """
-        return Weights({name: self._sources[name] for name in names})
+        return type(self)({name: self._sources[name] for name in names}, metadata=self.metadata)
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Return the same arrays under other names.
+
+        Parameters
+        ----------
+        names : mapping of str
+            The new name of each.
+
+        Returns
+        -------
+        Weights
+        """
+        return type(self)({names[name]: source for name, source in self._sources.items()}, metadata=self.metadata)
+
+    def as_stored(self) -> StoredWeights:
+        """Return the same mapping whose values are as the file stores them: packed tensors stay packed."""
+        return StoredWeights(self._sources, self.shards, self.metadata, self.folder, self.origin)
 
     def spec(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Return the shape and the dtype of an array without reading it.
@@ -135,6 +153,13 @@ class Weights(Mapping[str, Array]):
         self._sources[name].release()
 
 
+class StoredWeights(Weights):
+    """`Weights` whose values are packed tensors where the file stores such."""
+
+    def __getitem__(self, name: str) -> Weight:  # type: ignore[override]
+        return stored_of(self, name)
+
+
 @dataclass(frozen=True)
 class Source:
     """How a weight is read.
@@ -147,8 +172,8 @@ class Source:
         Returns the array, unpacked.
     release : callable
         Frees its memory.
-    packed : PackedTensor or None
-        The weight as it is stored, if that is packed.
+    packed : callable or None
+        Returns the weight as it is stored, if that is packed.
     parts : sequence of str
         The names in the file, if the weight is stored as several arrays.
     identity : hashable
@@ -159,7 +184,7 @@ class Source:
     dtype: np.dtype[Any]
     read: Callable[[], Array]
     release: Callable[[], None] = _nothing
-    packed: PackedTensor | None = None
+    packed: Callable[[], PackedTensor] | None = None
     parts: Sequence[str] = ()
     identity: Hashable = None
 
@@ -174,8 +199,9 @@ def _source_of(weights: Mapping[str, Weight], name: str) -> Source:
     if isinstance(weights, Weights):
         return weights._sources[name]
     weight = require_weight(name, weights[name])
-    packed = weight if isinstance(weight, PackedTensor) else None
-    return Source(weight.shape, weight.dtype, lambda: unpacked(weight), packed=packed)
+    if isinstance(weight, PackedTensor):
+        return Source(weight.shape, weight.dtype, weight.to_dense, packed=lambda: weight)
+    return Source(weight.shape, weight.dtype, lambda: weight)
 
 
 def spec_of(weights: Mapping[str, Weight], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -184,21 +210,21 @@ def spec_of(weights: Mapping[str, Weight], name: str) -> tuple[tuple[int, ...], 
     return source.shape, source.dtype
 
 
-def packed_of(weights: Mapping[str, Weight], name: str) -> PackedTensor | None:
-    """Return a weight that is packed already; None if it is a plain array, which is not read."""
-    return _source_of(weights, name).packed
+def is_packed(weights: Mapping[str, Weight], name: str) -> bool:
+    """Return whether a weight is packed already; it is not read."""
+    return _source_of(weights, name).packed is not None
 
 
 def stored_of(weights: Mapping[str, Weight], name: str) -> Weight:
     """Return a weight as it is stored: packed if it is packed already."""
     source = _source_of(weights, name)
-    return source.read() if source.packed is None else source.packed
+    return source.read() if source.packed is None else source.packed()
 
 
 def stored_nbytes(weights: Mapping[str, Weight], name: str) -> int:
     """Return the bytes that a weight takes where it is stored; a plain array of a file is not read."""
     source = _source_of(weights, name)
-    return source.nbytes if source.packed is None else source.packed.nbytes
+    return source.nbytes if source.packed is None else source.packed().nbytes
 
 
 def tied_in(weights: Mapping[str, Weight], names: Iterable[str]) -> dict[str, str]:

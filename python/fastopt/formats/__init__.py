@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,18 +12,25 @@ from typing import Any
 
 from fastopt._text import shown
 from fastopt._types import Notify, PathLike
-from fastopt.files.sources import READERS
+from fastopt.files.sources import READERS, Reader
 from fastopt.files.weights import Weights
-from fastopt.formats import c, gguf, mlx, npz, onnx
+from fastopt.formats import c, gguf, keras, mlx, npz, onnx
+from fastopt.formats.gguf_weights import gguf_sources
+from fastopt.formats.keras_weights import MEMBER, import_keras, keras_sources
 from fastopt.formats.onnx_weights import onnx_sources
-from fastopt.models.model import open_model
+from fastopt.formats.sklearn import import_sklearn
+from fastopt.models.model import IMPORTERS, PackedModel, open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 
 # Each module has SUFFIX, the suffix of its files; SUMMARY, a phrase for --help; OPTIONS, a dict from keyword to
 # `Option`; and `write(model, path, progress, **options)`.
-FORMATS = {"c": c, "gguf": gguf, "mlx": mlx, "npz": npz, "onnx": onnx}
-READERS[onnx.SUFFIX] = onnx_sources
+FORMATS = {"c": c, "gguf": gguf, "keras": keras, "mlx": mlx, "npz": npz, "onnx": onnx}
+READERS[onnx.SUFFIX] = Reader(lambda path, skipped: (onnx_sources(path, skipped), {}))
+READERS[gguf.SUFFIX] = Reader(gguf_sources, b"GGUF")
+READERS[".keras"] = Reader(keras_sources, member=MEMBER)
+READERS[".h5"] = READERS[".hdf5"] = Reader(keras_sources, b"\x89HDF\r\n\x1a\n")
+IMPORTERS += [import_keras, import_sklearn]
 
 
 def export(
@@ -30,6 +39,7 @@ def export(
     *,
     to: str,
     exclude: str | Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
     notify: Notify | None = None,
     **options: Any,
 ) -> None:
@@ -45,12 +55,16 @@ def export(
         The file to write. An existing file is replaced when the new one is complete.
     to : str
         The format. "c": constant arrays in BASE.c, with BASE.h and a copy of fastopt.h, which multiplies with them on
-        any machine. "gguf": for ggml and llama.cpp; 4 and 2 bits in groups of 32, or of a multiple. "mlx": a
-        safetensors file for the quantized layers of MLX; groups of 32, 64, 128 or a multiple. "npz": arrays for NumPy,
-        for inspection: decoded weights, and the parts that store them. "onnx": a model that runs, made from a `graph`
-        of layers, or one whose outputs are the decoded tensors; any bits, groups, outliers and sparse weights.
+        any machine. "gguf": for ggml and llama.cpp; 4 and 2 bits in groups of 32, or of a multiple. A model that came
+        from a GGUF file keeps its metadata, so that it runs where the source ran. "keras": the decoded weights of a
+        model that came from a file of Keras, for its ``load_weights``. "mlx": a safetensors file for the quantized
+        layers of MLX; groups of 32, 64, 128 or a multiple. "npz": arrays for NumPy, for inspection: decoded weights,
+        and the parts that store them. "onnx": a model that runs, made from a `graph` of layers, or one whose outputs
+        are the decoded tensors; any bits, groups, outliers and sparse weights.
     exclude : glob pattern, or a sequence of these
         Tensors whose names match are left out.
+    rename : mapping of str, optional
+        Texts that are replaced in all names, in this order, as GGUF has no names of more than 63 bytes.
     notify : callable, optional
         Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
     **options
@@ -69,6 +83,11 @@ def export(
     TypeError, ValueError
         If `to` or an option is unknown, or the format cannot hold a tensor; the message names the tensor and says
         what to do.
+
+    Warns
+    -----
+    UserWarning
+        If no runtime can run the file, but only read its tensors.
 
     Examples
     --------
@@ -89,11 +108,40 @@ def export(
         model = open_model(model)
     names = _kept(model, (exclude,) if isinstance(exclude, str) else exclude)
     if len(names) < len(model):
-        model = model.only(names) if isinstance(model, Weights) else {name: model[name] for name in names}
+        kept = {name: model[name] for name in names} if not isinstance(model, Weights) else {}
+        model = model.only(names) if isinstance(model, Weights) else PackedModel(kept, None, _metadata(model))
+    if rename:
+        model = _renamed(model, rename)
     sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
     progress = Progress(sizes, notify)
     FORMATS[to].write(model, Path(path), progress, **options)
     progress.next("")
+    if to == "onnx" and not options.get("graph"):
+        warnings.warn(
+            f"{path}: has no input, and its outputs are the decoded tensors: no runtime computes anything with it. "
+            "Give its layers by graph (--layer), or pack the ONNX model itself",
+            stacklevel=2,
+        )
+
+
+def _renamed(model: Mapping[str, Weight], rename: Mapping[str, str]) -> Mapping[str, Weight]:
+    """Return a model with texts in its names replaced, or raise if that changes nothing or makes two names equal."""
+    names = {name: name for name in model}
+    for old, new in rename.items():
+        if not old or not any(old in name for name in names.values()):
+            raise ValueError(f"rename: no name of a tensor has {old!r}")
+        names = {name: to.replace(old, new) for name, to in names.items()}
+    for to, count in Counter(names.values()).items():
+        if count > 1:
+            raise ValueError(f"rename: {count} tensors would have the name {to!r}")
+    if isinstance(model, Weights):
+        return model.renamed(names)
+    return PackedModel({to: model[name] for name, to in names.items()}, None, _metadata(model))
+
+
+def _metadata(model: Mapping[str, Weight]) -> Mapping[str, str]:
+    found: Mapping[str, str] = getattr(model, "metadata", {})
+    return found
 
 
 def _kept(names: Collection[str], exclude: Sequence[str]) -> list[str]:

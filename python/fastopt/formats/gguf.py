@@ -2,12 +2,17 @@
 
 Its type Q4_1 has blocks of 32 codes of 4 bits with a float16 scale and minimum: ``w = m + d * code``. This is our
 4-bit format with groups of 32 and float16 parameters. Codes of 2 bits, larger groups and rows are stored as Q4_1 too.
+Tensors that came in as Q4_0 or Q8_0, whose minimum follows from the scale, go out as such.
+
+A model that came from a GGUF file keeps its metadata: architecture, sizes, tokenizer. So the result runs where the
+source ran.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +20,7 @@ from numpy.typing import NDArray
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
 from fastopt.formats.common import Option, cast_exactly, regroup, require_package
+from fastopt.formats.gguf_weights import AFFINE, METADATA
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import pack_bits, unpack_bits
@@ -24,7 +30,7 @@ SUFFIX = ".gguf"
 SUMMARY = "tensors for llama.cpp and others that build on ggml"
 OPTIONS = {
     "requantize": Option("requantize what the format cannot hold to Q8_0, or store it as F32.", bool),
-    "architecture": Option("general.architecture."),
+    "architecture": Option("general.architecture; by default that of the GGUF file that the model came from."),
 }
 
 _BLOCK = 32  # weights of a block, of Q4_1 and of Q8_0
@@ -49,7 +55,7 @@ def write(
     progress: Progress,
     *,
     requantize: bool = False,
-    architecture: str = "fastopt",
+    architecture: str | None = None,
 ) -> None:
     """Write a GGUF file.
 
@@ -61,8 +67,8 @@ def write(
     requantize : bool
         Decode tensors that Q4_1 cannot hold and quantize them to Q8_0, or, if their rows do not consist of blocks of
         32, store them as float32.
-    architecture : str
-        The file's ``general.architecture``.
+    architecture : str, optional
+        The file's ``general.architecture``. By default that of the GGUF file that the model came from, or "fastopt".
 
     Raises
     ------
@@ -76,15 +82,20 @@ def write(
     require_package("gguf")
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    stored = {name: _stored(name, tensor, requantize) for name, tensor in model.items()}
+    kept = _kept_metadata(model)
+    # llama.cpp wants the weights of one axis, as of a norm, as numbers.
+    known = {name: unpacked(w) if kept and len(w.shape) < 2 else w for name, w in model.items()}
+    stored = {name: _stored(name, tensor, requantize) for name, tensor in known.items()}
     with _naming(path), replacing(path) as temporary:
-        writer = GGUFWriter(temporary, architecture)
+        writer = GGUFWriter(temporary, architecture or kept.pop("general.architecture", ("", "fastopt"))[1])
         try:
-            writer.add_name(path.stem)
+            if "general.name" not in kept:
+                writer.add_name(path.stem)
+            _add_metadata(writer, kept)
             types = {tensor.dtype for tensor in stored.values()}
-            if types & {"Q4_1", "Q8_0"}:
+            if types & AFFINE.keys():
                 writer.add_quantization_version(GGML_QUANT_VERSION)
-            mostly = next((t for t in ("Q4_1", "Q8_0", "BF16", "F16") if t in types), None)
+            mostly = next((t for t in ("Q4_1", "Q4_0", "Q8_0", "BF16", "F16") if t in types), None)
             writer.add_file_type(LlamaFileType[f"MOSTLY_{mostly}"] if mostly else LlamaFileType.ALL_F32)
             for name, tensor in stored.items():
                 kind = GGMLQuantizationType[tensor.dtype]
@@ -97,6 +108,39 @@ def write(
                 writer.write_tensor_data(tensor.make())
         finally:
             writer.close()
+
+
+def _kept_metadata(model: Mapping[str, Weight]) -> dict[str, Any]:
+    """Return the metadata of the GGUF file that a model came from, but for entries that the writer makes."""
+    text = getattr(model, "metadata", {}).get(METADATA)
+    if text is None:
+        return {}
+    try:
+        kept = json.loads(text)
+        found = {key: value for key, value in kept.items() if value[0] == "ARRAY" or len(value) == 2}
+        if len(found) < len(kept):
+            raise ValueError("expected [type, value]")
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"metadata: {METADATA!r} is not what a GGUF file left: {error}") from error
+    made = ("general.file_type", "general.quantization_version", "general.alignment")
+    # The parts of a split model are one file now.
+    return {key: value for key, value in found.items() if key not in made and not key.startswith("split.")}
+
+
+def _add_metadata(writer: Any, kept: Mapping[str, Any]) -> None:
+    from gguf import GGUFValueType
+
+    def encoded(value: Any) -> Any:
+        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+
+    for key, (kind, *rest) in kept.items():
+        try:
+            if kind != "ARRAY":
+                writer.add_key_value(key, encoded(rest[0]), GGUFValueType[kind])
+            elif rest[1]:  # the library writes no empty arrays
+                writer.add_key_value(key, list(map(encoded, rest[1])), GGUFValueType.ARRAY, GGUFValueType[rest[0]])
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"metadata: {key!r} is not what a GGUF file left: {error}") from error
 
 
 @contextlib.contextmanager
@@ -145,6 +189,8 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
         trouble = "GGUF has no outliers; pack it without them"
     elif not blocks:
         trouble = f"GGUF has rows of blocks of {_BLOCK}, got shape {tensor.shape}; leave it unpacked"
+    elif (kind := _without_minimum(tensor)) is not None:
+        return _Stored(shape, kind, lambda: _blocks(tensor, kind))
     elif tensor.bits == 8:
         trouble = "GGUF has no 8-bit codes with a minimum; pack it to 4 bits in groups of 32"
     else:
@@ -168,6 +214,33 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
 def _contiguous(array: Array) -> Array:
     """Return the array as the file holds it."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
+def _without_minimum(q: QuantizedTensor) -> str | None:
+    """Return the type whose minimum follows from the scale, as it does in this tensor; None if it does not."""
+    params = regroup(q, _BLOCK)
+    half = None if params is None else cast_exactly(params, np.float16)
+    if params is None or half is None or not half[0].any():
+        return None
+    for kind, (bits, zero) in AFFINE.items():
+        if q.bits == bits in (4, 8) and zero is not None:
+            scale, minimum = (array.astype(np.float32) for array in params)
+            return kind if np.array_equal(minimum, scale * np.float32(-zero)) else None
+    return None
+
+
+def _blocks(q: QuantizedTensor, kind: str) -> Array:
+    """Return blocks of a scale and codes of 4 or 8 bits."""
+    params = regroup(q, _BLOCK)
+    assert params is not None
+    out = np.empty(params[0].size, AFFINE[kind].dtype)
+    out["scale"] = params[0].reshape(-1)
+    codes = q.codes.reshape(len(out), -1)
+    if q.bits == 8:
+        out["codes"] = codes ^ np.uint8(0x80)
+    else:
+        out["codes"] = _q4_1(q, *params)["codes"].view(np.uint8).reshape(len(out), -1)
+    return out
 
 
 def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:

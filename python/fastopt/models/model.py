@@ -9,9 +9,9 @@ specifies it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # Files of other formats, whose tensors are never packed.
-NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin")
+NOT_PACKED = (".npz", ".npy", ".pt", ".pth", ".bin", ".keras", ".hdf5")
 
 
 class PackedModel(Mapping[str, Weight]):
@@ -171,8 +171,30 @@ class PackedModel(Mapping[str, Weight]):
         return tied_in(self._tensors, self._tensors)
 
 
+class Imported(NamedTuple):
+    """An object of another library, such as a Keras model, as `pack` takes it.
+
+    Attributes
+    ----------
+    weights : PackedModel
+        Its arrays, with metadata.
+    options : dict
+        Options of `Recipe` that hold unless the caller gives others.
+    finish : callable
+        Makes the result of `pack` from the packed model.
+    """
+
+    weights: PackedModel
+    options: dict[str, Any]
+    finish: Callable[[PackedModel], PackedModel]
+
+
+# Each returns None for an object that it does not know. The layer above fills it.
+IMPORTERS: list[Callable[[Any], Imported | None]] = []
+
+
 def pack(
-    weights: Mapping[str, Weight] | PathLike,
+    weights: Mapping[str, Weight] | PathLike | Any,
     recipe: Recipe | None = None,
     *,
     target_bits: float | None = None,
@@ -187,8 +209,10 @@ def pack(
 
     Parameters
     ----------
-    weights : mapping from name to array or packed tensor, or path-like
-        A dict, a `PackedModel`, the result of `open_weights`, or the path of a file that `open_weights` opens.
+    weights : mapping from name to array or packed tensor, path-like, Keras model or estimator of scikit-learn
+        A dict, a `PackedModel`, the result of `open_weights`, or the path of a file that `open_weights` opens. A Keras
+        model is packed by the paths of its variables, and the result has the method ``assign(model)``. An estimator
+        of scikit-learn with ``coef_`` or ``coefs_`` gives a model that predicts, see Notes.
     recipe : Recipe, optional
         All options in one object, instead of the keywords below.
     target_bits : float, optional
@@ -216,6 +240,15 @@ def pack(
     UserWarning
         If no tensor is packed: because nothing is asked for, or all are too small or excluded.
 
+    Notes
+    -----
+    The kernels of Keras and ``coefs_`` of scikit-learn are [in, out] and are turned to [out, in], as fastopt has
+    weights. ``metadata`` say which were turned.
+
+    An estimator gives a model with its methods ``predict``, ``predict_proba``, ``decision_function`` and ``score``,
+    which are scikit-learn's own and multiply with the packed weights. All of its coefficients are packed, however few
+    they are, and intercepts are kept, unless options say otherwise.
+
     Examples
     --------
     >>> import numpy as np
@@ -224,12 +257,14 @@ def pack(
     >>> fo.pack(weights, bits=4)
     PackedModel(2 tensors, 2,816 bytes)
     """
-    recipe = recipe_of(recipe, options)
+    finish: Callable[[PackedModel], PackedModel] | None = None
     if isinstance(weights, str | os.PathLike):
         weights = open_weights(weights)
     elif not isinstance(weights, Mapping):
-        raise TypeError(f"weights: expected a mapping from name to array, or a path, got {type(weights).__name__}")
-    source = weights
+        weights, defaults, finish = _imported(weights)
+        options = options if recipe is not None else {**defaults, **options}  # type: ignore[typeddict-item]
+    recipe = recipe_of(recipe, options)
+    source: Mapping[str, Weight] = weights
     tied = tied_in(source._tensors if isinstance(source, PackedModel) else source, source)
 
     def make(chosen: Recipe, check: Check) -> PackedModel:
@@ -245,14 +280,26 @@ def pack(
         check(model.nbytes, 0 if target_size is None else file_nbytes(*model._content()))
         return model
 
-    return make_to_fit(weights, recipe, make, target_bits=target_bits, target_size=target_size)
+    packed = make_to_fit(source, recipe, make, target_bits=target_bits, target_size=target_size)
+    return packed if finish is None else finish(packed)
+
+
+def _imported(model: Any) -> Imported:
+    for importer in IMPORTERS:
+        found = importer(model)
+        if found is not None:
+            return found
+    raise TypeError(
+        "weights: expected a mapping from name to array, a path, a Keras model or an estimator of scikit-learn, "
+        f"got {type(model).__name__}"
+    )
 
 
 def open_model(path: PathLike, *, key: str | None = None, skip: str | Iterable[str] = ()) -> PackedModel | Weights:
     """Open a file or folder in any format that `open_weights` reads, with its options; packed tensors stay packed."""
     found = model_files(Path(path))
     if isinstance(found, list) or not is_safetensors(found):
-        return open_weights(path, key=key, skip=skip)
+        return open_weights(path, key=key, skip=skip).as_stored()
     if not skip and key is None:
         return load(found)
     weights = open_weights(found, key=key, skip=skip)

@@ -22,7 +22,7 @@ from fastopt.files.container import describe, disassemble, require_readable
 from fastopt.files.mapped import Map
 from fastopt.files.safetensors_file import ALIGNMENT, Part, file_nbytes, require_dtype, write_array, write_to
 from fastopt.files.shards import Shard, digest_of, nbytes_of, place_shards
-from fastopt.files.weights import Origin, Weights, packed_of, stored_of, tied_in
+from fastopt.files.weights import Origin, Weights, is_packed, stored_of, tied_in
 from fastopt.models.choose import Check, Choice, Measure, Sizes, Wanted
 from fastopt.models.choose import measured as choices_of
 from fastopt.models.recipe import PACKED_BEFORE, Options, Recipe, same_options
@@ -309,7 +309,7 @@ def _items(weights: Weights, name: str, recipe: Recipe, most: int) -> Iterator[_
     """Give a tensor, or its rows some at a time if it is large and its rows are packed independently of each other."""
     (shape, dtype), nbytes = weights.spec(name), weights.sizes[name]
     options, reason = recipe.of(name, shape, dtype)
-    if packed_of(weights, name) is not None:
+    if is_packed(weights, name):
         reason += PACKED_BEFORE
     alone = options is None or (len(shape) > 1 and _packs_rows_alone(options))
     if nbytes <= most or not shape or not alone or not weights.has_rows(name):

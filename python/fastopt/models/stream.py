@@ -17,7 +17,7 @@ from fastopt.files.container import describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
-from fastopt.files.weights import Weights, packed_of, spec_of, stored_nbytes, stored_of, tied_in
+from fastopt.files.weights import Weights, is_packed, spec_of, stored_nbytes, stored_of, tied_in
 from fastopt.models.choose import Check, Sizes, make_to_fit
 from fastopt.models.folders import copy_others, file_to_write, is_folder
 from fastopt.models.parallel import measure_by, pack_by, unpack_by, write_plain
@@ -45,7 +45,7 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
         shape, dtype = spec_of(weights, name)
         options, reason = recipe.of(name, shape, dtype)
         before = stored_nbytes(weights, name)
-        if packed_of(weights, name) is not None or (options is not None and options.prunes):
+        if is_packed(weights, name) or (options is not None and options.prunes):
             tensor, reason = pack_tensor(name, stored_of(weights, name), recipe)
             reporter.add(name, tensor, None, reason, nbytes_before=before)
             if isinstance(weights, Weights):
