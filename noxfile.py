@@ -139,10 +139,12 @@ def lower_bounds(session):
 
 @nox.session
 def peers(session):
-    """Test with PyTorch, transformers and SciPy, which no other session installs."""
-    session.install("torch==2.13.0", "transformers==5.24.0", "scipy>=1.13", *PYTEST, WHEEL)
+    """Test with PyTorch, transformers, SciPy and Keras, which no other session installs."""
+    packages = ["torch==2.13.0", "transformers==5.24.0", "scipy>=1.13", "keras>=3.5", "h5py>=3.11"]
+    session.install(*packages, *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
-    session.run("pytest", "-q", "tests/torch_door", "tests/cluster/test_gloo.py")
+    elsewhere = ["tests/cluster/test_gloo.py", "tests/formats/test_keras.py"]
+    session.run("pytest", "-q", "tests/torch_door", *elsewhere)
     session.run("pytest", "-q", "-k", "fastopt.torch", "tests/test_docs.py")
 
 

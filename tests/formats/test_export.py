@@ -57,7 +57,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore:.*has no input")
+@pytest.mark.filterwarnings("always:.*has no input")
 def test_command(rng, tmp_path):
     """Each format from the command line is that from Python."""
     pytest.importorskip("onnx", reason="the extra `export` is not installed")

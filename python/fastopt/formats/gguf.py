@@ -83,11 +83,12 @@ def write(
     from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     kept = _kept_metadata(model)
+    own = str(kept.pop("general.architecture", ("STRING", "fastopt"))[1])
     # llama.cpp wants the weights of one axis, as of a norm, as numbers.
     known = {name: unpacked(w) if kept and len(w.shape) < 2 else w for name, w in model.items()}
     stored = {name: _stored(name, tensor, requantize) for name, tensor in known.items()}
     with _naming(path), replacing(path) as temporary:
-        writer = GGUFWriter(temporary, architecture or kept.pop("general.architecture", ("", "fastopt"))[1])
+        writer = GGUFWriter(temporary, architecture or own)
         try:
             if "general.name" not in kept:
                 writer.add_name(path.stem)

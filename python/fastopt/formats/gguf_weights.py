@@ -25,10 +25,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fastopt._text import shown
 from fastopt._types import BITS, Array
 from fastopt.files.atomic import open_regular
 from fastopt.files.mapped import Map
-from fastopt.files.safetensors_file import shown
 from fastopt.files.weights import Source
 from fastopt.formats.common import require_package
 from fastopt.tensors.packed import unpacked

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,11 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.files.atomic import open_regular
 from fastopt.files.numpy_files import sound, zip_archive
-from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE, shown
+from fastopt.files.safetensors_file import MOST_OF_ONE_BYTE
 from fastopt.files.weights import Source
 from fastopt.formats.common import require_package
 from fastopt.models.model import Imported, PackedModel
@@ -115,9 +117,12 @@ def turned_axes(
     axes = tuple(range(len(shape)))
     if not variable.endswith("kernel") or len(axes) < 2:
         return None
-    if equation is not None or kind == "einsum_dense":
+    if kind == "einsum_dense" or equation is not None:
         found = _axes_of_equation(equation or "")
-        return found if found is not None and len(found) == len(axes) else None
+        if found is not None and len(found) == len(axes):
+            return found
+        if kind == "einsum_dense":
+            return None
     if kind in _AXES_OF_EINSUM and len(axes) == 3:
         return _AXES_OF_EINSUM[kind]
     window, (one, other) = axes[:-2], axes[-2:]
@@ -183,16 +188,30 @@ def keras_sources(
 
     what = f"{path}: not a sound file of Keras"
     content, size, config = _opened(path)
-    with sound(what):
-        file = h5py.File(content, "r")
-        root, config = _root(file, config, what)
-        layout, sources = _walked(root, what, skipped, _kinds(config))
+    opened = _Opened()
+    try:
+        with sound(what):
+            file = h5py.File(content, "r")
+            opened.close_later(file, content)
+            root, config = _root(file, config, what)
+            layout, sources = _walked(root, what, skipped, _kinds(config), opened)
+    except BaseException:
+        content.close()
+        raise
     left = MOST_OF_ONE_BYTE * size
     for name, source in sources.items():
         left -= source.nbytes
         if left < 0:
             raise ValueError(f"{path}: {name!r} takes {source.nbytes} bytes, the file has {size}; skip leaves it out")
     return sources, {METADATA: layout.to_json()}
+
+
+class _Opened:
+    """An open file, which is closed when nobody holds this object any more."""
+
+    def close_later(self, *files: Any) -> None:
+        for file in files:
+            weakref.finalize(self, file.close)
 
 
 def _opened(path: Path) -> tuple[IO[bytes], int, str]:
@@ -265,7 +284,11 @@ def _child(group: Any, name: str, what: str) -> Any:
 
 
 def _walked(
-    root: Any, what: str, skipped: Callable[[str], bool], kinds: Mapping[str, tuple[str, str | None]]
+    root: Any,
+    what: str,
+    skipped: Callable[[str], bool],
+    kinds: Mapping[str, tuple[str, str | None]],
+    opened: _Opened,
 ) -> tuple[Layout, dict[str, Source]]:
     """Return all groups, and how all datasets below are read, by their paths."""
     import h5py
@@ -294,7 +317,7 @@ def _walked(
                 axes = _axes_in_file(path, name, datasets, attributes, kinds)
                 if axes is not None:
                     layout.turned[at] = axes
-                sources[at] = _source(child, axes, f"{what}: {at!r}")
+                sources[at] = _source(child, axes, f"{what}: {at!r}", opened)
     return layout, dict(sorted(sources.items(), key=lambda item: _natural(item[0])))
 
 
@@ -351,7 +374,7 @@ def _axes_in_file(
     return turned_axes(kind, variable, shape, bias, equation)
 
 
-def _source(dataset: Any, axes: Axes | None, what: str) -> Source:
+def _source(dataset: Any, axes: Axes | None, what: str, opened: _Opened) -> Source:
     if dataset.external or dataset.is_virtual:
         raise ValueError(f"{what} is stored in another file, which is not opened; skip leaves it out")
     dtype = dataset.dtype
@@ -364,7 +387,7 @@ def _source(dataset: Any, axes: Axes | None, what: str) -> Source:
     if math.prod(max(size, 1) for size in shape) >= 1 << 59:
         raise ValueError(f"{what}: expected a shape that memory could hold, got {shape}")
 
-    def read() -> Array:
+    def read(keep: _Opened = opened) -> Array:
         with sound(what):
             array = np.asarray(dataset[()])
         if brain:
