@@ -158,9 +158,10 @@ def cluster(session):
 @nox.session
 def fuzz(session):
     """Fuzz what reads foreign input for 60 s each, or for ``-- SECONDS [TARGET ...]``."""
-    targets = ["model", "npy", "npz", "index", "torch", "checkpoint", "state", "recipe", "tensor", "onnx", "edge"]
+    targets = ["model", "npy", "npz", "index", "gguf", "torch", "checkpoint", "state", "recipe", "tensor"]
+    targets += ["onnx", "edge"]
     seconds, *chosen = session.posargs or ["60"]
-    session.install("atheris>=3", "onnx>=1.20", "torch==2.13.0", WHEEL)
+    session.install("atheris>=3", "gguf>=0.17", "onnx>=1.20", "torch==2.13.0", WHEEL)
     found = Path(session.create_tmp())  # new inputs go here; the corpora do not change
     sanitizers = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     fuzz_edge = str(found / "fuzz_edge")

@@ -295,7 +295,7 @@ def test_pointers_and_other_formats_are_named(tmp_path):
         ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "not a safetensors file but an HDF5 file"),
         ("m.gguf", b"GGUF\x03\x00\x00\x00" + bytes(99), "not a safetensors file but a GGUF file"),
         ("m.tflite", b"\x1c\x00\x00\x00TFL3" + bytes(99), "not a safetensors file but a TFLite file"),
-        ("m.pkl", pickle.dumps([1] * 999), "not a safetensors file but a pickle"),
+        ("m.pkl", pickle.dumps([1] * 999), "a pickle, which is not read"),
         ("m.keras", b"PK\x03\x04" + bytes(99), "not a safetensors file but a zip archive"),
         ("m.safetensors", b"<!DOCTYPE html><html>Not found", "not a safetensors file but a text"),
         ("m.safetensors", b"", "not a safetensors file: it has 0 bytes"),
@@ -310,11 +310,12 @@ def test_pointers_and_other_formats_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
         with pytest.raises(ValueError, match="a pointer of git-lfs"):
             fo.open_weights(tmp_path / name)
-    with pytest.raises(
-        ValueError,
-        match=r"not a safetensors file but a TFLite file; expected \.safetensors, \.index\.json, \.npz.*\.gguf",
-    ):
-        fo.open_weights(tmp_path / "m.tflite")
+    (tmp_path / "m.joblib").write_bytes(b"x\x9c" + bytes(99))
+    for read in (fo.open_weights, fo.inspect):
+        with pytest.raises(ValueError, match=r"TFLite file; expected \.safetensors, \.index\.json, \.npz.*\.gguf"):
+            read(tmp_path / "m.tflite")
+        with pytest.raises(ValueError, match="is a pickle, which is not read, as it could run code; load it"):
+            read(tmp_path / "m.joblib")
 
 
 # ---- the description ---------------------------------------------------------------------------------------------

@@ -45,6 +45,18 @@ def any_bytes(data: bytes, max_size: int, seed: int, flip: Flip) -> bytes:
     return flip(data, max_size)
 
 
+def integers(data: bytes, max_size: int, seed: int, flip: Flip) -> bytes:
+    """Change a little-endian integer of a binary file, as a count or a size, or any bytes."""
+    rng = random.Random(seed)
+    if len(data) < 16 or rng.random() < 0.3:
+        return flip(data, max_size)
+    width = rng.choice([1, 4, 8])
+    at = rng.choice([rng.randrange(len(data) - width), rng.randrange(min(len(data) - width, 256))])
+    value = rng.choice([0, 1, 2, 3, 8, 14, 255, 1 << 31, 1 << 62, (1 << 64) - 1, rng.randrange(100)])
+    number = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+    return (data[:at] + number + data[at + width :])[:max_size]
+
+
 def json_text(data: bytes, max_size: int, seed: int, flip: Flip) -> bytes:
     rng = random.Random(seed)
     try:

@@ -141,6 +141,26 @@ def index_seeds() -> dict[str, bytes]:
     return {"index": json.dumps(index).encode()}
 
 
+def gguf_seeds() -> dict[str, bytes]:
+    w = weights()
+    w["blocks"] = np.ones((4, 64), "f4")
+    values = {
+        "general.architecture": ["STRING", "fuzz"],
+        "general.alignment": ["UINT32", 32],
+        "fuzz.tokens": ["ARRAY", "STRING", ["a", "", "bc"]],
+        "fuzz.scores": ["ARRAY", "FLOAT32", [1.0, -1.0]],
+        "fuzz.yes": ["BOOL", True],
+        "fuzz.long": ["UINT64", 1 << 60],
+    }
+    model = fo.pack(w, bits=4, include=["blocks"], min_size=1)
+    model = fo.PackedModel(dict(model), metadata={"gguf": json.dumps(values)})
+    eight = fo.PackedModel({"w": fo.quantize(w["blocks"], 8)}, metadata=model.metadata)
+    return {
+        "four": written("m.gguf", lambda path: fo.export(model, path, to="gguf")),
+        "eight": written("m.gguf", lambda path: fo.export(eight, path, to="gguf", requantize=True)),
+    }
+
+
 def torch_seeds() -> dict[str, bytes]:
     import torch
 
@@ -398,6 +418,7 @@ TARGETS = {
     "npy": Target("a.npy", open_and_read, npy_seeds, mutate.npy),
     "npz": Target("a.npz", open_and_read, npz_seeds, mutate.archive),
     "index": Target("m.safetensors.index.json", read_index, index_seeds, mutate.json_text),
+    "gguf": Target("m.gguf", open_and_read, gguf_seeds, mutate.integers, "gguf"),
     "torch": Target("m.pt", open_and_read, torch_seeds, mutate.archive, "torch"),
     "checkpoint": Target("c.safetensors", load_tree, checkpoint_seeds, mutate.safetensors),
     "state": Target("state.json", load_state, state_seeds, mutate.json_text),

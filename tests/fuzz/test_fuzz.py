@@ -7,7 +7,7 @@ import pytest
 from fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
-pytestmark = pytest.mark.filterwarnings("ignore:no tensor is packed")
+pytestmark = pytest.mark.filterwarnings("ignore:no tensor is packed", "ignore:.*tensors are decoded")
 
 
 @pytest.fixture(params=TARGETS)

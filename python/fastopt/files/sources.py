@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from fastopt.tensors.packed import PackedTensor, Weight
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _OTHERS = (".npz", ".npy", *_TORCH)
 _INDEX = ".index.json"
+_PICKLES = (".pkl", ".pickle", ".joblib")
 
 
 class Reader(NamedTuple):
@@ -230,7 +231,7 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
         return torch_sources(path, key, skipped), {}
     if key is not None:
         raise _no_key(path)
-    try:
+    with naming_formats(path):
         if kind in READERS:
             return READERS[kind].read(path, skipped)
         if kind == "npz":
@@ -238,9 +239,20 @@ def _open_file(path: Path, key: str | None, skipped: Callable[[str], bool]) -> t
         if kind == "npy":
             return {} if skipped(path.stem) else {path.stem: npy_source(path)}, {}
         return _of_safetensors(MappedFile(path), skipped)
+
+
+@contextlib.contextmanager
+def naming_formats(path: Path) -> Iterator[None]:
+    """Let the error of a file of an unknown format say which formats are read."""
+    try:
+        yield
     except ValueError as error:
         if path.suffix in (".npz", ".npy", ".safetensors") or "not a safetensors file" not in str(error):
             raise
+        if path.suffix in _PICKLES:
+            raise ValueError(
+                f"{path}: is a pickle, which is not read, as it could run code; load it, and pack what it holds"
+            ) from error
         raise ValueError(f"{error}; expected .safetensors, .index.json, {', '.join((*_OTHERS, *READERS))}") from error
 
 

@@ -17,7 +17,7 @@ from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
 from fastopt.files.shards import is_placed_in, opened_shards
-from fastopt.files.sources import is_safetensors, model_files, open_weights
+from fastopt.files.sources import is_safetensors, model_files, naming_formats, open_weights
 from fastopt.files.weights import Weights, stored_of, tied_in
 from fastopt.models.calibration import CALIBRATION
 from fastopt.models.choose import Check, make_to_fit
@@ -301,7 +301,8 @@ def open_model(path: PathLike, *, key: str | None = None, skip: str | Iterable[s
     if isinstance(found, list) or not is_safetensors(found):
         return open_weights(path, key=key, skip=skip).as_stored()
     if not skip and key is None:
-        return load(found)
+        with naming_formats(found):
+            return load(found)
     weights = open_weights(found, key=key, skip=skip)
     return PackedModel({name: stored_of(weights, name) for name in weights}, metadata=weights.metadata)
 
