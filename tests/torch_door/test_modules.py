@@ -307,7 +307,7 @@ def test_hooks_and_references_stay():
     assert "bits=4" in repr(layer)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated", "ignore:At pre-dispatch tracing", "ignore::FutureWarning")
 def test_compile_and_export():
     model = Tied().eval()
     ft.pack_(model)
