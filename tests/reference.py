@@ -1,5 +1,7 @@
 """The specification: every kernel in plain NumPy, one formula each. The kernels equal it bit for bit."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -491,6 +493,77 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX, importance=N
             scale[at], minimum[at] = s, m
     dtype = np.float16 if half else f
     return codes, scale.astype(dtype), minimum.astype(dtype)
+
+
+def cholesky(a):
+    """The lower factor of a symmetric matrix; the products of an entry are subtracted in the order of their columns."""
+    n = len(a)
+    lower = np.tril(a)
+    for j in range(n):
+        for k in range(j):
+            lower[j:, j] -= lower[j:, k] * lower[j, k]
+        lower[j, j] = np.sqrt(lower[j, j])
+        lower[j + 1 :, j] /= lower[j, j]
+    return lower
+
+
+def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
+    """Codes, scale and minimum by GPTQ (Frantar et al., 2022), for products X^T X of `count` rows.
+
+    Groups are visited by falling mean square of their inputs, and so are the columns of a group. Each code is the
+    nearest to its weight plus what makes good for the errors of the codes before it; pairs are fitted to the same.
+    Each sweep then gives each code the value that is best beside all others.
+    """
+    f = np.float32
+    rows, cols = w.shape
+    size, top = cols if group_size == -1 else group_size, f(2**bits - 1)
+    squares = products.diagonal() / products.diagonal().max()
+    groups = [range(at, min(at + size, cols)) for at in range(0, cols, size)]
+    visited = sorted(range(len(groups)), key=lambda g: -math.fsum(squares[groups[g]]) / len(groups[g]))
+    parts = [sorted(groups[g], key=lambda c: -squares[c]) for g in visited]
+    order = [c for part in parts for c in part]
+    h = products[np.ix_(order, order)] / products.diagonal().max()
+    h[np.diag_indices(cols)] += 0.01 * max(1.0, cols / count) * (math.fsum(squares) / cols)
+    lower = cholesky(h[::-1, ::-1])
+    m = (lower / lower.diagonal())[::-1, ::-1].astype(f)  # h = m d m^T, m upper triangular with ones on its diagonal
+    h = h.astype(f)
+
+    def summed(start, factors, errors):
+        for factor, error in zip(factors, errors, strict=True):
+            start = start + error * factor
+        return start
+
+    def nearest(v, g):
+        inverse = np.divide(f(1), scale[:, g], out=np.zeros(rows, f), where=scale[:, g] > 0)
+        return np.clip(np.rint((v - minimum[:, g]) * inverse), f(0), top)
+
+    scale, minimum = np.zeros((rows, len(groups)), f), np.zeros((rows, len(groups)), f)
+    codes, e = np.zeros((rows, cols), f), np.zeros((cols, rows), f)
+    at = 0
+    for g, part in zip(visited, parts, strict=True):
+        start = np.stack([summed(w[:, c], m[:at, at + i], e[:at]) for i, c in enumerate(part)], axis=1)
+        weight = np.broadcast_to(h.diagonal()[at : at + len(part)], start.shape)
+        _, s, b = quantize(start, bits, -1, half, True, limit, weight)
+        if half and s.dtype != np.float16:
+            return gptq(w, products, count, bits, group_size, False, sweeps, limit)
+        scale[:, g], minimum[:, g] = s[:, 0], b[:, 0]
+        for c in part:
+            codes[:, c] = nearest(summed(w[:, c], m[:at, at], e[:at]), g)
+            e[at] = w[:, c] - (minimum[:, g] + scale[:, g] * codes[:, c])
+            at += 1
+    places = list(enumerate(g for g, part in zip(visited, parts, strict=True) for _ in part))
+    for _ in range(sweeps):
+        for _, slab in itertools.groupby(places, key=lambda place: (place[1], place[0] // 32)):
+            slab = list(slab)
+            gradients = [summed(np.zeros(rows, f), h[:, at], e) for at, _ in slab]
+            for i, (at, g) in enumerate(slab):
+                c, before = order[at], e[at].copy()
+                codes[:, c] = nearest((w[:, c] - before) + gradients[i] * (f(1) / h[at, at]), g)
+                e[at] = w[:, c] - (minimum[:, g] + scale[:, g] * codes[:, c])
+                for j in range(i + 1, len(slab)):
+                    gradients[j] = gradients[j] + (e[at] - before) * h[at, slab[j][0]]
+    dtype = np.float16 if half else f
+    return codes.astype(np.uint8), scale.astype(dtype), minimum.astype(dtype)
 
 
 def pack(codes, bits):

@@ -96,6 +96,81 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   });
 }
 
+const float* slabs_of(const py::array& array, std::size_t cols, const Label& label) {
+  const View<const float> values = view<const float>(array, label);
+  require_size(values.size, ceil_div(cols, kSlabColumns) * kSlabColumns * cols, label);
+  return values.data;
+}
+
+// Quantizes by GPTQ: see Gptq. Returns kNonFinite and kHalfMisfit flags.
+unsigned gptq(const py::array& x, const py::array& order, const py::array& group_order, const py::array& h,
+              const py::array& m, const py::array& importance, const py::array& codes, const py::array& scale,
+              const py::array& minimum, int bits, std::size_t group_size, int sweeps, float limit) {
+  require_2d(x, {"x"});
+  const View<const float> from = view<const float>(x, {"x"}), weights = view<const float>(importance, {"importance"});
+  const View<const std::uint32_t> columns = view<const std::uint32_t>(order, {"order"});
+  const View<const std::uint32_t> groups = view<const std::uint32_t>(group_order, {"group_order"});
+  const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
+  QuantizedOut q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  q.limit = limit;
+  require_size(q.rows, rows, {"codes"});
+  require_size(columns.size, cols, {"order"});
+  require_size(groups.size, q.groups, {"group_order"});
+  require_size(weights.size, cols, {"importance"});
+  Gptq g{from.data, cols, q.group, columns.data, groups.data, nullptr, nullptr, weights.data, sweeps};
+  g.h = slabs_of(h, cols, {"h"});
+  g.m = slabs_of(m, cols, {"m"});
+  for (std::size_t i = 0; i < cols; ++i) {
+    if (columns.data[i] >= cols) fail_value({"order"}, "expected columns");
+  }
+  for (std::size_t i = 0; i < q.groups; ++i) {
+    if (groups.data[i] >= q.groups) fail_value({"group_order"}, "expected groups");
+  }
+  if (from.size == 0) return 0;
+  const Kernels& k = kernels();
+  const std::size_t bytes = ceil_div(k.gptq.bytes(g), 64) * 64;
+  const Scratch memory(bytes * static_cast<std::size_t>(num_threads()));
+  const py::gil_scoped_release released;
+  std::atomic<unsigned> flags{0};
+  std::atomic<std::size_t> taken{0};
+  parallel_for(ceil_div(rows, kStripRows), 64 * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+    std::uint8_t* const mine = memory.data() + bytes * taken++;
+    for (std::size_t i = begin; i < end; ++i) flags |= k.gptq.rows(g, q, i * kStripRows, mine);
+  });
+  return flags;
+}
+
+// Replaces the lower triangle of a symmetric matrix by its Cholesky factor; the rest is left undefined. Returns false
+// if it is not positive definite.
+bool cholesky(const py::array& a) {
+  require_2d(a, {"a"});
+  const View<double> matrix = view<double>(a, {"a"});
+  const std::size_t n = dimension(a, 0);
+  require_shape(a, n, n, {"a"});
+  const Scratch before(n * kCholeskyBlock * sizeof(double)), block(kCholeskyBlock * kCholeskyBlock * sizeof(double));
+  Cholesky c{matrix.data, n, 0, reinterpret_cast<double*>(before.data()), reinterpret_cast<double*>(block.data())};
+  const Kernels& k = kernels();
+  const py::gil_scoped_release released;
+  std::atomic<bool> good{true};
+  for (; c.first < n && good; c.first += kCholeskyBlock) {
+    const std::size_t end = std::min(c.first + kCholeskyBlock, n);
+    double* const transposed = reinterpret_cast<double*>(before.data());
+    parallel_for(c.first, matrix_bytes(kCholeskyBlock, c.first), [&](std::size_t from, std::size_t to) {
+      for (std::size_t i = from; i < to; ++i) {
+        for (std::size_t j = 0; j < kCholeskyBlock; ++j) {
+          transposed[i * kCholeskyBlock + j] = c.first + j < end ? matrix.data[(c.first + j) * n + i] : 0.0;
+        }
+      }
+    });
+    std::fill_n(c.block, kCholeskyBlock * kCholeskyBlock, 0.0);
+    if (!k.gptq.cholesky(c, c.first, end)) return false;
+    parallel_for(n - end, 2 * matrix_bytes(n - end, c.first), [&](std::size_t from, std::size_t to) {
+      if (!k.gptq.cholesky(c, end + from, end + to)) good = false;
+    });
+  }
+  return good;
+}
+
 // Codes of one byte each, in one dimension, to and from packed bytes.
 void pack(const py::array& codes, int bits, const py::array& packed) {
   require_bits(bits);
@@ -129,6 +204,11 @@ void bind_quant(py::module_& m) {
   m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("least_squares") = false, py::arg("limit") = std::numeric_limits<float>::max(),
         py::arg("importance") = py::none());
+  m.def("gptq", &gptq, py::arg("x"), py::arg("order"), py::arg("group_order"), py::arg("h"), py::arg("m"),
+        py::arg("importance"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
+        py::arg("group_size"), py::arg("sweeps"), py::arg("limit"));
+  m.def("cholesky", &cholesky, py::arg("a"));
+  m.attr("SLAB_COLUMNS") = kSlabColumns;
   m.def("dequantize", &dequantize, py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("out"));
   m.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("packed"));

@@ -19,6 +19,9 @@
 //   grid         the numbers that the codes of a group can stand for, ready to encode against
 //   lot          up to kGroupsAtOnce groups of a row, which are quantized together
 //
+//   strip        kStripRows rows that GPTQ quantizes side by side, each in a lane of its own
+//   slab         kSlabColumns neighbouring columns of a matrix, stored row after row
+//
 //   x, y         the input and the output of a product, a vector in each row
 //   limb         one byte of an integer that x was rounded to
 //   span         the 16 or 32 neighbouring columns of x that share the scale of this rounding
@@ -170,7 +173,31 @@ struct Shared {
 };
 
 // Findings while a range was quantized; bits of an `unsigned`.
-inline constexpr unsigned kNonFinite = 1;   // NaN or infinity in the input
+inline constexpr unsigned kNonFinite = 1;  // NaN or infinity in the input
+// For GPTQ: a weight x of `cols` columns, and what is known of its inputs. Columns and groups are visited in the order
+// of `order` and `group_order`, one whole group after the other; `h`, `m` and `importance` are in that order. `h` holds
+// the products of the inputs and `m` their factor, as gptq.inl has it, both in slabs; `importance` is the diagonal of
+// h.
+struct Gptq {
+  const float* x;
+  std::size_t cols, group;
+  const std::uint32_t *order, *group_order;
+  const float *h, *m, *importance;
+  int sweeps;  // over all codes, at the end
+};
+inline constexpr std::size_t kStripRows = 64, kSlabColumns = 32;
+
+// A symmetric matrix a [n, n] on the way to its lower Cholesky factor, block after block of kCholeskyBlock columns,
+// here the one from column `first` on. `before` [first][kCholeskyBlock] holds the block's rows of the columns before
+// it, transposed; `block` [kCholeskyBlock][kCholeskyBlock] takes the block itself, transposed.
+struct Cholesky {
+  double* a;
+  std::size_t n, first;
+  const double* before;
+  double* block;
+};
+inline constexpr std::size_t kCholeskyBlock = 64;
+
 inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or minimum closely enough
 
 // ---- products ------------------------------------------------------------------------------------------------
@@ -281,6 +308,16 @@ struct QuantKernels {
   void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
 };
 
+struct GptqKernels {
+  // The memory that `rows` needs.
+  std::size_t (*bytes)(const Gptq&);
+  // Quantizes the strip of rows from row `first` on. Returns flags.
+  unsigned (*rows)(const Gptq&, const QuantizedOut& q, std::size_t first, void* memory);
+  // Rows [begin, end) of a block; its own rows, in order, come before all others. Returns false if the matrix is not
+  // positive definite.
+  bool (*cholesky)(const Cholesky&, std::size_t begin, std::size_t end);
+};
+
 // Products with quantized weights. An instruction set that only adds dot products of bytes to another one overrides
 // just these.
 struct Products {
@@ -349,6 +386,7 @@ struct Kernels {
   const char* isa;
   OptimKernels optim;
   QuantKernels quant;
+  GptqKernels gptq;
   Products products;
   SparseKernels sparse;
   PruneKernels prune;

@@ -24,6 +24,8 @@ namespace {
 //
 #include "kernels/linear/linear.inl"
 #if !defined(FASTOPT_PRODUCTS_ONLY)
+#include "kernels/quant/gptq.inl"
+//
 #include "kernels/optim/optim.inl"
 //
 #include "kernels/prune.inl"
@@ -55,6 +57,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     .isa = FASTOPT_NAME(FASTOPT_ISA),
     .optim = kOptim,
     .quant = kQuant,
+    .gptq = kGptq,
     .products = kProducts,
     .sparse = kSparse,
     .prune = kPrune,

@@ -9,6 +9,7 @@ openmp: bool
 compiler: str
 NON_FINITE: int
 HALF_MISFIT: int
+SLAB_COLUMNS: int
 SUMS: dict[str, int]
 HYPER_FIELDS: tuple[str, ...]
 JOB_FIELDS: tuple[str, ...]
@@ -35,6 +36,22 @@ def quantize(
     limit: float = ...,
     importance: _Array | None = None,
 ) -> int: ...
+def gptq(
+    x: _Array,
+    order: _Array,
+    group_order: _Array,
+    h: _Array,
+    m: _Array,
+    importance: _Array,
+    codes: _Array,
+    scale: _Array,
+    minimum: _Array,
+    bits: int,
+    group_size: int,
+    sweeps: int,
+    limit: float,
+) -> int: ...
+def cholesky(a: _Array) -> bool: ...
 def dequantize(codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, out: _Array) -> None: ...
 def pack(codes: _Array, bits: int, packed: _Array) -> None: ...
 def unpack(packed: _Array, bits: int, codes: _Array) -> None: ...

@@ -16,8 +16,8 @@ DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
 SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
 GroupSize: TypeAlias = "int | Literal['auto'] | None"
 # How scale and minimum follow from the values of a group.
-FITS = ("auto", "minmax", "lsq")
-Fit: TypeAlias = Literal["auto", "minmax", "lsq"]
+FITS = ("auto", "minmax", "lsq", "gptq")
+Fit: TypeAlias = Literal["auto", "minmax", "lsq", "gptq"]
 # Dtypes of weights.
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 PathLike: TypeAlias = str | os.PathLike[str]

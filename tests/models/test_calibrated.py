@@ -84,6 +84,24 @@ def test_every_door_makes_the_same(layers, tmp_path):
     assert fo.Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_gptq(layers, tmp_path):
+    weights, inputs = layers
+    calib = calibrated({**inputs, "head.weight": inputs["conv.weight"][:50, :96]}, products=True)
+    diagonal = fo.pack(weights, bits=2, calibration=calib)
+    model = fo.pack(weights, bits=2, calibration=calib, fit="gptq")
+    before, after = ({t.name: t.output_error for t in m.report(weights).tensors} for m in (diagonal, model))
+    assert all(after[name] < 0.8 * before[name] for name in calib)
+    reasons = {t.name: t.reason for t in model.report().tensors}
+    assert reasons["a.weight"] == "for all"
+    assert reasons["head.weight"] == "for all; calibrated by 50 rows for 96 inputs"
+    some = fo.pack(weights, bits=2, calibration=calibrated({"a.weight": inputs["a.weight"]}, products=True), fit="gptq")
+    assert some["a.weight"] == model["a.weight"]
+    assert some["head.weight"] == fo.quantize(weights["head.weight"], 2, fit="lsq")
+    assert fo.pack(weights, target_bits=3, calibration=calib, fit="gptq").report(weights).bits_per_weight <= 3
+    with pytest.raises(ValueError, match=r"'a.weight': fit: 'gptq' needs the products of inputs"):
+        fo.pack(weights, bits=2, calibration=calibrated(inputs), fit="gptq")
+
+
 def test_pruned_weights(layers):
     weights, inputs = layers
     calib = calibrated(inputs, products=True)

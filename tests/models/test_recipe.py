@@ -90,7 +90,7 @@ def test_what_is_wrong_is_named():
         ({"bits": 4.0}, TypeError, r"bits: expected 8, 4 or 2, got 4\.0"),
         ({"group_size": 0}, ValueError, "group_size: expected a positive number"),
         ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got 'int8'"),
-        ({"fit": "best"}, ValueError, "fit: expected 'auto', 'minmax' or 'lsq', got 'best'"),
+        ({"fit": "best"}, ValueError, "fit: expected 'auto', 'minmax', 'lsq' or 'gptq', got 'best'"),
         ({"outliers": 2}, ValueError, "outliers: expected a share between 0 and 1, got 2"),
         ({"sparsity": 1.5}, ValueError, "sparsity: expected a fraction from 0 to 1"),
         ({"pattern": "4:2"}, ValueError, "pattern: expected 'N:M'"),

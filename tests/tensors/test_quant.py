@@ -348,7 +348,11 @@ def test_dequantize_into_out(rng):
             "w: expected float32, float64, float16 or bfloat16, got int",
         ),
         (lambda: fo.quantize("w"), TypeError, "w: expected float32"),
-        (lambda: fo.quantize(np.zeros(3), fit="hqq"), ValueError, "fit: expected 'auto', 'minmax' or 'lsq', got 'hqq'"),
+        (
+            lambda: fo.quantize(np.zeros(3), fit="hqq"),
+            ValueError,
+            "fit: expected 'auto', 'minmax', 'lsq' or 'gptq', got 'hqq'",
+        ),
         (lambda: fo.quantize(np.zeros(3), outliers=1.5), ValueError, "outliers: expected a share between 0 and 1"),
         (lambda: fo.quantize(np.zeros(3), max_error=np.nan), ValueError, "max_error: expected at least 0, got nan"),
         (lambda: fo.pack_bits(np.array([4], "u1"), 2), ValueError, "codes: expected values below 4, got 4"),

@@ -26,6 +26,7 @@ class Fit(str, Enum):
     auto = "auto"
     minmax = "minmax"
     lsq = "lsq"
+    gptq = "gptq"
 
 
 Source = Annotated[

@@ -322,7 +322,7 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[Choice]
             groups = (_GROUP_SIZES if pruned is None else _SPARSE_GROUP_SIZES)[bits]
         for group_size in groups:
             changes = {"bits": bits, "group_size": group_size}
-            changed = options.changed(changes)
+            changed = options.changed({**changes, "fit": "lsq"} if options.fit == "gptq" else changes)  # much faster
             if pruned is None:
                 q = changed.apply(sample)
                 assert isinstance(q, QuantizedTensor)

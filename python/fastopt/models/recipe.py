@@ -98,6 +98,7 @@ class Options:
             array = unpacked(tensor)
             pruned: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
             return pruned if self.bits is None else self.quantize_values(pruned)
+        fit = "lsq" if self.fit == "gptq" and self.inputs is None else self.fit
         if isinstance(tensor, SparseTensor):
             if self.outliers is not None:
                 raise ValueError("outliers: expected None for a tensor that is stored sparse")
@@ -114,7 +115,7 @@ class Options:
             self.bits or 8,
             group_size=self.group_size,
             param_dtype=self.param_dtype,
-            fit=self.fit,
+            fit=fit,
             outliers=self.outliers,
             calibration=self.inputs,
         )
@@ -132,8 +133,9 @@ class Options:
         if pruned.layout == "index16":  # index8 takes a third less, and a tenth more time
             pruned = pruned.to_layout("index8")
         weight = None if self.inputs is None or self.fit == "minmax" else self.inputs.importance()
+        fit: Fit = "lsq" if self.fit == "gptq" else self.fit  # the zeros cannot make good for errors
         return pruned.quantize(
-            self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=self.fit, importance=weight
+            self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=fit, importance=weight
         )
 
 
@@ -238,8 +240,11 @@ class Recipe(Options):
         reason = "for all" if matching is None else f"override {matching!r}"
         if self.calibration is not None:
             options = options.changed({"inputs": self.inputs_of(name)})
-            if options.inputs is None:
+            sums = options.inputs
+            if sums is None:
                 reason += "; no calibration"
+            elif options.fit == "gptq" and sums.rows < sums.columns:
+                reason += f"; calibrated by {sums.rows} rows for {sums.columns} inputs"
         if options.bits is None and not options.prunes:
             return None, "nothing is asked for" if matching is None else reason
         return options, reason

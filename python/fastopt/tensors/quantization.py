@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastopt._checks import (
 from fastopt._text import shown
 from fastopt._types import FITS, Array, Fit, GroupSize
 from fastopt.tensors.calibration import InputSums
+from fastopt.tensors.gptq import SWEEPS, plan_gptq
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
 
@@ -77,10 +79,13 @@ def quantize(
     param_dtype : "float16" or "float32"
         The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
-    fit : "auto", "minmax" or "lsq"
+    fit : "auto", "minmax", "lsq" or "gptq"
         "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
         format. The fewer the bits, the more it gains. Values at the ends of their group may then be off by more than
         half a step: see `outliers`. "auto" is "lsq" with `importance` or `calibration`, and otherwise "minmax".
+        "gptq" takes the products of columns that `Calibration(products=True)` collects, and has each code make good
+        for the errors of those before it: much smaller errors of the outputs in the same format (GPTQ, Frantar et
+        al., 2022, with a fit of the parameters in each group, and a sweep of coordinate descent over all codes).
     importance : array_like of a float type, or "magnitude", optional
         How much the squared error of each weight counts, for "lsq" and `outliers`: 0 or more, as one number for each
         column of the matrix or of the shape of `w`. The mean of the squares of a layer's inputs makes the error of
@@ -180,6 +185,8 @@ def quantize(
             flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit, v)
         return flags, scale, minimum
 
+    if fit == "gptq":
+        fill = partial(_fill_by_gptq, fitted, calibration, codes, bits, group, limit, out)
     flags, scale, minimum = fill(params)
     if flags & _core.NON_FINITE:
         with np.errstate(over="ignore"):
@@ -196,6 +203,38 @@ def quantize(
         return q
     found = _find_outliers(q, array, outliers, max_error, weight)
     return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, found)
+
+
+def _fill_by_gptq(
+    w: Array,
+    inputs: InputSums | None,
+    codes: Array,
+    bits: int,
+    group: int | None,
+    limit: float,
+    out: QuantizedTensor | None,
+    dtype: np.dtype[Any],
+) -> tuple[int, Array, Array]:
+    """Write codes, and return flags, scale and minimum."""
+    if inputs is None:
+        raise ValueError("fit: 'gptq' needs calibration")
+    if group is None:
+        raise ValueError("group_size: expected a number of columns or -1 with fit='gptq', got None")
+    rows, cols = as_matrix(w.shape)
+    group = _kernel_group_size(group, cols)
+    shape = _param_shape(group, rows, cols)
+    scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
+    x = _float_rows(w, 0, rows) if w.ndim > 1 else _float_rows(w, 0, w.size).reshape(1, -1)
+    if not np.isfinite(x).all():
+        return _core.NON_FINITE, scale, minimum
+    plan = plan_gptq(inputs, group)
+    if plan is None:
+        flags = _core.quantize(x, codes, scale, minimum, bits, group, True, limit)
+    else:
+        flags = _core.gptq(x, *plan, codes, scale, minimum, bits, group, SWEEPS, limit)
+    if flags & _core.NON_FINITE:
+        raise ValueError("w: has values that are too large for fit='gptq'")
+    return flags, scale, minimum
 
 
 def require_fit(fit: str) -> None:

@@ -1,0 +1,280 @@
+// Codes and parameters that make the error of a layer's outputs small: GPTQ (Frantar et al., 2022).
+//
+// With e = w - q for a row, and H the products of the inputs, the error of the outputs is e H e^T. Columns and groups
+// are counted in the order in which they are visited; H is in that order too. Let H = M D M^T with M upper triangular
+// and ones on its diagonal. Then
+//
+//   e H e^T = sum over p of D[p] * (e[p] + sum over i < p of e[i] * M[i][p])^2
+//
+// and each term is smallest where code p is the nearest to v[p] = w[p] + sum over i < p of e[i] * M[i][p]: every column
+// makes good for the errors of those before it. The pair of a group is fitted to v, once all groups before it are done.
+// Sweeps follow that give each code the value which is best beside all other codes.
+//
+// kStripRows rows go side by side, each in a lane of its own:
+//
+//   position p   row 0   row 1  ...  row 63
+//          0    |  one line of e, w, v, codes  |      M and H lie in slabs of kSlabColumns positions, [slab][i][p],
+//          1    |                              |      so that a tile reads one after the other
+//
+// Every sum runs over i in rising order, so its bits do not depend on tiles, threads or vectors.
+
+using Strip = float[kStripRows];
+
+// v[p] += sum over i in [begin, end) of e[i] * m[i][p], for kColumns positions next to each other in a slab.
+template <std::size_t Columns>
+inline void add_feedback(const Strip* e, const float* m, std::size_t begin, std::size_t end, Strip* v) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>, vectors = kVectorBytes == 64 ? 4 : 2;
+  for (std::size_t r = 0; r < kStripRows; r += vectors * lanes) {
+    V sum[Columns][vectors];
+    unroll<Columns>([&](auto c) {
+      unroll<vectors>([&](auto j) { sum[c.value][j.value] = load<V>(v[c.value] + r + j.value * lanes); });
+    });
+    for (std::size_t i = begin; i < end; ++i) {
+      const float* factors = m + i * kSlabColumns;
+      V x[vectors];
+      unroll<vectors>([&](auto j) { x[j.value] = load<V>(e[i] + r + j.value * lanes); });
+      unroll<Columns>([&](auto c) {
+        const V factor = broadcast(factors[c.value]);
+        unroll<vectors>([&](auto j) { sum[c.value][j.value] += x[j.value] * factor; });
+      });
+    }
+    unroll<Columns>([&](auto c) {
+      unroll<vectors>([&](auto j) { store(v[c.value] + r + j.value * lanes, sum[c.value][j.value]); });
+    });
+  }
+}
+
+// The same for positions [first, last) of all slabs; v[0] is that of `first`.
+inline void add_feedback(const Gptq& g, const float* slabs, const Strip* e, std::size_t begin, std::size_t end,
+                         std::size_t first, std::size_t last, Strip* v) {
+  for (std::size_t p = first; p < last;) {
+    const float* m = slabs + p / kSlabColumns * (g.cols * kSlabColumns) + p % kSlabColumns;
+    if (p % 4 == 0 && p + 4 <= last) {
+      add_feedback<4>(e, m, begin, end, v + (p - first));
+      p += 4;
+    } else {
+      add_feedback<1>(e, m, begin, end, v + (p - first));
+      ++p;
+    }
+  }
+}
+
+// The row i of a matrix in slabs from position p on, up to the end of the slab.
+inline const float* slab_row(const Gptq& g, const float* slabs, std::size_t i, std::size_t p) {
+  return slabs + (p / kSlabColumns * g.cols + i) * kSlabColumns + p % kSlabColumns;
+}
+
+// Calls body(first, last) for the parts of [begin, end) that lie in one slab each.
+template <class Body>
+inline void for_slabs(std::size_t begin, std::size_t end, const Body& body) {
+  while (begin < end) {
+    const std::size_t next = (begin / kSlabColumns + 1) * kSlabColumns, last = next < end ? next : end;
+    body(begin, last);
+    begin = last;
+  }
+}
+
+// The pairs of a group, one for each row.
+struct StripPairs {
+  Strip scale, minimum, inverse;
+};
+
+// Fits the pairs of a group of n columns to v. `values` has room for kGroupsAtOnce rows of them and `importance` holds
+// theirs.
+inline void fit_strip(const Strip* v, std::size_t n, const QuantizedOut& q, float* values, const float* importance,
+                      float top, StripPairs* pairs, bool* misfit, Vec<std::int32_t>* magnitude) {
+  Grids grids = {};
+  Ranges ranges = {};
+  QuantizedOut as_row = q;
+  as_row.group = n;
+  for (std::size_t r = 0; r < kStripRows; r += kGroupsAtOnce) {
+    for (std::size_t k = 0; k < kGroupsAtOnce; ++k) {
+      for (std::size_t p = 0; p < n; ++p) values[k * n + p] = v[p][r + k];
+    }
+    measure_groups(values, kGroupsAtOnce * n, n, 0, &ranges);
+    prepare_groups(values, importance, kGroupsAtOnce * n, as_row, true, top, ranges, 1, &grids, misfit);
+    std::memcpy(pairs->scale + r, grids.scale, sizeof grids.scale);
+    std::memcpy(pairs->minimum + r, grids.minimum, sizeof grids.minimum);
+  }
+  *magnitude = larger(ranges.magnitude, *magnitude);
+  for (std::size_t r = 0; r < kStripRows; ++r) pairs->inverse[r] = pairs->scale[r] > 0 ? 1.0f / pairs->scale[r] : 0.0f;
+}
+
+// The codes that are nearest to v; e = w - what they stand for.
+inline void nearest(const float* v, const float* w, const StripPairs& pairs, float top, std::uint8_t* codes, float* e) {
+  using V = Vec<float>;
+  constexpr std::size_t lanes = kLanes<float>;
+  for (std::size_t r = 0; r < kStripRows; r += lanes) {
+    const V minimum = load<V>(pairs.minimum + r), scale = load<V>(pairs.scale + r);
+    const V u = (load<V>(v + r) - minimum) * load<V>(pairs.inverse + r);
+    const V code = positive_part(smaller(round_even(u), broadcast(top)));
+    store(e + r, load<V>(w + r) - (minimum + scale * code));
+    store_bytes(codes + r, round_to_int(code));
+  }
+}
+
+// line += factor[k] * x for the lines that follow.
+inline void add_to_lines(const float* x, const float* factors, std::size_t n, Strip* lines) {
+  using V = Vec<float>;
+  for (std::size_t k = 0; k < n; ++k) {
+    for (std::size_t r = 0; r < kStripRows; r += kLanes<float>) {
+      store(lines[k] + r, load<V>(lines[k] + r) + load<V>(x + r) * factors[k]);
+    }
+  }
+}
+
+inline std::size_t gptq_group_size(const Gptq& g, std::size_t group) {
+  const std::size_t left = g.cols - group * g.group;
+  return left < g.group ? left : g.group;
+}
+
+std::size_t gptq_bytes(const Gptq& g) {
+  const std::size_t groups = (g.cols + g.group - 1) / g.group;
+  return sizeof(Strip) * (2 * g.cols + g.group) + sizeof(StripPairs) * groups + kStripRows * g.cols +
+         2 * kGroupsAtOnce * g.group * sizeof(float) + g.cols + 64;
+}
+
+unsigned gptq_rows(const Gptq& g, const QuantizedOut& q, std::size_t first, void* memory) {
+  const std::size_t groups = (g.cols + g.group - 1) / g.group, cols = g.cols;
+  const std::size_t rows = q.rows - first < kStripRows ? q.rows - first : kStripRows;
+  const float top = static_cast<float>((1 << q.bits) - 1);
+  bool misfit = false;
+  Vec<std::int32_t> magnitude = {};
+
+  Strip* const w = static_cast<Strip*>(memory);
+  Strip *const e = w + cols, *const v = e + cols;
+  StripPairs* const pairs = reinterpret_cast<StripPairs*>(v + g.group);
+  float* const values = reinterpret_cast<float*>(pairs + groups);
+  float* const importance = values + kGroupsAtOnce * g.group;
+  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(importance + kGroupsAtOnce * g.group);
+  std::uint8_t* const row_codes = codes + kStripRows * cols;
+
+  for (std::size_t p = 0; p < cols; ++p) {
+    for (std::size_t r = 0; r < kStripRows; ++r) w[p][r] = r < rows ? g.x[(first + r) * cols + g.order[p]] : 0.0f;
+  }
+  std::size_t begin = 0;
+  for (std::size_t k = 0; k < groups; ++k) {
+    const std::size_t n = gptq_group_size(g, g.group_order[k]), end = begin + n;
+    std::memcpy(v, w[begin], n * sizeof(Strip));
+    add_feedback(g, g.m, e, 0, begin, begin, end, v);
+    for (std::size_t i = 0; i < kGroupsAtOnce; ++i)
+      std::memcpy(importance + i * n, g.importance + begin, n * sizeof(float));
+    fit_strip(v, n, q, values, importance, top, &pairs[k], &misfit, &magnitude);
+    for_slabs(begin, end, [&](std::size_t from, std::size_t to) {
+      add_feedback(g, g.m, e, begin, from, from, to, v + (from - begin));
+      for (std::size_t p = from; p < to; ++p) {
+        nearest(v[p - begin], w[p], pairs[k], top, codes + p * kStripRows, e[p]);
+        add_to_lines(e[p], slab_row(g, g.m, p, p) + 1, to - p - 1, v + (p - begin) + 1);
+      }
+    });
+    begin = end;
+  }
+  for (int sweep = 0; sweep < g.sweeps; ++sweep) {
+    begin = 0;
+    for (std::size_t k = 0; k < groups; ++k) {
+      const std::size_t end = begin + gptq_group_size(g, g.group_order[k]);
+      for_slabs(begin, end, [&](std::size_t from, std::size_t to) {
+        std::memset(v, 0, (to - from) * sizeof(Strip));
+        add_feedback(g, g.h, e, 0, cols, from, to, v);
+        for (std::size_t p = from; p < to; ++p) {
+          float* const at = v[p - from];
+          Strip before, change;
+          std::memcpy(before, e[p], sizeof before);
+          const float inverse = 1.0f / *slab_row(g, g.h, p, p);
+          for (std::size_t r = 0; r < kStripRows; ++r) at[r] = (w[p][r] - before[r]) + at[r] * inverse;
+          nearest(at, w[p], pairs[k], top, codes + p * kStripRows, e[p]);
+          for (std::size_t r = 0; r < kStripRows; ++r) change[r] = e[p][r] - before[r];
+          add_to_lines(change, slab_row(g, g.h, p, p) + 1, to - p - 1, v + (p - from) + 1);
+        }
+      });
+      begin = end;
+    }
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
+    for (std::size_t p = 0; p < cols; ++p) row_codes[g.order[p]] = codes[p * kStripRows + r];
+    pack_any(q.bits, row_codes, cols, q.codes + (first + r) * q.row_bytes);
+    for (std::size_t k = 0; k < groups; ++k) {
+      const std::size_t at = (first + r) * q.param_stride + g.group_order[k];
+      const float scale = pairs[k].scale[r], minimum = pairs[k].minimum[r];
+      if (q.half) {
+        static_cast<std::uint16_t*>(q.scale)[at] = half_of_float(scale);
+        static_cast<std::uint16_t*>(q.minimum)[at] = half_of_float(minimum);
+      } else {
+        static_cast<float*>(q.scale)[at] = scale;
+        static_cast<float*>(q.minimum)[at] = minimum;
+      }
+    }
+  }
+  return non_finite(magnitude) | (misfit ? kHalfMisfit : 0);
+}
+
+// ---- the Cholesky factor -----------------------------------------------------------------------------------------
+
+// acc[r][j] -= sum over k < n of a[r][k] * other[k][j], for Rows rows of a matrix of `stride` columns.
+template <std::size_t Rows>
+inline void subtract_products(const double* a, std::size_t stride, std::size_t n, const double* other,
+                              double (*acc)[kCholeskyBlock]) {
+  using V = Vec<double>;
+  constexpr std::size_t lanes = kLanes<double>, vectors = kVectorBytes == 64 ? 4 : 2;
+  for (std::size_t j = 0; j < kCholeskyBlock; j += vectors * lanes) {
+    V sum[Rows][vectors];
+    unroll<Rows>([&](auto r) {
+      unroll<vectors>([&](auto i) { sum[r.value][i.value] = load<V>(acc[r.value] + j + i.value * lanes); });
+    });
+    for (std::size_t k = 0; k < n; ++k) {
+      V x[vectors];
+      unroll<vectors>([&](auto i) { x[i.value] = load<V>(other + k * kCholeskyBlock + j + i.value * lanes); });
+      unroll<Rows>([&](auto r) {
+        const V factor = broadcast(a[r.value * stride + k]);
+        unroll<vectors>([&](auto i) { sum[r.value][i.value] -= x[i.value] * factor; });
+      });
+    }
+    unroll<Rows>([&](auto r) {
+      unroll<vectors>([&](auto i) { store(acc[r.value] + j + i.value * lanes, sum[r.value][i.value]); });
+    });
+  }
+}
+
+// Computes the entries of one row in the columns of a block, once the products with all columns before are subtracted.
+// In the block's own rows, its entries are added to `c.block`. Returns false if the matrix is not positive definite.
+inline bool finish_row(const Cholesky& c, std::size_t row, double* acc) {
+  const std::size_t n = c.n - c.first < kCholeskyBlock ? c.n - c.first : kCholeskyBlock;
+  double* const out = c.a + row * c.n + c.first;
+  for (std::size_t k = 0; k < n; ++k) {
+    if (c.first + k == row) {
+      if (!(acc[k] > 0)) return false;
+      out[k] = sqrt(Vec<double>{} + acc[k])[0];
+      c.block[k * kCholeskyBlock + k] = out[k];
+      return true;
+    }
+    out[k] = acc[k] / c.block[k * kCholeskyBlock + k];
+    if (row < c.first + n) c.block[k * kCholeskyBlock + (row - c.first)] = out[k];
+    for (std::size_t j = k + 1; j < kCholeskyBlock; ++j) acc[j] -= out[k] * c.block[k * kCholeskyBlock + j];
+  }
+  return true;
+}
+
+bool cholesky_rows(const Cholesky& c, std::size_t begin, std::size_t end) {
+  const std::size_t n = c.n - c.first < kCholeskyBlock ? c.n - c.first : kCholeskyBlock;
+  double acc[4][kCholeskyBlock] = {};
+  bool good = true;
+  for (std::size_t row = begin; row < end;) {
+    const std::size_t count = end - row >= 4 ? 4 : 1;
+    for (std::size_t r = 0; r < count; ++r) {
+      std::memcpy(acc[r], c.a + (row + r) * c.n + c.first, n * sizeof(double));
+    }
+    const double* const a = c.a + row * c.n;
+    count == 4 ? subtract_products<4>(a, c.n, c.first, c.before, acc)
+               : subtract_products<1>(a, c.n, c.first, c.before, acc);
+    for (std::size_t r = 0; r < count; ++r) good &= finish_row(c, row + r, acc[r]);
+    row += count;
+  }
+  return good;
+}
+
+constexpr GptqKernels kGptq = {
+    .bytes = gptq_bytes,
+    .rows = gptq_rows,
+    .cholesky = cholesky_rows,
+};
