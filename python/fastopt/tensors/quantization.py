@@ -224,7 +224,7 @@ def _fill_by_gptq(
     group = _kernel_group_size(group, cols)
     shape = _param_shape(group, rows, cols)
     scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
-    x = _float_rows(w, 0, rows) if w.ndim > 1 else _float_rows(w, 0, w.size).reshape(1, -1)
+    x = _float_rows(w, 0, rows)
     if not np.isfinite(x).all():
         return _core.NON_FINITE, scale, minimum
     plan = plan_gptq(inputs, group)
