@@ -5,6 +5,7 @@
 >>> report = ft.pack_(model, bits=4)  # doctest: +SKIP
 """
 
+from fastopt.torch.calibration import calibrate
 from fastopt.torch.modules import PackedModule
 from fastopt.torch.optimizer import Optimizer
 from fastopt.torch.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
@@ -19,6 +20,7 @@ __all__ = [
     "Optimizer",
     "PackedModule",
     "RMSprop",
+    "calibrate",
     "load_",
     "pack_",
     "save",

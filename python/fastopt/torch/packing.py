@@ -66,7 +66,7 @@ class _Place(NamedTuple):
             PackedModule.hold(module, tensors, about, self.weight.dtype, precision)
 
 
-def _places(module: torch.nn.Module) -> Iterator[_Place]:
+def places_of(module: torch.nn.Module) -> Iterator[_Place]:
     """Yield all parameters."""
     owners: dict[int, list[tuple[str, torch.nn.Module]]] = {}
     for child in module.modules():
@@ -105,7 +105,8 @@ def pack_(
     target_bits, target_size
         As in `fastopt.pack`, instead of `bits`.
     **options
-        The fields of `fastopt.Recipe`; patterns match names of ``named_parameters()``.
+        The fields of `fastopt.Recipe`, `calibration` among them, which `calibrate` makes; patterns match names of
+        ``named_parameters()``.
 
     Returns
     -------
@@ -128,7 +129,7 @@ def pack_(
     >>> [tensor.kind for tensor in report.tensors]
     ['quantized', 'dense', 'dense', 'dense']
     """
-    _require_module(module)
+    require_module(module)
     if precision not in ("exact", "int8", "blas"):
         raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {shown(precision)}")
     targeted = target_bits is not None or target_size is not None
@@ -136,12 +137,14 @@ def pack_(
     if bits != 4 or (recipe is None and not targeted):
         given["bits"] = bits
     recipe = recipe_of(recipe, given)
-    places = list(_places(module))
+    places = list(places_of(module))
+    if recipe.calibration is not None:
+        recipe.require_fitting({place.name: place.array() for place in places})
     if targeted:
         weights = {place.name: place.array() for place in places if not place.obstacle}
         recipe = choose_bits(weights, recipe, target_bits=target_bits, target_size=target_size)
 
-    reporter = Reporter()
+    reporter = Reporter(recipe)
     todo: list[tuple[_Place, PackedTensor]] = []
     for place in places:
         if place.weight.dtype not in _DTYPES or not place.weight.is_cpu:
@@ -176,7 +179,7 @@ def unpack_(module: torch.nn.Module) -> None:
     >>> model
     Linear(in_features=128, out_features=64, bias=True)
     """
-    _require_module(module)
+    require_module(module)
     made: dict[int, torch.nn.Parameter] = {}
     for child in list(module.modules()):
         if isinstance(child, PackedModule):
@@ -202,7 +205,7 @@ def save(module: torch.nn.Module, path: PathLike) -> None:
     TypeError, ValueError
         If the file cannot hold a tensor, naming it.
     """
-    _require_module(module)
+    require_module(module)
     tensors: dict[str, Weight] = {}
     seen: set[int] = set()
     for prefix, child in module.named_modules():
@@ -244,7 +247,7 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
         If names or shapes differ, or the module has no memory: it is on the device "meta". The module is then as it
         was, but for layers that were packed: these are unpacked.
     """
-    _require_module(module)
+    require_module(module)
     model: Mapping[str, Weight] = load(path)
     unpack_(module)
     if hasattr(module, "base_model_prefix"):  # it is one of transformers
@@ -262,7 +265,7 @@ def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Preci
     """
     if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"module: {empty[0]!r} is on the device 'meta'; module.to_empty(device='cpu') gives it memory")
-    places = {place.name: place for place in _places(module)}
+    places = {place.name: place for place in places_of(module)}
     alias = {
         other: name
         for other, param in module.named_parameters(remove_duplicate=False)
@@ -315,6 +318,7 @@ def _holds(place: _Place, tensor: PackedTensor) -> bool:
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def _require_module(module: Any) -> None:
+def require_module(module: Any) -> None:
+    """Raise unless `module` is one of torch."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
