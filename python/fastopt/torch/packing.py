@@ -16,6 +16,7 @@ from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.torch.modules import PACKED, PackedConv1D, PackedEmbedding, PackedModule, is_layer, tensor_of, tensors_of
+from fastopt.torch.names import names_in
 from fastopt.train.param_tree import as_array, as_parameter
 
 # Ends the name of a saved weight that is packed the other way round than its layer has it: [out, in].
@@ -250,11 +251,8 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     require_module(module)
     model: Mapping[str, Weight] = load(path)
     unpack_(module)
-    if hasattr(module, "base_model_prefix"):  # it is one of transformers
-        from fastopt.torch.transformers import names_in
-
-        names = names_in(module, list(model))
-        model = {names[name]: tensor for name, tensor in model.items()}
+    names = names_in(module, list(model))
+    model = {names[name]: tensor for name, tensor in model.items()}
     fill_(module, model, precision, str(path))
 
 

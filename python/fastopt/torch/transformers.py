@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -19,6 +18,7 @@ from fastopt.models.folders import METHOD
 from fastopt.models.model import PackedModel, load
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.packed import PackedTensor, Precision
+from fastopt.torch.names import names_in
 from fastopt.torch.packing import fill_, pack_, unpack_
 
 
@@ -125,20 +125,6 @@ class _Placeholder(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         return {full_layer_name: torch.empty_like(model.get_parameter_or_buffer(full_layer_name), device="cpu")}
-
-
-def names_in(model: Any, names: list[str], rules: list[Any] | None = None) -> dict[str, str]:
-    """Return the names that the tensors of a file have in a model, by the rules of transformers."""
-    rules = get_model_conversion_mapping(model) if rules is None else rules
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known = model.state_dict()
-    found = {}
-    for name in names:
-        found[name], merged = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if merged is not None:
-            raise ValueError(f"{name!r}: this version of transformers merges it with others, so it cannot stay packed")
-    return found
 
 
 def install() -> None:
