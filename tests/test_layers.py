@@ -8,7 +8,7 @@ import fastopt
 ROOT = Path(fastopt.__file__).parent
 # From the ground up.
 LAYERS = [
-    ["_core", "_types", "_threads", "_text"],
+    ["_core", "_types", "_text"],
     ["_checks"],
     ["config", "progress", "schedules"],
     ["tensors"],
@@ -64,7 +64,8 @@ def test_imports_point_down():
 def test_functions_import_nothing_of_the_package():
     for path in MODULES:
         if "cli" not in path.relative_to(ROOT).parts:  # the command line starts fast
-            assert not list(imports_of(ast.parse(path.read_text("utf-8")), inside=True)), path
+            inside = set(imports_of(ast.parse(path.read_text("utf-8")), inside=True))
+            assert not inside - {"fastopt.torch.transformers"}, path  # which needs a package that is optional
 
 
 def test_no_circle():

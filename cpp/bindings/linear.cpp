@@ -326,7 +326,7 @@ void multiply_few(const Sparse& w, const Linear& io, const Kernels& k) {
     float* row = std::copy_n(io.x + b * w.cols, w.cols, x + b * stride);
     std::fill_n(row, stride - w.cols, 0.0f);
   }
-  const std::size_t parts = static_cast<std::size_t>(num_threads());
+  const std::size_t parts = threads::kPieces * num_threads();
   const Shares shares(w, parts);
   const double bytes = (4.0 * static_cast<double>(w.count) + 2.0 * static_cast<double>(w.rows * w.row_bytes)) *
                        static_cast<double>(io.batch);
@@ -339,7 +339,7 @@ void multiply_many(const Sparse& w, const Linear& io, const Kernels& k) {
   constexpr std::size_t widest = 64;
   const Scratch memory(w.cols * widest * sizeof(float));
   float* const tile = reinterpret_cast<float*>(memory.data());
-  const std::size_t parts = static_cast<std::size_t>(num_threads());
+  const std::size_t parts = threads::kPieces * num_threads();
   const Shares shares(w, parts);
   for (std::size_t first = 0; first < io.batch;) {
     const std::size_t left = io.batch - first, width = left > 32 ? 64 : left > 16 ? 32 : 16;

@@ -21,7 +21,7 @@ PYBIND11_MODULE(_core_main, m, py::mod_gil_not_used()) {
   threads::watch_fork();
 
   m.attr("__version__") = FASTOPT_VERSION;
-  m.attr("openmp") = kOpenMP;
+  m.attr("threaded") = kThreads;
   m.attr("compiler") = __VERSION__;
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isas);

@@ -50,7 +50,7 @@ struct Rank {
 Rank count_digits(const std::vector<Weights>& all, std::uint64_t k) {
   const Kernels& table = kernels();
   Rank rank{0, 0, 0};
-  const std::size_t slices = static_cast<std::size_t>(num_threads());
+  const std::size_t slices = num_threads();
   std::vector<std::uint64_t> bins(slices * kHistogramBins);
   for (int shift = all.front().width - 16; shift >= 0; shift -= 16) {
     std::fill(bins.begin(), bins.end(), 0);
@@ -150,7 +150,7 @@ class Selection {
   }
 
   bool collect(const Weights& w, std::uint64_t& below, std::vector<Key>& found) const {
-    const std::size_t slices = std::min<std::size_t>(static_cast<std::size_t>(num_threads()), 1 + w.size / kChunk);
+    const std::size_t slices = std::min<std::size_t>(num_threads(), 1 + w.size / kChunk);
     const bool everything = total_ <= 2 * kRun * kRuns;
     const std::size_t room = everything ? w.size : w.size / slices / 8 + kChunk;
     std::vector<std::unique_ptr<Key[]>> keys(slices);

@@ -9,7 +9,7 @@
 array([0.9, 0.9, 0.9, 0.9], dtype=float32)
 """
 
-from fastopt import _threads as _threads  # first: it loads the extension
+from fastopt import _core as _core  # first: it refuses other interpreters, before NumPy fails in one
 from fastopt import schedules
 from fastopt._core import __version__
 from fastopt.config import get_num_threads, set_num_threads, show_config

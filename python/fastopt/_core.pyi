@@ -5,7 +5,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 __version__: str
-openmp: bool
+threaded: bool
 compiler: str
 NON_FINITE: int
 HALF_MISFIT: int

@@ -10,8 +10,8 @@ from fastopt._checks import as_index
 def get_num_threads() -> int:
     """Return how many threads a call may use.
 
-    The default is OpenMP's, which honours ``OMP_NUM_THREADS`` up to 4096. It is 1 in a build without OpenMP, and in a
-    forked child, where the parent's threads no longer exist.
+    The default is ``OMP_NUM_THREADS``, up to 4096, or the number of cores that the process may run on. It is 1 in a
+    build without threads.
 
     Returns
     -------
@@ -31,12 +31,12 @@ def set_num_threads(n: int) -> None:
     """Set how many threads a call may use; small work takes fewer.
 
     Results do not depend on it: they are bit for bit the same for any number. If the system refuses to start so many
-    threads, because a limit on processes or memory is reached, a call does its work in one thread.
+    threads, because a limit on processes or memory is reached, a call uses those that there are.
 
     Parameters
     ----------
     n : int
-        At least 1. A build without OpenMP uses one thread whatever is asked for.
+        At least 1. A build without threads uses one whatever is asked for.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def show_config() -> None:
     """
     print(f"fastopt {_core.__version__}")
     print(f"  isa          {_core.isa()} (available: {', '.join(_core.available_isas())})")
-    print(f"  threads      {_core.get_num_threads()} ({'OpenMP' if _core.openmp else 'built without OpenMP'})")
+    print(f"  threads      {_core.get_num_threads()}{'' if _core.threaded else ' (built without threads)'}")
     print(f"  compiler     {_core.compiler}")
     print(f"  numpy        {np.__version__}")
     print(f"  ml_dtypes    {ml_dtypes.__version__}")

@@ -26,7 +26,7 @@ Call: TypeAlias = Callable[[], object]
 
 LIMIT, FASTOPT, NUMPY = "memory limit", "fastopt", "numpy"
 ROUNDS = 9
-# Threads of BLAS and OpenMP spin for up to about 30 ms after a call, which takes a core from the next contender.
+# Threads of BLAS spin for up to about 30 ms after a call, which takes a core from the next contender.
 PAUSE = 0.04  # seconds
 
 

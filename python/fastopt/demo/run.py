@@ -435,7 +435,7 @@ def measure(predictors: Sequence[Predictor], images: Floats, notify: Notify) -> 
     rounds = 20
     for i in range(rounds):
         for predictor, ones, batches in zip(predictors, one, batch, strict=True):
-            # Threads of the one before may still be spinning, in OpenMP as in NumPy's BLAS: let them go to sleep.
+            # Threads of NumPy's BLAS may still be spinning: let them go to sleep.
             time.sleep(0.01)
             _timed(predictor, images, batches, 3)
             time.sleep(0.01)
