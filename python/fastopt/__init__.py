@@ -16,6 +16,7 @@ from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights
 from fastopt.formats import export
+from fastopt.formats.onnx_calibrate import calibrate_onnx
 from fastopt.formats.onnx_pack import pack_onnx
 from fastopt.models.calibration import Calibration
 from fastopt.models.choose import choose_bits
@@ -56,6 +57,7 @@ __all__ = [
     "SparseTensor",
     "Weights",
     "__version__",
+    "calibrate_onnx",
     "choose_bits",
     "diff",
     "drop_layers",

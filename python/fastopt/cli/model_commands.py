@@ -42,8 +42,10 @@ from fastopt.files.sources import is_torch, open_weights
 from fastopt.files.weights import Weights, is_packed
 from fastopt.formats import FORMATS
 from fastopt.formats import export as export_to
+from fastopt.formats.onnx_calibrate import calibrate_onnx
 from fastopt.formats.onnx_check import OutputReport, check_onnx
 from fastopt.formats.onnx_pack import pack_onnx
+from fastopt.models.calibration import Calibration
 from fastopt.models.examine import diff as difference_of
 from fastopt.models.examine import difference_by, facts_by
 from fastopt.models.examine import inspect as facts_of
@@ -114,7 +116,15 @@ def pack(
         ),
     ] = None,
     fit: Annotated[
-        Fit | None, typer.Option(help="minmax: cover the range of a group; lsq: minimize the squared error.")
+        Fit | None,
+        typer.Option(
+            help="minmax: cover the range of a group; lsq: minimize the squared error; gptq: minimize that of the "
+            "outputs, with --calibration of products. By default lsq with --calibration, otherwise minmax."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Make the errors of outputs small for the inputs that `fastopt calibrate` saw."),
     ] = None,
     outliers: Annotated[
         float | None, typer.Option(help="Fraction of the weights, those with the largest error, to store exactly.")
@@ -184,7 +194,7 @@ def pack(
 
     JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
-    nbytes, error, reason); with --check, outputs (name, shape, error, same_top).
+    nbytes, error, reason, output_error); with --check, outputs (name, shape, error, same_top).
     """
     options = given(
         bits=bits,
@@ -205,7 +215,8 @@ def pack(
     with usage():
         # A key that is there twice keeps its first place, and must keep its first value too.
         later = {pattern: changes for pattern, changes in base.overrides.items() if pattern not in overrides}
-        wanted = base.replace(**options, overrides={**overrides, **later})
+        known = None if calibration is None else Calibration.load(calibration)
+        wanted = base.replace(**options, overrides={**overrides, **later}, calibration=known)
     if target_bits is not None and target_size is not None:
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
@@ -231,6 +242,36 @@ def pack(
     assert weights is not None
     with executor_of(workers, dask) as executor:
         _pack(model, weights, output, wanted, dry_run, html, as_json, executor, **targets)
+
+
+@app.command(
+    epilog="Examples:\n\nfastopt calibrate model.onnx --data inputs.npz -o calib.safetensors\n\n"
+    "fastopt pack model.onnx -o small.onnx --bits 4 --calibration calib.safetensors"
+)
+def calibrate(
+    model: Source,
+    data: Annotated[Path, typer.Option(help="A .npz file with an array for each input; 32 rows are run at a time.")],
+    output: Target,
+    products: Annotated[
+        bool, typer.Option("--products", help="Also sum the products of inputs, which --fit gptq needs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run an ONNX model, and sum over the inputs of its weights, for fastopt pack --calibration.
+
+    Weights of MatMul, Gemm and Conv nodes are calibrated, and those of LSTM, GRU and RNN nodes that multiply their
+    inputs. This needs the extra export and onnxruntime.
+
+    JSON: source, target, weights (name: rows, columns).
+    """
+    _check_outputs(output)
+    calib = calibrate_onnx(model, data, products=products)
+    calib.save(output)
+    if as_json:
+        weights = {name: {"rows": sums.rows, "columns": sums.columns} for name, sums in calib.items()}
+        typer.echo(tables.to_json({"source": str(model), "target": str(output), "weights": weights}))
+    else:
+        say(f"{output}: {calib!r}")
 
 
 @app.command(

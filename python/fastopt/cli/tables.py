@@ -234,7 +234,7 @@ def print_report(report: Report) -> None:
         _Column("cosine", lambda t: f"{t.error.cosine:.5f}" if t.error else "", 6),
     ]
     if any(t.output_error is not None for t in packed):
-        columns.append(_Column("output error", lambda t: percent_text(t.output_error), 1))
+        columns.append(_Column("output error", lambda t: percent_text(t.output_error)))
     if packed:
         _print(console, columns, packed)
     for line in report_lines(report):
