@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -142,32 +143,29 @@ def ip(*words):
     subprocess.run(["ip", *map(str, words)], check=True, capture_output=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts():
     """Two network namespaces, each with a link to this one; gives their names and the address of this side."""
-    names, net = [f"fastopt{os.getpid()}{letter}" for letter in "ab"], f"10.{os.getpid() % 200 + 20}"
-    made = []
+    own, net = secrets.token_hex(3), f"10.{20 + secrets.randbelow(200)}"
+    names = [f"fastopt-{own}-a", f"fastopt-{own}-b"]
     try:
-        with contextlib.ExitStack() as stack:
-            for i, name in enumerate(names):
-                try:
-                    ip("netns", "add", name)
-                except (OSError, subprocess.CalledProcessError) as error:
-                    pytest.skip(f"network namespaces need root and iproute2: {getattr(error, 'stderr', error)}")
-                made.append(name)
-                link = f"fo{os.getpid()}{'ab'[i]}"
-                ip("link", "add", link, "type", "veth", "peer", "eth0", "netns", name)
-                ip("address", "add", f"{net}.{i}.1/24", "dev", link)
-                ip("link", "set", link, "up")
-                for device in ("lo", "eth0"):
-                    ip("-n", name, "link", "set", device, "up")
-                ip("-n", name, "address", "add", f"{net}.{i}.2/24", "dev", "eth0")
-                ip("-n", name, "route", "add", "default", "via", f"{net}.{i}.1")
-            stack.pop_all()
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            link = f"fo{own}{i}"
+            ip("link", "add", link, "type", "veth", "peer", "eth0", "netns", name)
+            ip("address", "add", f"{net}.{i}.1/24", "dev", link)
+            ip("link", "set", link, "up")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "address", "add", f"{net}.{i}.2/24", "dev", "eth0")
+            ip("-n", name, "route", "add", "default", "via", f"{net}.{i}.1")
         yield names, net
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and iproute2: {getattr(error, 'stderr', error)}")
     finally:
-        for name in made:
-            ip("netns", "delete", name)  # its link disappears with it
+        for name in names:  # its link disappears with it
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                ip("netns", "delete", name)
 
 
 def on_host(name, hostname, command):

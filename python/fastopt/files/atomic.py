@@ -270,7 +270,7 @@ def _remove_unlocked_folder(folder: Path) -> None:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return
         try:
-            handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks what can be written
         except FileNotFoundError:
             folder.rmdir()
             return

@@ -18,7 +18,7 @@ from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, Notify, PathLike
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Origin, Weights, stored_of
 from fastopt.models.model import open_model
-from fastopt.models.tasks import Task, dealt, files_of, naming_task, opened, origin_of, results, run_nbytes
+from fastopt.models.tasks import Task, dealt, files_of, naming_task, opened, origin_of, placed_in, results, run_nbytes
 from fastopt.progress import Progress
 from fastopt.tensors.error import Error, ErrorSums, unit_of
 from fastopt.tensors.packed import Weight, storage_of, unpacked
@@ -143,9 +143,9 @@ class _Facts:
 def facts_by(executor: Executor, weights: Weights, notify: Notify | None = None) -> list[TensorFacts]:
     """Return statistics as `inspect` does, by tasks."""
     origin = origin_of(weights, "weights")
-    nbytes, progress = weights.sizes, Progress(weights.sizes, notify)
+    nbytes, placed, progress = weights.sizes, placed_in(weights), Progress(weights.sizes, notify)
     tasks = [
-        _Facts(origin, files_of(weights, run), tuple(run))
+        _Facts(origin, files_of(placed, run), tuple(run))
         for run in dealt(weights, nbytes.__getitem__, run_nbytes(weights.nbytes))
     ]
     return [facts for found in results(executor, tasks, _counted(progress, nbytes)) for facts in found]
@@ -406,7 +406,7 @@ def _difference(first: Collection[str], second: Collection[str], compared: Itera
 @dataclass(frozen=True, eq=False)
 class _Differences:
     origins: tuple[Origin, Origin]
-    sources: tuple[tuple[str, ...], tuple[str, ...]]
+    sources: tuple[tuple[str, ...], ...]
     names: tuple[str, ...]
 
     def __call__(self) -> list[_Compared]:
@@ -423,10 +423,10 @@ class _Differences:
 def difference_by(executor: Executor, first: Weights, second: Weights, notify: Notify | None = None) -> Difference:
     """Return the differences between two models as `diff` does, by tasks."""
     origins = origin_of(first, "first"), origin_of(second, "second")
-    nbytes, progress = first.sizes, Progress(first.sizes, notify)
+    nbytes, places, progress = first.sizes, (placed_in(first), placed_in(second)), Progress(first.sizes, notify)
     both = [name for name in first if name in second]
     tasks = [
-        _Differences(origins, (files_of(first, run), files_of(second, run)), tuple(run))
+        _Differences(origins, tuple(files_of(placed, run) for placed in places), tuple(run))
         for run in dealt(both, nbytes.__getitem__, run_nbytes(first.nbytes))
     ]
     compared = (one for found in results(executor, tasks, _counted(progress, nbytes)) for one in found)

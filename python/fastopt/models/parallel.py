@@ -8,7 +8,7 @@ file system that all workers share, and disappears at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from fastopt.models.tasks import (
     naming_task,
     opened,
     origin_of,
+    placed_in,
     require_unchanged,
     results,
     run_nbytes,
@@ -225,14 +226,14 @@ def pack_by(
     index_nbytes : callable or None
         The bytes of the index; None if the target is one file.
     """
-    origin, target = origin_of(weights), real_path(target)
-    most = run_nbytes(weights.nbytes)
+    origin, target, placed, nbytes = origin_of(weights), real_path(target), placed_in(weights), weights.sizes
+    most = run_nbytes(sum(nbytes.values()))
     with naming(target), folder_beside(target) as folder, Jobs[Any](executor) as jobs:
-        plans = [_planned(weights, names, recipe, most) for names in shards]
+        plans = [_planned(weights, names, nbytes, recipe, most) for names in shards]
 
         def submit(shard: int, items: Sequence[_Item]) -> None:
             for run in dealt(items, lambda item: item.nbytes, most):
-                sources = files_of(weights, [item.name for item in run])
+                sources = files_of(placed, (item.name for item in run))
                 jobs.submit(_PackRun(origin, str(folder.path), shard, sources, tuple(run)))
                 plans[shard].missing += 1
 
@@ -260,7 +261,7 @@ def pack_by(
                 jobs.submit(_Join(str(folder.path), len(contents), tuple(plan.names), arrays, metadata))
                 contents.append(nbytes_of(parts))
                 if plan.tied:
-                    progress.add(plan.tied, sum(weights.sizes[name] for name in plan.tied))
+                    progress.add(plan.tied, sum(nbytes[name] for name in plan.tied))
 
         join_complete()
         for task, result in jobs:
@@ -276,7 +277,7 @@ def pack_by(
             plan.missing -= 1
             join_complete()
         require_unchanged(origin)
-        made = [(joined[i], nbytes) for i, nbytes in enumerate(contents)]
+        made = [(joined[i], stored) for i, stored in enumerate(contents)]
         _place(target, folder, made, index_nbytes is not None)
     progress.next("")
     return reporter.report()
@@ -297,17 +298,17 @@ def _never() -> Array:
     raise AssertionError("only the size of this part is known")
 
 
-def _planned(weights: Weights, names: Sequence[str], recipe: Recipe, most: int) -> _Plan:
+def _planned(weights: Weights, names: Sequence[str], nbytes: Mapping[str, int], recipe: Recipe, most: int) -> _Plan:
     tied = {
         name: first for name, first in tied_in(weights, names).items() if same_options(weights, name, first, recipe)
     }
-    items = [item for name in names if name not in tied for item in _items(weights, name, recipe, most)]
+    items = [item for name in names if name not in tied for item in _items(weights, name, nbytes[name], recipe, most)]
     return _Plan(names, tied, items)
 
 
-def _items(weights: Weights, name: str, recipe: Recipe, most: int) -> Iterator[_Item]:
+def _items(weights: Weights, name: str, nbytes: int, recipe: Recipe, most: int) -> Iterator[_Item]:
     """Give a tensor, or its rows some at a time if it is large and its rows are packed independently of each other."""
-    (shape, dtype), nbytes = weights.spec(name), weights.sizes[name]
+    shape, dtype = weights.spec(name)
     options, reason = recipe.of(name, shape, dtype)
     if is_packed(weights, name):
         reason += PACKED_BEFORE
@@ -425,7 +426,7 @@ class _Measured:
 
 def measure_by(executor: Executor, weights: Weights, progress: Progress) -> Measure:
     """Return a function that measures the tensors of a model by tasks."""
-    origin, nbytes = origin_of(weights), weights.sizes
+    origin, nbytes, placed = origin_of(weights), weights.sizes, placed_in(weights)
 
     def cost(one: Wanted) -> int:
         if one.options is None:
@@ -434,7 +435,7 @@ def measure_by(executor: Executor, weights: Weights, progress: Progress) -> Meas
 
     def measure(_: object, wanted: Sequence[Wanted], sizes: Sizes, __: object) -> Iterator[tuple[str, Any]]:
         tasks = [
-            _Measured(origin, files_of(weights, [one.name for one in run]), tuple(run), sizes)
+            _Measured(origin, files_of(placed, (one.name for one in run)), tuple(run), sizes)
             for run in dealt(wanted, cost, 4 * _MEASURED)
         ]
 
@@ -505,10 +506,10 @@ def unpack_by(
     progress: Progress,
 ) -> None:
     """Unpack a model by tasks, one for each file of the target."""
-    origin, target, nbytes = origin_of(weights), real_path(target), weights.sizes
+    origin, target, nbytes, placed = origin_of(weights), real_path(target), weights.sizes, placed_in(weights)
     with naming(target), folder_beside(target) as folder:
         tasks = [
-            _Unpack(origin, files_of(weights, names), str(folder.path), weights.metadata, tuple(names))
+            _Unpack(origin, files_of(placed, names), str(folder.path), weights.metadata, tuple(names))
             for names in shards
         ]
 

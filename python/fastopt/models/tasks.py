@@ -13,7 +13,7 @@ import pickle
 import queue
 import secrets
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -133,9 +133,14 @@ def require_unchanged(origin: Origin) -> None:
         require_stamps({file: stamp_of(file)}, {file: stamp})
 
 
-def files_of(weights: Weights, names: Collection[str]) -> tuple[str, ...]:
-    """Return the files of the source's index that hold some tensors."""
-    return tuple(file for file, held in (weights.shards or {}).items() if not set(names).isdisjoint(held))
+def placed_in(weights: Weights) -> dict[str, str]:
+    """Return the file of the source's index that holds each tensor; nothing if there is no index."""
+    return {name: file for file, names in (weights.shards or {}).items() for name in names}
+
+
+def files_of(placed: Mapping[str, str], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the files that hold some tensors."""
+    return tuple(dict.fromkeys(placed[name] for name in names if name in placed))
 
 
 def run_nbytes(total: int) -> int:
