@@ -129,13 +129,16 @@ unsigned gptq(const py::array& x, const py::array& order, const py::array& group
   if (from.size == 0) return 0;
   const Kernels& k = kernels();
   const std::size_t bytes = ceil_div(k.gptq.bytes(g), 64) * 64;
-  const Scratch memory(bytes * static_cast<std::size_t>(num_threads()));
+  const std::size_t threads = num_threads();
+  const Scratch memory(bytes * threads);
+  std::vector<std::atomic<bool>> taken(threads);  // the parts of the memory that a strip uses now
   const py::gil_scoped_release released;
   std::atomic<unsigned> flags{0};
-  std::atomic<std::size_t> taken{0};
   parallel_for(ceil_div(rows, kStripRows), 64 * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
-    std::uint8_t* const mine = memory.data() + bytes * taken++;
-    for (std::size_t i = begin; i < end; ++i) flags |= k.gptq.rows(g, q, i * kStripRows, mine);
+    std::size_t part = 0;  // no more strips run at once than there are threads
+    while (taken[part].exchange(true, std::memory_order_acquire)) part = (part + 1) % threads;
+    for (std::size_t i = begin; i < end; ++i) flags |= k.gptq.rows(g, q, i * kStripRows, memory.data() + bytes * part);
+    taken[part].store(false, std::memory_order_release);
   });
   return flags;
 }

@@ -164,9 +164,12 @@ def test_command_line(mlp, rng, tmp_path):
     assert errors["table"] is None
     ours = fo.pack_onnx(path, tmp_path / "t.onnx", bits=4, min_size=1, fit="gptq", calibration=calib)
     assert {t.name: t.output_error for t in ours.tensors} == errors
-    shown = command("pack", path, "-o", tmp_path / "s.onnx", "--bits", 4, "--calibration", tmp_path / "c.safetensors")
+    shown = command(
+        *("pack", path, "-o", tmp_path / "s.onnx", "--bits", 4, "--min-size", 1),
+        *("--calibration", tmp_path / "c.safetensors"),
+    )
     assert "output error" in shown.stdout
-    command("pack", path, "-o", tmp_path / "s.onnx", "--bits", 4, "--calibration", path, code=1)
+    command("pack", path, "-o", tmp_path / "s.onnx", "--bits", 4, "--calibration", path, code=2)
 
 
 def test_refused(mlp, rng, tmp_path):
