@@ -151,6 +151,27 @@ def test_sources(tmp_path, rng, threads):
         same_report(expected, got)
 
 
+@pytest.mark.parametrize("options", [{"bits": 4, "fit": "gptq"}, {"target_bits": 11}])
+def test_large_sums_of_a_calibration_wait_in_files(source, tmp_path, rng, threads, monkeypatch, options):
+    monkeypatch.setattr(tasks, "_LARGE", 10_000)
+    calib = fo.Calibration(products=True)
+    calib.update("0.0.w", rng.standard_normal((200, 64)).astype("f4"))
+    calib.update("1.half", rng.standard_normal((200, 48)).astype(ml_dtypes.bfloat16))
+    sent = []
+
+    class Watched:
+        def submit(self, function, version, pickled):
+            sent.append(len(pickled))
+            return threads.submit(function, version, pickled)
+
+    alone, together = folders(tmp_path, "alone", "together")
+    fo.pack_file(source, alone / "o.index.json", calibration=calib, **options)
+    fo.pack_file(source, together / "o.index.json", calibration=calib, executor=Watched(), **options)
+    assert contents(alone) == contents(together)
+    assert max(sent) < 48 * 48 * 8
+    fo.pack_file(source, calibration=calib, executor=threads, dry_run=True, **options)
+
+
 def test_empty_model(tmp_path, threads):
     fo.PackedModel({}).save(tmp_path / "m.safetensors")
     fo.pack_file(tmp_path / "m.safetensors", tmp_path / "a.safetensors", bits=4)

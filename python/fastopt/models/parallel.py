@@ -228,7 +228,7 @@ def pack_by(
     """
     origin, target, placed, nbytes = origin_of(weights), real_path(target), placed_in(weights), weights.sizes
     most = run_nbytes(sum(nbytes.values()))
-    with naming(target), folder_beside(target) as folder, Jobs[Any](executor) as jobs:
+    with naming(target), folder_beside(target) as folder, Jobs[Any](executor, target) as jobs:
         plans = [_planned(weights, names, nbytes, recipe, most) for names in shards]
 
         def submit(shard: int, items: Sequence[_Item]) -> None:
@@ -424,9 +424,10 @@ class _Measured:
         return found
 
 
-def measure_by(executor: Executor, weights: Weights, progress: Progress) -> Measure:
-    """Return a function that measures the tensors of a model by tasks."""
+def measure_by(executor: Executor, weights: Weights, progress: Progress, target: Path | None) -> Measure:
+    """Return a function that measures the tensors of a model by tasks, before it is written to `target`."""
     origin, nbytes, placed = origin_of(weights), weights.sizes, placed_in(weights)
+    beside = None if target is None else real_path(target)
 
     def cost(one: Wanted) -> int:
         if one.options is None:
@@ -442,7 +443,7 @@ def measure_by(executor: Executor, weights: Weights, progress: Progress) -> Meas
         def done(task: Task[Any]) -> None:
             progress.add(task.names, sum(nbytes[name] for name in task.names))
 
-        for task, found in zip(tasks, results(executor, tasks, done), strict=True):
+        for task, found in zip(tasks, results(executor, tasks, done, beside), strict=True):
             yield from zip(task.names, found, strict=True)
 
     return measure

@@ -160,7 +160,7 @@ def pack_file(
         target_size=target_size,
         notify=progress.next,
         sizes=Sizes(len(shards)),
-        measure=None if executor is None else measure_by(executor, weights, progress),
+        measure=None if executor is None else measure_by(executor, weights, progress, None if dry_run else file),
     )
 
 

@@ -8,6 +8,7 @@ depends on its fields alone.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import queue
@@ -18,8 +19,11 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastopt._core import __version__
-from fastopt.files.atomic import LOCK
+from fastopt.files.atomic import LOCK, folder_beside
 from fastopt.files.sources import reopen, require_stamps, stamp_of
 from fastopt.files.weights import Origin, Weights
 
@@ -29,6 +33,8 @@ Named = TypeVar("Named")
 
 # Bytes of the source in one task: at least, at most, and the number of tasks between.
 _LEAST, _MOST, _TASKS = 32 << 20, 256 << 20, 256
+# Bytes of an array that does not travel with its task.
+_LARGE = 1 << 20
 
 
 class Task(Protocol[R_co]):
@@ -54,13 +60,19 @@ class Jobs(Generic[R]):
     ----------
     executor : concurrent.futures.Executor
         Or any object with such a method ``submit``.
+    beside : Path, optional
+        A file that workers see the folder of. Large arrays of tasks, such as the sums of a calibration, then wait in a
+        temporary folder there: the engine would hold them once for each task that waits.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, beside: Path | None = None) -> None:
         if not callable(getattr(executor, "submit", None)):
             hint = "; Client.get_executor() of Dask returns one" if hasattr(executor, "get_executor") else ""
             raise TypeError(f"executor: expected a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
-        self._executor = executor
+        self._executor, self._beside = executor, beside
+        self._folder: Path | None = None
+        self._large: dict[int, tuple[NDArray[Any], str]] = {}  # by id, with the file
+        self._stack = contextlib.ExitStack()
         self._running: dict[Future[R], Task[R]] = {}
         self._done: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
 
@@ -68,7 +80,7 @@ class Jobs(Generic[R]):
         """Let a worker do a task."""
         # Pickled here, so that a worker with another version says so instead of failing to read the task.
         try:
-            future = self._executor.submit(_run, __version__, pickle.dumps(task))
+            future = self._executor.submit(_run, __version__, self._pickled(task))
         except BrokenExecutor as error:
             raise _failure(task, error) from error
         self._running[future] = task
@@ -95,19 +107,51 @@ class Jobs(Generic[R]):
                 raise _failure(task, error) from error
             yield task, result
 
+    def _pickled(self, task: Task[R]) -> bytes:
+        file = io.BytesIO()
+        _Pickler(file, self._set_aside).dump(task)
+        return file.getvalue()
+
+    def _set_aside(self, array: NDArray[Any]) -> str | None:
+        """Write a large array to a file, once; return the path, or None if the task keeps the array."""
+        if self._beside is None or array.nbytes < _LARGE:
+            return None
+        if self._folder is None:
+            place = next(folder for folder in self._beside.parents if folder.is_dir())
+            self._folder = self._stack.enter_context(folder_beside(place / self._beside.name)).path
+        if id(array) not in self._large:
+            path = self._folder / f"{len(self._large)}.npy"
+            np.save(path, array)
+            self._large[id(array)] = array, str(path)
+        return self._large[id(array)][1]
+
     def __enter__(self) -> Jobs[R]:
         return self
 
     def __exit__(self, *_: object) -> None:
         for future in self._running:
             future.cancel()
+        self._stack.close()
 
 
-def results(executor: Executor, tasks: Sequence[Task[R]], done: Callable[[Task[R]], None]) -> Iterator[R]:
+class _Pickler(pickle.Pickler):
+    """Pickles a task, and leaves arrays out that are set aside."""
+
+    def __init__(self, file: io.BytesIO, set_aside: Callable[[NDArray[Any]], str | None]) -> None:
+        super().__init__(file)
+        self._set_aside = set_aside
+
+    def persistent_id(self, item: Any) -> str | None:
+        return self._set_aside(item) if type(item) is np.ndarray else None
+
+
+def results(
+    executor: Executor, tasks: Sequence[Task[R]], done: Callable[[Task[R]], None], beside: Path | None = None
+) -> Iterator[R]:
     """Give the results of tasks in their order; `done` is called when one is done."""
     found: dict[int, R] = {}
     place = {id(task): i for i, task in enumerate(tasks)}
-    with Jobs[R](executor) as jobs:
+    with Jobs[R](executor, beside) as jobs:
         for task in tasks:
             jobs.submit(task)
         at = 0
@@ -183,7 +227,14 @@ def _run(version: str, pickled: bytes) -> Any:
     """Do a task in a worker."""
     if version != __version__:
         raise ValueError(f"{_worker()} has fastopt {__version__}, expected {version}")
-    return pickle.loads(pickled)()
+    return _Unpickler(io.BytesIO(pickled)).load()()
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, path: str) -> NDArray[Any]:
+        require_folder(str(Path(path).parent))
+        array: NDArray[Any] = np.load(path)
+        return array
 
 
 def opened(origin: Origin, shards: Collection[str] = (), names: Collection[str] = ()) -> Weights:
