@@ -65,7 +65,7 @@ def tidy(session):
 
 @nox.session
 def asan(session):
-    """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer, or with ``-- OPTIONS`` of pytest a part of it."""
     # Debug, since optimizing takes minutes with sanitizers.
     install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=address,undefined", "cmake.build-type=Debug")
     # Python itself is built without sanitizers, so their runtime must be loaded first, and the C++ runtime with it.
@@ -80,7 +80,7 @@ def asan(session):
     }
     # The CI profile of Hypothesis has no deadline.
     for tests in (KERNEL_TESTS, ["tests/files/test_hostile.py", "tests/fuzz"]):
-        session.run("pytest", "--hypothesis-profile=ci", *tests, env=environment)
+        session.run("pytest", "--hypothesis-profile=ci", *session.posargs, *tests, env=environment)
 
 
 @nox.session
@@ -169,6 +169,13 @@ def fuzz(session):
             options.append("-seed=1")  # one commit passes or fails again
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         session.run(*command, *options, env=environment, external=True)
+
+
+@nox.session
+def docs(session):
+    """Build the pages of docs/ into build/docs, or ``-- FOLDER``."""
+    session.install("sphinx>=9", "myst-parser>=5", "furo>=2025.12", "torch==2.13.0", f"{WHEEL}[cli]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "docs", *(session.posargs or ["build/docs"]))
 
 
 @nox.session

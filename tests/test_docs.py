@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -30,12 +31,31 @@ def test_docstrings(name, tmp_path, monkeypatch):
     assert failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/format.md"])
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in PAGES if ">>> " in p.read_text("utf-8")])
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failed, tried = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=OPTIONS)
     assert failed == 0
     assert tried > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages(page):
+    for target in re.findall(r"\]\(([^)]*)\)", page.read_text("utf-8").replace("\n", " ")):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    from typer.main import get_command
+
+    from fastopt.cli.show_commands import app
+
+    page = (ROOT / "docs/reference/command-line.md").read_text("utf-8")
+    assert set(re.findall(r"^```{help} (\w+)", page, re.MULTILINE)) == set(get_command(app).commands)
 
 
 @pytest.mark.parametrize("name", [name for name in fo.__all__ if not name.startswith("__") and name != "schedules"])

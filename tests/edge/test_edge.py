@@ -624,9 +624,10 @@ def test_product_takes_less_than_a_kilobyte_of_code(tmp_path):
     assert sum(sizes.values()) < 1024, sizes
 
 
-def test_readme(rng, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/deploy-in-c.md"])
+def test_examples_of_pages(page, rng, tmp_path):
     need("cc")
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / page).read_text("utf-8")
     source = re.search(r"```c\n(.*?)```", readme, re.DOTALL)[1]
     main = """
 #include <stdio.h>

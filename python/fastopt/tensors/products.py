@@ -106,7 +106,7 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
     q : QuantizedTensor of at least two axes
     ids : array_like of integers, any shape
         Each at least 0 and below the number of rows.
-    out : float32 array, shape (*ids.shape, *q.shape[1:]), optional
+    out : float32 array, shape ``(*ids.shape, *q.shape[1:])``, optional
         Written and returned; C-contiguous.
 
     Returns
