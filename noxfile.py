@@ -65,7 +65,7 @@ def tidy(session):
 
 @nox.session
 def asan(session):
-    """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer, or with ``-- OPTIONS`` of pytest a part of it."""
+    """Test a build with AddressSanitizer and UndefinedBehaviorSanitizer; ``-- OPTIONS`` go to pytest."""
     # Debug, since optimizing takes minutes with sanitizers.
     install_variant(session, "asan", "cmake.define.FASTOPT_SANITIZE=address,undefined", "cmake.build-type=Debug")
     # Python itself is built without sanitizers, so their runtime must be loaded first, and the C++ runtime with it.
