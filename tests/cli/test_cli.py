@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import fastopt as fo
+from fastopt import _core
 from fastopt.cli.show_commands import app
 from fastopt.models import stream
 
@@ -676,6 +677,7 @@ def test_completion():
 def test_help(command):
     assert command in run("--help").stdout
     text = run(command, "--help").stdout
+    assert "<bool>" not in text
     assert "--json" in text
     assert command == "bench" or f"fastopt {command} " in text.partition("Examples")[2]
 
@@ -755,7 +757,7 @@ def test_recipes_of_any_content_are_one_line(model, tmp_path):
 
 
 def test_version():
-    assert run("--version").stdout == f"fastopt {fo.__version__}\n"
+    assert run("--version").stdout == f"fastopt {fo.__version__} ({_core.isa()})\n"
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])

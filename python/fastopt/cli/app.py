@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure with one line on stderr, 2 usage error, 130 int
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import warnings
@@ -25,14 +26,29 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from fastopt import __version__
+from fastopt import __version__, _core
 from fastopt._text import printable
 from fastopt.models.recipe import Recipe
 
 
-class _Commands(TyperGroup):
+class _PlainFlags:
+    """A command whose help shows flags as flags, without the type bool."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for option in params:
+            if getattr(option, "is_flag", False):
+                option.metavar = ""
+        return params
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Commands(_PlainFlags, TyperGroup):
     """A group that prints one line instead of a traceback for errors that the user can fix."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -114,12 +130,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+command = functools.partial(app.command, cls=_Command)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fastopt {__version__}")
+        typer.echo(f"fastopt {__version__} ({_core.isa()})")
         raise typer.Exit
 
 

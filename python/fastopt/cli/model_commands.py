@@ -13,7 +13,7 @@ import typer
 
 from fastopt._types import Notify
 from fastopt.cli import page, tables
-from fastopt.cli.app import Json, app, byte_progress, say
+from fastopt.cli.app import Json, byte_progress, command, say
 from fastopt.cli.options import (
     DryRun,
     Exclude,
@@ -58,7 +58,7 @@ from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt inspect model.safetensors\n\n"
     "fastopt inspect small.safetensors --json | jq '.tensors[] | select(.outliers > 0) | .name'"
 )
@@ -93,7 +93,7 @@ def inspect(
         tables.print_facts(model, facts, recipe)
 
 
-@app.command(
+@command(
     epilog="Examples:\n\n"
     "fastopt pack model.safetensors -o small.safetensors --bits 4 --exclude '*norm*' --override '*embed*:bits=8'\n\n"
     "fastopt pack model.safetensors -o small.safetensors --bits 4 --group-size row --fit lsq --outliers 1e-4\n\n"
@@ -244,7 +244,7 @@ def pack(
         _pack(model, weights, output, wanted, dry_run, html, as_json, executor, **targets)
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt calibrate model.onnx --data inputs.npz -o calib.safetensors\n\n"
     "fastopt pack model.onnx -o small.onnx --bits 4 --calibration calib.safetensors"
 )
@@ -274,7 +274,7 @@ def calibrate(
         say(f"{output}: {calib!r}")
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt prune model.safetensors -o pruned.safetensors --sparsity 0.5\n\n"
     "fastopt prune model.safetensors -o pruned.safetensors --pattern 2:4 --exclude '*embed*'"
 )
@@ -316,7 +316,7 @@ def prune(
             _pack(model, weights, output, recipe, dry_run, html, as_json, executor)
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt unpack small.safetensors -o back.safetensors\n\n"
     "fastopt unpack model.npz -o model.safetensors"
 )
@@ -345,7 +345,7 @@ def unpack(
         say(f"{output}: {tables.size_text(size)}")
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt export small.safetensors --to gguf -o small.gguf\n\n"
     "fastopt pack llm.gguf -o llm.safetensors --bits 4 && fastopt export llm.safetensors --to gguf -o llm4.gguf\n\n"
     "fastopt export small.safetensors --to onnx -o small.onnx --layer fc1:relu --layer fc2 --fast\n\n"
@@ -403,7 +403,7 @@ def export(
             say("fastopt: without --layer the model has no input; each decoded tensor is an output", err=True)
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt diff model.safetensors small.safetensors\n\n"
     "fastopt diff model.safetensors small.safetensors --max-error 0.1 || echo too far off"
 )

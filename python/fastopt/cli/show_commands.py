@@ -8,11 +8,11 @@ import typer
 
 from fastopt.cli import model_commands as model_commands
 from fastopt.cli import tables
-from fastopt.cli.app import Json, progress, say
+from fastopt.cli.app import Json, command, progress, say
 from fastopt.cli.app import app as app
 
 
-@app.command(
+@command(
     epilog="Examples:\n\nfastopt demo\n\n"
     "fastopt demo --data /usr/share/datasets/fashion-mnist --out results\n\n"
     "fastopt demo --json | jq .variants"
@@ -48,7 +48,7 @@ def demo(
         say(f"picture  {picture}")
 
 
-@app.command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --seconds 3")
+@command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --seconds 3")
 def bench(
     only: Annotated[
         list[str] | None,
