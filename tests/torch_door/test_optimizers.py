@@ -484,6 +484,41 @@ def test_everything_is_read_anew():
     assert torch.equal(q, -torch.ones(2))
 
 
+@pytest.mark.parametrize("change", ["tensor", "memory", "entry", "count", "dtype", "shape", "nothing"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_states_that_others_change_are_found_anew(name, change):
+    """What a step remembers of the last one never replaces what is there now."""
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    key = "momentum_buffer" if name == "SGD" else "exp_avg"
+    params = [torch.nn.Parameter(torch.linspace(1, 2, 12).reshape(4, 3)) for _ in range(2)]
+    ours, theirs = getattr(ft, name)(params[:1], **options), getattr(torch.optim, name)(params[1:], **options)
+    for _ in range(3):
+        for p, opt in zip(params, (ours, theirs), strict=True):
+            p.grad = torch.linspace(-1, 3, p.numel()).reshape(p.shape)
+            opt.step()
+            state = opt.state[p]
+            if change == "tensor":
+                state[key] = state[key] * 0.5
+            elif change == "memory":
+                state[key].data = state[key].data * 0.5
+            elif change == "entry":
+                opt.state[p] = {k: v.clone() for k, v in state.items()}
+            elif change == "count" and "step" in state:
+                state["step"] = torch.tensor(40.0)
+            elif change == "dtype":
+                state[key] = state[key].double().to(torch.float32)
+            elif change == "shape":
+                p.data = p.data[:2].clone()
+                for k, v in state.items():
+                    state[k] = v if k == "step" else v[:2].clone()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-5, atol=1e-6)
+    before = copy.deepcopy(ours.state_dict())
+    ours.load_state_dict(before)
+    params[0].grad = torch.ones_like(params[0])
+    ours.step()
+    assert not torch.equal(ours.state[params[0]][key], before["state"][0][key])
+
+
 def test_twice_the_same_memory():
     p = torch.nn.Parameter(torch.zeros(3))
     q = torch.nn.Parameter(torch.zeros(3))

@@ -27,6 +27,7 @@ Operand: TypeAlias = tuple[int, int, int]  # address, elements and the number of
 FLOAT_NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _FLOAT32, _FLOAT64 = FLOAT_NUMBERS[torch.float32], FLOAT_NUMBERS[torch.float64]
 STATE_NUMBERS = {torch.bfloat16: 1, torch.uint8: 2}  # 0 for others
+_UINT8 = STATE_NUMBERS[torch.uint8]
 _STATE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -143,12 +144,22 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if torch.compiler.is_compiling():
+            self._step_apart()
+        else:
+            self._step()
         return loss
 
     @torch._disable_dynamo
-    @torch.no_grad()
+    def _step_apart(self) -> None:
+        """Step outside of the graph that is being compiled."""
+        self._step()
+
     def _step(self) -> None:
+        with torch.no_grad():
+            self._step_all()
+
+    def _step_all(self) -> None:
         found_inf, loss_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and float(found_inf) != 0:
             self.skipped += 1
@@ -340,6 +351,7 @@ class _Needs:
         self.counts_steps = opt._counts_steps
         self.differentiable = group.get("differentiable", False)
         self.names = group.get("param_names")
+        self.signature = (self.keys, self.state_number, self.masters, self.counts_steps, self.chance)
 
 
 class _JobLists:
@@ -371,6 +383,9 @@ class _StepPlan:
         self._grads: list[torch.Tensor] = []  # some are copies: this keeps their memory
         self._shards: dict[Any, list[Operand]] = {}  # gradients by the process groups that they are spread over
         seen: set[int] = set()
+        self._known = opt.__dict__.setdefault("_known_states", {})  # which a copy does not have
+        if len(self._known) > 2 * len(opt.state):  # most are of parameters that were replaced
+            self._known.clear()
         try:
             for group, params in parts:
                 opt._check(group)
@@ -386,7 +401,9 @@ class _StepPlan:
         jobs: dict[int, _JobLists] = {}
         keys, names, differentiable = needs.keys, needs.names, needs.differentiable
         first_key, first_codes = (keys[0], codes_name(keys[0])) if keys else ("", "")
-        strided = torch.strided
+        strided, known, signature = torch.strided, self._known, needs.signature
+        counted, cacheable = needs.counts_steps or needs.chance, bool(keys) and needs.state_number != _UINT8
+        last, add_changed = None, self.changed.append
         for index, p in enumerate(params):
             grad = p.grad
             if grad is None:
@@ -425,27 +442,39 @@ class _StepPlan:
             strides = None if contiguous else w.stride()
             if not grad.is_contiguous() if contiguous else grad.stride() != strides:
                 grad = torch.empty_like(w).copy_(grad)
-            self._grads.append(grad)
+            if grad is not p.grad:
+                self._grads.append(grad)
 
             state = states[p]
-            started = first_key in state or first_codes in state
-            if keys and not started:
-                self._before.append((state, dict(state)))
-            state_addresses = _find_states(state, p, needs, number, size, strides, sharded)
-            count, count_address = self._count(state, needs, started)
+            found = known.get(id(state))
+            place = (size, number, signature)
+            if found is not None and contiguous and found.hold(state, place):
+                state_addresses, count_address = found.addresses, found.count_address
+                count = 1 if found.step is None else int(found.step.item())
+            else:
+                started = first_key in state or first_codes in state
+                if keys and not started:
+                    self._before.append((state, dict(state)))
+                state_addresses = _find_states(state, p, needs, number, size, strides, sharded)
+                count, count_address = self._count(state, needs, started)
+                if cacheable and contiguous and not sharded and (count_address or not counted):
+                    known[id(state)] = _KnownStates(state, place, state_addresses, count_address)
             if needs.lr == 0:
                 self.unmoved.append((w, w.clone()))
 
-            lists = jobs.get(count)
-            if lists is None:
-                lists = jobs[count] = _JobLists(needs, count)
-            lists.names.append(names[index] if names else index)
-            lists.params.append((address, size, number))
-            operand = (grad.data_ptr(), size, FLOAT_NUMBERS[grad_dtype])
-            lists.grads.append(operand)
-            lists.states.append(state_addresses)
-            lists.counts.append(count_address)
-            self.changed.append(p)
+            if count != last:
+                lists, last = jobs.get(count), count
+                if lists is None:
+                    lists = jobs[count] = _JobLists(needs, count)
+                add_name, add_param, add_grad = lists.names.append, lists.params.append, lists.grads.append
+                add_state, add_count = lists.states.append, lists.counts.append
+            add_name(names[index] if names else index)
+            add_param((address, size, number))
+            operand = (grad.data_ptr(), size, number if grad_dtype is dtype else FLOAT_NUMBERS[grad_dtype])
+            add_grad(operand)
+            add_state(state_addresses)
+            add_count(count_address)
+            add_changed(p)
             if sharded:
                 spread = tuple(i for i, place in enumerate(p.placements) if place.is_shard())
                 self._shards.setdefault((p.device_mesh, spread), []).append(operand)
@@ -497,6 +526,28 @@ class _StepPlan:
 
 
 _rule = functools.cache(_core.rule)
+
+
+class _KnownStates:
+    """What was found of the states of a contiguous parameter, which is faster to check than to find anew."""
+
+    __slots__ = ("addresses", "count_address", "place", "state", "step", "tensors")
+
+    def __init__(self, state: dict[str, Any], place: Any, addresses: tuple[int, ...], count_address: int) -> None:
+        self.state, self.place, self.addresses, self.count_address = state, place, addresses, count_address
+        self.step = state["step"] if count_address else None
+        tensors = [(name, value) for name, value in state.items() if isinstance(value, torch.Tensor)]
+        self.tensors = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors]
+
+    def hold(self, state: dict[str, Any], place: Any) -> bool:
+        """Return whether the same tensors are still there, in the same memory."""
+        if place != self.place:
+            return False
+        for name, tensor, address in self.tensors:
+            now: Any = state.get(name)
+            if now is not tensor or now.data_ptr() != address:
+                return False
+        return True
 
 
 def _find_states(
