@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,3 +65,10 @@ def test_kill(large):
     assert len(left) == 1
     fo.pack_file(large / "model", large / "packed", bits=8)
     assert {path.name for path in (large / "packed").iterdir()} == before
+
+
+def test_import_needs_no_engine():
+    code = (
+        "import fastopt, sys; assert not {'dask', 'distributed', 'mpi4py', 'multiprocessing', 'torch'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
