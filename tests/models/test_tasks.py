@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import fastopt as fo
 from fastopt.files.weights import Weights
-from fastopt.models import tasks
+from fastopt.models import parallel, tasks
 
 
 @pytest.fixture
@@ -111,6 +111,26 @@ def test_files_are_those_of_one_process(source, tmp_path, threads, name, options
     assert contents(plain) == contents(plain2)
     assert fo.inspect(alone / name) == fo.inspect(alone / name, executor=threads)
     assert fo.diff(source, alone / name) == fo.diff(source, alone / name, executor=threads)
+
+
+@pytest.mark.usefixtures("small_runs")
+def test_rows_that_are_stored_in_other_ways(source, tmp_path, threads, monkeypatch):
+    """If rows are described in another way than others of their tensor, it is packed as a whole."""
+    alone, together = folders(tmp_path, "alone", "together")
+    fo.pack_file(source, alone / "o.index.json", bits=4)
+    describe, odd = parallel.disassemble, []
+
+    def disassemble(name, tensor):
+        arrays, entry = describe(name, tensor)
+        if name == "1.1.w" and tensor.shape[0] < 60:
+            odd.append(name)
+            entry = {**entry, "fit": len(odd)}
+        return arrays, entry
+
+    monkeypatch.setattr(parallel, "disassemble", disassemble)
+    fo.pack_file(source, together / "o.index.json", bits=4, executor=threads)
+    assert odd
+    assert contents(alone) == contents(together)
 
 
 @pytest.mark.usefixtures("small_runs")

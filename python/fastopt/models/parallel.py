@@ -95,6 +95,7 @@ class _PackRun:
     shard: int
     sources: tuple[str, ...]  # the files of the source's index that hold them
     items: tuple[_Item, ...]
+    again: bool
 
     @property
     def names(self) -> list[str]:
@@ -231,10 +232,10 @@ def pack_by(
     with naming(target), folder_beside(target) as folder, Jobs[Any](executor, target) as jobs:
         plans = [_planned(weights, names, nbytes, recipe, most) for names in shards]
 
-        def submit(shard: int, items: Sequence[_Item]) -> None:
+        def submit(shard: int, items: Sequence[_Item], again: bool = False) -> None:
             for run in dealt(items, lambda item: item.nbytes, most):
                 sources = files_of(placed, (item.name for item in run))
-                jobs.submit(_PackRun(origin, str(folder.path), shard, sources, tuple(run)))
+                jobs.submit(_PackRun(origin, str(folder.path), shard, sources, tuple(run), again))
                 plans[shard].missing += 1
 
         for shard, plan in enumerate(plans):
@@ -248,9 +249,9 @@ def pack_by(
             nonlocal file
             while len(contents) < len(plans) and plans[len(contents)].missing == 0:
                 plan = plans[len(contents)]
-                again = _with_wide_params(plan)
+                again = _again(plan)
                 if again:
-                    submit(len(contents), again)
+                    submit(len(contents), again, True)
                     return
                 arrays, entries = _content(plan, reporter)
                 metadata = describe(plan.names, entries, recipe.to_dict(), plan.tied, weights.metadata)
@@ -271,7 +272,7 @@ def pack_by(
             assert isinstance(task, _PackRun)
             plan = plans[task.shard]
             for item, packed in zip(task.items, result, strict=True):
-                if item.key not in plan.packed:
+                if not task.again:
                     progress.add([item.name], item.nbytes)
                 plan.packed[item.key] = packed
             plan.missing -= 1
@@ -328,24 +329,40 @@ def _packs_rows_alone(options: Options) -> bool:
     return not options.prunes and not shared and options.inputs is None  # whose output error is that of all rows
 
 
-def _with_wide_params(plan: _Plan) -> list[_Item]:
-    """Return the rows to pack again, because float16 cannot hold the parameters of other rows of their tensor."""
-    again = []
-    by_name: dict[str, set[np.dtype[Any]]] = {}
+def _again(plan: _Plan) -> list[_Item]:
+    """Return what must be packed again, because runs of rows of one tensor are not stored alike.
 
-    def params_of(item: _Item) -> np.dtype[Any] | None:
-        stored = plan.packed[item.key].arrays.get(f"{item.name}.scale")
-        return None if item.rows is None or stored is None else stored.dtype
-
+    If float16 cannot hold the parameters of some rows, the others get float32 too, as in one process. If that is not
+    the difference, the tensor is packed as a whole.
+    """
+    runs: dict[str, list[_Item]] = {}
     for item in plan.items:
-        dtype = params_of(item)
-        if dtype is not None:
-            by_name.setdefault(item.name, set()).add(dtype)
-    for item in plan.items:
-        if len(by_name.get(item.name, ())) > 1 and params_of(item) == np.float16:
-            assert item.options is not None
-            again.append(item._replace(options=item.options.changed({"param_dtype": "float32"})))
+        if item.rows is not None:
+            runs.setdefault(item.name, []).append(item)
+    again: list[_Item] = []
+    for items in runs.values():
+        if len({_storage_of(plan.packed[item.key]) for item in items}) == 1:
+            continue
+        narrow = [item for item in items if _has_narrow_params(plan.packed[item.key])]
+        if 0 < len(narrow) < len(items):
+            wide = [item.options.changed({"param_dtype": "float32"}) for item in narrow if item.options is not None]
+            again += [item._replace(options=options) for item, options in zip(narrow, wide, strict=True)]
+            continue
+        whole = items[0]._replace(rows=None, nbytes=sum(item.nbytes for item in items))
+        first = plan.items.index(items[0])
+        plan.items[first : first + len(items)] = [whole]
+        again.append(whole)
     return again
+
+
+def _storage_of(packed: _Packed) -> str:
+    """Return all that must be the same for the runs of a tensor."""
+    entry = None if packed.entry is None else {**packed.entry, "shape": None}
+    return repr((entry, [(name, stored.dtype.name, stored.shape[1:]) for name, stored in packed.arrays.items()]))
+
+
+def _has_narrow_params(packed: _Packed) -> bool:
+    return any(name.endswith(".scale") and stored.dtype == np.float16 for name, stored in packed.arrays.items())
 
 
 def _content(plan: _Plan, reporter: Reporter) -> tuple[dict[str, tuple[_Stored, ...]], dict[str, Any]]:
