@@ -138,7 +138,7 @@ def peers(session):
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
     elsewhere = ["tests/cluster/test_gloo.py", "tests/formats/test_keras.py"]
     session.run("pytest", "-q", "tests/torch_door", *elsewhere)
-    session.run("pytest", "-q", "-k", "fastopt.torch", "tests/test_docs.py")
+    session.run("pytest", "-q", "-k", "fastopt.torch or pytorch", "tests/test_docs.py")
 
 
 @nox.session

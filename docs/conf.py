@@ -15,6 +15,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
 suppress_warnings = ["myst.xref_missing", "ref.python"]  # of links to sources, and of attributes that share a name
+autodoc_mock_imports = ["transformers"]
 autodoc_typehints = "none"  # the docstrings have them
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
