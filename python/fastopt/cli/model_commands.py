@@ -399,8 +399,6 @@ def export(
         typer.echo(tables.to_json(about))
     else:
         say(f"{output}: {tables.size_text(size)}")
-        if to == "onnx" and "graph" not in options:
-            say("fastopt: without --layer the model has no input; each decoded tensor is an output", err=True)
 
 
 @command(

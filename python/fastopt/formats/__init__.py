@@ -118,8 +118,8 @@ def export(
     progress.next("")
     if to == "onnx" and not options.get("graph"):
         warnings.warn(
-            f"{path}: has no input, and its outputs are the decoded tensors: no runtime computes anything with it. "
-            "Give its layers by graph (--layer), or pack the ONNX model itself",
+            f"{path}: without graph (--layer) the model has no input: each decoded tensor is an output, and no runtime "
+            "computes anything with it",
             stacklevel=2,
         )
 
