@@ -102,6 +102,40 @@ def test_gptq(layers, tmp_path):
         fo.pack(weights, bits=2, calibration=calibrated(inputs), fit="gptq")
 
 
+def test_bias_correction(layers, tmp_path):
+    """The mean of the outputs stays, whatever the codes are; a layer without a bias gets one."""
+    weights, inputs = layers
+    inputs = {name: np.abs(x) for name, x in inputs.items()}
+    calib = calibrated(inputs)
+    model = fo.pack(weights, bits=2, calibration=calib, bias_correction=True)
+    assert [*model] == [*weights, "conv.bias"]
+    for name, bias in (("a.weight", weights["a.bias"]), ("conv.weight", np.zeros(32, "f4"))):
+        x, w, q = inputs[name].astype("f8"), weights[name].astype("f8"), model[name].to_dense().astype("f8")
+        expected = (x @ w.reshape(len(w), -1).T + bias).mean(axis=0)
+        outputs = x @ q.reshape(len(q), -1).T
+        found = (outputs + model[name.replace("weight", "bias")]).mean(axis=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+        assert np.abs((outputs + bias).mean(axis=0) - expected).max() > 0.1
+    plain = fo.pack(weights, bits=2, calibration=calib)
+    assert all(np.array_equal(model[name], plain[name]) for name in ("a.weight", "conv.weight", "head.weight"))
+    first = {name: weights[name] for name in ("a.bias", "a.weight", "conv.weight", "head.weight")}
+    np.savez(tmp_path / "m.npz", **first)
+    report = fo.pack_file(
+        tmp_path / "m.npz", tmp_path / "m.safetensors", bits=2, calibration=calib, bias_correction=True
+    )
+    again = fo.load(tmp_path / "m.safetensors")
+    assert [*again] == [*first, "conv.bias"]
+    assert all(np.array_equal(again[name], tensor) for name, tensor in model.items())
+    reasons = {t.name: t.reason for t in report.tensors}
+    assert (reasons["a.bias"], reasons["conv.bias"]) == ("corrected bias", "bias correction of 'conv.weight'")
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match="bias_correction: expected False with an"):
+        fo.pack_file(tmp_path / "m.npz", tmp_path / "n.safetensors", bits=2, bias_correction=True, executor=executor)
+    with pytest.raises(TypeError, match="bias_correction: expected a bool"):
+        fo.pack(weights, bits=2, bias_correction=1)
+    with pytest.raises(ValueError, match=r"bias_correction: 'a.bias' has shape \(3,\), expected \(64,\)"):
+        fo.pack({**weights, "a.bias": np.zeros(3, "f4")}, bits=2, calibration=calib, bias_correction=True)
+
+
 def test_pruned_weights(layers):
     weights, inputs = layers
     calib = calibrated(inputs, products=True)

@@ -126,6 +126,13 @@ def pack(
         Path | None,
         typer.Option(help="Make the errors of outputs small for the inputs that `fastopt calibrate` saw."),
     ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction",
+            help="With --calibration, not for ONNX: add to each bias what its weight loses on average.",
+        ),
+    ] = False,
     outliers: Annotated[
         float | None, typer.Option(help="Fraction of the weights, those with the largest error, to store exactly.")
     ] = None,
@@ -207,6 +214,7 @@ def pack(
         include=include,
         exclude=exclude,
         min_size=min_size,
+        bias_correction=bias_correction or None,
     )
     if group_size is not None:
         options["group_size"] = group_size_of(group_size)

@@ -34,6 +34,7 @@ from fastopt.models.recipe import (
     naming_tensor,
     pack_tensor,
     recipe_of,
+    require_no_correction,
     warn_if_nothing_is_packed,
 )
 from fastopt.models.report import Report, Reporter
@@ -120,6 +121,7 @@ def pack_onnx(
     (16384, 2560)
     """
     recipe = recipe_of(recipe, options)
+    require_no_correction(recipe, "for an ONNX model")
     require_package("onnx")
     file = OnnxFile(Path(source))
     model = inlined(file.model, file.payloads)

@@ -19,6 +19,7 @@ from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arra
 from fastopt.files.shards import is_placed_in, opened_shards
 from fastopt.files.sources import is_safetensors, model_files, naming_formats, open_weights
 from fastopt.files.weights import Weights, stored_of, tied_in
+from fastopt.models.bias import BiasCorrection
 from fastopt.models.calibration import CALIBRATION
 from fastopt.models.choose import Check, make_to_fit
 from fastopt.models.recipe import (
@@ -269,11 +270,17 @@ def pack(
 
     def make(chosen: Recipe, check: Check) -> PackedModel:
         made: dict[str, tuple[Weight, str]] = {}
-        for name in source:
+        biases = BiasCorrection(chosen, [*source])
+        for name in biases.order:
             if name in tied and same_options(source, name, tied[name], chosen):
                 made[name] = made[tied[name]]
             else:
-                made[name] = pack_tensor(name, stored_of(source, name), chosen)
+                stored = stored_of(source, name)
+                made[name] = pack_tensor(name, stored, chosen)
+                if chosen.bias_correction:
+                    made[name] = biases.add(name, unpacked(stored), *made[name])
+        made = {name: made[name] for name in source}
+        made.update((name, (bias, reason)) for name, bias, reason in biases.rest())
         warn_if_nothing_is_packed(chosen, [(isinstance(tensor, PackedTensor), why) for tensor, why in made.values()])
         tensors = {name: tensor for name, (tensor, _) in made.items()}
         model = PackedModel(tensors, chosen, getattr(source, "metadata", None))

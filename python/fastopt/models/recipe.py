@@ -160,6 +160,9 @@ class Recipe(Options):
         Other values of the options above for tensors whose names match; the first pattern that matches counts.
     min_size : int
         Tensors of fewer weights are kept as they are.
+    bias_correction : bool
+        Whether to add what calibrated weights lose on average to their biases: ``b += (W - Q) @ E[x]``. The bias of
+        ``NAME.weight`` is ``NAME.bias``, a new tensor if the model has none.
     calibration : Calibration or None
         Sums over the inputs of tensors, by their names, which a file does not keep. Scales and minima are then fitted
         to make the errors of the outputs small. A tensor without sums is packed without data, as its reason says.
@@ -184,10 +187,13 @@ class Recipe(Options):
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_size: int = 4096
+    bias_correction: bool = False
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.bias_correction, bool):
+            raise TypeError(f"bias_correction: expected a bool, got {type(self.bias_correction).__name__}")
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise TypeError(f"calibration: expected a Calibration, got {type(self.calibration).__name__}")
         for name in ("include", "exclude"):
@@ -372,6 +378,7 @@ class RecipeOptions(TypedDict, total=False):
     exclude: Sequence[str]
     overrides: Mapping[str, Mapping[str, Any]]
     min_size: int
+    bias_correction: bool
     calibration: Calibration | None
 
 
@@ -398,6 +405,12 @@ def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     if options:
         raise ValueError("recipe: cannot be given together with other options; use recipe.replace")
     return recipe
+
+
+def require_no_correction(recipe: Recipe, where: str) -> None:
+    """Raise if a recipe asks for bias correction where there is none."""
+    if recipe.bias_correction:
+        raise ValueError(f"bias_correction: expected False {where}")
 
 
 # Ends the reason of a tensor that was packed when it came.

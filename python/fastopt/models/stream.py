@@ -18,10 +18,19 @@ from fastopt.files.safetensors_file import Part, Scratch, file_nbytes, write_to
 from fastopt.files.shards import write_shards
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Weights, is_packed, spec_of, stored_nbytes, stored_of, tied_in
+from fastopt.models.bias import CORRECTED, BiasCorrection
 from fastopt.models.choose import Check, Sizes, make_to_fit
 from fastopt.models.folders import copy_others, file_to_write, is_folder
 from fastopt.models.parallel import measure_by, pack_by, unpack_by, write_plain
-from fastopt.models.recipe import Recipe, RecipeOptions, pack_tensor, recipe_of, same_options, warn_if_nothing_is_packed
+from fastopt.models.recipe import (
+    Recipe,
+    RecipeOptions,
+    pack_tensor,
+    recipe_of,
+    require_no_correction,
+    same_options,
+    warn_if_nothing_is_packed,
+)
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -134,6 +143,8 @@ def pack_file(
     recipe = recipe_of(recipe, options)
     if target is None and not dry_run:
         raise TypeError("target: expected a path, got None; only a dry run needs none")
+    if executor is not None:
+        require_no_correction(recipe, "with an executor")
     weights = source if isinstance(source, Weights) else open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
@@ -192,23 +203,36 @@ def _write_packed(
         tied = {
             name: first for name, first in tied_in(weights, names).items() if same_options(weights, name, first, recipe)
         }
+        biases = BiasCorrection(recipe, names)
         with naming(path), Scratch(path.parent) as scratch:
-            for name in names:
+            for name in biases.order:
                 progress.next(name)
                 if name in tied:
                     reporter.add_tied(name, tied[name])
                     continue
                 stored = stored_of(weights, name)
                 tensor, reason = pack_tensor(name, stored, recipe)
-                reporter.add(name, tensor, unpacked(stored), reason, nbytes_before=stored.nbytes)
+                original = unpacked(stored)
+                tensor, reason = biases.add(name, original, tensor, reason)
+                compared = None if reason == CORRECTED else original
+                reporter.add(name, tensor, compared, reason, nbytes_before=stored.nbytes)
                 arrays, entry = disassemble(name, tensor)
                 parts += [scratch.put(part, array) for part, array in arrays.items()]
                 written.update((part, array.nbytes) for part, array in arrays.items())
                 if entry is not None:
                     entries[name] = entry
-                del stored, tensor, arrays
+                del stored, original, tensor, arrays
                 weights.release(name)
-            metadata = describe(names, entries, recipe.to_dict(), tied, weights.metadata)
+            added = [*biases.rest()]
+            for name, bias, reason in added:
+                if name in weights:
+                    raise ValueError(f"bias_correction: expected {name!r} in the same shard as its weight")
+                reporter.add(name, bias, None, reason, nbytes_before=0)
+                parts.append(scratch.put(name, bias))
+                written[name] = bias.nbytes
+            metadata = describe(
+                [*names, *(name for name, *_ in added)], entries, recipe.to_dict(), tied, weights.metadata
+            )
             file += file_nbytes(parts, metadata)
             check(sum(written.values()), file + _index_nbytes(target, len(shards), written))
             write_to(path, parts, metadata, require_readable)

@@ -11,7 +11,7 @@ from fastopt._text import shown
 from fastopt._types import PathLike
 from fastopt.models.choose import choose_bits
 from fastopt.models.model import PackedModel, load
-from fastopt.models.recipe import Recipe, pack_tensor, recipe_of
+from fastopt.models.recipe import Recipe, pack_tensor, recipe_of, require_no_correction
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
@@ -138,6 +138,7 @@ def pack_(
     if bits != 4 or (recipe is None and not targeted):
         given["bits"] = bits
     recipe = recipe_of(recipe, given)
+    require_no_correction(recipe, "for a module")
     places = list(places_of(module))
     if recipe.calibration is not None:
         recipe.require_fitting({place.name: place.array() for place in places})
