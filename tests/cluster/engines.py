@@ -41,15 +41,14 @@ def make_model(folder, shards=3, tensors=4, rows=512, cols=512):
 
 
 @contextlib.contextmanager
-def process(*command, **options):
+def process(*command, **environment):
     """Run a command in a session of its own, and end that session."""
     running = subprocess.Popen(
         [str(part) for part in command],
         start_new_session=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        **options,
     )
     try:
         yield running

@@ -18,22 +18,25 @@ from engines import contents, make_model, process, program, run_program, wait_fo
 import fastopt as fo
 from fastopt.models import tasks
 
-# A worker that thinks it has another version.
+# Workers that think they have another version, and that die of every task.
 OLD = "import fastopt.models.tasks as t; t.__version__ = '0.0.9'; from dask.__main__ import main; main()"
+DYING = "import os, fastopt.models.tasks as t; t._run = lambda *_: os._exit(1); from dask.__main__ import main; main()"
 
 
 def dask(*words):
     return [sys.executable, "-m", "dask", *words]
 
 
-def worker(address, *more):
-    return dask("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0", *more)
+def worker(address, code=None):
+    words = ["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0"]
+    return dask(*words) if code is None else [sys.executable, "-c", code, *words]
 
 
 @contextlib.contextmanager
 def scheduler(folder, host="127.0.0.1"):
     file = folder / "scheduler.json"
-    with process(*dask("scheduler", "--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(file))):
+    words = ["--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    with process(*dask("scheduler", *words), DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="1"):
 
         def address():
             with contextlib.suppress(OSError, ValueError):
@@ -111,14 +114,26 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path, monkeypatch):
 
 
 def test_workers_of_another_version(model, tmp_path):
-    old = [sys.executable, "-c", OLD, *worker("x")[3:]]
     with (
         scheduler(tmp_path) as address,
-        process(*[address if word == "x" else word for word in old]),
+        process(*worker(address, OLD)),
         distributed.Client(address) as client,
         pytest.raises(ValueError, match=r"worker .* has fastopt 0\.0\.9, expected"),
     ):
         fo.pack_file(model, tmp_path / "packed", bits=4, executor=client.get_executor())
+    assert not list((tmp_path / "packed").iterdir())
+
+
+def test_a_task_that_kills_its_workers(model, tmp_path):
+    with (
+        scheduler(tmp_path) as address,
+        process(*worker(address, DYING)),
+        process(*worker(address, DYING)),
+        distributed.Client(address) as client,
+    ):
+        client.wait_for_workers(2, timeout=60)
+        with pytest.raises(RuntimeError, match=r"^'\d\.0\.weight' to '\d\.bias': the task failed, .* KilledWorker"):
+            fo.pack_file(model, tmp_path / "packed", bits=4, executor=client.get_executor())
     assert not list((tmp_path / "packed").iterdir())
 
 
