@@ -113,6 +113,23 @@ def test_a_model_in_memory(model, inputs, tmp_path):
         fo.export(packed, tmp_path / "m.weights.h5", to="keras")
 
 
+def test_variables_of_one_path():
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = L.Dense(4, name="same"), L.Dense(3, name="same")
+
+        def call(self, x):
+            return self.second(self.first(x))
+
+    model = Twice()
+    want = model(np.ones((1, 5), "f4")).detach().numpy()
+    packed = fo.pack(model, include=())
+    assert [packed[name].shape for name in packed] == [(4, 5), (4,), (3, 4), (3,)]
+    packed.assign(model)
+    assert np.array_equal(model(np.ones((1, 5), "f4")).detach().numpy(), want)
+
+
 def test_optimizers_are_left_out(tmp_path):
     small = keras.Sequential([L.Input((3,)), L.Dense(4), L.Dropout(0.5), L.Dense(1)])
     small.compile("adam", "mse")

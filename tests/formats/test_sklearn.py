@@ -12,6 +12,8 @@ from sklearn import datasets, linear_model, neural_network, svm
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{ConvergenceWarning.__module__}.ConvergenceWarning")
 
@@ -96,6 +98,18 @@ def test_outputs_and_sparse_inputs(digits):
     for estimator in (linear_model.LogisticRegression(max_iter=50), neural_network.MLPClassifier((9,), max_iter=5)):
         packed = fo.pack(estimator.fit(x, y), bits=8)
         assert np.allclose(packed.predict_proba(scipy.csr_matrix(x)), packed.predict_proba(x), atol=1e-3)
+
+
+def test_pipelines(digits):
+    x, y = digits
+    steps = StandardScaler(), neural_network.MLPClassifier((24,), max_iter=30, random_state=0)
+    whole = make_pipeline(*steps).fit(x, y)
+    packed = fo.pack(whole, bits=8)
+    assert np.abs(packed.predict_proba(x) - whole.predict_proba(x)).max() < 0.1
+    assert abs(packed.score(x, y) - whole.score(x, y)) < 0.01
+    assert isinstance(whole[-1].coefs_[0], np.ndarray)
+    with pytest.raises(TypeError, match="expected a fitted estimator"):
+        fo.pack(make_pipeline(StandardScaler()).fit(x), bits=8)
 
 
 def test_options(digits, tmp_path):

@@ -126,12 +126,12 @@ def gguf_sources(
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(min(size, _LONGEST_HEADER))
+        mapped = Map(file)
+        content = mapped.array(np.dtype(np.uint8), (min(size, _LONGEST_HEADER),), 0).data
         try:
             metadata, tensors, data = _read_header(content)
         except (ValueError, OverflowError, struct.error) as error:
             raise ValueError(f"{path}: not a sound GGUF file: {error}") from error
-        mapped = Map(file)
     sources: dict[str, Source] = {}
     decoded: Counter[str] = Counter()
     places: list[tuple[int, int, str]] = []
@@ -160,7 +160,7 @@ def gguf_sources(
 class _Cursor:
     """Reads bytes one after the other; asking for more than there are is a ValueError."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: memoryview) -> None:
         self._content = content
         self.at = 0
 
@@ -168,7 +168,7 @@ class _Cursor:
         if count > len(self._content) - self.at:
             raise ValueError(f"the header ends early, or has more than {_LONGEST_HEADER} bytes")
         self.at += count
-        return self._content[self.at - count : self.at]
+        return bytes(self._content[self.at - count : self.at])
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
@@ -184,7 +184,7 @@ class _Cursor:
         return _VALUES[int(kind)]
 
 
-def _read_header(content: bytes) -> tuple[dict[str, Any], dict[str, _Info], int]:
+def _read_header(content: memoryview) -> tuple[dict[str, Any], dict[str, _Info], int]:
     """Return metadata and tensors, and where the data begin."""
     cursor = _Cursor(content)
     if cursor.take(4) != b"GGUF":

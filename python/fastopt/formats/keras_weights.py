@@ -481,10 +481,12 @@ def _variables(model: Any) -> Iterator[tuple[str, Any, Axes | None]]:
     seen: set[str] = set()
     for variable in model.weights:
         name = str(getattr(variable, "path", variable.name)).removesuffix(":0")
-        if name in seen:
-            raise ValueError(f"model: two variables have the path {name!r}; give the layers different names")
+        while name in seen:  # as of layers that their owner made with one name
+            base, _, count = name.partition("#")
+            name = f"{base}#{int(count or 1) + 1}"
         seen.add(name)
         owner = owners.get(id(variable))
         kind = _snake(type(owner).__name__) if owner is not None else ""
         shape, equation = tuple(variable.shape), getattr(owner, "equation", None)
-        yield name, variable, turned_axes(kind, name.rpartition("/")[2], shape, None, equation)
+        own = name.partition("#")[0].rpartition("/")[2]
+        yield name, variable, turned_axes(kind, own, shape, None, equation)

@@ -46,15 +46,19 @@ class PackedEstimator(PackedModel):
     ) -> None:
         super().__init__(tensors, recipe, metadata)
         self.estimator = copy.copy(original)
-        if "coefs_" in vars(original):
-            layers = range(len(original.coefs_))
-            self.estimator.coefs_ = [_coefficients(self[f"coefs_.{layer}"], turned=True) for layer in layers]
-            self.estimator.intercepts_ = [unpacked(self[f"intercepts_.{layer}"]) for layer in layers]
+        last = self.estimator
+        if _last(original) is not original:
+            last = copy.copy(_last(original))
+            self.estimator.steps = [*original.steps[:-1], (original.steps[-1][0], last)]
+        if "coefs_" in vars(last):
+            layers = range(len(last.coefs_))
+            last.coefs_ = [_coefficients(self[f"coefs_.{layer}"], turned=True) for layer in layers]
+            last.intercepts_ = [unpacked(self[f"intercepts_.{layer}"]) for layer in layers]
         else:
-            self.estimator.coef_ = _coefficients(self["coef_"], turned=False)
+            last.coef_ = _coefficients(self["coef_"], turned=False)
             if "intercept_" in self:
                 intercept = unpacked(self["intercept_"])
-                self.estimator.intercept_ = intercept if intercept.ndim else intercept[()]
+                last.intercept_ = intercept if intercept.ndim else intercept[()]
 
     def __getattr__(self, name: str) -> Any:
         if name not in _METHODS:
@@ -65,8 +69,16 @@ class PackedEstimator(PackedModel):
         return f"PackedEstimator({type(self.estimator).__name__}, {len(self)} tensors, {self.nbytes:,} bytes)"
 
 
+def _last(estimator: Any) -> Any:
+    """Return the last step of a pipeline, or the estimator itself if it is none."""
+    steps = vars(estimator).get("steps")
+    return steps[-1][1] if isinstance(steps, list) and steps else estimator
+
+
 def import_sklearn(estimator: Any) -> Imported | None:
     """Return the coefficients of an estimator as [out, in]; None if it is no estimator of scikit-learn.
+
+    Those of a pipeline are the coefficients of its last step.
 
     Raises
     ------
@@ -75,7 +87,7 @@ def import_sklearn(estimator: Any) -> Imported | None:
     """
     if not any(cls.__module__.partition(".")[0] == "sklearn" for cls in type(estimator).__mro__):
         return None
-    kept, arrays = vars(estimator), {}
+    kept, arrays = vars(_last(estimator)), {}
     if "coefs_" in kept:
         for layer, (coefficients, intercepts) in enumerate(zip(kept["coefs_"], kept["intercepts_"], strict=True)):
             arrays[f"coefs_.{layer}"] = np.ascontiguousarray(np.asarray(coefficients).T)

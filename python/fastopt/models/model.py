@@ -17,7 +17,7 @@ from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
 from fastopt.files.shards import is_placed_in, opened_shards
-from fastopt.files.sources import is_safetensors, model_files, naming_formats, open_weights
+from fastopt.files.sources import READERS, is_safetensors, model_files, naming_formats, open_weights
 from fastopt.files.weights import Weights, stored_of, tied_in
 from fastopt.models.bias import BiasCorrection
 from fastopt.models.calibration import CALIBRATION
@@ -342,7 +342,12 @@ def load(path: PathLike) -> PackedModel:
         raise ValueError(f"{path}: holds no safetensors file; open_weights reads other formats")
     path = found
     if not path.name.endswith(".index.json"):
-        return _model_of(path, *read_arrays(path))
+        try:
+            return _model_of(path, *read_arrays(path))
+        except ValueError as error:
+            if path.suffix in READERS and "not a safetensors file" in str(error):
+                raise ValueError(f"{error}; fastopt.open_weights and fastopt.pack read it") from error
+            raise
     tensors: dict[str, Weight] = {}
     recipe = None
     others: dict[str, str] = {}
