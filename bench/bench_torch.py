@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import harness
-import numpy as np
 import torch
 
 import fastopt as fo
@@ -38,8 +37,9 @@ def step_case(name: str, shapes: Shapes) -> Case:
             p.grad = torch.full_like(p, 1e-3)
         return made
 
-    ours, theirs, arrays = params(), params(), [np.full(shape, 0.5, np.float32) for shape in shapes]
-    grads = [np.full(shape, 1e-3, np.float32) for shape in shapes]
+    ours, theirs, viewed = params(), params(), params()
+    arrays = [p.detach().numpy() for p in viewed]  # in torch's memory too: NumPy's has larger pages
+    grads = [p.grad.numpy() for p in viewed if p.grad is not None]
     opt = ft.AdamW(ours, lr=1e-5, max_norm=1.0)
     fused = torch.optim.AdamW(theirs, lr=1e-5, fused=True)
     plain = fo.AdamW(arrays, lr=1e-5, max_norm=1.0)

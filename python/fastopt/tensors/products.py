@@ -145,7 +145,8 @@ def embedding(q: QuantizedTensor, ids: ArrayLike, out: Array | None = None) -> A
         wrong = int(rows.min() if rows.min() < 0 else rows.max())
         raise IndexError(f"ids: expected 0 to {q.shape[0] - 1}, got {wrong}")
     shape = (*rows.shape, *q.shape[1:])
-    part = q[rows.reshape(-1).astype(np.int64)]
+    flat = rows.reshape(-1).astype(np.int64)
+    part = q._take(flat, flat, (flat.size, *q.shape[1:]))  # q[flat], whose checks are those above
     if out is None:
         return part.dequantize().reshape(shape)
     matrix = matrix_of_out(out, shape)
