@@ -128,8 +128,17 @@ def test_bias_correction(layers, tmp_path):
     assert all(np.array_equal(again[name], tensor) for name, tensor in model.items())
     reasons = {t.name: t.reason for t in report.tensors}
     assert (reasons["a.bias"], reasons["conv.bias"]) == ("corrected bias", "bias correction of 'conv.weight'")
-    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match="bias_correction: expected False with an"):
-        fo.pack_file(tmp_path / "m.npz", tmp_path / "n.safetensors", bits=2, bias_correction=True, executor=executor)
+    with ThreadPoolExecutor(2) as executor:
+        by_tasks = fo.pack_file(
+            tmp_path / "m.npz",
+            tmp_path / "n.safetensors",
+            bits=2,
+            calibration=calib,
+            bias_correction=True,
+            executor=executor,
+        )
+    assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    assert by_tasks.tensors == report.tensors
     with pytest.raises(TypeError, match="bias_correction: expected a bool"):
         fo.pack(weights, bits=2, bias_correction=1)
     with pytest.raises(ValueError, match=r"bias_correction: 'a.bias' has shape \(3,\), expected \(64,\)"):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastopt._checks import as_matrix
 from fastopt._types import Array
 from fastopt.models.recipe import Recipe, naming_tensor
+from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 
 CORRECTED = "corrected bias"  # the reason of a bias that was changed
@@ -18,6 +19,17 @@ CORRECTED = "corrected bias"  # the reason of a bias that was changed
 def bias_of(name: str) -> str:
     """Return the name of the bias that goes with a weight."""
     return f"{name.removesuffix('.weight')}.bias"
+
+
+def missing_of(name: str, original: Array, packed: Weight, sums: InputSums | None) -> NDArray[np.float64] | None:
+    """Return what the outputs of a weight lose on average; None if it is not packed, or nothing is known of inputs."""
+    if sums is None or not isinstance(packed, PackedTensor):
+        return None
+    with naming_tensor(name):
+        difference = original.astype(np.float64) - unpacked(packed)
+        # No BLAS, whose sums depend on the machine.
+        missing: NDArray[np.float64] = np.multiply(difference.reshape(as_matrix(original.shape)), sums.mean).sum(axis=1)
+    return missing
 
 
 class BiasCorrection:
@@ -46,18 +58,26 @@ class BiasCorrection:
         if self._recipe is None:
             return packed, reason
         if name in self._missing:
-            _, missing = self._missing.pop(name)
-            if original.shape != missing.shape:
-                raise ValueError(f"bias_correction: {name!r} has shape {original.shape}, expected {missing.shape}")
-            return (original + missing).astype(original.dtype), CORRECTED
-        sums = self._recipe.inputs_of(name)
-        if sums is not None and isinstance(packed, PackedTensor):
-            with naming_tensor(name):
-                difference = original.astype(np.float64) - unpacked(packed)
-                # No BLAS, whose sums depend on the machine.
-                missing = np.multiply(difference.reshape(as_matrix(original.shape)), sums.mean).sum(axis=1)
-            self._missing[bias_of(name)] = name, missing
+            return self.corrected(name, original), CORRECTED
+        missing = missing_of(name, original, packed, self._recipe.inputs_of(name))
+        if missing is not None:
+            self.note(name, missing)
         return packed, reason
+
+    def note(self, name: str, missing: NDArray[np.float64]) -> None:
+        """Note what a weight loses."""
+        self._missing[bias_of(name)] = name, missing
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a bias must be corrected."""
+        return name in self._missing
+
+    def corrected(self, name: str, original: Array) -> Array:
+        """Return a bias with what its weight loses."""
+        _, missing = self._missing.pop(name)
+        if original.shape != missing.shape:
+            raise ValueError(f"bias_correction: {name!r} has shape {original.shape}, expected {missing.shape}")
+        return (original + missing).astype(original.dtype)
 
     def rest(self) -> Iterator[tuple[str, Array, str]]:
         """Give the biases that the model did not have, with their reasons."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastopt._types import Array
 from fastopt.files.atomic import Temporary, folder_beside, move, naming, real_path
@@ -23,6 +24,7 @@ from fastopt.files.mapped import Map
 from fastopt.files.safetensors_file import ALIGNMENT, Part, file_nbytes, require_dtype, write_array, write_to
 from fastopt.files.shards import Shard, digest_of, nbytes_of, place_shards
 from fastopt.files.weights import Origin, Weights, is_packed, stored_of, tied_in
+from fastopt.models.bias import CORRECTED, BiasCorrection, missing_of
 from fastopt.models.choose import Check, Choice, Measure, Sizes, Wanted
 from fastopt.models.choose import measured as choices_of
 from fastopt.models.recipe import PACKED_BEFORE, Options, Recipe, same_options
@@ -43,6 +45,7 @@ from fastopt.models.tasks import (
     temporary_in,
 )
 from fastopt.progress import Progress
+from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import Weight, unpacked
 
@@ -61,6 +64,7 @@ class _Item(NamedTuple):
     nbytes: int
     options: Options | None
     reason: str
+    inputs: InputSums | None  # of a weight whose bias is corrected
 
     @property
     def key(self) -> tuple[str, int]:
@@ -78,12 +82,16 @@ class _Stored(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """A tensor that was packed, or some rows of it: its arrays, its description, its report, and its error."""
+    """A tensor that was packed, or some rows of it: its arrays, its description, its report, its error.
+
+    `missing` is what its outputs lose on average, if its bias is corrected.
+    """
 
     arrays: dict[str, _Stored]
     entry: dict[str, Any] | None
     report: TensorReport
     sums: ErrorSums | None
+    missing: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +137,15 @@ def _pack_item(weights: Weights, item: _Item, file: Any, file_name: str) -> _Pac
     inputs = None if options is None else options.inputs
     report, sums = report_of(name, tensor, unpacked(stored), item.reason, nbytes_before=stored.nbytes, inputs=inputs)
     arrays, entry = disassemble(name, tensor)
-    placed = {}
-    for part, array in arrays.items():
-        file.write(bytes(-file.tell() % ALIGNMENT))
-        placed[part] = _Stored(require_dtype(part, array.dtype), array.shape, file_name, file.tell())
-        write_array(file, array)
-    return _Packed(placed, entry, report, sums)
+    placed = {part: _put(file, file_name, part, array) for part, array in arrays.items()}
+    return _Packed(placed, entry, report, sums, missing_of(name, unpacked(stored), tensor, item.inputs))
+
+
+def _put(file: Any, file_name: str, part: str, array: Array) -> _Stored:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    stored = _Stored(require_dtype(part, array.dtype), array.shape, file_name, file.tell())
+    write_array(file, array)
+    return stored
 
 
 def _require_still(weights: Weights) -> None:
@@ -253,8 +264,10 @@ def pack_by(
                 if again:
                     submit(len(contents), again, True)
                     return
-                arrays, entries = _content(plan, reporter)
-                metadata = describe(plan.names, entries, recipe.to_dict(), plan.tied, weights.metadata)
+                names, arrays, entries = _content(
+                    plan, reporter, BiasCorrection(recipe, plan.names), weights, folder.path
+                )
+                metadata = describe(names, entries, recipe.to_dict(), plan.tied, weights.metadata)
                 parts = [Part(name, runs[0].dtype, _whole_shape(runs), _never) for name, runs in arrays.items()]
                 written.update(nbytes_of(parts))
                 file += file_nbytes(parts, metadata)
@@ -315,13 +328,13 @@ def _items(weights: Weights, name: str, nbytes: int, recipe: Recipe, most: int) 
         reason += PACKED_BEFORE
     alone = options is None or (len(shape) > 1 and _packs_rows_alone(options))
     if nbytes <= most or not shape or not alone or not weights.has_rows(name):
-        yield _Item(name, None, nbytes, options, reason)
+        yield _Item(name, None, nbytes, options, reason, recipe.inputs_of(name) if recipe.bias_correction else None)
         return
     row = nbytes // shape[0]
     step = max(1, most // row)
     for begin in range(0, shape[0], step):
         end = min(begin + step, shape[0])
-        yield _Item(name, (begin, end), (end - begin) * row, options, reason)
+        yield _Item(name, (begin, end), (end - begin) * row, options, reason, None)
 
 
 def _packs_rows_alone(options: Options) -> bool:
@@ -365,18 +378,17 @@ def _has_narrow_params(packed: _Packed) -> bool:
     return any(name.endswith(".scale") and stored.dtype == np.float16 for name, stored in packed.arrays.items())
 
 
-def _content(plan: _Plan, reporter: Reporter) -> tuple[dict[str, tuple[_Stored, ...]], dict[str, Any]]:
-    """Return the arrays of a file in runs of rows, and the descriptions of its tensors; report them."""
+def _content(
+    plan: _Plan, reporter: Reporter, biases: BiasCorrection, weights: Weights, folder: Path
+) -> tuple[list[str], dict[str, tuple[_Stored, ...]], dict[str, Any]]:
+    """Return the names in a file, its arrays in runs of rows, and the descriptions of its tensors; report them."""
     runs: dict[str, list[_Packed]] = {}
     for item in plan.items:
         runs.setdefault(item.name, []).append(plan.packed[item.key])
     arrays: dict[str, tuple[_Stored, ...]] = {}
     entries: dict[str, Any] = {}
-    for name in plan.names:
-        if name in plan.tied:
-            reporter.add_tied(name, plan.tied[name])
-            continue
-        packed = runs[name]
+
+    def add(name: str, packed: Sequence[_Packed]) -> None:
         report, sums = _merged(packed)
         reporter.add_measured(report, sums)
         for part in packed[0].arrays:
@@ -385,7 +397,35 @@ def _content(plan: _Plan, reporter: Reporter) -> tuple[dict[str, tuple[_Stored, 
             arrays[part] = tuple(run.arrays[part] for run in packed)
         if packed[0].entry is not None:
             entries[name] = {**packed[0].entry, "shape": report.shape}
-    return arrays, entries
+
+    for name in biases.order:
+        if name in plan.tied:
+            reporter.add_tied(name, plan.tied[name])
+        elif name in biases:
+            stored = stored_of(weights, name)
+            bias = biases.corrected(name, unpacked(stored))
+            add(name, [_kept(folder, name, bias, CORRECTED, stored.nbytes)])
+        else:
+            missing = runs[name][0].missing
+            if missing is not None:
+                biases.note(name, missing)
+            add(name, runs[name])
+    names = list(plan.names)
+    for name, bias, reason in biases.rest():
+        if name in weights:
+            raise ValueError(f"bias_correction: expected {name!r} in the same shard as its weight")
+        add(name, [_kept(folder, name, bias, reason, 0)])
+        names.append(name)
+    return names, arrays, entries
+
+
+def _kept(folder: Path, name: str, array: Array, reason: str, nbytes_before: int) -> _Packed:
+    """Write a plain array that was computed here, for the task that joins a file."""
+    path = temporary_in(str(folder))
+    with path.open("xb") as file:
+        stored = _put(file, path.name, name, array)
+    report, sums = report_of(name, array, None, reason, nbytes_before=nbytes_before)
+    return _Packed({name: stored}, None, report, sums)
 
 
 def _merged(packed: Sequence[_Packed]) -> tuple[TensorReport, ErrorSums | None]:

@@ -27,7 +27,6 @@ from fastopt.models.recipe import (
     RecipeOptions,
     pack_tensor,
     recipe_of,
-    require_no_correction,
     same_options,
     warn_if_nothing_is_packed,
 )
@@ -143,8 +142,6 @@ def pack_file(
     recipe = recipe_of(recipe, options)
     if target is None and not dry_run:
         raise TypeError("target: expected a path, got None; only a dry run needs none")
-    if executor is not None:
-        require_no_correction(recipe, "with an executor")
     weights = source if isinstance(source, Weights) else open_weights(source)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
