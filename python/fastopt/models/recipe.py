@@ -98,7 +98,6 @@ class Options:
             array = unpacked(tensor)
             pruned: SparseTensor = prune(array, threshold=self.threshold, sparsity=self.sparsity, pattern=self.pattern)
             return pruned if self.bits is None else self.quantize_values(pruned)
-        fit = "lsq" if self.fit == "gptq" and self.inputs is None else self.fit
         if isinstance(tensor, SparseTensor):
             if self.outliers is not None:
                 raise ValueError("outliers: expected None for a tensor that is stored sparse")
@@ -115,7 +114,7 @@ class Options:
             self.bits or 8,
             group_size=self.group_size,
             param_dtype=self.param_dtype,
-            fit=fit,
+            fit=self.fit,
             outliers=self.outliers,
             calibration=self.inputs,
         )
@@ -165,7 +164,8 @@ class Recipe(Options):
         ``NAME.weight`` is ``NAME.bias``, a new tensor if the model has none.
     calibration : Calibration or None
         Sums over the inputs of tensors, by their names, which a file does not keep. Scales and minima are then fitted
-        to make the errors of the outputs small. A tensor without sums is packed without data, as its reason says.
+        to make the errors of the outputs small. A tensor without sums is packed without data, as its reason says, with
+        ``fit="lsq"`` in the place of "auto" and "gptq".
 
     Raises
     ------
@@ -249,6 +249,8 @@ class Recipe(Options):
             sums = options.inputs
             if sums is None:
                 reason += "; no calibration"
+                if options.fit in ("auto", "gptq"):
+                    options = options.changed({"fit": "lsq"})
             elif options.fit == "gptq" and sums.rows < sums.columns:
                 reason += f"; calibrated by {sums.rows} rows for {sums.columns} inputs"
         if options.bits is None and not options.prunes:
