@@ -1,11 +1,15 @@
 """The command line with processes of this machine, which is interrupted and killed, and the program of the page."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
@@ -13,6 +17,7 @@ pytest.importorskip("typer", reason="the extra cli is not installed")
 from engines import contents, make_model, process, program, run_program, wait_for
 
 import fastopt as fo
+from fastopt.models import tasks
 
 
 @pytest.fixture
@@ -65,6 +70,28 @@ def test_kill(large):
     assert len(left) == 1
     fo.pack_file(large / "model", large / "packed", bits=8)
     assert {path.name for path in (large / "packed").iterdir()} == before
+
+
+def limit_memory():
+    """Let this worker take 24 MB more than it has; what is mapped from files does not count."""
+    fo.set_num_threads(1)
+    has = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (has + (24 << 20),) * 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_tensor_larger_than_the_memory_of_a_worker(tmp_path, monkeypatch):
+    w = np.resize(np.random.default_rng(0).standard_normal((1024, 4096)).astype("f4"), (8192, 4096))
+    fo.PackedModel({"large": w}).save(tmp_path / "m.safetensors")
+    fo.pack_file(tmp_path / "m.safetensors", tmp_path / "alone.safetensors", bits=8)
+    target = tmp_path / "packed.safetensors"
+    with ProcessPoolExecutor(1, get_context("spawn"), limit_memory) as pool:
+        with monkeypatch.context() as whole:
+            whole.setattr(tasks, "_LEAST", 256 << 20)
+            with pytest.raises(MemoryError, match=r"^'large': not enough memory on worker"):
+                fo.pack_file(tmp_path / "m.safetensors", target, bits=8, executor=pool)
+        fo.pack_file(tmp_path / "m.safetensors", target, bits=8, executor=pool)
+    assert target.read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
 
 
 def test_import_needs_no_engine():

@@ -107,8 +107,9 @@ def pack_file(
         Measures and packs the tensors by tasks, in other processes or on other machines: a ``ProcessPoolExecutor``,
         Dask's ``Client.get_executor()``, ``mpi4py.futures.MPIPoolExecutor``. The workers read the source and write
         beside the target under the same paths as this process, and need this version of fastopt. The files are those
-        that one process writes, byte for byte. A tensor of more than 256 MB is packed some rows at a time, unless it
-        is pruned, keeps `outliers`, or is one group. `notify` then hears of tensors when they are done.
+        that one process writes, byte for byte. A large tensor is packed some rows at a time, so that no worker needs
+        memory for all of it, unless it is pruned, keeps `outliers`, is one group, or has calibration; its error in the
+        report is then a sum in another order. `notify` hears of tensors when they are done.
 
     Returns
     -------
