@@ -9,6 +9,7 @@ import torch
 
 from fastopt._text import shown
 from fastopt._types import PathLike
+from fastopt.models.calibration import Calibration
 from fastopt.models.choose import choose_bits
 from fastopt.models.model import PackedModel, load
 from fastopt.models.recipe import Recipe, pack_tensor, recipe_of, require_no_correction
@@ -83,6 +84,7 @@ def pack_(
     recipe: Recipe | None = None,
     *,
     bits: int | None = 4,
+    calibration: Calibration | None = None,
     precision: Precision = "exact",
     target_bits: float | None = None,
     target_size: int | str | None = None,
@@ -101,13 +103,14 @@ def pack_(
         All options in one object, instead of `bits` and the keywords below.
     bits : 8, 4, 2 or None
         None with a pruning option: weights are stored sparse, not quantized.
+    calibration : fastopt.Calibration, optional
+        Inputs of the layers, as `calibrate` collects them: codes are then chosen for the outputs.
     precision : "exact", "int8" or "blas"
         As in `fastopt.linear`; an attribute of each packed module.
     target_bits, target_size
         As in `fastopt.pack`, instead of `bits`.
     **options
-        The fields of `fastopt.Recipe`, `calibration` among them, which `calibrate` makes; patterns match names of
-        ``named_parameters()``.
+        The fields of `fastopt.Recipe`; patterns match names of ``named_parameters()``.
 
     Returns
     -------
@@ -135,6 +138,8 @@ def pack_(
         raise ValueError(f"precision: expected 'exact', 'int8' or 'blas', got {shown(precision)}")
     targeted = target_bits is not None or target_size is not None
     given: dict[str, Any] = dict(options)
+    if calibration is not None:
+        given["calibration"] = calibration
     if bits != 4 or (recipe is None and not targeted):
         given["bits"] = bits
     recipe = recipe_of(recipe, given)
