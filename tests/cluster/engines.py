@@ -80,3 +80,27 @@ def wait_for(condition, seconds=60):
         assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
     return found
+
+
+# ---- hosts ------------------------------------------------------------------------------------------------------
+
+
+def ip(*words):
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True)
+
+
+def on_host(name, hostname, command):
+    """Return a command that runs another one in a namespace, with a name for the host."""
+    return [
+        "ip",
+        "netns",
+        "exec",
+        name,
+        "unshare",
+        "--uts",
+        "sh",
+        "-c",
+        f'hostname {hostname}; exec "$@"',
+        "sh",
+        *command,
+    ]

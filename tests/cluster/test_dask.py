@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 distributed = pytest.importorskip("distributed", reason="distributed is not installed")
 
-from engines import contents, make_model, process, program, run_program, wait_for
+from engines import contents, make_model, on_host, process, program, run_program, wait_for
 
 import fastopt as fo
 from fastopt.models import tasks
@@ -152,52 +151,6 @@ def test_interrupt(address, model, tmp_path):
 
 
 # ---- hosts -------------------------------------------------------------------------------------------------------
-
-
-def ip(*words):
-    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    """Two network namespaces, each with a link to this one; gives their names and the address of this side."""
-    own, net = secrets.token_hex(3), f"10.{20 + secrets.randbelow(200)}"
-    names = [f"fastopt-{own}-a", f"fastopt-{own}-b"]
-    try:
-        for i, name in enumerate(names):
-            ip("netns", "add", name)
-            link = f"fo{own}{i}"
-            ip("link", "add", link, "type", "veth", "peer", "eth0", "netns", name)
-            ip("address", "add", f"{net}.{i}.1/24", "dev", link)
-            ip("link", "set", link, "up")
-            for device in ("lo", "eth0"):
-                ip("-n", name, "link", "set", device, "up")
-            ip("-n", name, "address", "add", f"{net}.{i}.2/24", "dev", "eth0")
-            ip("-n", name, "route", "add", "default", "via", f"{net}.{i}.1")
-        yield names, net
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"network namespaces need root and iproute2: {getattr(error, 'stderr', error)}")
-    finally:
-        for name in names:  # its link disappears with it
-            with contextlib.suppress(OSError, subprocess.CalledProcessError):
-                ip("netns", "delete", name)
-
-
-def on_host(name, hostname, command):
-    """Return a command that runs another one in a namespace, with a name for the host."""
-    return [
-        "ip",
-        "netns",
-        "exec",
-        name,
-        "unshare",
-        "--uts",
-        "sh",
-        "-c",
-        f'hostname {hostname}; exec "$@"',
-        "sh",
-        *command,
-    ]
 
 
 def test_two_hosts(hosts, model, alone, tmp_path):
