@@ -213,6 +213,11 @@ def save(module: torch.nn.Module, path: PathLike) -> None:
         If the file cannot hold a tensor, naming it.
     """
     require_module(module)
+    PackedModel(weights_of(module)).save(path)
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Weight]:
+    """Return the parameters and persistent buffers of a module; what is tied once."""
     tensors: dict[str, Weight] = {}
     seen: set[int] = set()
     for prefix, child in module.named_modules():
@@ -230,7 +235,7 @@ def save(module: torch.nn.Module, path: PathLike) -> None:
                 continue
             seen.add(id(tensor))
             tensors[f"{dot}{name}"] = as_parameter(tensor.detach().cpu().contiguous(), f"{dot}{name}")
-    PackedModel(tensors).save(path)
+    return tensors
 
 
 def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "exact") -> None:

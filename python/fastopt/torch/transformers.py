@@ -12,14 +12,15 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastopt.files.container import disassemble
+from fastopt.files.container import describe, disassemble
 from fastopt.files.safetensors_file import PAD
 from fastopt.models.folders import METHOD
 from fastopt.models.model import PackedModel, load
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.packed import PackedTensor, Precision
+from fastopt.torch.modules import tensor_of
 from fastopt.torch.names import names_in
-from fastopt.torch.packing import fill_, pack_, unpack_
+from fastopt.torch.packing import TRANSPOSED, fill_, pack_, unpack_, weights_of
 
 
 class FastoptConfig(QuantizationConfigMixin):
@@ -58,6 +59,7 @@ class FastoptQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.model: PackedModel | None = None  # that of the folder
         self.names: dict[str, str] = {}  # of its tensors, and their names in the model
+        self.renamed = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise if the model is to be on another device."""
@@ -71,8 +73,20 @@ class FastoptQuantizer(HfQuantizer):
         return None if device_map is None else {"": "cpu"}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Return False: `fastopt.torch.save` writes what is packed."""
-        return False
+        """Return whether `save_pretrained` can write the model: not if it would rename what is in the metadata."""
+        return not self.renamed
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes: the arrays and the metadata of a file of fastopt."""
+        arrays: dict[str, torch.Tensor] = {}
+        entries: dict[str, Any] = {}
+        weights = weights_of(model)
+        for name, weight in weights.items():
+            parts, entry = disassemble(name, weight)
+            arrays.update((part, tensor_of(array)) for part, array in parts.items())
+            if entry is not None:
+                entries[name] = entry
+        return arrays, describe(weights, entries, None)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -90,8 +104,9 @@ class FastoptQuantizer(HfQuantizer):
         placeholders = []
         for name, tensor in self.model.items():
             if isinstance(tensor, PackedTensor):
-                target = rename_source_key(name, renamings, [])[0]
-                parts = [target + part.removeprefix(name) for part in disassemble(name, tensor)[0]]
+                renamed = rename_source_key(name, renamings, [])[0]
+                target = renamed.removesuffix(TRANSPOSED)
+                parts = [renamed + part.removeprefix(name) for part in disassemble(name, tensor)[0]]
                 sources = [f"^{re.escape(part)}$" for part in parts]
                 placeholders.append(WeightConverter(sources, target, [_Placeholder()]))
         return [*placeholders, *weight_conversions]
@@ -103,7 +118,9 @@ class FastoptQuantizer(HfQuantizer):
         else:
             weights = {self.names[name]: tensor for name, tensor in self.model.items()}
             fill_(model, weights, config.precision)
-            self.model = None
+            self.model, config.bits = None, None  # the bits are in the file
+        rules = [rule for rule in getattr(model, "_weight_conversions", ()) if not _is_placeholder(rule)]
+        model._weight_conversions, self.renamed = rules, bool(rules)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -125,6 +142,10 @@ class _Placeholder(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         return {full_layer_name: torch.empty_like(model.get_parameter_or_buffer(full_layer_name), device="cpu")}
+
+
+def _is_placeholder(rule: Any) -> bool:
+    return any(isinstance(operation, _Placeholder) for operation in getattr(rule, "operations", ()))
 
 
 def install() -> None:
