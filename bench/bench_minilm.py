@@ -59,7 +59,17 @@ def rows(w: Weight, ids: NDArray[np.integer]) -> Floats:
     return fo.embedding(w, ids) if isinstance(w, fo.QuantizedTensor) else dense(w)[ids]
 
 
+class Watched(dict[str, Weight]):
+    """A model that sums over the inputs of its layers."""
+
+    def __init__(self, weights: Mapping[str, Weight], *, products: bool) -> None:
+        super().__init__(weights)
+        self.calibration = fo.Calibration(products=products)
+
+
 def project(model: Mapping[str, Weight], name: str, x: Floats) -> Floats:
+    if isinstance(model, Watched):
+        model.calibration.update(f"{name}.weight", x)
     return fo.linear(x, model[f"{name}.weight"], dense(model[f"{name}.bias"]))
 
 
