@@ -10,7 +10,7 @@ import numpy as np
 # Every remainder that a vector loop of 4, 8, 16 or 64 lanes can leave, and more than one chunk.
 SIZES = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 100003]
 FLOATS = ["float32", "float64", "float16", "bfloat16"]
-BITS = [8, 4, 2]
+BITS = [8, 6, 5, 4, 3, 2]
 
 
 def dtype_of(name):

@@ -567,12 +567,9 @@ def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
 
 
 def pack(codes, bits):
-    """Lowest bits first, along the last axis, which is filled up with zeros to whole bytes."""
-    per_byte = 8 // bits
-    padded = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // per_byte) * per_byte), np.uint8)
-    padded[..., : codes.shape[-1]] = codes
-    parts = padded.reshape(*codes.shape[:-1], -1, per_byte)
-    return np.bitwise_or.reduce(parts << (np.arange(per_byte, dtype=np.uint8) * bits), axis=-1)
+    """One stream of bits along the last axis, lowest bits first, which is filled up with zeros to whole bytes."""
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(stream.reshape(*codes.shape[:-1], codes.shape[-1] * bits), axis=-1, bitorder="little")
 
 
 def dequantize(codes, scale, minimum, group_size):
@@ -666,9 +663,12 @@ def linear(x, codes, scale, minimum, bits, group_size, bias=None, precision="exa
 
 
 def product_of_rows(n, x_scale, x_sums, codes, scale, middles, bits, size):
-    """Few rows of x: a term for each word of 32 bits of codes; a stretch has whole runs of one word for each sum."""
+    """Few rows of x: a term for each word of codes; a stretch has whole runs of one word for each sum.
+
+    A word has 32 bits of codes, or 8 codes of a width that does not divide 32.
+    """
     f = np.float32
-    partials, word = SUMS["partials"], 32 // bits
+    partials, word = SUMS["partials"], 8 if 32 % bits else 32 // bits
     groups, span = scale.shape[1], n.shape[1] // x_scale.shape[1]
     terms = dot_products(n, codes, word).astype(f)
     column = np.arange(terms.shape[2]) * word
@@ -699,7 +699,7 @@ def product_of_panels(n, x_scale, x_sums, codes, scale, middles, bits, size, pre
     """Many rows of x: a term for each span, added from left to right in a group; groups in order in a stretch."""
     f = np.float32
     groups, span = scale.shape[1], n.shape[1] // x_scale.shape[1]
-    if bits == 8 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
+    if bits > 4 and precision == "exact":  # the lowest byte by itself: 32 bits hold either sum
         low = (n + 128) % 256 - 128
         terms = dot_products(n - low >> 8, codes, span).astype(f) * f(256) + dot_products(low, codes, span).astype(f)
     else:

@@ -179,7 +179,7 @@ void pack(const py::array& codes, int bits, const py::array& packed) {
   require_bits(bits);
   const View<const std::uint8_t> from = view<const std::uint8_t>(codes, {"codes"});
   const View<std::uint8_t> to = view<std::uint8_t>(packed, {"packed"});
-  require_size(to.size, ceil_div(from.size, static_cast<std::size_t>(8 / bits)), {"packed"});
+  require_size(to.size, packed_bytes(from.size, bits), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(from.size, kChunk, static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
@@ -191,7 +191,7 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
   require_bits(bits);
   const View<const std::uint8_t> from = view<const std::uint8_t>(packed, {"packed"});
   const View<std::uint8_t> to = view<std::uint8_t>(codes, {"codes"});
-  require_size(from.size, ceil_div(to.size, static_cast<std::size_t>(8 / bits)), {"packed"});
+  require_size(from.size, packed_bytes(to.size, bits), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   parallel_chunks(to.size, kChunk, static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {

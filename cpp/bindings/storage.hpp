@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <iterator>
 #include <new>
 #include <string>
@@ -51,9 +52,12 @@ inline void require_shape(py::handle object, std::size_t rows, std::size_t cols,
 
 inline void require_bits(int bits) {
   if (std::find(std::begin(kCodeBits), std::end(kCodeBits), bits) != std::end(kCodeBits)) return;
+  int widths[std::size(kCodeBits)];
+  std::copy(std::begin(kCodeBits), std::end(kCodeBits), widths);
+  std::sort(std::begin(widths), std::end(widths), std::greater<>());
   std::string expected;
-  std::size_t left = std::size(kCodeBits);
-  for (const int width : kCodeBits) {
+  std::size_t left = std::size(widths);
+  for (const int width : widths) {
     expected += std::to_string(width);
     if (--left > 0) expected += left > 1 ? ", " : " or ";
   }
@@ -74,7 +78,7 @@ auto quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bi
   q.bits = bits;
   q.rows = dimension(codes, 0);
   q.cols = cols;
-  q.row_bytes = ceil_div(cols, static_cast<std::size_t>(8 / bits));
+  q.row_bytes = packed_bytes(cols, bits);
   q.codes = view<Byte>(codes, {"codes"}).data;
   require_shape(codes, q.rows, q.row_bytes, {"codes"});
 

@@ -220,10 +220,22 @@ static uint32_t fo__index16(const uint8_t* positions, size_t index) {
   return positions[2 * index] | (uint32_t)positions[2 * index + 1] << 8;
 }
 
+/* A code of 8, 4 or 2 bits. */
 static unsigned fo__code(const uint8_t* codes, unsigned bits, size_t index) {
   if (bits == 8) return codes[index];
   if (bits == 4) return (unsigned)codes[index >> 1] >> (index & 1) * 4 & 15u;
   return (unsigned)codes[index >> 2] >> (index & 3) * 2 & 3u;
+}
+
+/* Of 6, 5 and 3 bits 8 codes fill bytes together. */
+static int fo__in_eights(unsigned bits) { return bits == 6 || bits == 5 || bits == 3; }
+
+/* A code of 6, 5 or 3 bits. */
+static unsigned fo__code_of_eight(const uint8_t* codes, unsigned bits, size_t index) {
+  const unsigned at = (unsigned)(index & 7) * bits, below = at & 7;
+  codes += (index >> 3) * bits + (at >> 3);
+  const unsigned above = below + bits > 8 ? codes[1] : 0u; /* the row may end with codes[0] */
+  return (codes[0] | above << 8) >> below & ((1u << bits) - 1);
 }
 
 /* Bytes of so many codes of 8, 4 or 2 bits, where they fill them. */
@@ -246,6 +258,7 @@ static float fo__affine(float scale, unsigned code, float minimum) {
 }
 
 static size_t fo__row_bytes(const fo_tensor* t) {
+  if (fo__in_eights(t->bits)) return (t->cols >> 3) * t->bits + (((t->cols & 7) * t->bits + 7) >> 3);
   const size_t whole = fo__code_bytes(t->bits, t->cols);
   return whole + ((whole << 4 / t->bits) != t->cols);
 }
@@ -267,7 +280,11 @@ static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t coun
     const size_t left = t->group ? t->group - (begin + i) % t->group : count, end = i + fo__min(left, count - i);
     const float scale = fo__float(t->scale, t->param_type, row * t->groups + group);
     const float minimum = fo__float(t->minimum, t->param_type, row * t->groups + group);
-    for (; i < end; ++i) out[i] = fo__affine(scale, fo__code(codes, t->bits, begin + i), minimum);
+    for (; i < end; ++i) {
+      const unsigned code = fo__in_eights(t->bits) ? fo__code_of_eight(codes, t->bits, begin + i)
+                                                   : fo__code(codes, t->bits, begin + i);
+      out[i] = fo__affine(scale, code, minimum);
+    }
   }
 }
 
@@ -766,7 +783,7 @@ static void fo__multiply_entries(const fo_tensor* w, const fo__kind* kind, const
     fo__entries e = fo__entries_of(w, row);
     size_t first, n;
     while ((n = fo__columns(&e, columns, &first)) != 0) {
-      if (w->type != FO_CODES) {
+      if (w->type != FO_CODES || fo__in_eights(w->bits)) {
         const uint32_t* given = w->layout == FO_DENSE ? NULL : columns;
         const uint8_t* from = x + (given ? 0 : first * kind->width);
         fo__decode(w, values_row, first, n, values);
@@ -799,7 +816,8 @@ static int fo__linear(const fo_tensor* w, const fo_tensor* bias, const fo__kind*
   if (bias && (bias->layout != FO_DENSE || bias->rows != 1 || bias->cols != w->rows)) return FO_BAD_SIZE;
   if (bias && bias->outliers) return FO_UNSUPPORTED_OUTLIERS;
   FO__CLEAR(y, y_count * sizeof(float));
-  if (w->layout == FO_DENSE && w->type == FO_CODES && (w->groups <= 1 || w->group * w->bits % 8 == 0)) {
+  const int codes = w->layout == FO_DENSE && w->type == FO_CODES && !fo__in_eights(w->bits);
+  if (codes && (w->groups <= 1 || w->group * w->bits % 8 == 0)) {
     fo__multiply_codes(w, kind, x, batch, y);
   } else {
     fo__multiply_entries(w, kind, x, batch, y);
@@ -1187,7 +1205,7 @@ int fo_open(fo_model* model, const void* bytes, size_t size) {
     fo__space(&t);
     if (t.next >= 0 || t.at != t.end) return FO_BAD_METADATA;
     if (!fo__has_number(fo__metadata(&opened), "version", &version)) return FO_BAD_METADATA;
-    if (version != 1 && version != 2) return FO_BAD_VERSION;
+    if (version < 1 || version > 3) return FO_BAD_VERSION;
   }
   *model = opened;
   return FO_OK;
@@ -1244,7 +1262,7 @@ static int fo__find_codes(const fo_model* model, const char* name, int sparse, f
   fo__text group_size = entry;
   size_t params, size;
   fo_tensor row; /* codes of these rows and columns */
-  if (!fo__has_number(entry, "bits", &number) || (number != 8 && number != 4 && number != 2)) return FO_BAD_TENSOR;
+  if (!fo__has_number(entry, "bits", &number) || number < 2 || number > 8 || number == 7) return FO_BAD_TENSOR;
   tensor->type = FO_CODES;
   tensor->bits = (uint8_t)number;
   if (fo__seek(&group_size, "group_size", "") != 1) return FO_BAD_TENSOR;

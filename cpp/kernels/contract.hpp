@@ -25,7 +25,8 @@
 //   x, y         the input and the output of a product, a vector in each row
 //   limb         one byte of an integer that x was rounded to
 //   span         the 16 or 32 neighbouring columns of x that share the scale of this rounding
-//   run, word    64 bytes of packed codes, and the 32 bits of them that one lane multiplies
+//   word         32 bits of packed codes, or 8 codes of a width that does not divide 32: one lane multiplies them
+//   run          16 words
 //   panel        kPanelWidth rows of x that are multiplied together with quantized rows
 //   tile         16, 32 or 64 rows of x, transposed, that are multiplied together with sparse rows
 //   band         the rows of W that are multiplied together with panels, or with a tile
@@ -116,7 +117,13 @@ struct Int {
 };
 
 // The widths of codes, in bits.
-inline constexpr int kCodeBits[] = {8, 4, 2};
+inline constexpr int kCodeBits[] = {8, 4, 2, 6, 5, 3};
+
+// The bytes of n packed codes. Where n is a multiple of 8, the next code starts on a byte.
+constexpr std::size_t packed_bytes(std::size_t n, int bits) {
+  const std::size_t width = static_cast<std::size_t>(bits);
+  return n / 8 * width + (n % 8 * width + 7) / 8;
+}
 
 // Calls f(Int<bits>{}) for a width that is known at run time; it must be one of kCodeBits. The kernels pass lambdas of
 // their own, so tables for two instruction sets never share an instance.

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 # Bits of a code.
-BITS = (8, 4, 2)
-Bits: TypeAlias = Literal[8, 4, 2]
+BITS = (8, 6, 5, 4, 3, 2)
+Bits: TypeAlias = Literal[8, 6, 5, 4, 3, 2]
 # The default number of neighbours that share a scale and minimum; -1 is a row. Real weights need a pair for each row
 # with 8 bits, and for each group with fewer. Groups of the non-zeros of a sparse weight run through the rows.
-DEFAULT_GROUP_SIZE = {8: -1, 4: 32, 2: 16}
-SPARSE_GROUP_SIZE = {8: 128, 4: 32, 2: 16}
+DEFAULT_GROUP_SIZE = {8: -1, 6: 64, 5: 32, 4: 32, 3: 32, 2: 16}
+SPARSE_GROUP_SIZE = {8: 128, 6: 64, 5: 32, 4: 32, 3: 32, 2: 16}
 GroupSize: TypeAlias = "int | Literal['auto'] | None"
 # How scale and minimum follow from the values of a group.
 FITS = ("auto", "minmax", "lsq", "gptq")

@@ -383,7 +383,7 @@ def test_the_first_override_of_a_pattern_counts(model, tmp_path):
         ("embed*:bits", "expected GLOB:OPTION=VALUE"),
         ("embed*:bits=8,fit", "expected fit=VALUE"),
         ("embed*:bits=8,bits=4", "bits is given twice"),
-        ("embed*:bits=5", "expected 8, 4 or 2, got 5"),
+        ("embed*:bits=7", "expected 8, 6, 5, 4, 3 or 2, got 7"),
     ],
 )
 def test_wrong_overrides(override, message, model, tmp_path, monkeypatch):
@@ -553,7 +553,7 @@ def test_names_from_files_stay_texts(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--bits", "3"], "bits: expected 8, 4 or 2, got 3"),
+        (["--bits", "7"], "bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
         (["--bits", "four"], "--bits"),
         (["--bits", "4", "--group-size", "many"], "expected a number, row or tensor"),
         (["--bits", "4", "--group-size", "0"], "--group-size: expected a positive number"),
@@ -562,7 +562,7 @@ def test_names_from_files_stay_texts(tmp_path):
         (["--bits", "4", "--override", "*embed*"], "GLOB:OPTION=VALUE"),
         (["--bits", "4", "--override", "*embed*:colour=8"], "GLOB:OPTION=VALUE"),
         (["--bits", "4", "--override", "*embed*:bits=8,colour=8"], "colour"),
-        (["--bits", "4", "--override", "*embed*:bits=5"], "bits"),
+        (["--bits", "4", "--override", "*embed*:bits=7"], "bits"),
         (["--sparsity", "1.5"], "sparsity"),
         (["--pattern", "4:2"], "pattern"),
         (["--target-size", "12MB", "--target-bits", "4"], "one of them"),
@@ -595,14 +595,14 @@ def test_failures(model, tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("no model")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("bits = 5")
+    recipe.write_text("bits = 7")
     out = tmp_path / "out.safetensors"
     for args, message in (
         (("inspect", tmp_path / "none.safetensors"), f"{tmp_path / 'none.safetensors'}: No such file or directory"),
         (("inspect", text), f"{text}: not a safetensors file"),
         (("diff", model, text), f"{text}: not a safetensors file"),
         (("pack", nan, "-o", out, "--bits", 4), "'layers.0.weight': w: expected finite float32 values, got nan"),
-        (("pack", model, "-o", out, "--recipe", recipe), f"{recipe}: bits: expected 8, 4 or 2, got 5"),
+        (("pack", model, "-o", out, "--recipe", recipe), f"{recipe}: bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
         (("pack", model, "-o", out, "--recipe", tmp_path / "no.toml"), f"{tmp_path / 'no.toml'}: No such file"),
         (("pack", model, "-o", out, "--target-size", "1kB"), "--target-size: expected at least"),
         (("pack", model, "-o", out, "--target-size", "big"), "--target-size: expected bytes"),

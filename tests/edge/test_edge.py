@@ -220,7 +220,7 @@ def test_products_are_within_1e_6(driver, cases, operation):
 
 def test_same_products_as_python(build, rng, tmp_path):
     driver = Driver(build("gnu"))
-    for bits, group in ((8, -1), (4, 32), (2, 16), (4, -1)):
+    for bits, group in ((8, -1), (4, 32), (2, 16), (4, -1), (3, 32), (5, -1), (6, 128)):
         w = fo.quantize(rng.standard_normal((64, 4096)).astype("f4"), bits, group_size=group)
         x = rng.standard_normal((2, 4096)).astype("f4")
         code, y = driver.answer(LINEAR, saved({"w": w}, tmp_path), "w", x.tobytes(), 128)
@@ -344,7 +344,7 @@ MISFITS = [
     ("FO_TOO_LARGE", {**QUANTIZED, "shape": [2**33, 2**33]}, CODES_OF_W),
     ("FO_TOO_LARGE", {**QUANTIZED, "shape": [1, 2**32]}, CODES_OF_W),
     ("FO_BAD_TENSOR", {**QUANTIZED, "shape": [2, 7]}, CODES_OF_W),
-    ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 3}, CODES_OF_W),
+    ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 7}, CODES_OF_W),
     ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 4.0}, CODES_OF_W),
     ("FO_BAD_TENSOR", {**QUANTIZED, "bits": 2**64 + 4}, CODES_OF_W),
     ("FO_BAD_TENSOR", {**QUANTIZED, "group_size": 0}, CODES_OF_W),

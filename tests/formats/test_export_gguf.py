@@ -17,7 +17,7 @@ gguf = pytest.importorskip("gguf", reason="the extra `export` is not installed")
 def read(path):
     """Every tensor as gguf-py has it, decoded where it is of blocks, and the types."""
     reader = gguf.GGUFReader(path)
-    blocks = ("Q4_1", "Q8_0", "BF16")
+    blocks = ("Q4_1", "Q5_1", "Q8_0", "BF16")
     arrays = {
         t.name: gguf.dequantize(t.data, t.tensor_type) if t.tensor_type.name in blocks else t.data
         for t in reader.tensors
@@ -39,6 +39,10 @@ def model(rng):
         "four.single": fo.quantize(w(256), bits=4),
         "two": fo.quantize(w(6, 128), bits=2, group_size=32),
         "two.row": fo.quantize(w(6, 128), bits=2, group_size=-1),
+        "three": fo.quantize(w(7, 96), bits=3),
+        "three.row": fo.quantize(w(7, 96), bits=3, group_size=-1),
+        "five": fo.quantize(w(7, 96), bits=5),
+        "five.whole": fo.quantize(w(9, 64), bits=5, group_size=None),
         "constant": fo.quantize(np.full((4, 32), 0.5, "f4"), bits=4),
         "f2": w(3, 5).astype("f2"),
         "f4": w(7),
@@ -58,7 +62,7 @@ def test_gguf_py_reads_the_same(model, tmp_path):
     assert list(arrays) == list(model)
     for name, w in fo.PackedModel(model).unpack().items():
         packed = isinstance(model[name], fo.QuantizedTensor)
-        assert (types[name] == "Q4_1") == packed
+        assert (types[name] == ("Q5_1" if name.startswith("five") else "Q4_1")) == packed
         got = arrays[name]
         if name == "bf16":
             w = w.astype("f4")
@@ -110,7 +114,12 @@ def ggml_tensors(lib, path, model):
         kind = lib.gguf_get_tensor_type(file, ctypes.c_int64(number))
         size = int(np.prod(tensor.shape))
         out = np.empty(size, "f4")
-        decode = {3: "dequantize_row_q4_1", 8: "dequantize_row_q8_0", 30: "ggml_bf16_to_fp32_row"}.get(kind)
+        decode = {
+            3: "dequantize_row_q4_1",
+            7: "dequantize_row_q5_1",
+            8: "dequantize_row_q8_0",
+            30: "ggml_bf16_to_fp32_row",
+        }.get(kind)
         if decode is not None:
             getattr(lib, decode)(ctypes.c_char_p(content[at:]), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(size))
             result[name] = out.reshape(tensor.shape)
@@ -121,7 +130,7 @@ def ggml_tensors(lib, path, model):
 def test_ggml_reads_the_same(model, ggml, tmp_path):
     fo.export(model, tmp_path / "m.gguf", to="gguf")
     decoded = ggml_tensors(ggml, tmp_path / "m.gguf", model)
-    assert len(decoded) == 10
+    assert len(decoded) == 14
     for name, w in decoded.items():
         expected = model[name].dequantize() if name != "bf16" else model[name].astype("f4")
         assert same_bits(w, expected), name
@@ -129,6 +138,7 @@ def test_ggml_reads_the_same(model, ggml, tmp_path):
 
 REFUSED = {
     "eight bits": (lambda w: fo.quantize(w, bits=8), "no 8-bit codes with a minimum; pack it to 4 bits"),
+    "six bits": (lambda w: fo.quantize(w, bits=6), "no 6-bit codes with a minimum; pack it to 4 bits"),
     "small groups": (lambda w: fo.quantize(w, bits=2), "got groups of 16; pack it in groups of 32"),
     "uneven groups": (lambda w: fo.quantize(w, bits=4, group_size=48), "got groups of 48"),
     "short rows": (lambda w: fo.quantize(w[:, :40].copy(), bits=4), r"got shape \(8, 40\); leave it unpacked"),

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import same_bits
+from helpers import BITS, same_bits
 from safetensors import safe_open
 
 import fastopt as fo
@@ -19,7 +19,7 @@ def model(rng):
 
     model = {
         f"{bits}.{group_size}.{dtype}.weight": fo.quantize(w(8, 256), bits, group_size=group_size, param_dtype=dtype)
-        for bits in (8, 4, 2)
+        for bits in BITS
         for group_size in (32, 64, 128, 256, -1, None)
         for dtype in ("float16", "float32")
     }

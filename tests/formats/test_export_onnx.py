@@ -3,11 +3,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import same_bits
+from helpers import BITS, same_bits
 
 import fastopt as fo
 from fastopt.formats import onnx_file
-from fastopt.formats.onnx import opset_of_bits
+from fastopt.formats.onnx import Builder, opset_of_bits, quantized_nbytes
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -28,7 +28,7 @@ def random(rng, *shape):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_decoded_tensors_are_the_same(bits, dtype, rng, tmp_path):
     """Groups of any size, rows that end inside a byte or a group, outliers, any shape and dtype."""
     model = {
@@ -69,7 +69,7 @@ def test_plain_and_sparse_tensors(rng, tmp_path):
         pruned = random(rng, 8, 320)
         fo.prune_(pruned, **({"pattern": layout} if ":" in layout else {"sparsity": 0.9}))
         model[layout] = fo.SparseTensor.from_dense(pruned, layout=layout)
-        for bits in (8, 4, 2):
+        for bits in BITS:
             model[f"{layout}.{bits}"] = model[layout].quantize(bits)
     fo.export(model, tmp_path / "m.onnx", to="onnx")
     got = run(tmp_path / "m.onnx")
@@ -173,7 +173,7 @@ def test_chain_runs(options, fast, rng, tmp_path):
     assert ("DequantizeLinear" in kinds) == ("bits" in options and not by_codes)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("cols", [16, 40, 256, 300])
 @pytest.mark.parametrize("group_size", [16, 48, 64, 512, -1, None])
 def test_fast_product(cols, group_size, bits, rng, tmp_path):
@@ -250,6 +250,19 @@ def test_more_than_a_file_holds(fast, rng, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_width_that_onnx_does_not_have():
-    with pytest.raises(ValueError, match="bits: ONNX has codes of 8, 4, 2 bits, got 3"):
-        opset_of_bits(3)
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_follow_from_the_shape(bits, rng):
+    """Widths that ONNX does not have are stored in the next wider one."""
+    stored = {3: 4, 5: 8, 6: 8}.get(bits, bits)
+    for fast in (False, True):
+        builder = Builder(fast, 0, set())
+        builder.product("x", "w", fo.quantize(random(rng, 5, 48), bits, group_size=16))
+        constants = {constant.name: constant for constant in builder.constants}
+        assert all(constant.nbytes == constant.content().nbytes for constant in builder.constants)
+        assert constants["w.codes"].nbytes == 5 * 48 * stored // 8
+        parts = [
+            constants[name].nbytes for name in ("w.codes", "w.scale", "w.minimum", "w.zero_point") if name in constants
+        ]
+        assert len(parts) == 3 + (fast and stored != bits)
+        assert quantized_nbytes((5, 48), bits, 16, "float16", None, fast) == sum(parts)
+    assert opset_of_bits(bits) == (25 if bits == 2 else 21)

@@ -88,6 +88,7 @@ def model_seeds() -> dict[str, bytes]:
     w = weights()
     made = {
         "quantized": fo.pack(w, bits=4, min_size=1),
+        "three": fo.pack(w, bits=3, min_size=1),
         "sparse": fo.pack(w, sparsity=0.5, min_size=1),
         "pattern": fo.pack({"w": w["w"]}, pattern="2:4", bits=8, min_size=1),
     }

@@ -177,7 +177,7 @@ def test_where_it_cannot_be_saved(weights, tmp_path):
 
 def test_bad_arguments_of_pack(weights):
     for options, error, message in [
-        ({"bits": 5}, ValueError, "bits: expected 8, 4 or 2, got 5"),
+        ({"bits": 7}, ValueError, "bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
         ({"bits": 4, "overrides": {"*": {"speed": 1}}}, ValueError, r"overrides: '\*' has unknown options \['speed'\]"),
         ({"sparsity": 2}, ValueError, "sparsity: expected a fraction from 0 to 1, got 2"),
         ({"bits": 4, "group_size": 0}, ValueError, "group_size: expected"),

@@ -7,6 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import BITS
 from safetensors.numpy import save_file
 
 import fastopt as fo
@@ -86,8 +87,8 @@ def test_every_option_reaches_its_function(rng):
 
 def test_what_is_wrong_is_named():
     for options, error, message in [
-        ({"bits": 3}, ValueError, "bits: expected 8, 4 or 2, got 3"),
-        ({"bits": 4.0}, TypeError, r"bits: expected 8, 4 or 2, got 4\.0"),
+        ({"bits": 7}, ValueError, "bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
+        ({"bits": 4.0}, TypeError, r"bits: expected 8, 6, 5, 4, 3 or 2, got 4\.0"),
         ({"group_size": 0}, ValueError, "group_size: expected a positive number"),
         ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got 'int8'"),
         ({"fit": "best"}, ValueError, "fit: expected 'auto', 'minmax', 'lsq' or 'gptq', got 'best'"),
@@ -103,7 +104,7 @@ def test_what_is_wrong_is_named():
         ({"overrides": {"*": 8}}, TypeError, r"overrides: expected options for a pattern, got 8 for '\*'"),
         ({"overrides": {"*": {"bit": 8}}}, ValueError, r"overrides: '\*' has unknown options \['bit'\]; there are"),
         ({"overrides": {"*": {"min_size": 8}}}, ValueError, r"overrides: '\*' has unknown options \['min_size'\]"),
-        ({"overrides": {"*": {"bits": 5}}}, ValueError, r"overrides: '\*': bits: expected 8, 4 or 2, got 5"),
+        ({"overrides": {"*": {"bits": 7}}}, ValueError, r"overrides: '\*': bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
         ({"min_size": -1}, ValueError, "min_size: expected a number, 0 or more, got -1"),
         ({"min_size": 1.5}, ValueError, "min_size: expected a number"),
     ]:
@@ -148,7 +149,7 @@ min_size = 100
     )
     assert list(recipe.overrides) == ["*embed*", "*head*", "*fc*"]
     assert fo.Recipe.from_dict(recipe.to_dict()) == recipe
-    for text, message in [("bits = 3", "bits: expected"), ("bits = [", "recipe.toml"), ("bit = 3", "unknown options")]:
+    for text, message in [("bits = 7", "bits: expected"), ("bits = [", "recipe.toml"), ("bit = 3", "unknown options")]:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"{path}.*{message}|{message}.*{path}|{path}"):
             fo.Recipe.from_toml(path)
@@ -189,7 +190,7 @@ def test_the_plan_is_what_happens(weights):
 def test_bytes_follow_from_the_shape(rng):
     for shape in [(7, 33), (1000,), (3, 4, 5), (0, 4), (4, 0), ()]:
         w = rng.standard_normal(shape).astype("f4")
-        for bits in (8, 4, 2):
+        for bits in BITS:
             for group_size in ("auto", -1, None, 5):
                 for params, share in (("float16", None), ("float32", 0.1)):
                     q = fo.quantize(w, bits, group_size=group_size, param_dtype=params, outliers=share)

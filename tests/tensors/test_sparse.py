@@ -143,7 +143,7 @@ def test_groups_that_hold_too_much_are_refused(rng):
 def test_quantized_values(w, bits, group_size, layout):
     s = fo.SparseTensor.from_dense(w, layout=layout).quantize(bits, group_size=group_size)
     values = fo.quantize(
-        w[w != 0], bits, group_size={8: 128, 4: 32, 2: 16}[bits] if group_size == "auto" else group_size
+        w[w != 0], bits, group_size={8: 128, 6: 64, 2: 16}.get(bits, 32) if group_size == "auto" else group_size
     )
     assert same_bits(s.to_dense(), reference.expand(w != 0, values.dequantize(), w.shape[1]))
 

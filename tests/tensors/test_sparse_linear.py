@@ -20,6 +20,7 @@ def tensors(w):
         yield fo.SparseTensor.from_dense(kept.astype("f2"), layout=layout)
         yield s.quantize(8)
         yield s.quantize(4, group_size=3)
+        yield s.quantize(3, group_size=5)
 
 
 def expected(x, s, bias=None):

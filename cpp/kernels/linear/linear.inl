@@ -12,8 +12,19 @@
 //   rows.inl      few rows of x: the lanes of a vector are words of one row of W
 //   panels.inl    many rows of x: the lanes of a vector are rows of x
 
-constexpr std::size_t kRun = 64, kWords = 16;  // bytes of codes in a run, and its 32-bit words
+// A run is 16 words. A word has codes for one lane of 32 bits: 32 bits of packed codes where they are whole codes, else
+// 8 codes. Unpacked to bytes it has kParts<Bits> times 32 bits, and a run has as many parts of kPart bytes.
+constexpr std::size_t kWords = 16, kPart = 4 * kWords;
 static_assert(kWords == kPartials);
+template <int Bits>
+constexpr std::size_t kWordColumns = 32 % Bits == 0 ? 32 / Bits : 8;
+template <int Bits>
+constexpr std::size_t kParts = kWordColumns<Bits> / 4;
+template <int Bits>
+constexpr std::size_t kRunColumns = kWords * kWordColumns<Bits>;
+template <int Bits>
+constexpr std::size_t kRunBytes = kRunColumns<Bits> * Bits / 8;  // of packed codes
+
 constexpr std::size_t kGrain = 16;  // columns; a span is one grain or two, and a group is whole spans
 constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 

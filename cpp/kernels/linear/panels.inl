@@ -29,7 +29,7 @@ struct Panel {
   std::size_t bytes;
 
   Panel(const Quantized& w, Byte* memory) {
-    const std::size_t columns = (w.row_bytes + kRun - 1) / kRun * kRunColumns<Bits>;
+    const std::size_t columns = runs_of<Bits>(w) * kRunColumns<Bits>;
     const std::size_t spans = columns / span_columns(w);
     std::size_t at = 0;
     const auto take = [&](std::size_t size) {
@@ -50,10 +50,10 @@ struct Panel {
 template <int Bits, int Limbs>
 void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                    std::uint8_t* memory) {
-  constexpr std::size_t parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>;
   const Panel<Bits, Limbs, std::uint8_t> to(w, memory);
   if (count < kPanelWidth) std::memset(memory, 0, to.bytes);
-  const std::size_t words = span_columns(w) * Bits / 32, runs = (w.row_bytes + kRun - 1) / kRun;
+  const std::size_t words = span_columns(w) / kWordColumns<Bits>, runs = runs_of<Bits>(w);
   for (std::size_t b = 0; b < count; ++b) {
     const Prepared<Bits, Limbs> source(w, rows + b * row_bytes);
     std::int8_t* limbs = to.limbs + 4 * b;
@@ -95,10 +95,10 @@ struct Unpacked {
 
 template <int Bits>
 inline void unpack_run(const std::uint8_t* from, std::uint8_t* to) {
-  for (std::size_t i = 0; i < kRun; i += kVectorBytes) {
-    Vec<std::uint8_t> parts[8 / Bits];
-    split<Bits>(load<Vec<std::uint8_t>>(from + i), parts);
-    for (std::size_t p = 0; p < 8 / Bits; ++p) store(to + p * kRun + i, parts[p]);
+  for (std::size_t i = 0; i < kWordVectors; ++i) {
+    Vec<std::uint8_t> parts[kParts<Bits>];
+    split<Bits>(from, i, parts);
+    for (std::size_t p = 0; p < kParts<Bits>; ++p) store(to + p * kPart + i * kVectorBytes, parts[p]);
   }
 }
 
@@ -131,7 +131,7 @@ template <int Bits>
   constexpr std::size_t bytes = kPanelStretch * Bits / 8;
   const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
-  out->runs = (exist + kRun - 1) / kRun;
+  out->runs = (exist + kRunBytes<Bits> - 1) / kRunBytes<Bits>;
   out->row_bytes = w.row_bytes;
   const std::uint8_t* const first = w.codes + row * w.row_bytes + begin * Bits / 8;
   const bool all_exist = static_cast<std::size_t>(codes_end - first) >= (kBand - 1) * w.row_bytes + bytes;
@@ -147,7 +147,7 @@ template <int Bits>
       codes = copy;
     }
     for (std::size_t run = 0; run < runs; ++run) {
-      unpack_run<Bits>(codes + run * kRun, out->codes[r] + run * kRunColumns<Bits>);
+      unpack_run<Bits>(codes + run * kRunBytes<Bits>, out->codes[r] + run * kRunColumns<Bits>);
     }
     if (one_group) {
       out->scale[r][0] = 1.0f;
@@ -167,7 +167,11 @@ inline void add_to(double* total, const float* sums) {
   }
 }
 
-// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: 32-bit words of packed codes in a span. Codes
+// The cache lines of codes that kBand rows have in a span of 32 columns.
+template <int Bits>
+constexpr std::size_t kSpanLines = (kBand * 2 * kGrain * Bits / 8 + 63) / 64;
+
+// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: words of codes in a span. Codes
 // that are still packed are unpacked on the fly, one run ahead of the products, which leave those ports idle. The
 // function is long because its sums must stay in registers across the loops.
 template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
@@ -176,7 +180,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   using Words32 = Vec<std::uint32_t>;
-  constexpr std::size_t lanes = kLanes<float>, parts = 8 / Bits, sums = kSums<Bits, Limbs>;
+  constexpr std::size_t lanes = kLanes<float>, parts = kParts<Bits>, sums = kSums<Bits, Limbs>;
   constexpr std::size_t span_bytes = Words * parts * Limbs * 4 * kPanelWidth;
   const auto horner = [](Ints high, Ints low) {  // modulo 2^32
     return bit_cast<Ints>((bit_cast<Words32>(high) << 8) + bit_cast<Words32>(low));
@@ -194,13 +198,14 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
         const std::uint8_t* codes = w.codes[first_row] + at / kWords * kRunColumns<Bits> + at % kWords * 4;
         const std::int8_t* limbs = x.limbs + span * span_bytes + 4 * i;
         const Ints offset = load<Ints>(x.offset + span * sums * kPanelWidth + i);
-        if (i == 0) fetch_codes<Bits / 2>(next_codes, span - w.span);
+        if (i == 0) fetch_codes<kSpanLines<Bits>>(next_codes, span - w.span);
         if constexpr (kUnrolled > 1) {
           constexpr std::size_t rows = Words > 1 ? Words / 2 : 1;
           const std::size_t next = at / kWords + 1, first = at % kWords / Words * rows;
           if (w.packed && next < w.runs && first < kBand) {
             for (std::size_t r = first; r < first + rows; ++r) {
-              unpack_run<Bits>(w.packed + r * w.row_bytes + next * kRun, w.codes[r] + next * kRunColumns<Bits>);
+              unpack_run<Bits>(w.packed + r * w.row_bytes + next * kRunBytes<Bits>,
+                               w.codes[r] + next * kRunColumns<Bits>);
             }
           }
         }
@@ -219,7 +224,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
             for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
 #pragma GCC unroll 8
               for (std::size_t r = 0; r < Rows; ++r) {
-                const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kRun + 4 * j);
+                const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kPart + 4 * j);
                 for (int l = 0; l < Limbs; ++l) {
                   to[l][r] = add(to[l][r], bit_cast<Vec<std::uint8_t>>(four),
                                  limbs + 4 * kPanelWidth * static_cast<std::size_t>(l));
@@ -228,7 +233,7 @@ template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
             }
           }
         };
-        if constexpr (kPairsFirst<Bits>) {  // the pairs of a whole span stay below 2^15
+        if constexpr (kPairsFirst<Bits> && Bits < 5) {  // the pairs of a whole span stay below 2^15
           static_assert(Words * parts * 2 * (15 * 128) < 1 << 15);
           Pairs pairs[Limbs][Rows] = {};
           add_words(pairs,
@@ -317,8 +322,9 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
         const auto add = [&](auto words) {
           add_stretch<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, next_codes, total[p] + r);
         };
-        span_columns(w) == 2 * kGrain ? add(Int<2 * kGrain * Bits / 32>{}) : add(Int<kGrain * Bits / 32>{});
-        if (p == 0) next_codes += (unpacked.span_end - unpacked.span) * (Bits / 2) * kRun;
+        constexpr int words = kGrain / kWordColumns<Bits>;
+        span_columns(w) == 2 * kGrain ? add(Int<2 * words>{}) : add(Int<words>{});
+        if (p == 0) next_codes += (unpacked.span_end - unpacked.span) * kSpanLines<Bits> * 64;
       }
       unpacked.packed = nullptr;
     }

@@ -1,7 +1,7 @@
 // Products for few rows of x: rows of W side by side, in their packed order.
 //
-//   row of W   | run 0: 64 bytes      | run 1                | ...
-//   run        | word 0 | word 1 | ... | word 15 |                    a word: 32 bits, 4 to 16 codes
+//   row of W   | run 0                | run 1                | ...
+//   run        | word 0 | word 1 | ... | word 15 |                    a word: 4 to 16 codes
 //                  |        |               |
 //   sums       | lane 0 | lane 1 | ... | lane 15 |                    16 partial sums, in kWordVectors vectors
 //
@@ -13,7 +13,7 @@
 // requests.
 template <std::size_t Lines>
 inline void fetch_codes(const std::uint8_t* codes, std::size_t step) {
-  for (std::size_t i = 0; i < Lines; ++i) __builtin_prefetch(codes + (step * Lines + i) * kRun, 0, 2);
+  for (std::size_t i = 0; i < Lines; ++i) __builtin_prefetch(codes + (step * Lines + i) * 64, 0, 2);
 }
 
 // Prefetches sixteen scales and minima from `at` on.
@@ -50,8 +50,9 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
                          std::size_t row_end, Vec<float> (*out)[Batch][kWordVectors]) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t runs = (w.row_bytes + kRun - 1) / kRun;
-  const std::size_t group_runs = w.groups == 1 ? runs : w.group * Bits / 32;  // of sixteen groups
+  constexpr std::size_t run_bytes = kRunBytes<Bits>;
+  const std::size_t runs = runs_of<Bits>(w);
+  const std::size_t group_runs = w.groups == 1 ? runs : w.group / kWordColumns<Bits>;  // of sixteen groups
   std::size_t rows[Rows];
   const std::uint8_t* codes[Rows];
   unroll<Rows>([&](auto r) {
@@ -60,12 +61,14 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
   });
   const std::uint8_t* const next_codes = w.codes + (row + 2 * Rows) * w.row_bytes;
   // The last run may be short. The codes behind it meet zeros of x, but must exist.
-  alignas(64) std::uint8_t copy[Rows][kRun];
+  alignas(64) std::uint8_t copy[Rows][run_bytes];
   std::size_t end = runs;
-  if (static_cast<std::size_t>(w.codes + w.rows * w.row_bytes - codes[Rows - 1]) < runs * kRun) {
+  if (static_cast<std::size_t>(w.codes + w.rows * w.row_bytes - codes[Rows - 1]) < runs * run_bytes) {
     end = runs - 1;
     std::memset(copy, 0, sizeof copy);
-    for (std::size_t r = 0; r < Rows; ++r) std::memcpy(copy[r], codes[r] + end * kRun, w.row_bytes - end * kRun);
+    for (std::size_t r = 0; r < Rows; ++r) {
+      std::memcpy(copy[r], codes[r] + end * run_bytes, w.row_bytes - end * run_bytes);
+    }
   }
 
   // The scale of a row that is one group multiplies the sum.
@@ -105,23 +108,21 @@ inline void partial_sums(const Quantized& w, const Prepared<Bits, Limbs> (&x)[Ba
       group_run += group_runs;
     }
     if (run == end) {
-      for (std::size_t r = 0; r < Rows; ++r) codes[r] = copy[r] - run * kRun;
+      for (std::size_t r = 0; r < Rows; ++r) codes[r] = copy[r] - run * run_bytes;
       end = runs;
     }
     std::size_t stop = stretch_end < end ? stretch_end : end;
     if (group_run < stop) stop = group_run;
     for (; run < stop; ++run) {
-      fetch_codes<Rows>(next_codes, run);
+      fetch_codes<(Rows * run_bytes + 63) / 64>(next_codes, run);
       for (std::size_t i = 0; i < kWordVectors; ++i) {
         // The groups of a vector's words are neighbours, so one vector of scales holds those of all.
         const std::uint8_t* lane = x[0].lane[run] + i * lanes;
         const std::size_t first = lane[0] < kWords - lanes ? lane[0] : kWords - lanes;
         const Vec<std::int32_t> index =
             bit_cast<Vec<std::int32_t>>(load_bytes(lane)) - static_cast<std::int32_t>(first);
-        Vec<std::uint8_t> parts[Rows][8 / Bits];
-        for (std::size_t r = 0; r < Rows; ++r) {
-          split<Bits>(in_register(load<Vec<std::uint8_t>>(codes[r] + run * kRun + i * kVectorBytes)), parts[r]);
-        }
+        Vec<std::uint8_t> parts[Rows][kParts<Bits>];
+        for (std::size_t r = 0; r < Rows; ++r) split<Bits>(codes[r] + run * run_bytes, i, parts[r]);
         unroll<Batch>([&](auto b) {
           const Run<Bits, Limbs>& from = x[b.value].runs[run];
           V product[Rows];

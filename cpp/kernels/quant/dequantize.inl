@@ -38,15 +38,14 @@ inline void decode(const std::uint8_t* codes, std::size_t n, float scale, float 
 // time; neither boundary needs to be that of a group.
 template <int Bits>
 void dequantize(const Quantized& q, std::size_t row, std::size_t begin, std::size_t end, float* out) {
-  constexpr std::size_t per_byte = 8 / Bits;
   const std::uint8_t* packed = q.codes + row * q.row_bytes;
   std::uint8_t buffer[kCodesAtOnce];
   PerGroup scale, minimum;
   std::size_t group = begin / q.group, group_end = (group + 1) * q.group, first = group, known = group;
   for (std::size_t at = begin; at < end;) {
-    const std::size_t skip = at % per_byte;
+    const std::size_t skip = at % 8;
     const std::size_t n = end - at < kCodesAtOnce - skip ? end - at : kCodesAtOnce - skip;
-    unpack<Bits>(packed + at / per_byte, skip + n, buffer);
+    unpack<Bits>(packed + packed_bytes(at - skip, Bits), skip + n, buffer);
     const std::uint8_t* codes = buffer + skip;
     for (const std::size_t stop = at + n; at < stop;) {
       if (group == known) {

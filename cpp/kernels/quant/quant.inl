@@ -1,5 +1,5 @@
 // b-bit min-max quantization. Codes pass through a buffer of one byte each that stays in L1. So groups and rows may
-// have any length, and 8, 4 and 2 bits differ only in packing.inl.
+// have any length, and the widths differ only in packing.inl.
 
 #include "kernels/quant/packing.inl"
 //

@@ -22,13 +22,12 @@ inline Vec<std::int32_t> multiply_pairs(Pairs a, Pairs b) {
 }
 #endif
 
-// True where one instruction multiplies bytes and sums them in pairs to 16 bits. For codes below 8 bits, several such
-// pairs fit into 16 bits, and need only one instruction more to become sums of 32 bits.
+// True where one instruction multiplies bytes and sums them in pairs to 16 bits. Of codes below 8 bits, two such pairs
+// fit into 16 bits, and need only one instruction more to become sums of 32 bits; of codes below 5 bits, sixteen.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <int Bits>
 constexpr bool kPairsFirst = Bits < 8;
 
-// Codes are below 2^4, so a pair is below 2^12.
 inline Pairs byte_pairs(Vec<std::uint8_t> codes, const std::int8_t* x) {
 #if defined(__AVX512BW__)
   return bit_cast<Pairs>(_mm512_maddubs_epi16(bit_cast<__m512i>(codes), load<__m512i>(x)));
@@ -85,15 +84,15 @@ inline Vec<std::int32_t> dot(Vec<std::int32_t> sums, Vec<std::uint8_t> codes, co
 #endif
 }
 
-// Adds the dot products of 8 / Bits vectors of codes, each with its own 64 bytes of x.
-template <int Bits>
-inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[8 / Bits],
+// Adds the dot products of several vectors of codes, each with its own 64 bytes of x.
+template <int Bits, std::size_t Parts>
+inline Vec<std::int32_t> dot_words(Vec<std::int32_t> sums, const Vec<std::uint8_t> (&codes)[Parts],
                                    const std::int8_t* x) {
   if constexpr (kPairsFirst<Bits>) {
     Pairs pairs = {};
-    for (std::size_t p = 0; p < 8 / Bits; ++p) pairs += byte_pairs(codes[p], x + 64 * p);
+    for (std::size_t p = 0; p < Parts; ++p) pairs += byte_pairs(codes[p], x + 64 * p);
     return sums + sum_pairs(pairs);
   }
-  for (std::size_t p = 0; p < 8 / Bits; ++p) sums = dot<Bits>(sums, codes[p], x + 64 * p);
+  for (std::size_t p = 0; p < Parts; ++p) sums = dot<Bits>(sums, codes[p], x + 64 * p);
   return sums;
 }

@@ -8,6 +8,8 @@
 //
 #include "kernels/simd/convert.hpp"
 //
+#include "kernels/simd/shuffle.hpp"
+//
 #include "kernels/simd/dot.hpp"
 //
 #include "kernels/simd/mask.hpp"

@@ -66,6 +66,16 @@ inline Vec<T> broadcast(T number) {
   return number - Vec<T>{};
 }
 
+// The vector that has of(l) in lane l.
+template <class T, class Of, std::size_t... Lane>
+inline Vec<T> lanes_of(const Of& of, std::index_sequence<Lane...>) {
+  return Vec<T>{static_cast<T>(of(Lane))...};
+}
+template <class T, class Of>
+inline Vec<T> lanes_of(const Of& of) {
+  return lanes_of<T>(of, std::make_index_sequence<kLanes<T>>{});
+}
+
 // Prefetches the line `Ahead` bytes behind `at`. Cores prefetch by themselves, but not far enough for many streams.
 template <int Ahead>
 inline void prefetch(const void* at) {

@@ -37,13 +37,14 @@ inline const T* numbers_of(const Sparse& w, std::size_t begin, std::size_t n, T*
 // so kSlack more numbers may be written.
 inline void decode_codes(const Quantized& q, std::size_t begin, std::size_t n, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t per_byte = static_cast<std::size_t>(8 / q.bits), skip = begin % per_byte;
-  std::uint8_t buffer[kSparseStretch + 4 + kSlack];
-  const std::uint8_t* codes = q.codes + begin / per_byte;
+  const std::size_t skip = begin % 8;
+  std::uint8_t buffer[kSparseStretch + 8 + kSlack];
+  const std::uint8_t* codes = q.codes + packed_bytes(begin - skip, q.bits);
   if (q.bits < 8 || begin + n + kSlack > q.cols) {
     unpack_any(q.bits, codes, skip + n, buffer);
-    codes = buffer + skip;
+    codes = buffer;
   }
+  codes += skip;
   std::size_t g = begin / q.group, next = (g + 1) * q.group - begin;
   for (std::size_t i = 0; i < n; ++g, next += q.group) {
     const std::size_t end = next < n ? next : n;

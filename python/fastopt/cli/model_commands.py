@@ -190,7 +190,7 @@ def pack(
     as_json: Json = False,
     **of_onnx: Any,
 ) -> None:
-    """Pack a model: quantize it to 8, 4 or 2 bits, prune it, or both, tensor by tensor.
+    """Pack a model: quantize it to 8, 6, 5, 4, 3 or 2 bits, prune it, or both, tensor by tensor.
 
     Only one tensor is in memory at a time. The report says which tensors were kept unchanged, and why. The recipe is
     stored in the file.

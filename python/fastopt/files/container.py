@@ -16,7 +16,7 @@ from fastopt.tensors.quantized import Outliers, QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 from fastopt.tensors.sparse_layout import BLOCK, require_layout
 
-FORMAT_VERSION = 2  # 1 had no padding and no recipe
+FORMAT_VERSION = 3  # 1 had no padding and no recipe, 2 had 8, 4 and 2 bits only
 _FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in FLOATS}
 # The metadata key of a checkpoint, which `load` refuses.
 CHECKPOINT = "fastopt.checkpoint"

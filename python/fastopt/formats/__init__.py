@@ -55,7 +55,7 @@ def export(
         The file to write. An existing file is replaced when the new one is complete.
     to : str
         The format. "c": constant arrays in BASE.c, with BASE.h and a copy of fastopt.h, which multiplies with them on
-        any machine. "gguf": for ggml and llama.cpp; 4 and 2 bits in groups of 32, or of a multiple. A model that came
+        any machine. "gguf": for ggml and llama.cpp; 2 to 5 bits in groups of 32, or of a multiple. A model that came
         from a GGUF file keeps its metadata, so that it runs where the source ran. "keras": the decoded weights of a
         model that came from a file of Keras, for its ``load_weights``. "mlx": a safetensors file for the quantized
         layers of MLX; groups of 32, 64, 128 or a multiple. "npz": arrays for NumPy, for inspection: decoded weights,

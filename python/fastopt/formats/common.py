@@ -61,8 +61,11 @@ def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
 def codes_matrix(q: QuantizedTensor) -> NDArray[np.uint8]:
     """Return the codes, one a byte, as a matrix of rows and columns."""
     rows, cols = as_matrix(q.shape)
-    stored = q.codes.shape[1] * 8 // q.bits  # with those that fill the last byte of a row
-    return unpack_bits(q.codes, q.bits, rows * stored).reshape(rows, stored)[:, :cols]
+    packed = q.codes
+    if packed.shape[1] * 8 % q.bits:  # the last byte of a row ends within a code
+        packed = np.pad(packed, ((0, 0), (0, -(-cols // 8) * q.bits - packed.shape[1])))
+    stored = packed.shape[1] * 8 // q.bits  # with those that fill the last bytes of a row
+    return unpack_bits(packed, q.bits, rows * stored).reshape(rows, stored)[:, :cols]
 
 
 def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:

@@ -1,8 +1,9 @@
 """GGUF, the format of ggml and llama.cpp, written with the gguf package.
 
 Its type Q4_1 has blocks of 32 codes of 4 bits with a float16 scale and minimum: ``w = m + d * code``. This is our
-4-bit format with groups of 32 and float16 parameters. Codes of 2 bits, larger groups and rows are stored as Q4_1 too.
-Tensors that came in as Q4_0 or Q8_0, whose minimum follows from the scale, go out as such.
+4-bit format with groups of 32 and float16 parameters. Codes of 3 and 2 bits, larger groups and rows are stored as Q4_1
+too. Q5_1 is the same for 5 bits. Tensors that came in as Q4_0, Q5_0 or Q8_0, whose minimum follows from the scale, go
+out as such.
 
 A model that came from a GGUF file keeps its metadata: architecture, sizes, tokenizer. So the result runs where the
 source ran.
@@ -65,7 +66,7 @@ def write(
     path : Path
     progress : Progress
     requantize : bool
-        Decode tensors that Q4_1 cannot hold and quantize them to Q8_0, or, if their rows do not consist of blocks of
+        Decode tensors that no type can hold and quantize them to Q8_0, or, if their rows do not consist of blocks of
         32, store them as float32.
     architecture : str, optional
         The file's ``general.architecture``. By default that of the GGUF file that the model came from, or "fastopt".
@@ -96,7 +97,7 @@ def write(
             types = {tensor.dtype for tensor in stored.values()}
             if types & AFFINE.keys():
                 writer.add_quantization_version(GGML_QUANT_VERSION)
-            mostly = next((t for t in ("Q4_1", "Q4_0", "Q8_0", "BF16", "F16") if t in types), None)
+            mostly = next((t for t in ("Q4_1", "Q4_0", "Q5_1", "Q5_0", "Q8_0", "BF16", "F16") if t in types), None)
             writer.add_file_type(LlamaFileType[f"MOSTLY_{mostly}"] if mostly else LlamaFileType.ALL_F32)
             for name, tensor in stored.items():
                 kind = GGMLQuantizationType[tensor.dtype]
@@ -192,8 +193,8 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
         trouble = f"GGUF has rows of blocks of {_BLOCK}, got shape {tensor.shape}; leave it unpacked"
     elif (kind := _without_minimum(tensor)) is not None:
         return _Stored(shape, kind, lambda: _blocks(tensor, kind))
-    elif tensor.bits == 8:
-        trouble = "GGUF has no 8-bit codes with a minimum; pack it to 4 bits in groups of 32"
+    elif tensor.bits > 5:
+        trouble = f"GGUF has no {tensor.bits}-bit codes with a minimum; pack it to 4 bits in groups of 32"
     else:
         params = regroup(tensor, _BLOCK)
         if params is None:
@@ -201,6 +202,8 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
             trouble += "; pack it in groups of 32"
         else:
             half = cast_exactly(params, np.float16)
+            if half is not None and tensor.bits == 5:
+                return _Stored(shape, "Q5_1", lambda: _q5(tensor, "Q5_1", *half))
             if half is not None:
                 return _Stored(shape, "Q4_1", lambda: _q4_1(tensor, *half))
             trouble = "GGUF has float16 scales and minima, which cannot hold these float32 ones; leave it unpacked"
@@ -224,16 +227,18 @@ def _without_minimum(q: QuantizedTensor) -> str | None:
     if params is None or half is None or not half[0].any():
         return None
     for kind, (bits, zero) in AFFINE.items():
-        if q.bits == bits in (4, 8) and zero is not None:
+        if q.bits == bits and zero is not None:
             scale, minimum = (array.astype(np.float32) for array in params)
             return kind if np.array_equal(minimum, scale * np.float32(-zero)) else None
     return None
 
 
 def _blocks(q: QuantizedTensor, kind: str) -> Array:
-    """Return blocks of a scale and codes of 4 or 8 bits."""
+    """Return blocks of a scale and codes of 4, 5 or 8 bits."""
     params = regroup(q, _BLOCK)
     assert params is not None
+    if q.bits == 5:
+        return _q5(q, kind, params[0])
     out = np.empty(params[0].size, AFFINE[kind].dtype)
     out["scale"] = params[0].reshape(-1)
     codes = q.codes.reshape(len(out), -1)
@@ -253,8 +258,8 @@ def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
         codes = out["codes"][begin : begin + _AT_ONCE]
         step = 4 * q.bits  # bytes of a block
         packed = flat[begin * step : (begin + len(codes)) * step]
-        if q.bits == 2:  # to 4 bits a code
-            packed = pack_bits(unpack_bits(packed, 2, len(codes) * _BLOCK), 4)
+        if q.bits != 4:
+            packed = pack_bits(unpack_bits(packed, q.bits, len(codes) * _BLOCK), 4)
         # Eight bytes at a time: codes 0 to 15 of each block, and 16 to 31. Even codes are in the low halves.
         first, second = packed.view("<u8").reshape(-1, 2).T
         even = (first & _BELOW) | ((second & _BELOW) << _FOUR)
@@ -262,6 +267,22 @@ def _q4_1(q: QuantizedTensor, scale: Array, minimum: Array) -> Array:
         pairs = odd.view(np.uint8).astype(np.uint16) << 8
         pairs |= even.view(np.uint8)
         codes[:] = pairs.reshape(-1, 8)
+    return out
+
+
+def _q5(q: QuantizedTensor, kind: str, scale: Array, minimum: Array | None = None) -> Array:
+    """Return blocks as of Q4_1, perhaps without a minimum, with the fifth bits of the codes before the other four."""
+    out = np.empty(scale.size, AFFINE[kind].dtype)
+    out["scale"] = scale.reshape(-1)
+    if minimum is not None:
+        out["minimum"] = minimum.reshape(-1)
+    flat, step = q.codes.reshape(-1), 5 * _BLOCK // 8
+    for begin in range(0, out.size, _AT_ONCE):
+        part = out[begin : begin + _AT_ONCE]
+        packed = flat[begin * step : (begin + len(part)) * step]
+        codes = unpack_bits(packed, 5, len(part) * _BLOCK).reshape(-1, _BLOCK)
+        part["high"] = np.packbits(codes >> 4, axis=1, bitorder="little").view("<u4")[:, 0]
+        part["codes"] = (codes[:, :16] & 15) | (codes[:, 16:] << 4)
     return out
 
 

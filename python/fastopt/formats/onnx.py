@@ -1,8 +1,8 @@
 """ONNX: a model that runs a chain of layers, or one whose outputs are decoded tensors.
 
-Codes are tensors of uint8, uint4 or uint2 with the same bytes as ours; DequantizeLinear and Add decode them. For ONNX
-Runtime alone, its operator MatMulNBits can multiply with the codes. It has no minimum of a block, so the minima are
-multiplied with the sum of x over each block.
+Codes are tensors of uint8, uint4 or uint2 with the same bytes as ours; those of other widths are stored in the next
+wider of these types. DequantizeLinear and Add decode them. For ONNX Runtime alone, its operator MatMulNBits can
+multiply with the codes. It has no minimum of a block, so the minima are multiplied with the sum of x over each block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -138,11 +138,16 @@ class Constant(NamedTuple):
 
 def opset_of_bits(bits: int | None) -> int:
     """Return the operator set that decodes codes of this bit width; None stands for a tensor without codes."""
-    if bits is None:
-        return _OPSET
-    if bits not in _CODES:
-        raise ValueError(f"bits: ONNX has codes of {', '.join(map(str, _CODES))} bits, got {bits}")
-    return _CODES[bits][1]
+    return _OPSET if bits is None else _CODES[_stored_bits(bits)][1]
+
+
+def _stored_bits(bits: int) -> int:
+    return min(width for width in _CODES if width >= bits)
+
+
+def _zero_codes(groups: int, bits: int) -> int:
+    """Return how many zero points a row has: one for each group, and those that fill the last byte."""
+    return -(-groups * bits // 8) * 8 // bits
 
 
 def quantized_nbytes(
@@ -159,7 +164,10 @@ def quantized_nbytes(
         groups = -(-cols // max(own, 1))
     params = groups * (1 if size is None and not fast else rows)
     entry = 4 + _index_type(rows * cols).itemsize
-    codes = rows * -(-groups * own * bits // 8) if fast else -(-rows * groups * own * bits // 8)
+    stored = _stored_bits(bits)
+    codes = rows * -(-groups * own * stored // 8) if fast else -(-rows * groups * own * stored // 8)
+    if fast and stored != bits:
+        codes += rows * _zero_codes(groups, stored) * stored // 8
     return codes + 2 * params * np.dtype(param_dtype).itemsize + round((outliers or 0) * rows * cols) * entry
 
 
@@ -185,8 +193,7 @@ class _Blocks(NamedTuple):
     """The names of the inputs of MatMulNBits, and of the offset that the sums of x are multiplied with."""
 
     size: int
-    codes: str
-    scale: str
+    inputs: list[str]
     offset: str
     outliers: tuple[()] | tuple[str, str, str]
     parts: dict[str, str]  # constants of the weight that MatMulNBits does not read
@@ -291,7 +298,8 @@ class Builder:
         size = q.group_size if groups > 1 and q.group_size is not None else cols
         wide = groups * size  # the last group of a row is padded with codes of 0
         codes = self.fresh(f"{name}.codes")
-        kind, nbytes = TensorProto.DataType.Value(_CODES[q.bits][0]), -(-rows * wide * q.bits // 8)
+        bits = _stored_bits(q.bits)
+        kind, nbytes = TensorProto.DataType.Value(_CODES[bits][0]), -(-rows * wide * bits // 8)
         self.constants.append(Constant(codes, kind, (rows, wide), nbytes, partial(_codes, q, wide)))
         if groups == 1:
             scale = self._float32(f"{name}.scale", q.scale.reshape(() if q.group_size is None else rows))
@@ -362,9 +370,9 @@ class Builder:
     def _fast_product(self, x: str, name: str, q: QuantizedTensor, output: str | None, owner: "Builder") -> str:
         rows, cols = as_matrix(q.shape)
         blocks = owner.block_constants(name, q)
-        options: dict[str, Any] = {"K": cols, "N": rows, "bits": q.bits, "block_size": blocks.size}
+        options: dict[str, Any] = {"K": cols, "N": rows, "bits": _stored_bits(q.bits), "block_size": blocks.size}
         options["accuracy_level"] = self.accuracy_level
-        y = self.node("MatMulNBits", x, blocks.codes, blocks.scale, domain="com.microsoft", **options)
+        y = self.node("MatMulNBits", x, *blocks.inputs, domain="com.microsoft", **options)
         tag(self.nodes[-1], name, blocks.parts)
         added = self.node("MatMul", self._block_sums(x, cols, blocks.size), blocks.offset)
         if not blocks.outliers:
@@ -375,21 +383,25 @@ class Builder:
         """Add the inputs of MatMulNBits for a weight, once."""
         if name not in self._blocks:
             size, scale, minimum = _blocks(name, q)
-            rows, groups = scale.shape
+            bits, (rows, groups) = _stored_bits(q.bits), scale.shape
             scale_name = self._float32(f"{name}.scale", scale)
-            # Without a zero point, codes count from the middle; so smaller numbers cancel.
+            # Codes count from their middle; so smaller numbers cancel. Without zero points, MatMulNBits counts from the
+            # middle of its own codes.
             middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32), auxiliary=True)
             offset = self.node("Mul", scale_name, middle)
             parts = {"minimum": self._float32(f"{name}.minimum", minimum)}
             offset = self.node("Add", parts["minimum"], offset)
-            codes, nbytes = self.fresh(f"{name}.codes"), groups * size * q.bits // 8
-            content = partial(_padded, q.codes, nbytes)
+            codes, nbytes = self.fresh(f"{name}.codes"), groups * size * bits // 8
+            content = partial(_codes, q, groups * size)
             shape = (rows, groups, nbytes // groups)
             self.constants.append(Constant(codes, _UINT8, shape, rows * nbytes, content))
-            scale_rows = self.node("Reshape", scale_name, self.numbers(-1))
+            inputs = [codes, self.node("Reshape", scale_name, self.numbers(-1))]
+            if bits != q.bits:
+                zeros = pack_bits(np.full(_zero_codes(groups, bits), 1 << (q.bits - 1), np.uint8), bits)
+                inputs.append(self.constant(f"{name}.zero_point", np.tile(zeros, (rows, 1)), auxiliary=True))
             turned = self.node("Transpose", offset, perm=[1, 0])
             outliers = () if q.outliers is None else self._outlier_constants(name, q, parts)
-            self._blocks[name] = _Blocks(size, codes, scale_rows, turned, outliers, parts)
+            self._blocks[name] = _Blocks(size, inputs, turned, outliers, parts)
         return self._blocks[name]
 
     def _outlier_constants(self, name: str, q: QuantizedTensor, parts: dict[str, str]) -> tuple[str, str, str]:
@@ -460,11 +472,11 @@ def _padded(codes: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
 
 
 def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
-    """Return the bytes of the codes with each row padded to this number of codes."""
-    cols, row_bits = as_matrix(q.shape)[1], wide * q.bits
-    if row_bits % 8 == 0:
-        return _padded(q.codes, row_bits // 8)
-    return pack_bits(np.pad(codes_matrix(q), ((0, 0), (0, wide - cols))), q.bits)
+    """Return the bytes of the codes, in a width that ONNX has, with each row padded to this number of codes."""
+    cols, bits = as_matrix(q.shape)[1], _stored_bits(q.bits)
+    if bits == q.bits and wide * bits % 8 == 0:
+        return _padded(q.codes, wide * bits // 8)
+    return pack_bits(np.pad(codes_matrix(q), ((0, 0), (0, wide - cols))), bits)
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:

@@ -26,8 +26,15 @@ from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
 # The group sizes to try if the recipe has none, by bits.
-_GROUP_SIZES = {2: (16, 32, 64, 128, -1), 4: (16, 32, 64, 128, -1), 8: (128, -1)}
-_SPARSE_GROUP_SIZES = {2: (16, 32), 4: (16, 32, 64), 8: (128,)}
+_GROUP_SIZES = {
+    2: (16, 32, 64, 128, -1),
+    3: (16, 32, 64, 128, -1),
+    4: (16, 32, 64, 128, -1),
+    5: (32, 128, -1),
+    6: (64, -1),
+    8: (128, -1),
+}
+_SPARSE_GROUP_SIZES = {2: (16, 32), 3: (16, 32), 4: (16, 32, 64), 5: (32, 64), 6: (64,), 8: (128,)}
 
 _SAMPLE = 1 << 20  # the most weights of a tensor that are measured
 _UNITS_OF_BUDGET = 1 << 14
@@ -104,7 +111,7 @@ def choose_bits(
 ) -> Recipe:
     """Return a recipe with bits and group size for each tensor, so that the model has a given size.
 
-    Each tensor that the recipe packs is quantized with 2, 4 and 8 bits and several group sizes, unless an override
+    Each tensor that the recipe packs is quantized with each width of codes and several group sizes, unless an override
     gives its bits; a group size of the recipe is the only one that is tried. The error is measured on at most a million
     weights of a tensor. The result is the combination of least error among those that fit.
 

@@ -65,7 +65,7 @@ class TensorFacts:
     non_finite : int
         NaN and infinities.
     suggested_bits : int or None
-        The fewest of 8, 4 and 2 bits, in groups of the default size, whose root mean square error is below 12 % of
+        The fewest bits, in groups of the default size, whose root mean square error is below 12 % of
         the weight's root mean square, measured on up to a million weights; None if none is, if the tensor is packed
         already, has fewer than 4096 values, or values that cannot be quantized.
     """

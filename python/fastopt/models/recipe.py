@@ -40,7 +40,7 @@ class Options:
 
     Attributes
     ----------
-    bits : 8, 4, 2 or None
+    bits : 8, 6, 5, 4, 3, 2 or None
         None: it is not quantized.
     group_size, param_dtype, fit, outliers
         As in `quantize`.

@@ -72,10 +72,11 @@ def quantize(
     w : array_like of float32, float64, float16 or bfloat16
         Any shape; seen as a matrix of its first axis by all others. float64 is rounded to float32 first. `linear`
         takes [out, in]: quantize the transpose of a weight that is [in, out], as in Keras and scikit-learn.
-    bits : 8, 4 or 2
+    bits : 8, 6, 5, 4, 3 or 2
     group_size : int, -1, None or "auto"
         How many neighbours in a row share scale and minimum; the last group of a row may be shorter. -1: a row.
-        None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 32 for 4, 16 for 2.
+        None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 64 for 6, 32 for 5, 4 and 3, 16
+        for 2.
     param_dtype : "float16" or "float32"
         The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
@@ -356,7 +357,7 @@ def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
     ----------
     codes : array_like of uint8, any shape
         Each below ``2**bits``; taken in C order.
-    bits : 8, 4 or 2
+    bits : 8, 6, 5, 4, 3 or 2
 
     Returns
     -------
@@ -395,7 +396,7 @@ def unpack_bits(packed: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
     Parameters
     ----------
     packed : array_like of uint8
-    bits : 8, 4 or 2
+    bits : 8, 6, 5, 4, 3 or 2
     count : int
         Number of codes.
 

@@ -74,7 +74,7 @@ class Outliers(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor(PackedTensor):
-    """A weight in 8, 4 or 2 bits: ``w ~ minimum + scale * code``, with a pair of parameters a group.
+    """A weight in 8, 6, 5, 4, 3 or 2 bits: ``w ~ minimum + scale * code``, with a pair of parameters a group.
 
     `quantize` makes one. The arrays are used as they are; they may be read-only and memory-mapped.
 
@@ -83,7 +83,7 @@ class QuantizedTensor(PackedTensor):
     codes : uint8 array, shape (rows, bytes per row)
         Bit-packed, lowest bits first; each row starts on a byte.
     scale, minimum : float16 or float32 arrays, shape (rows, groups), or (1, 1) for the whole tensor
-    bits : 8, 4 or 2
+    bits : 8, 6, 5, 4, 3 or 2
     group_size : int or None
         The number of columns that share a pair; -1: a row; None: the whole tensor.
     shape : tuple of int

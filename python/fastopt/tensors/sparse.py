@@ -222,14 +222,14 @@ class SparseTensor(PackedTensor):
         fit: Fit = "auto",
         importance: ArrayLike | None = None,
     ) -> SparseTensor:
-        """Return the same weight with its values in 8, 4 or 2 bits.
+        """Return the same weight with its values in 8, 6, 5, 4, 3 or 2 bits.
 
         Parameters
         ----------
-        bits : 8, 4 or 2
+        bits : 8, 6, 5, 4, 3 or 2
         group_size : int, -1, None or "auto"
             How many neighbouring values share a scale and a minimum; groups run across the ends of rows. "auto" is
-            128 for 8 bits, 32 for 4 and 16 for 2. -1 and None are all values.
+            128 for 8 bits, 64 for 6, 32 for 5, 4 and 3, and 16 for 2. -1 and None are all values.
         param_dtype, fit
             As in `fastopt.quantize`.
         importance : array_like of a float type, optional

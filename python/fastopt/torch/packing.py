@@ -101,7 +101,7 @@ def pack_(
     module : torch.nn.Module
     recipe : Recipe, optional
         All options in one object, instead of `bits` and the keywords below.
-    bits : 8, 4, 2 or None
+    bits : 8, 6, 5, 4, 3, 2 or None
         None with a pruning option: weights are stored sparse, not quantized.
     calibration : fastopt.Calibration, optional
         Inputs of the layers, as `calibrate` collects them: codes are then chosen for the outputs.

@@ -28,7 +28,7 @@ class FastoptConfig(QuantizationConfigMixin):
 
     Parameters
     ----------
-    bits : 8, 4, 2 or None
+    bits : 8, 6, 5, 4, 3, 2 or None
     precision : "exact", "int8" or "blas"
         As in `fastopt.torch.pack_`.
     **options
