@@ -332,8 +332,15 @@ def test_abandoned_folders_are_removed(source, old, threads):
             (left / name).touch()
     other = old / ".another.index.json.aaaaaaaaaaaaaaaa.parts"
     other.mkdir()
+    elsewhere = source.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "lock").touch()
+    link = old / f".out.index.json.{'c' * 16}.parts"
+    link.symlink_to(elsewhere)
     fo.pack_file(source, old / "out.index.json", bits=8, executor=threads)
     other.rmdir()
+    link.unlink()
+    assert (elsewhere / "lock").exists()
     assert contents(old) == before
 
 

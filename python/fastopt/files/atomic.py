@@ -266,11 +266,9 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _remove_unlocked_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            return
-        try:
-            handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks what can be written
+    with contextlib.suppress(OSError), _opened_folder(folder) as inside:
+        try:  # NFS locks only what is opened for writing
+            handle = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside)
         except FileNotFoundError:
             folder.rmdir()
             return
@@ -286,9 +284,20 @@ def _remove_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         renamed = folder.with_name(f"{folder.name[: -16 - len(_FOLDER)]}{secrets.token_hex(8)}{_FOLDER}")
         folder.rename(renamed)
-        for path in sorted(renamed.iterdir(), key=lambda path: path.name == LOCK):
-            path.unlink(missing_ok=True)
+        with _opened_folder(renamed) as inside:
+            for name in sorted(os.listdir(inside), key=lambda name: name == LOCK):  # noqa: PTH208 - of a handle
+                os.unlink(name, dir_fd=inside)
         renamed.rmdir()
+
+
+@contextlib.contextmanager
+def _opened_folder(path: Path) -> Iterator[int]:
+    """Open a folder, whose files are then found in it even if a link takes its place."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _keep_owner(handle: int, existing: os.stat_result) -> int:
