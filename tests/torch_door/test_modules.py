@@ -266,6 +266,24 @@ def test_files(tmp_path):
     assert not (tmp_path / "f.safetensors").exists()
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_module_without_memory(tmp_path, packed):
+    model, ids = Tied(), torch.randint(100, (2, 7))
+    if packed:
+        ft.pack_(model)
+    ft.save(model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty, other = Tied(), mlp()
+    with pytest.raises(ValueError, match="missing"):
+        ft.load_(other, tmp_path / "m.safetensors")
+    assert other[0].weight.is_meta
+    ft.load_(empty, tmp_path / "m.safetensors")
+    assert torch.equal(empty(ids), model(ids))
+    assert empty.count == model.count
+    assert empty.embed.codes is empty.head.codes if packed else empty.embed.weight is empty.head.weight
+    assert empty.norm.weight.requires_grad
+
+
 def test_what_stays():
     attention = nn.MultiheadAttention(64, 4)
     embed = nn.Embedding(100, 64, max_norm=1.0)

@@ -153,5 +153,5 @@ def test_a_module_without_memory(tmp_path):
     ft.save(model, tmp_path / "m.safetensors")
     with torch.device("meta"):
         empty = transformers.BertModel(model.config)
-    with pytest.raises(ValueError, match=r"'meta'; module\.to_empty"):
+    with pytest.raises(ValueError, match="position_ids' is on the device 'meta', and no file holds it"):
         ft.load_(empty, tmp_path / "m.safetensors")

@@ -244,7 +244,8 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     Parameters
     ----------
     module : torch.nn.Module
-        Packed or not; parameters and buffers have the names and shapes of the file.
+        Packed or not, on the CPU or made on the device "meta"; its parameters and buffers have the names and shapes of
+        the file.
     path : path-like
         A file of `save`, or a file or folder of ``fastopt pack`` from the same model's weights. Models of transformers
         may have other names in the file: the rules of ``from_pretrained`` hold.
@@ -256,8 +257,8 @@ def load_(module: torch.nn.Module, path: PathLike, *, precision: Precision = "ex
     OSError
         If the file cannot be opened.
     ValueError
-        If names or shapes differ, or the module has no memory: it is on the device "meta". The module is then as it
-        was, but for layers that were packed: these are unpacked.
+        If names or shapes differ, or the module has a buffer on the device "meta" that is in no file. The module is
+        then as it was, but for layers that were packed: these are unpacked.
     """
     require_module(module)
     model: Mapping[str, Weight] = load(path)
@@ -272,8 +273,10 @@ def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Preci
 
     With a path, all names must be the same, or the error names it.
     """
-    if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
-        raise ValueError(f"module: {empty[0]!r} is on the device 'meta'; module.to_empty(device='cpu') gives it memory")
+    persistent = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in persistent:
+            raise ValueError(f"module: {name!r} is on the device 'meta', and no file holds it; make it on the CPU")
     places = {place.name: place for place in places_of(module)}
     alias = {
         other: name
@@ -281,7 +284,6 @@ def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Preci
         for name, place in places.items()
         if place.weight is param
     }
-    persistent = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     found: dict[str, tuple[Weight, bool]] = {}
     unexpected: list[str] = []
@@ -301,6 +303,9 @@ def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Preci
         if got != shape:
             raise ValueError(f"{path or 'model'}: {name!r}: expected shape {shape}, got {got}")
 
+    if _leave_meta(module):
+        places = {place.name: place for place in places_of(module)}
+        buffers = dict(module.named_buffers())
     for name, (tensor, transposed) in found.items():
         place = places.get(name)
         if (
@@ -316,6 +321,23 @@ def fill_(module: torch.nn.Module, model: Mapping[str, Weight], precision: Preci
         target = buffers[name] if place is None else place.weight
         with torch.no_grad():
             target.copy_(tensor_of(dense.T if transposed else dense))
+
+
+def _leave_meta(module: torch.nn.Module) -> bool:
+    """Give memory to what is on the device "meta"; return whether anything was. What is tied stays tied."""
+    found = False
+    for place in list(places_of(module)):
+        if place.weight.is_meta:
+            found = True
+            made = torch.nn.Parameter(torch.empty_like(place.weight, device="cpu"), place.weight.requires_grad)
+            for name, owner in place.owners:
+                owner._parameters[name] = made
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                found = True
+                child._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return found
 
 
 def _holds(place: _Place, tensor: PackedTensor) -> bool:
