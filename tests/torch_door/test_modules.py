@@ -49,7 +49,8 @@ def dense(model):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"bits": 8}, {"bits": 6}, {"bits": 5}, {"bits": 3}, {"bits": 2}, {"bits": 4, "group_size": -1, "outliers": 0.01}, {"bits": None, "sparsity": 0.5},
+    {}, {"bits": 8}, {"bits": 6}, {"bits": 5}, {"bits": 3}, {"bits": 2},
+    {"bits": 4, "group_size": -1, "outliers": 0.01}, {"bits": None, "sparsity": 0.5},
     {"bits": 8, "sparsity": 0.5}, {"bits": None, "pattern": "2:4"}, {"precision": "int8"}, {"precision": "blas"},
 ])  # fmt: skip
 @pytest.mark.parametrize("rows", [(), (1,), (3, 20), (0,)])
