@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 import fastopt as fo
 from fastopt._types import BITS
+from fastopt.files.weights import Weights
 from fastopt.tensors.packed import Weight
 
 Floats = NDArray[np.float32]
@@ -310,7 +311,7 @@ def smollm2() -> Path:
     return file
 
 
-def facts_of(weights: fo.Weights) -> dict[str, Any]:
+def facts_of(weights: Weights) -> dict[str, Any]:
     return {key: value[-1] for key, value in json.loads(weights.metadata["gguf"]).items()}
 
 

@@ -69,6 +69,11 @@ def test_public_names_are_documented(name):
         assert "Examples\n" in text or name == "load", name
 
 
+def test_the_public_face_is_small():
+    assert len(fo.__all__) <= 45
+    assert sorted(fo.__all__) == sorted(set(fo.__all__))
+
+
 def options_of(cls):
     """Return the options in the section "Parameters" of a docstring, and the text from there on."""
     text = inspect.getdoc(cls).split("Parameters\n----------\n")[1]

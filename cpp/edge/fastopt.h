@@ -281,8 +281,8 @@ static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t coun
     const float scale = fo__float(t->scale, t->param_type, row * t->groups + group);
     const float minimum = fo__float(t->minimum, t->param_type, row * t->groups + group);
     for (; i < end; ++i) {
-      const unsigned code = fo__in_eights(t->bits) ? fo__code_of_eight(codes, t->bits, begin + i)
-                                                   : fo__code(codes, t->bits, begin + i);
+      const unsigned code =
+          fo__in_eights(t->bits) ? fo__code_of_eight(codes, t->bits, begin + i) : fo__code(codes, t->bits, begin + i);
       out[i] = fo__affine(scale, code, minimum);
     }
   }

@@ -14,7 +14,6 @@ from fastopt import schedules
 from fastopt._core import __version__
 from fastopt.config import get_num_threads, set_num_threads, show_config
 from fastopt.files.sources import open_weights
-from fastopt.files.weights import Weights
 from fastopt.formats import export
 from fastopt.formats.onnx_calibrate import calibrate_onnx
 from fastopt.formats.onnx_pack import pack_onnx
@@ -22,7 +21,7 @@ from fastopt.models.calibration import Calibration
 from fastopt.models.choose import choose_bits
 from fastopt.models.examine import diff, inspect
 from fastopt.models.model import PackedModel, load, pack
-from fastopt.models.recipe import Options, Recipe
+from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
 from fastopt.models.shrinking import Add, Concat, Layer, drop_layers, shrink
 from fastopt.models.stream import pack_file, unpack_file
@@ -47,7 +46,6 @@ __all__ = [
     "Layer",
     "Lion",
     "Optimizer",
-    "Options",
     "PackedModel",
     "PackedTensor",
     "QuantizedTensor",
@@ -55,7 +53,6 @@ __all__ = [
     "Recipe",
     "Report",
     "SparseTensor",
-    "Weights",
     "__version__",
     "calibrate_onnx",
     "choose_bits",
