@@ -235,7 +235,8 @@ template <int Vectors, bool Plain>
       const Vec<std::uint8_t> unclamped =
           unpacked_order(pack_unsigned(pack_words(code[0], code[1]), pack_words(code[2], code[3])));
       const Vec<std::uint8_t> clamped = smaller(unclamped, top);
-      by_bits(bits, [&](auto b) { pack_vector<b.value>(clamped, codes); });
+      const auto pack = [&](auto b) { pack_vector<b.value>(clamped, codes); };
+      bits == 8 ? pack(Int<8>{}) : bits == 4 ? pack(Int<4>{}) : pack(Int<2>{});
       codes += bytes;
     }
     if constexpr (Vectors == 0) {
@@ -247,10 +248,11 @@ template <int Vectors, bool Plain>
   ranges->magnitude = largest;
 }
 
-// Returns true if groups and rows have a size that encode_and_measure() takes.
+// Returns true if groups and rows have a size that encode_and_measure() takes, and codes a width: to pack widths that
+// do not divide 8 would cost the registers of its loop.
 inline bool fills_vectors(const QuantizedOut& q) {
   constexpr std::size_t lanes = kLanes<float>;
-  return q.cols % (4 * lanes) == 0 &&
+  return 8 % q.bits == 0 && q.cols % (4 * lanes) == 0 &&
          (q.group == lanes || q.group == 2 * lanes || (q.group % (4 * lanes) == 0 && q.cols % q.group == 0));
 }
 
