@@ -5,6 +5,7 @@
 //   kernel_digest NAME   prints the digest of one
 //
 // Built with -DFASTOPT_DIGEST=ON. It needs no Python, so it also runs in an emulator of another CPU.
+#include <algorithm>
 #include <cfloat>
 #include <cstdio>
 #include <cstring>
@@ -297,7 +298,83 @@ void digest_quantized(const Kernels& k, int bits, std::size_t cols, std::size_t 
   if (kind == plain && !refit) digest_linear(c, k, q);
 }
 
+// A fit that weighs errors, with an importance for each column or for each weight.
+void digest_weighted(const Kernels& k, int bits, std::size_t cols, std::size_t group, bool shared) {
+  Case c("quantize weighted bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) +
+         " group=" + text(group) + (shared ? " columns" : ""));
+  constexpr std::size_t rows = 3;
+  const std::size_t groups = (cols + group - 1) / group;
+  const std::size_t row_bytes = (cols * static_cast<std::size_t>(bits) + 7) / 8;
+  const std::vector<float> x = numbers<float>(c, rows * cols, plain);
+  std::vector<float> importance = numbers<float>(c, shared ? cols : rows * cols, plain);
+  for (float& weight : importance) weight = weight > 0 ? weight : 0.0f;
+  Bytes codes(rows * row_bytes + kGuard);
+  std::vector<float> scale(rows * groups), minimum(rows * groups);
+  const QuantizedOut q = {codes.data(), scale.data(), minimum.data(), false,  bits,   rows,
+                          cols,         row_bytes,    group,          groups, groups, FLT_MAX};
+  c.add(k.quant.quantize(x.data(), q, nullptr, Fit{true, importance.data(), shared ? 0 : cols}, 0, rows));
+  c.add(codes);
+  c.add(scale);
+  c.add(minimum);
+}
+
+// GPTQ with groups and columns visited backwards, and factors that are small beside the diagonal.
+void digest_gptq(const Kernels& k, int bits, std::size_t cols, std::size_t group) {
+  Case c("gptq bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) + " group=" + text(group));
+  constexpr std::size_t rows = 5;
+  const std::size_t groups = (cols + group - 1) / group, slabs = (cols + kSlabColumns - 1) / kSlabColumns;
+  const std::size_t row_bytes = (cols * static_cast<std::size_t>(bits) + 7) / 8;
+  const std::vector<float> x = numbers<float>(c, rows * cols, plain);
+  std::vector<float> h = numbers<float>(c, slabs * cols * kSlabColumns, plain), importance(cols, 1.0f);
+  for (float& number : h) number *= 0.01f;
+  for (std::size_t p = 0; p < cols; ++p) h[(p / kSlabColumns * cols + p) * kSlabColumns + p % kSlabColumns] = 1.0f;
+  std::vector<std::uint32_t> order, group_order;
+  for (std::size_t g = groups; g-- > 0;) {
+    group_order.push_back(static_cast<std::uint32_t>(g));
+    for (std::size_t i = std::min(group, cols - g * group); i-- > 0;) {
+      order.push_back(static_cast<std::uint32_t>(g * group + i));
+    }
+  }
+  Bytes codes(rows * row_bytes + kGuard);
+  std::vector<float> scale(rows * groups), minimum(rows * groups);
+  const QuantizedOut q = {codes.data(), scale.data(), minimum.data(), false,  bits,   rows,
+                          cols,         row_bytes,    group,          groups, groups, FLT_MAX};
+  const Gptq g = {x.data(), cols, group, order.data(), group_order.data(), h.data(), h.data(), importance.data(), 1};
+  std::vector<double> memory(k.gptq.bytes(g) / sizeof(double) + 1);
+  c.add(k.gptq.rows(g, q, 0, memory.data()));
+  c.add(codes);
+  c.add(scale);
+  c.add(minimum);
+}
+
+void digest_cholesky(const Kernels& k, std::size_t n) {
+  Case c("cholesky n=" + text(n));
+  std::vector<double> a = numbers<double>(c, n * n, plain);
+  for (double& number : a) number *= 0.001;
+  for (std::size_t i = 0; i < n; ++i) a[i * n + i] = 1.0;
+  for (std::size_t first = 0; first < n; first += kCholeskyBlock) {
+    const std::size_t end = std::min(first + kCholeskyBlock, n);
+    std::vector<double> before(first * kCholeskyBlock + 1), block(kCholeskyBlock * kCholeskyBlock);
+    for (std::size_t i = 0; i < first; ++i) {
+      for (std::size_t j = first; j < end; ++j) before[i * kCholeskyBlock + j - first] = a[j * n + i];
+    }
+    const Cholesky part = {a.data(), n, first, before.data(), block.data()};
+    c.add(k.gptq.cholesky(part, first, end));
+    c.add(k.gptq.cholesky(part, end, n));
+  }
+  c.add(a);
+}
+
 void digest_quantization(const Kernels& k) {
+  for (int bits : kCodeBits) {
+    for (std::size_t n : {std::size_t{1}, std::size_t{33}, std::size_t{100}, std::size_t{320}}) {
+      for (std::size_t group : {std::size_t{5}, std::size_t{16}, std::size_t{64}, n}) {
+        digest_gptq(k, bits, n, group);
+        for (bool shared : {false, true}) digest_weighted(k, bits, n, group, shared);
+      }
+    }
+  }
+  for (std::size_t n : {1, 4, 63, 64, 65, 150}) digest_cholesky(k, n);
   constexpr std::size_t cols = 1088, sizes[] = {0, 4, 8, 16, 32, 64, cols};  // groups that fill vectors of any width
   for (std::size_t group : sizes) {
     for (Kind kind : kAll) {
