@@ -619,7 +619,10 @@ def test_finite_weights_with_outliers_come_back_finite(bits, dtype, options, rng
         q = fo.quantize(w, bits, **options)
         assert np.isfinite(q.dequantize()).all()
         if "max_error" in options and dtype in ("float16", "bfloat16"):
-            assert q.error(w).max <= 1.0
+            # A correction is added in float32: beside a code that decodes to 1e31, it cannot say 1.
+            decoded = fo.quantize(w, bits).dequantize(dtype=np.float32)
+            off = np.abs(w.astype("f8") - q.dequantize().astype("f8"))
+            assert (off <= 1.0 + np.spacing(np.abs(decoded)).astype("f8")).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

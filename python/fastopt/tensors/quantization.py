@@ -98,7 +98,8 @@ def quantize(
         without as many of the largest magnitudes, and the weights with the largest errors are chosen, so that a
         handful of large weights does not cost all others their accuracy.
     max_error : float, optional
-        The same for all weights whose error is larger than this.
+        The same for all weights whose error is larger than this. What float32 rounds when the correction is added
+        stays.
     out : QuantizedTensor, optional
         Written and returned; of the same shape and options, without `outliers`. It is overwritten even if `w` is
         then refused.
