@@ -133,7 +133,7 @@ def lower_bounds(session):
 @nox.session
 def peers(session):
     """Test with PyTorch, transformers, SciPy and Keras, which no other session installs."""
-    packages = ["torch==2.13.0", "transformers==5.24.0", "scipy>=1.13", "keras>=3.5", "h5py>=3.11"]
+    packages = ["torch==2.13.0", "transformers==5.24.0", "accelerate>=1", "scipy>=1.13", "keras>=3.5", "h5py>=3.11"]
     session.install(*packages, *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
     elsewhere = ["tests/cluster/test_gloo.py", "tests/formats/test_keras.py"]
