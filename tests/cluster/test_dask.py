@@ -32,10 +32,10 @@ def worker(address, code=None):
 
 
 @contextlib.contextmanager
-def scheduler(folder, host="127.0.0.1"):
+def scheduler(folder, host="127.0.0.1", allowed_failures=1):
     file = folder / "scheduler.json"
     words = ["--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    with process(*dask("scheduler", *words), DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="1"):
+    with process(*dask("scheduler", *words), DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=str(allowed_failures)):
 
         def address():
             with contextlib.suppress(OSError, ValueError):
@@ -125,7 +125,7 @@ def test_workers_of_another_version(model, tmp_path):
 
 def test_a_task_that_kills_its_workers(model, tmp_path):
     with (
-        scheduler(tmp_path) as address,
+        scheduler(tmp_path, allowed_failures=0) as address,
         process(*worker(address, DYING)),
         process(*worker(address, DYING)),
         distributed.Client(address) as client,
