@@ -209,7 +209,7 @@ class Pool {
 
   std::atomic<bool> busy_{false};
   alignas(64) std::atomic<std::uint64_t> state_{0};
-  // Of the job. Written before it opens, when no helper is at work.
+  // The job is described before it opens, when no helper is at work.
   alignas(64) std::atomic<std::size_t> team_{0};
   Piece piece_ = nullptr;
   const void* body_ = nullptr;

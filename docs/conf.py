@@ -24,7 +24,7 @@ default_role = "code"
 
 
 class Help(Directive):
-    """What a command of fastopt prints with ``--help``."""
+    """A directive that shows the text which a command prints with ``--help``."""
 
     optional_arguments = 1
 

@@ -87,7 +87,7 @@ _NUMBERS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 
 
 class _Info(NamedTuple):
-    """What the file says of a tensor."""
+    """The entry of a tensor in the file."""
 
     shape: tuple[int, ...]
     kind: int

@@ -45,7 +45,7 @@ Axes = tuple[int, ...]
 
 @dataclass
 class Layout:
-    """What a file has besides its arrays, so that it can be written again.
+    """The parts of a file besides its arrays, so that it can be written again.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def numbers(self) -> bool:
-        """Whether variables are numbered, as Keras 3 does, and not named."""
+        """True if variables are numbered, as Keras 3 does, and not named."""
         return "layer_names" not in self.groups.get("", {}) and "layer_names0" not in self.groups.get("", {})
 
     def to_json(self) -> str:
@@ -112,7 +112,7 @@ def turned_axes(
     bias : tuple of int, optional
         The shape of the bias beside it.
     equation : str, optional
-        Of an EinsumDense layer.
+        The equation of an EinsumDense layer.
     """
     axes = tuple(range(len(shape)))
     if not variable.endswith("kernel") or len(axes) < 2:
@@ -367,7 +367,7 @@ def _axes_in_file(
     else:
         variable = {"0": "kernel", "1": "bias"}.get(name, "")
         bias = datasets["1"].shape if "1" in datasets else None
-    # Of a layer that nobody knows, a matrix with a bias for each column is a kernel.
+    # In a layer of an unknown class, a matrix with a bias for each column is a kernel.
     kernel = variable == "kernel" and bias == shape[-1:] and len(datasets) == 2 and not kind
     if not kernel and not _KERNELS.fullmatch(kind):
         return None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastopt._text import shown
 from fastopt._types import Array, PathLike
 from fastopt.files.safetensors_file import Part, parse_json, part_of, read_arrays, write
 from fastopt.tensors.calibration import InputSums
@@ -19,7 +20,7 @@ CALIBRATION, _VERSION = "fastopt.calibration", 1
 
 
 class Calibration(Mapping[str, InputSums]):
-    """What is known of the inputs of each weight of a model, for `pack`, `pack_file` and `pack_onnx`.
+    """Sums over the inputs of each weight of a model, for `pack`, `pack_file` and `pack_onnx`.
 
     A mapping from the name of a weight to `InputSums`. It holds sums alone, so its size does not depend on how much
     was seen, and those of several machines can be added.
@@ -27,7 +28,7 @@ class Calibration(Mapping[str, InputSums]):
     Parameters
     ----------
     products : bool
-        Whether the products of columns are summed too, as ``fit="gptq"`` needs them. They take 8 bytes for each pair of
+        Sum the products of columns too, as ``fit="gptq"`` needs them. They take 8 bytes for each pair of
         inputs of a layer, and a product of matrices with each update.
 
     Notes
@@ -86,7 +87,7 @@ class Calibration(Mapping[str, InputSums]):
         name : str
             The name of the weight, as in the model that is packed.
         x : array_like of a float type, shape (..., columns)
-            What the weight [out, in] is multiplied with. A weight of more axes is seen as a matrix of its first axis by
+            The inputs of the weight [out, in]. A weight of more axes is seen as a matrix of its first axis by
             all others: a convolution takes its patches.
 
         Raises
@@ -174,9 +175,9 @@ class Calibration(Mapping[str, InputSums]):
     @classmethod
     def _of(cls, arrays: Mapping[str, Array], about: dict[str, Any]) -> Calibration:
         if not isinstance(about, dict) or about["version"] != _VERSION:
-            raise ValueError(f"expected version {_VERSION}, got {about!r:.80}")
+            raise ValueError(f"expected version {_VERSION}, got {shown(about)}")
         if not isinstance(about["rows"], dict):
-            raise ValueError(f"rows: expected a mapping, got {about['rows']!r:.80}")
+            raise ValueError(f"rows: expected a mapping, got {shown(about['rows'])}")
         result = cls(products=about["products"])
         for name, rows in about["rows"].items():
             total, squares = arrays[f"{name}.sum"], arrays[f"{name}.sum_squares"]

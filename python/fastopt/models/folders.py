@@ -63,7 +63,7 @@ def copy_others(weights: Weights, target: PathLike, *, packed: bool) -> None:
     target : path-like
         The folder to copy to, which may be the same.
     packed : bool
-        Whether the weights were packed or unpacked.
+        True if the weights were packed, False if they were unpacked.
     """
     if weights.folder is None or not is_folder(weights, target):
         return

@@ -160,7 +160,7 @@ class Recipe(Options):
     min_size : int
         Tensors of fewer weights are kept as they are.
     bias_correction : bool
-        Whether to add what calibrated weights lose on average to their biases: ``b += (W - Q) @ E[x]``. The bias of
+        Add to each bias what its calibrated weight loses on average: ``b += (W - Q) @ E[x]``. The bias of
         ``NAME.weight`` is ``NAME.bias``, a new tensor if the model has none.
     calibration : Calibration or None
         Sums over the inputs of tensors, by their names, which a file does not keep. Scales and minima are then fitted
@@ -203,7 +203,7 @@ class Recipe(Options):
         changed = {}
         for pattern, options in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(options, Mapping):
-                raise TypeError(f"overrides: expected options for a pattern, got {shown(options)} for {pattern!r:.80}")
+                raise TypeError(f"overrides: expected options for a pattern, got {shown(options)} for {shown(pattern)}")
             unknown = sorted(set(map(str, options)) - set(_OPTIONS))
             if unknown:
                 raise ValueError(f"overrides: {pattern!r} has unknown options {unknown}; there are {list(_OPTIONS)}")

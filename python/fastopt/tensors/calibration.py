@@ -26,7 +26,7 @@ class InputSums:
     columns : int
         The number of inputs: the product of all axes of the weight but the first.
     products : bool
-        Whether the products of columns are summed too, as ``fit="gptq"`` needs them: `columns` squared numbers.
+        Sum the products of columns too, as ``fit="gptq"`` needs them: `columns` squared numbers.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ SWEEPS = 1  # over all codes, after the first pass: each takes a product of W an
 
 
 class GptqPlan(NamedTuple):
-    """What GPTQ needs to know of the inputs of a weight: the arguments of the kernel, in its order.
+    """The arguments of the kernel that describe the inputs of a weight, in its order.
 
     Columns are in the order in which they are visited. `products` and `factor` lie in slabs, as the kernel reads them.
     """

@@ -529,7 +529,7 @@ _rule = functools.cache(_core.rule)
 
 
 class _KnownStates:
-    """What was found of the states of a contiguous parameter, which is faster to check than to find anew."""
+    """The states of a contiguous parameter as they were found: to check them is faster than to find them anew."""
 
     __slots__ = ("addresses", "count_address", "place", "state", "step", "tensors")
 

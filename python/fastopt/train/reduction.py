@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import require
+from fastopt._text import shown
 from fastopt._types import Array
 
 # Sums a float32 buffer in place over all ranks.
@@ -76,7 +77,7 @@ class Reduction:
         """Sum over all ranks, or raise if `reduce` does not do so in place."""
         returned = reduce(self.buffer)
         if returned is not None and returned is not self.buffer:
-            raise TypeError(f"reduce: expected a function that sums in place and returns None, got {returned!r:.80}")
+            raise TypeError(f"reduce: expected a function that sums in place and returns None, got {shown(returned)}")
 
     def gradients(self) -> tuple[list[NDArray[np.float32] | None], float]:
         """Return the sums of the gradients, None where no rank has one, and the number of ranks.
