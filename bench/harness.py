@@ -2,57 +2,47 @@
 
 A script yields cases, and `main` measures them in one child process for each number of threads. OpenMP and BLAS read
 their environment when they are loaded, so it must be set before, and idle threads of one run must not disturb the next.
+The child may use as many cores as it has threads. OpenMP's own binding (`OMP_PROC_BIND`) is left off: it binds the main
+thread too, and with it all threads that start later, those of fastopt among them.
 """
 
 import argparse
-import contextlib
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# NumPy comes first: its BLAS starts threads on import, and they inherit the affinity of this thread. Peers load OpenMP,
-# which binds this thread to one core; threads that start later would all share that core.
-import numpy as np
-
-import fastopt as fo
-from fastopt.cli.timing import FASTOPT, LIMIT, NUMPY, Case, Result, header, machine, measure_all, show
-
-fo.prune_(np.ones(1 << 22, np.float32), threshold=0.0)  # starts fastopt's threads, for the same reason
+from fastopt.cli.timing import (
+    FASTOPT,
+    LIMIT,
+    NUMPY,
+    Case,
+    Disturbance,
+    Result,
+    doubts,
+    header,
+    machine,
+    measure_all,
+    show,
+)
 
 COLORS = {FASTOPT: "#c2410c", NUMPY: "#4d77cf", "numpy blocked": "#94b5ee"}
 OTHER_COLORS = ["#6b7280", "#a16207", "#0f766e", "#7c3aed", "#be185d", "#4d7c0f"]
 
 
-CORES = os.environ.get("BENCH_CORES", "")  # all cores that a child may use
-
-
-@contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Let threads that start here run on all cores, although OpenMP has bound this thread to one."""
-    if not CORES:
-        yield
-        return
-    bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, [int(core) for core in CORES.split(",")])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, bound)
-
-
+@functools.cache
 def peer(name: str) -> ModuleType | None:
     """Import a module to compare with, or print that it is missing and return None."""
     try:
-        with all_cores():
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError:
         print(f"{name} is not installed: left out", file=sys.stderr)
         return None
@@ -79,14 +69,20 @@ def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
     options = parse()
     if options.child:
         chosen = (case for case in cases(options) if options.only in case.name)
-        results = [asdict(result) for result in measure_all(chosen, options.seconds)]
-        options.child.write_text(json.dumps({"machine": machine(), "results": results}))
+        disturbance = Disturbance()
+        results = measure_all(chosen, options.seconds)
+        warning = doubts(results, disturbance.cores(), machine()["threads"]) if results else None
+        answer = {"machine": machine(), "results": [asdict(result) for result in results], "warning": warning}
+        options.child.write_text(json.dumps(answer))
         return
     runs = []
     for threads in dict.fromkeys(int(n) for n in options.threads.split(",")):
         run = measure_in_child(threads)
         runs.append(run)
-        show([Result(**result) for result in run["results"]], header(run["machine"]))
+        if run["results"]:
+            show([Result(**result) for result in run["results"]], header(run["machine"]))
+        if run["warning"]:
+            print(f"\nwarning: {run['warning']}")
     if options.json:
         options.json.write_text(json.dumps(runs, indent=1))
     if options.png:
@@ -94,15 +90,12 @@ def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
 
 
 def measure_in_child(threads: int) -> dict[str, Any]:
-    """Run this script again with so many threads, each bound to a core of its own."""
+    """Run this script again with so many threads, on as many cores."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     env["MKL_NUM_THREADS"] = env["NUMBA_NUM_THREADS"] = str(threads)
     cores: list[int] = []
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))[-threads:]
-        env["OMP_PROC_BIND"] = "true"
-        env["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
-        env["BENCH_CORES"] = ",".join(map(str, cores))
 
     def pin() -> None:
         if cores:

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import fastopt as fo
 from fastopt import _core
+from fastopt.cli import timing
 from fastopt.cli.show_commands import app
 from fastopt.models import stream
 
@@ -687,17 +689,40 @@ def test_short_help():
     assert run("pack", "-h").stdout == run("pack", "--help").stdout
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_bench_fits_the_terminal(columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    lines = run("bench", "--only", "Adam", "--seconds", 0.01).stdout.splitlines()
-    assert max(map(len, lines[2:])) <= columns
-    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
-    assert "vs NumPy" in lines[2]
-    assert sum("fastopt" in line for line in lines[4:]) == 2
-    told = answer("bench", "--only", "Adam, 10,000", "--seconds", 0.01)
+def test_bench_fits_the_terminal(monkeypatch):
+    for columns, heads in ((60, ["fastopt", "NumPy", "faster"]), (80, ["fastopt", "NumPy", "faster", "of limit", "±"])):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = run("bench", "--only", "Adam, 10", "--only", "dequantize", "--seconds", 0.01).stdout.splitlines()
+        assert max(map(len, lines[2:])) <= columns
+        assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+        assert re.split(r"  +", lines[3].strip()) == heads
+        assert [line.split()[0] for line in lines[4:6]] == ["Adam,", "dequantize"]
+        assert all(len(re.findall(r"[\d.]+ [um]s", line)) == 2 for line in lines[4:6])
+        assert any(line.startswith("of limit: ") for line in lines)
+
+
+def test_bench_answers(tmp_path):
+    told = answer("bench", "--only", "Adam, 10,000", "--seconds", 0.01, "--svg", tmp_path / "b.svg")
     assert {result["case"] for result in told["results"]} == {"Adam, 10,000"}
-    assert "no case has 'none'" in run("bench", "--only", "none", code=1).stderr
+    assert [result["contender"] for result in told["results"]] == ["memory limit", "fastopt", "numpy"]
+    root = ElementTree.parse(tmp_path / "b.svg").getroot()
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert sorted(texts[1:4]) == ["Adam, 10,000", "NumPy", "fastopt"]
+
+    told = answer("bench", "--threads", 1, "--only", "Adam, 10,000", "--seconds", 0.01)
+    assert told["machine"]["threads"] == 1
+    assert "no case has 'none'" in run("bench", "--threads", 1, "--only", "none", code=1).stderr
+
+
+def test_bench_doubts_a_busy_machine():
+    def result(spread):
+        return timing.Result("case", "fastopt", 1.0, spread, 1.0, 1.0, 1.0, 1.0, None)
+
+    cores = os.cpu_count()
+    assert timing.doubts([result(0.02)] * 3, 0.1, cores) is None
+    assert timing.doubts([result(0.02)] * 3, None, cores) is None
+    assert "other programs kept 0.6" in timing.doubts([result(0.02)], 0.6, cores)
+    assert "equal calls differ by ±25 %" in timing.doubts([result(0.5)] * 2 + [result(0.0)], 0.0, cores)
 
 
 def test_a_model_without_tensors(tmp_path):

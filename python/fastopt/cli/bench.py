@@ -1,17 +1,43 @@
 """``fastopt bench``: optimizer steps, quantization, products and pruning beside NumPy and the memory limit."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
-from json import dumps
+from itertools import groupby
+from json import dumps, loads
+from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, TypeAlias
 
 import numpy as np
 
 import fastopt as fo
 from fastopt._types import Array
-from fastopt.cli.timing import FASTOPT, NUMPY, Call, Case, copies, header, limit, machine, measure_all, show
+from fastopt.cli.svg import Bar, Panel, chart
+from fastopt.cli.timing import (
+    FASTOPT,
+    LIMIT,
+    NUMPY,
+    Call,
+    Case,
+    Disturbance,
+    Result,
+    copies,
+    doubts,
+    header,
+    limit,
+    machine,
+    measure_all,
+    show_cases,
+    time_text,
+)
+from fastopt.files.atomic import write_text
 
 Step: TypeAlias = Callable[[Array, Array], Call]  # from weights and gradients to a call that takes one step
 
@@ -218,11 +244,12 @@ def linear_case(name: str, pack: Callable[[], Any], w: Array, batch: int, cold: 
     """Return ``x @ w.T`` with packed weights, beside NumPy with the same weights in float32."""
     rows, cols = w.shape
     x, y = normal(batch, cols, seed=2), np.empty((batch, rows), np.float32)
-    nbytes = pack().nbytes
+    first = pack()
+    nbytes = first.nbytes
     exact = x.astype(np.float64) @ w.astype(np.float64).T
 
     def ours() -> Call:
-        packed = pack()
+        packed = deepcopy(first)  # which takes less time than packing
         return lambda: fo.linear(x, packed, out=y)
 
     def numpys() -> Call:
@@ -297,7 +324,21 @@ def short_cases() -> Iterator[Case]:
     yield linear_case("90 % sparse", lambda: fo.SparseTensor.from_dense(s.to_dense()), s.to_dense(), batch=1)
 
 
-def run(json: bool = False, only: Sequence[str] = (), seconds: float = 0.7) -> None:
+LEGEND = (
+    "faster: the time of NumPy divided by that of fastopt; below 1, NumPy is faster.",
+    "of limit: the time of plain loops that read and write the same bytes, divided by that of fastopt. 1 is the speed "
+    "of memory; more is possible, as fastopt prefetches, and data may still be in a cache.",
+    "\u00b1: half the distance between the quartiles of equal calls.",
+)
+
+
+def run(
+    json: bool = False,
+    only: Sequence[str] = (),
+    seconds: float = 0.35,
+    threads: int | None = None,
+    svg: Path | None = None,
+) -> None:
     """Measure a few kernels against NumPy and the memory limit, and print a table.
 
     Parameters
@@ -308,20 +349,80 @@ def run(json: bool = False, only: Sequence[str] = (), seconds: float = 0.7) -> N
         Measure the cases whose names contain one of these; all of them by default.
     seconds : float
         The time to spend on each case.
+    threads : int, optional
+        How many threads fastopt and NumPy use; by default as many as they would.
+    svg : Path, optional
+        Where a chart goes.
 
     Raises
     ------
     ValueError
         If no case has such a name.
+    OSError
+        If the chart cannot be written.
     """
-    facts = machine()
-    # A generator, so that the arrays of only one case are in memory at a time.
-    cases = (case for case in short_cases() if not only or any(part in case.name for part in only))
-    results = measure_all(cases, seconds=seconds)
-    if not results:
-        names = "; ".join(case.name for case in short_cases())
-        raise ValueError(f"--only: no case has {' or '.join(map(repr, only))} in its name: {names}")
+    answer = measured(only, seconds) if threads is None else measured_by_child(only, seconds, threads)
+    facts, results = answer["machine"], [Result(**result) for result in answer["results"]]
+    if svg is not None:
+        write_text(svg, picture(facts, results, answer["warning"]))
     if json:
-        print(dumps({"machine": facts, "results": [asdict(result) for result in results]}))
-    else:
-        show(results, header(facts))
+        print(dumps(answer))
+        return
+    show_cases(results, header(facts))
+    notes = [*LEGEND, *([f"warning: {answer['warning']}"] if answer["warning"] else [])]
+    for note in notes:
+        print("", *wrap(note, min(100, get_terminal_size().columns)), sep="\n")
+
+
+def measured(only: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Return the facts of the machine, the results, and a warning if they cannot be believed, as JSON holds them."""
+    facts, disturbance, names = machine(), Disturbance(), []
+
+    def chosen() -> Iterator[Case]:
+        for case in short_cases():  # one after the other, so that the arrays of only one are in memory at a time
+            names.append(case.name)
+            if not only or any(part in case.name for part in only):
+                yield case
+
+    results = measure_all(chosen(), seconds=seconds)
+    if not results:
+        raise ValueError(f"--only: no case has {' or '.join(map(repr, only))} in its name: {'; '.join(names)}")
+    others = disturbance.cores()
+    warning = doubts(results, others, facts["threads"])
+    return {"machine": facts, "results": [asdict(result) for result in results], "warning": warning}
+
+
+def measured_by_child(only: Sequence[str], seconds: float, threads: int) -> dict[str, Any]:
+    """Return the same from a process whose BLAS starts so many threads: it reads its environment when it is loaded."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    options = [f"--only={part}" for part in only]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastopt", "bench", "--json", f"--seconds={seconds}", *options],
+        env={**os.environ, **dict.fromkeys(names, str(threads))},
+        stdout=subprocess.PIPE,
+        stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        raise ValueError((done.stderr or "the measurement failed").strip().removeprefix("fastopt: "))
+    answer: dict[str, Any] = loads(done.stdout)
+    return answer
+
+
+def picture(facts: dict[str, Any], results: Sequence[Result], warning: str | None) -> str:
+    """Return a chart of times, a panel for each case; the dashed lines are the memory limits."""
+    panels = []
+    for case, group in groupby(results, lambda result: result.case):
+        by = {r.contender: r for r in group}
+        ours, theirs, bound = by[FASTOPT], by[NUMPY], by[LIMIT]
+        lost = ours.seconds > theirs.seconds
+        text = f"{time_text(ours.seconds)}{', slower' * lost}"
+        bars = [Bar("NumPy", theirs.seconds, time_text(theirs.seconds))]
+        bars.append(Bar("fastopt", ours.seconds, text, "loss" if lost else "ours"))
+        panels.append(Panel(case.removesuffix(", batch 1"), bars, bound.seconds))
+    notes = [
+        "Shorter is faster. Dashed: the memory limit, loops that only move the same bytes.",
+        *header(facts).split("\n"),
+    ]
+    return chart("fastopt beside NumPy and the memory limit", panels, [*notes, *([warning] if warning else [])])

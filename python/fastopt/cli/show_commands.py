@@ -48,21 +48,23 @@ def demo(
         say(f"picture  {picture}")
 
 
-@command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --seconds 3")
+@command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --threads 1 --svg linear.svg")
 def bench(
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Measure only cases with this in their names; may be repeated."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each case.")] = 0.7,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of fastopt and of NumPy.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each case.")] = 0.35,
+    svg: Annotated[Path | None, typer.Option(help="Also draw a chart into this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure optimizer steps, quantization and products against NumPy and the memory limit.
+    """Measure optimizer steps, quantization, products and pruning beside NumPy and the memory limit.
 
-    The limit is the time of plain loops that read and write the same bytes. "of limit" is that time divided by the
-    time of a row: 1 is the speed of the memory, and more is possible where data stay in a cache. "+-" is half the
-    distance between the quartiles. OMP_NUM_THREADS sets the number of threads. JSON: machine, results.
+    A row shows the time of a call in fastopt and in NumPy, how many times faster fastopt is, and how close it comes to
+    the memory limit: loops that only move the same bytes, measured in turns with it. A warning says when other
+    programs disturb the measurement. JSON: machine, results, warning.
     """
     from fastopt.cli import bench
 
-    bench.run(json=as_json, only=only or (), seconds=seconds)
+    bench.run(json=as_json, only=only or (), seconds=seconds, threads=threads, svg=svg)

@@ -11,11 +11,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any, NamedTuple, SupportsFloat, TypeAlias
 
 import numpy as np
 
@@ -185,56 +185,153 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _cache_text(kib: int) -> str:
+    return f"{kib} KiB" if kib < 1024 else f"{kib / 1024:.4g} MiB"
+
+
 def header(facts: dict[str, Any]) -> str:
     """Format the facts of `machine` in two lines."""
-    caches = ", ".join(f"{level} {size} KiB" for level, size in facts["caches"].items())
+    caches = ", ".join(f"{level} {_cache_text(size)}" for level, size in facts["caches"].items())
     return (
-        f"{facts['cpu']}, {facts['threads']} thread(s), {caches}\n"
+        f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, {caches}\n"
         f"fastopt {facts['fastopt']} ({facts['isa']}, compiler {facts['compiler']}), numpy {facts['numpy']}"
     )
 
 
-# The columns of the table, those first that a narrow terminal omits last.
-_COLUMNS: dict[str, Callable[[Result], str]] = {
-    "time": lambda r: f"{1e3 * r.seconds:.3f} ms" if r.seconds >= 1e-3 else f"{1e6 * r.seconds:.2f} us",
-    "vs NumPy": lambda r: "" if r.vs_numpy is None or r.contender == LIMIT else f"{r.vs_numpy:.1f}x",
-    "of limit": lambda r: f"{r.of_limit:.2f}",
-    "+-": lambda r: f"{50 * r.spread:.0f} %",
-    "error": lambda r: "" if r.error is None else f"{r.error:.1e}" if r.error else "0",
-    "GB/s": lambda r: f"{r.gb_per_second:.1f}",
-    "ns/element": lambda r: f"{r.ns_per_element:.3f}",
-}
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def show(results: list[Result], title: str) -> None:
-    """Print results as a table, with the columns that fit the terminal."""
-    from rich import box
+def time_text(seconds: float) -> str:
+    """Format a duration with three digits."""
+    for unit, scale in (("ns", 1e9), ("us", 1e6), ("ms", 1e3)):
+        value = seconds * scale
+        if value < 999.5:
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+    return f"{seconds:.2f} s"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Format how many times faster something is."""
+    return "" if ratio is None else f"{ratio:.{2 if ratio < 0.995 else 1 if ratio < 99.5 else 0}f}x"
+
+
+def _error_text(error: float | None) -> str:
+    return "" if error is None else f"{error:.1e}" if error else "0"
+
+
+class _Row(NamedTuple):
+    label: str
+    cells: Sequence[str] = ()  # none for the name of a case, which may be as wide as the terminal
+    style: str = ""
+
+
+def _print(heads: Sequence[str], rows: Sequence[_Row]) -> None:
+    """Print a table with as many of the columns as the terminal has room for, the first before the last."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 140
+        console.width = 120
+    first = max(len(row.label) for row in rows if row.cells)
+    widths = [max(len(head), *(len(r.cells[i]) for r in rows if r.cells)) for i, head in enumerate(heads)]
+    ends = itertools.accumulate(2 + width for width in widths)
+    count = max(1, sum(first + end <= console.width for end in ends))
+    for row in [_Row("", heads, "dim"), *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row.cells[:count], widths, strict=False)]
+        line = "  ".join([row.label.ljust(first) if cells else row.label, *cells]).rstrip()
+        console.print(Text(line, row.style), soft_wrap=True)
 
-    def table_of(count: int) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for column in ("case", "who"):
-            table.add_column(column, no_wrap=True)
-        for column in list(_COLUMNS)[:count]:
-            table.add_column(column, justify="right", no_wrap=True)
-        for case, group in itertools.groupby(results, lambda result: result.case):
-            for i, r in enumerate(group):
-                style = "dim" if r.contender == LIMIT else "bold" if r.contender == FASTOPT else ""
-                cells = [text(r) for text in list(_COLUMNS.values())[:count]]
-                table.add_row(case if i == 0 else "", r.contender, *cells, style=style)
-            table.add_section()
-        return table
 
-    tables = [table_of(count) for count in range(len(_COLUMNS), 0, -1)]
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
-    unbounded = console.options.update(max_width=10_000)
-    fitting = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
-    console.print(next(fitting, tables[-1]))
+def show(results: list[Result], title: str) -> None:
+    """Print a table with a row for each contender, under the name of its case."""
+    columns: dict[str, Callable[[Result], str]] = {
+        "time": lambda r: time_text(r.seconds),
+        "vs NumPy": lambda r: "" if r.contender == LIMIT else ratio_text(r.vs_numpy),
+        "of limit": lambda r: f"{r.of_limit:.2f}",
+        "\u00b1": lambda r: f"{50 * r.spread:.0f} %",
+        "error": lambda r: _error_text(r.error),
+        "GB/s": lambda r: f"{r.gb_per_second:.1f}",
+        "ns/element": lambda r: f"{r.ns_per_element:.3f}",
+    }
+    styles = {LIMIT: "dim", FASTOPT: "bold"}
+    rows = []
+    for case, group in itertools.groupby(results, lambda result: result.case):
+        rows.append(_Row(case))
+        for r in group:
+            rows.append(_Row(f"  {r.contender}", [text(r) for text in columns.values()], styles.get(r.contender, "")))
+    print(title)
+    _print(list(columns), rows)
+
+
+def show_cases(results: list[Result], title: str) -> None:
+    """Print a table with a row for each case: fastopt, NumPy and the memory limit."""
+    rows = []
+    for case, group in itertools.groupby(results, lambda result: result.case):
+        by = {r.contender: r for r in group}
+        ours = by[FASTOPT]
+        cells = [
+            time_text(ours.seconds),
+            time_text(by[NUMPY].seconds),
+            ratio_text(ours.vs_numpy),
+            f"{ours.of_limit:.2f}",
+            f"{50 * ours.spread:.0f} %",
+            time_text(by[LIMIT].seconds),
+            _error_text(ours.error),
+        ]
+        lost = ours.vs_numpy is not None and ours.vs_numpy < 1
+        rows.append(_Row(case.removesuffix(", batch 1"), cells, "red" if lost else ""))
+    print(f"{title}\n")
+    _print(["fastopt", "NumPy", "faster", "of limit", "\u00b1", "limit", "error"], rows)
+
+
+# ---- how far a machine can be believed ---------------------------------------------------------------------------
+
+
+class Disturbance:
+    """Counts the cores that other programs, or other guests of the host, keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+    def cores(self) -> float | None:
+        """Return that number; None if the system does not tell."""
+        now = self._now()
+        if self._start is None or now is None or now[0] == self._start[0]:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+
+def doubts(results: Sequence[Result], others: float | None, threads: int) -> str | None:
+    """Return why the results should not be believed, or None.
+
+    Parameters
+    ----------
+    results : sequence of Result
+    others : float or None
+        Cores that others kept busy meanwhile.
+    threads : int
+    """
+    cores, reasons = os.cpu_count() or 1, []
+    if others is not None and others + threads > cores + 0.25:
+        reasons.append(f"other programs kept {others:.1f} of {cores} cores busy")
+    spread = statistics.median(r.spread / 2 for r in results)
+    if spread > 0.1:
+        reasons.append(f"equal calls differ by \u00b1{100 * spread:.0f} %")
+    if not reasons:
+        return None
+    why = ", and ".join(reasons)
+    return f"this machine is too busy to measure: {why}. Trust no ratio below 2, and repeat when it is idle."
 
 
 class Copies(Collection[Call]):
@@ -261,9 +358,9 @@ class Copies(Collection[Call]):
 
 
 def copies(make: Callable[[], Call], nbytes: int, cold: bool = False) -> Copies:
-    """Return one callable, or if `cold`, enough with operands of their own to exceed the cache four times."""
+    """Return one callable, or if `cold`, enough with operands of their own to exceed the cache twice."""
     cache = 1024 * max(cache_sizes().values(), default=2**15)
-    return Copies(make, math.ceil(4 * cache / nbytes) if cold else 1)
+    return Copies(make, math.ceil(2 * cache / nbytes) if cold else 1)
 
 
 def limit(*, read: int = 0, update: int = 0, streams: int = 1, write: int = 0, cold: bool = False) -> Copies:
