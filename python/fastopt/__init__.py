@@ -23,6 +23,7 @@ from fastopt.models.examine import diff, inspect
 from fastopt.models.model import PackedModel, load, pack
 from fastopt.models.recipe import Recipe
 from fastopt.models.report import Report
+from fastopt.models.search import search
 from fastopt.models.shrinking import Add, Concat, Layer, drop_layers, shrink
 from fastopt.models.stream import pack_file, unpack_file
 from fastopt.tensors.packed import PackedTensor
@@ -30,7 +31,7 @@ from fastopt.tensors.products import embedding, linear
 from fastopt.tensors.pruning import prune, prune_
 from fastopt.tensors.quantization import pack_bits, quantize, unpack_bits
 from fastopt.tensors.quantized import QuantizedTensor
-from fastopt.tensors.sparse import SparseTensor, sparsity
+from fastopt.tensors.sparse import SparseTensor
 from fastopt.train.checkpoint import load_checkpoint, save_checkpoint
 from fastopt.train.optimizer import Optimizer
 from fastopt.train.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
@@ -75,10 +76,10 @@ __all__ = [
     "quantize",
     "save_checkpoint",
     "schedules",
+    "search",
     "set_num_threads",
     "show_config",
     "shrink",
-    "sparsity",
     "unpack_bits",
     "unpack_file",
 ]

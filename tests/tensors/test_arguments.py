@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fastopt as fo
+from fastopt.tensors import sparse
 
 W = np.linspace(-1, 1, 6 * 48, dtype="f4").reshape(6, 48)
 Q = fo.quantize(W)
@@ -82,7 +83,10 @@ CASES = {
         ],
     ),
     "w ": ([None, "abc", b"abc", 3j, Odd(), object, [1.0], X.astype("i4")], [lambda v: fo.linear(X, v)]),
-    "w  ": (["abc", b"abc", None, object, [None], ["a"], {"a": None}, np.array([None])], [lambda v: fo.sparsity(v)]),
+    "w  ": (
+        ["abc", b"abc", None, object, [None], ["a"], {"a": None}, np.array([None])],
+        [lambda v: sparse.sparsity(v)],
+    ),
     "x": (
         [*NO_ARRAYS, np.ones(()), np.ones((2, 47)), np.full(48, 1e39)],
         [lambda v: fo.linear(v, Q), lambda v: fo.linear(v, S), lambda v: fo.linear(v, W)],
@@ -201,16 +205,16 @@ def test_empty_weights(empty):
         x = np.ones((3, empty.shape[1]), "f4")
         assert (fo.linear(x, fo.quantize(empty)) == 0).all()
         assert (fo.linear(x, fo.prune(empty, sparsity=0.5)) == 0).all()
-    assert fo.sparsity(empty) == 0
-    assert fo.sparsity([]) == fo.sparsity({}) == 0
+    assert sparse.sparsity(empty) == 0
+    assert sparse.sparsity([]) == sparse.sparsity({}) == 0
 
 
 def test_sparsity_of_every_kind_of_weight():
     w = np.where(W > 0, W, np.float32(0))
     share = float((w == 0).mean())
     for kind in (w, w.tolist(), [w, w], (row for row in w), {"a": w, "b": {"c": w}}, fo.prune(w, threshold=0)):
-        assert fo.sparsity(kind) == share
+        assert sparse.sparsity(kind) == share
     q = fo.quantize(w)
-    assert fo.sparsity(q) == float((q.to_dense() == 0).mean())
-    assert fo.sparsity({"a": w}.values()) == share
-    assert fo.sparsity(0.0) == 1
+    assert sparse.sparsity(q) == float((q.to_dense() == 0).mean())
+    assert sparse.sparsity({"a": w}.values()) == share
+    assert sparse.sparsity(0.0) == 1

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import fastopt as fo
 from fastopt import _core
+from fastopt.tensors import sparse
 
 pytestmark = pytest.mark.kernel
 
@@ -79,7 +80,7 @@ def test_any_number_of_threads(isa, threads, layout, rng):
 def test_round_trip_of_any_shape(w, layout):
     s = fo.SparseTensor.from_dense(w, layout=layout)
     assert same_bits(s.to_dense(), np.where(w == 0, np.float32(0), w))
-    assert fo.sparsity(s) == fo.sparsity(w)
+    assert sparse.sparsity(s) == sparse.sparsity(w)
     if layout not in ("1x16", "auto"):
         assert s.nnz == np.count_nonzero(w)
 
@@ -117,7 +118,7 @@ def test_distances_above_a_byte():
     assert s.positions.tolist() == [0, 255, 255, 0, 255, *[255] * 6, 207, 255, 0]
     assert same_bits(s.to_dense(), w)
     assert s != fo.SparseTensor.from_dense(w, layout="mask")
-    assert fo.sparsity(s) == fo.sparsity(w)
+    assert sparse.sparsity(s) == sparse.sparsity(w)
     assert s.quantize(8).layout == "index16"  # else the zeros in between would not stay zero
     assert np.array_equal(s.quantize(8).to_dense() != 0, w != 0)
 

@@ -106,7 +106,7 @@ def _one_line(error: Exception) -> str:
 def as_options(message: str) -> str:
     """Let a message of a Python function that begins with the name of an argument name the option."""
     name, colon, rest = message.partition(": ")
-    if not colon or name not in (*_ARGUMENTS, "target_bits", "target_size"):
+    if not colon or name not in (*_ARGUMENTS, "target_bits", "target_size", "eval", "budget", "state"):
         return message
     return f"--{name.replace('_', '-').removesuffix('s') if name == 'overrides' else name.replace('_', '-')}: {rest}"
 

@@ -14,6 +14,7 @@ import typer
 from fastopt._types import Notify
 from fastopt.cli import page, tables
 from fastopt.cli.app import Json, byte_progress, command, say
+from fastopt.cli.evaluate import Budget, Chart, Eval, Evaluations, Minimize, State, searched
 from fastopt.cli.options import (
     DryRun,
     Exclude,
@@ -101,7 +102,8 @@ def inspect(
     "fastopt pack model.safetensors -o small.safetensors --sparsity 0.5 --bits 8 --dry-run\n\n"
     "fastopt pack model_in_shards/ -o packed/model.safetensors.index.json --recipe recipe.toml\n\n"
     "fastopt pack huggingface_model/ -o packed/ --bits 4\n\n"
-    "fastopt pack model.onnx -o small.onnx --bits 4 --fast"
+    "fastopt pack model.onnx -o small.onnx --bits 4 --fast\n\n"
+    "fastopt pack model.onnx -o small.onnx --eval 'python score.py {}' --budget 1% --state search.json"
 )
 @with_options(*(p for p in of_format("onnx") if p.name != "graph"))
 def pack(
@@ -172,6 +174,12 @@ def pack(
         str | None,
         typer.Option(metavar="SIZE", help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB."),
     ] = None,
+    evaluate: Eval = None,
+    budget: Budget = None,
+    minimize: Minimize = False,
+    evaluations: Evaluations = None,
+    state: State = None,
+    chart: Chart = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="onnx: run both models in ONNX Runtime and show how far their outputs are apart."),
@@ -194,6 +202,9 @@ def pack(
 
     Only one tensor is in memory at a time. The report says which tensors were kept unchanged, and why. The recipe is
     stored in the file.
+
+    With --eval, your own score of the whole model decides about the bits: each tensor is packed alone and scored once,
+    then a few whole models are. The table of what was tried goes to stderr.
 
     An ONNX model is packed to another ONNX model, which runs as before: the weights of its MatMul, Gemm, Conv,
     ConvTranspose, Gather, LSTM, GRU, RNN and Einsum nodes are packed. This needs the extra export. Operator set and IR
@@ -227,6 +238,21 @@ def pack(
         wanted = base.replace(**options, overrides={**overrides, **later}, calibration=known)
     if target_bits is not None and target_size is not None:
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
+    if evaluate is None and (budget is not None or minimize or evaluations or state or chart):
+        raise typer.BadParameter("--budget, --minimize, --evaluations, --state, --chart: expected together with --eval")
+    if evaluate is not None:
+        if budget is None:
+            raise typer.BadParameter("--eval: expected --budget beside it")
+        if wanted.bits is not None or target_bits is not None or target_size is not None:
+            raise typer.BadParameter("--eval: searches bits, so --bits and targets cannot be given beside it")
+        if key is not None or skip:
+            raise typer.BadParameter("--key, --skip: not with --eval; use --exclude")
+        _check_outputs(output if output.suffix != ".onnx" else None, html)
+        _check_folders(output, chart)
+        extra = {"evaluations": evaluations} if evaluations else {}
+        wanted = searched(
+            model, output, wanted, evaluate, chart, budget=budget, minimize=minimize, state=state, **extra
+        )
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
         raise typer.BadParameter("--bits: chosen by --target-bits or --target-size, not given beside it")
     weights = None if output.suffix == ".onnx" else open_weights(model, key=key, skip=skip or ())

@@ -142,6 +142,14 @@ def pack_onnx(
     return report
 
 
+def weights_to_pack(source: PathLike) -> Weights:
+    """Return the weights of an ONNX model that `pack_onnx` packs, [out, in, ...] as it packs them."""
+    require_package("onnx")
+    file = OnnxFile(Path(source))
+    found, _ = weights_of(constants_of(scope_of(inlined(file.model, file.payloads))))
+    return _weights(file, found)
+
+
 class _Sizes(Sizes):
     """The bytes that a weight takes in an ONNX file, with the nodes that decode it."""
 

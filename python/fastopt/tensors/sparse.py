@@ -557,8 +557,8 @@ def sparsity(w: Any) -> float:
     Examples
     --------
     >>> import numpy as np
-    >>> import fastopt as fo
-    >>> fo.sparsity(np.eye(4, dtype=np.float32))
+    >>> from fastopt.tensors.sparse import sparsity
+    >>> sparsity(np.eye(4, dtype=np.float32))
     0.75
     """
     zeros, size = _zeros(w)
