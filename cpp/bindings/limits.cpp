@@ -11,14 +11,14 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 4096;
+constexpr std::size_t kLimitChunk = 4096;
 
 float limit_read(const py::array& x) {
   const View<const float> v = view<const float>(x, {"x"});
   const Kernels& k = kernels();
   std::atomic<float> sink{0};
   const py::gil_scoped_release released;
-  parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
+  parallel_chunks(v.size, kLimitChunk, 4.0 * static_cast<double>(v.size),
                   [&](std::size_t begin, std::size_t end) { sink.store(k.limits.read(v.data + begin, end - begin)); });
   return sink.load();
 }
@@ -27,7 +27,7 @@ void limit_write(const py::array& x) {
   const View<float> v = view<float>(x, {"x"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_chunks(v.size, kChunk, 4.0 * static_cast<double>(v.size),
+  parallel_chunks(v.size, kLimitChunk, 4.0 * static_cast<double>(v.size),
                   [&](std::size_t begin, std::size_t end) { k.limits.write(v.data + begin, end - begin); });
 }
 
@@ -46,9 +46,9 @@ void limit_update(const py::list& streams, std::size_t writes) {
   }
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_chunks(size, kChunk, 4.0 * static_cast<double>(size * data.size()), [&](std::size_t begin, std::size_t end) {
-    k.limits.update(data.data(), data.size(), writes, begin, end);
-  });
+  parallel_chunks(
+      size, kLimitChunk, 4.0 * static_cast<double>(size * data.size()),
+      [&](std::size_t begin, std::size_t end) { k.limits.update(data.data(), data.size(), writes, begin, end); });
 }
 
 }  // namespace

@@ -16,8 +16,8 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 4096;  // elements; whole state blocks
-static_assert(kChunk % kStateBlock == 0);
+constexpr std::size_t kStepChunk = 4096;  // elements; whole state blocks
+static_assert(kStepChunk % kStateBlock == 0);
 
 struct Tensor {
   StepKernel kernel;
@@ -35,8 +35,8 @@ void for_tensor_chunks(const Tensors& tensors, std::size_t begin, std::size_t en
                             [](std::size_t chunk, const auto& tensor) { return chunk < tensor.first_chunk; }) -
            1;
   for (; t != tensors.end() && t->first_chunk < end; ++t) {
-    const std::size_t from = begin > t->first_chunk ? (begin - t->first_chunk) * kChunk : 0;
-    const std::size_t to = std::min(t->size, (end - t->first_chunk) * kChunk);
+    const std::size_t from = begin > t->first_chunk ? (begin - t->first_chunk) * kStepChunk : 0;
+    const std::size_t to = std::min(t->size, (end - t->first_chunk) * kStepChunk);
     if (from < to) body(*t, from, to);
   }
 }
@@ -348,7 +348,7 @@ void run(std::vector<Tensor>& tensors) {
   double bytes = 0;
   for (Tensor& t : tensors) {
     t.first_chunk = chunks;
-    chunks += ceil_div(t.size, kChunk);
+    chunks += ceil_div(t.size, kStepChunk);
     bytes += 16.0 * static_cast<double>(t.size);
   }
   const py::gil_scoped_release released;
@@ -430,7 +430,7 @@ double sum_squares(const py::list& names, const py::list& grads) {
       array = readable(grad, array, copies);
       parts.push_back({type, array->data, size_of(array), chunks});
     }
-    chunks += ceil_div(parts.back().size, kChunk);
+    chunks += ceil_div(parts.back().size, kStepChunk);
     bytes += static_cast<double>(parts.back().size * width_of(parts.back().type));
   }
   std::vector<double> sums(chunks);
@@ -438,8 +438,9 @@ double sum_squares(const py::list& names, const py::list& grads) {
   const py::gil_scoped_release released;
   parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
     for_tensor_chunks(parts, begin, end, [&](const Part& part, std::size_t from, std::size_t to) {
-      for (std::size_t at = from; at < to; at += kChunk) {
-        sums[part.first_chunk + at / kChunk] = k.optim.sum_squares(part.type, part.data, at, std::min(at + kChunk, to));
+      for (std::size_t at = from; at < to; at += kStepChunk) {
+        sums[part.first_chunk + at / kStepChunk] =
+            k.optim.sum_squares(part.type, part.data, at, std::min(at + kStepChunk, to));
       }
     });
   });

@@ -13,7 +13,7 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 1 << 16;  // elements
+constexpr std::size_t kPruneChunk = 1 << 16;  // elements
 
 struct Weights {
   char* data;
@@ -150,9 +150,9 @@ class Selection {
   }
 
   bool collect(const Weights& w, std::uint64_t& below, std::vector<Key>& found) const {
-    const std::size_t slices = std::min<std::size_t>(num_threads(), 1 + w.size / kChunk);
+    const std::size_t slices = std::min<std::size_t>(num_threads(), 1 + w.size / kPruneChunk);
     const bool everything = total_ <= 2 * kRun * kRuns;
-    const std::size_t room = everything ? w.size : w.size / slices / 8 + kChunk;
+    const std::size_t room = everything ? w.size : w.size / slices / 8 + kPruneChunk;
     std::vector<std::unique_ptr<Key[]>> keys(slices);
     std::vector<Collected> counts(slices);
     for (auto& part : keys) part.reset(new Key[room]);
@@ -212,10 +212,10 @@ std::size_t prune(const py::array& w, bool write, const py::object& kept, std::u
   std::uint8_t* flags = kept.is_none() ? nullptr : flags_of(kept, to.size);
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  std::vector<std::size_t> ties(ceil_div(to.size, kChunk));
+  std::vector<std::size_t> ties(ceil_div(to.size, kPruneChunk));
   std::size_t total = 0;
   if (keep_ties > 0) {
-    for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
+    for_chunks(to.size, kPruneChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
       ties[i] = k.prune.count_ties(to.type, to.data, begin, end, key);
     });
     for (std::size_t& count : ties) {  // the first `keep_ties` of them stay
@@ -223,7 +223,7 @@ std::size_t prune(const py::array& w, bool write, const py::object& kept, std::u
       total += count;
     }
   }
-  for_chunks(to.size, kChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
+  for_chunks(to.size, kPruneChunk, bytes_of(to), [&](std::size_t i, std::size_t begin, std::size_t end) {
     k.prune.prune(to.type, {to.data, write ? to.data : nullptr, flags, key, ties[i]}, begin, end);
   });
   return total;

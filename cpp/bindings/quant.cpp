@@ -11,12 +11,12 @@
 namespace fastopt {
 namespace {
 
-constexpr std::size_t kChunk = 1 << 16;  // elements
+constexpr std::size_t kQuantChunk = 1 << 16;  // elements
 
 unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
-  std::vector<Range> parts(ceil_div(n, kChunk));
+  std::vector<Range> parts(ceil_div(n, kQuantChunk));
   std::atomic<unsigned> flags{0};
-  for_chunks(n, kChunk, matrix_bytes(1, n), [&](std::size_t i, std::size_t begin, std::size_t end) {
+  for_chunks(n, kQuantChunk, matrix_bytes(1, n), [&](std::size_t i, std::size_t begin, std::size_t end) {
     flags |= k.quant.range(x + begin, end - begin, &parts[i]);
   });
   *out = parts[0];
@@ -87,7 +87,7 @@ void dequantize(const py::array& codes, const py::array& scale, const py::array&
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   if (q.rows == 1) {  // the threads share the columns of a single row
-    parallel_chunks(q.cols, kChunk, matrix_bytes(1, q.cols),
+    parallel_chunks(q.cols, kQuantChunk, matrix_bytes(1, q.cols),
                     [&](std::size_t begin, std::size_t end) { k.quant.dequantize(q, 0, begin, end, to.data + begin); });
     return;
   }
@@ -182,7 +182,7 @@ void pack(const py::array& codes, int bits, const py::array& packed) {
   require_size(to.size, packed_bytes(from.size, bits), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_chunks(from.size, kChunk, static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
+  parallel_chunks(from.size, kQuantChunk, static_cast<double>(from.size), [&](std::size_t begin, std::size_t end) {
     k.quant.pack(bits, from.data + begin, end - begin, to.data + begin * static_cast<std::size_t>(bits) / 8);
   });
 }
@@ -194,7 +194,7 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
   require_size(from.size, packed_bytes(to.size, bits), {"packed"});
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  parallel_chunks(to.size, kChunk, static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
+  parallel_chunks(to.size, kQuantChunk, static_cast<double>(to.size), [&](std::size_t begin, std::size_t end) {
     k.quant.unpack(bits, from.data + begin * static_cast<std::size_t>(bits) / 8, end - begin, to.data + begin);
   });
 }
