@@ -201,7 +201,7 @@ def test_block_sums_are_shared(rng, tmp_path):
 @pytest.mark.parametrize(
     ("graph", "options", "message"),
     [
-        ([fo.Layer("conv", kind="conv")], {}, "'conv' is 'conv', of which a graph does not say strides"),
+        ([fo.Layer("conv", kind="conv")], {}, "model: the graph needs 'conv.weight', which is missing"),
         ([fo.Layer("none")], {}, "model: the graph needs 'none.weight', which is missing"),
         ([fo.Layer("w"), fo.Layer("w")], {}, "'w' names two nodes"),
         ([fo.Layer("w", input="later")], {}, "'w' reads 'later', which does not come before it"),

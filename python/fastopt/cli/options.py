@@ -104,7 +104,11 @@ def given_to_format(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of formats that were given on the command line, lists parsed."""
     parsers = {keyword: option.parse for module in FORMATS.values() for keyword, option in module.OPTIONS.items()}
     return {
-        keyword: [parsers[keyword](text) for text in value] if isinstance(value, list) else value
+        keyword: [parsers[keyword](text) for text in value]
+        if isinstance(value, list)
+        else parsers[keyword](value)
+        if isinstance(value, str)
+        else value
         for keyword, value in options.items()
         if not (value is None or value is False or value == [])
     }

@@ -15,6 +15,7 @@ from fastopt._types import Notify, PathLike
 from fastopt.files.sources import READERS, Reader
 from fastopt.files.weights import Weights
 from fastopt.formats import c, gguf, keras, mlx, npz, onnx
+from fastopt.formats.c_net import Cost
 from fastopt.formats.gguf_weights import gguf_sources
 from fastopt.formats.keras_weights import MEMBER, import_keras, keras_sources
 from fastopt.formats.onnx_weights import onnx_sources
@@ -42,7 +43,7 @@ def export(
     rename: Mapping[str, str] | None = None,
     notify: Notify | None = None,
     **options: Any,
-) -> None:
+) -> Cost | None:
     """Write a model in the format of another runtime.
 
     Codes, scales and minima are copied unchanged: the other runtime decodes the same weights. A tensor that the format
@@ -55,12 +56,13 @@ def export(
         The file to write. An existing file is replaced when the new one is complete.
     to : str
         The format. "c": constant arrays in BASE.c, with BASE.h and a copy of fastopt.h, which multiplies with them on
-        any machine. "gguf": for ggml and llama.cpp; 2 to 5 bits in groups of 32, or of a multiple. A model that came
-        from a GGUF file keeps its metadata, so that it runs where the source ran. "keras": the decoded weights of a
-        model that came from a file of Keras, for its ``load_weights``. "mlx": a safetensors file for the quantized
-        layers of MLX; groups of 32, 64, 128 or a multiple. "npz": arrays for NumPy, for inspection: decoded weights,
-        and the parts that store them. "onnx": a model that runs, made from a `graph` of layers, or one whose outputs
-        are the decoded tensors; any bits, groups, outliers and sparse weights.
+        any machine; with a `graph` of layers a function ``BASE_run`` too, which computes the network. "gguf": for ggml
+        and llama.cpp; 2 to 5 bits in groups of 32, or of a multiple. A model that came from a GGUF file keeps its
+        metadata, so that it runs where the source ran. "keras": the decoded weights of a model that came from a file of
+        Keras, for its ``load_weights``. "mlx": a safetensors file for the quantized layers of MLX; groups of 32, 64,
+        128 or a multiple. "npz": arrays for NumPy, for inspection: decoded weights, and the parts that store them.
+        "onnx": a model that runs, made from a `graph` of layers, or one whose outputs are the decoded tensors; any
+        bits, groups, outliers and sparse weights.
     exclude : glob pattern, or a sequence of these
         Tensors whose names match are left out.
     rename : mapping of str, optional
@@ -68,11 +70,21 @@ def export(
     notify : callable, optional
         Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
     **options
-        Options of the format. "gguf": ``requantize=True`` decodes tensors that the format cannot hold and stores them
-        as Q8_0; ``architecture`` is the file's ``general.architecture``. "mlx": ``param_dtype="float16"`` makes the
-        file smaller, and MLX decodes in float16. "onnx": ``graph``, a list of `Layer` (dense), `Add` and `Concat` as
-        for `shrink`, makes a model with the input ``x`` [batch, in]; ``fast=True`` multiplies with MatMulNBits, an
-        operator of ONNX Runtime, instead of standard operators; ``accuracy_level=4`` lets it round x to int8.
+        Options of the format. "c": ``graph``, a list of `Layer`, `Add` and `Concat` with one output; ``input_shape``,
+        the shape of x without the batch, unless the first layer is dense; ``int8=True`` writes ``BASE_run_int8`` too,
+        which multiplies whole numbers; ``dry_run=True`` writes nothing. "gguf": ``requantize=True`` decodes tensors
+        that the format cannot hold and stores them as Q8_0; ``architecture`` is the file's ``general.architecture``.
+        "mlx": ``param_dtype="float16"`` makes the file smaller, and MLX decodes in float16. "onnx": ``graph``, a list
+        of `Layer`, `Add` and `Concat` as for `shrink`, makes a model with the input ``x`` [batch, ...];
+        ``fast=True`` multiplies with MatMulNBits, an operator of ONNX Runtime, instead of standard operators;
+        ``accuracy_level=4`` lets it round x to int8.
+
+    Returns
+    -------
+    Cost or None
+        Of a network in C: ``flash``, ``scratch`` and ``macs``, the bytes of its constants and of its scratch and the
+        multiply-adds of a run, ``input_bytes`` and ``output_bytes``, and ``steps`` with a name, function, shape, flash
+        and macs of each operation.
 
     Raises
     ------
@@ -114,7 +126,7 @@ def export(
         model = _renamed(model, rename)
     sizes = model.sizes if isinstance(model, Weights) else {name: tensor.nbytes for name, tensor in model.items()}
     progress = Progress(sizes, notify)
-    FORMATS[to].write(model, Path(path), progress, **options)
+    cost: Cost | None = FORMATS[to].write(model, Path(path), progress, **options)
     progress.next("")
     if to == "onnx" and not options.get("graph"):
         warnings.warn(
@@ -122,6 +134,7 @@ def export(
             "computes anything with it",
             stacklevel=2,
         )
+    return cost
 
 
 def _renamed(model: Mapping[str, Weight], rename: Mapping[str, str]) -> Mapping[str, Weight]:

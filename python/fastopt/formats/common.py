@@ -36,6 +36,14 @@ class Option(NamedTuple):
     parse: Callable[[str], Any] = str
 
 
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Parse ``N,N,...``."""
+    try:
+        return tuple(int(number) for number in text.replace("x", ",").split(","))
+    except ValueError:
+        raise ValueError(f"input_shape: expected numbers with commas, such as 1,28,28, got {text!r}") from None
+
+
 def require_package(name: str, install: str = "'fastopt[export]'") -> None:
     """Raise ImportError, with what to install, unless there is a package of that name."""
     if find_spec(name) is None:

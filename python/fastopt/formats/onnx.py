@@ -5,10 +5,12 @@ wider of these types. DequantizeLinear and Add decode them. For ONNX Runtime alo
 multiply with the codes. It has no minimum of a block, so the minima are multiplied with the sum of x over each block.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,9 +19,10 @@ from fastopt._checks import as_matrix, require_group_size
 from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.formats.common import Option, codes_matrix, regroup, require_package
+from fastopt.formats.layers import INPUT_SHAPE, LAYER, batch_norm, is_map, numbers_of, reads_map, reads_of
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.recipe import naming_tensor
-from fastopt.models.shrinking import Concat, Layer, Node
+from fastopt.models.shrinking import Concat, Kind, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import pack_bits
@@ -44,23 +47,14 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def parse_layer(text: str) -> Layer:
-    """Parse ``NAME`` or ``NAME:ACTIVATION``."""
-    name, _, activation = text.partition(":")
-    return Layer(name, activation=activation or None)
-
-
 SUFFIX = ".onnx"
 SUMMARY = "a model for ONNX Runtime and others, of layers or of decoded tensors"
 OPTIONS = {
-    "graph": Option(
-        "a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. Without layers, the "
-        "model has no input, and each decoded tensor is an output.",
-        list,
-        "NAME[:ACTIVATION]",
-        "--layer",
-        parse_layer,
+    "graph": LAYER._replace(
+        help="a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. Without layers, "
+        "the model has no input, and each decoded tensor is an output."
     ),
+    "input_shape": INPUT_SHAPE,
     "fast": Option("multiply with MatMulNBits, an operator of ONNX Runtime alone.", bool),
     "accuracy_level": Option("with --fast: 0 multiplies in float32, 4 rounds activations to int8.", int),
 }
@@ -72,6 +66,7 @@ def write(
     progress: Progress,
     *,
     graph: Sequence[Node] | None = None,
+    input_shape: Sequence[int] | None = None,
     fast: bool = False,
     accuracy_level: int = 0,
 ) -> None:
@@ -83,9 +78,11 @@ def write(
     path : Path
     progress : Progress
     graph : sequence of Layer, Add and Concat, optional
-        Dense layers, in the form that `shrink` takes. The model has the input ``x`` [batch, in]; its outputs are the
-        nodes that no other node reads. Tensors that the graph does not name are left out. Without a graph the model
-        has no input, and each decoded tensor is an output.
+        The layers. The model has the input ``x`` [batch, in] or [batch, channels, ...]; its outputs are the nodes that
+        no other node reads. Tensors that the graph does not name are left out. Without a graph the model has no input,
+        and each decoded tensor is an output.
+    input_shape : sequence of int, optional
+        The shape of x without the batch. Without it the lengths behind the channels stay open.
     fast : bool
         Multiply with MatMulNBits, an operator of ONNX Runtime. It is fast with 4 bits, and with 8 and 2 bits if
         `accuracy_level` is 4.
@@ -112,7 +109,7 @@ def write(
             builder.value(name, tensor, output=name)
             outputs.append(_Described(name, tensor.dtype, tensor.shape))
     else:
-        inputs, outputs = _chain(builder, model, graph, progress)
+        inputs, outputs = _chain(builder, model, graph, progress, input_shape)
     onnx_model, payloads = builder.model(inputs, outputs), Payloads()
     builder.add_constants(onnx_model.graph, payloads)
     save(onnx_model, payloads, path)
@@ -243,6 +240,12 @@ class Builder:
         self._stems[output] = stem
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, domain=domain, **attributes))
         return output
+
+    def made(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> "NodeProto":
+        """Return a node of several outputs, named after the first."""
+        from onnx import helper
+
+        return helper.make_node(kind, inputs, outputs, outputs[0], **attributes)
 
     def constant(self, name: str, array: Array, *, auxiliary: bool = False) -> str:
         """Add a constant and return its name."""
@@ -492,73 +495,282 @@ def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:
     )
 
 
+# A shape without the batch; None for a length that is not known.
+Shape: TypeAlias = "tuple[int | None, ...]"
+
+
 def _chain(
-    builder: Builder, model: Mapping[str, Weight], graph: Sequence[Node], progress: Progress
-) -> tuple[list[_Described], list[_Described]]:
+    builder: Builder, model: Mapping[str, Weight], graph: Sequence[Node], progress: Progress,
+    input_shape: Sequence[int] | None,
+) -> tuple[list[_Described], list[_Described]]:  # fmt: skip
     """Add the nodes of a graph; return its inputs and outputs."""
-    widths: dict[str, int] = {}
+    if not graph:
+        raise ValueError("graph: expected one or more layers, got none")
+    given = _shape_of_x(model, graph, input_shape)
+    shapes: dict[str, Shape] = {"x": given}
+    maps = {"x": len(given) == 3 or reads_map(graph)}
     read: set[str] = set()
-    given: int | None = None
     before: str | None = None
     for node in graph:
-        if node.name in widths or node.name == "x":
+        if node.name in shapes:
             raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
-        reads = _reads(node, before)
+        reads = reads_of(node, before)
         read.update(reads)
         for name in reads:
-            if name != "x" and name not in widths:
+            if name not in shapes:
                 raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
+        of_maps = [maps[name] for name in reads]
+        maps[node.name] = is_map(node, of_maps)
         if isinstance(node, Layer):
-            (source,) = reads
-            progress.next(f"{node.name}.weight")
-            rows, cols = _layer(builder, model, node, source)
-            known = given if source == "x" else widths[source]
-            if known not in (None, cols):
-                raise ValueError(f"model: expected '{node.name}.weight' of {known} columns, got {cols}")
-            given = cols if source == "x" else given
-            widths[node.name] = rows
+            progress.next(name) if (name := f"{node.name}.weight") in model else None
+            shapes[node.name] = _Layer(builder, model, node, reads[0], shapes[reads[0]], of_maps[0]).add()
         else:
-            widths[node.name] = _join(builder, node, [(name, widths[name]) for name in reads])
+            shapes[node.name] = _join(builder, node, [(name, shapes[name]) for name in reads], maps[node.name])
         before = node.name
-    if given is None:
-        raise ValueError("graph: expected one or more layers, got none")
-    outputs = {name: width for name, width in widths.items() if name not in read}
-    return [_rows("x", given)], [_rows(*item) for item in outputs.items()]
+    outputs = [name for name in shapes if name not in read and name != "x"]
+    kind = np.int64 if isinstance(graph[0], Layer) and graph[0].kind == "embedding" else np.float32
+    return [_described("x", given, maps["x"], kind)], [_described(name, shapes[name], maps[name]) for name in outputs]
 
 
-def _rows(name: str, cols: int) -> _Described:
-    return _Described(name, np.float32, ("batch", cols))
+def _described(name: str, shape: Shape, is_map: bool, dtype: DTypeLike = np.float32) -> _Described:
+    """Return a name with its shape, where lengths that are not known have names."""
+    texts = {1: ["length"], 2: ["height", "width"]}.get(len(shape) - 1, []) if is_map else ["steps"]
+    unknown = iter(texts if name == "x" else [f"{name}.{text}" for text in texts])
+    return _Described(name, dtype, ("batch", *(next(unknown, "any") if n is None else n for n in shape)))
 
 
-def _reads(node: Node, before: str | None) -> list[str]:
-    if isinstance(node, Layer):
-        return [(before if node.input is None else node.input) or "x"]
-    if not node.inputs:
-        raise ValueError(f"graph: {node.name!r} reads nothing")
-    return list(node.inputs)
+def _shape_of_x(model: Mapping[str, Weight], graph: Sequence[Node], input_shape: Sequence[int] | None) -> Shape:
+    if input_shape is not None:
+        return tuple(input_shape)
+    first = graph[0]
+    reads_of(first, None)
+    if isinstance(first, Layer):
+        for kind in ("weight", "weight_ih_l0"):
+            name = f"{first.name}.{kind}"
+            shape = model[name].shape if name in model else None
+            if first.kind == "dense" and kind == "weight":
+                return (None,) if shape is None else (as_matrix(shape)[1],)
+            if shape is not None and first.kind in ("conv", "depthwise"):
+                groups = shape[0] if first.kind == "depthwise" else first.groups
+                return (shape[1] * groups, *[None] * (len(shape) - 2))
+            if shape is not None and first.kind in ("lstm", "gru") and kind == "weight_ih_l0":
+                return (None, shape[1])
+            if first.kind == "embedding":
+                return (None,)
+        if first.kind in ("conv", "depthwise", "lstm", "gru"):
+            part = "weight_ih_l0" if first.kind in ("lstm", "gru") else "weight"
+            raise ValueError(f"model: the graph needs '{first.name}.{part}', which is missing")
+    raise ValueError(
+        f"input_shape: {first.name!r} does not tell it; expected the shape of x without the batch, such as (1, 28, 28)"
+    )
 
 
-def _layer(builder: Builder, model: Mapping[str, Weight], layer: Layer, x: str) -> tuple[int, int]:
-    """Add a layer; return the shape of its weight."""
-    if layer.kind != "dense":
-        raise ValueError(
-            f"graph: {layer.name!r} is {layer.kind!r}, of which a graph does not say strides and padding; "
-            "pack the model's own ONNX file instead (fastopt pack model.onnx)"
-        )
-    name = f"{layer.name}.weight"
-    if name not in model:
-        raise ValueError(f"model: the graph needs {name!r}, which is missing")
-    w = model[name]
-    if len(w.shape) < 2 or np.dtype(w.dtype).name not in ("float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"model: expected {name!r} to be of floats and two or more axes, got {w.dtype} {w.shape}")
-    rows = w.shape[0]
-    y = builder.product(x, name, w)
-    if f"{layer.name}.bias" in model:
-        y = builder.node("Add", y, _vector(builder, model, f"{layer.name}.bias", rows))
-    if layer.norm is not None:
-        y = _norm(builder, model, layer, rows, y)
-    _activate(builder, layer.name, layer.activation, y)
-    return as_matrix(w.shape)
+@dataclass
+class _Layer:
+    """A layer that is added to a graph.
+
+    Attributes
+    ----------
+    x : str
+        The name of what it reads.
+    shape : Shape
+        The shape of that.
+    of_map : bool
+        Whether that is a signal or a feature map.
+    """
+
+    builder: Builder
+    model: Mapping[str, Weight]
+    layer: Layer
+    x: str
+    shape: Shape
+    of_map: bool
+
+    def add(self) -> Shape:
+        """Add the nodes; return the shape of the output."""
+        layer, add = self.layer, getattr(self, f"_{self.layer.kind}", None)
+        if layer.kind not in get_args(Kind) or add is None:
+            raise ValueError(
+                f"graph: {layer.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {shown(layer.kind)}"
+            )
+        y, shape = cast("tuple[str, Shape]", add())
+        result = is_map(layer, [self.of_map])
+        if layer.norm is not None:
+            channels = shape[0 if result else -1]
+            assert channels is not None
+            y = _norm(self.builder, self.model, layer, channels, y, len(shape) - 1 if result else 0)
+        _activate(self.builder, layer.name, layer.activation, y, 1 if result else -1)
+        return shape
+
+    def _weight(self, part: str, ndims: Sequence[int]) -> tuple[str, Weight]:
+        name = f"{self.layer.name}.{part}"
+        if name not in self.model:
+            raise ValueError(f"model: the graph needs {name!r}, which is missing")
+        w = self.model[name]
+        if len(w.shape) not in ndims or np.dtype(w.dtype).name not in ("float64", "float32", "float16", "bfloat16"):
+            axes = "two or more" if len(ndims) > 2 else " or ".join(map(str, ndims))
+            raise ValueError(f"model: expected {name!r} to be of floats and {axes} axes, got {w.dtype} {w.shape}")
+        return name, w
+
+    def _bias(self, rows: int) -> str | None:
+        name = f"{self.layer.name}.bias"
+        return _vector(self.builder, self.model, name, rows) if name in self.model else None
+
+    def _fits(self, name: str, known: int | None, wanted: int, what: str) -> None:
+        if known not in (None, wanted):
+            raise ValueError(f"model: expected {name!r} of {known} {what}, got {wanted}")
+
+    def _dense(self) -> tuple[str, Shape]:
+        name, w = self._weight("weight", range(2, 9))
+        rows, cols = as_matrix(w.shape)
+        x, shape = self.x, self.shape
+        if self.layer.flatten:
+            x, shape = self._flatten()
+        elif self.of_map:
+            raise ValueError(f"graph: {self.layer.name!r} reads a feature map; flatten=True makes it a row")
+        self._fits(name, shape[-1], cols, "columns")
+        y = self.builder.product(x, name, w)
+        bias = self._bias(rows)
+        return (y if bias is None else self.builder.node("Add", y, bias)), (*shape[:-1], rows)
+
+    def _conv(self) -> tuple[str, Shape]:
+        name, w = self._weight("weight", (3, 4))
+        axes, groups = len(w.shape) - 2, self.layer.groups
+        if self.layer.kind == "depthwise":
+            groups = w.shape[0] if self.shape[0] is None else self.shape[0]
+        if len(self.shape) != axes + 1 or w.shape[0] % groups:
+            raise ValueError(
+                f"graph: {self.layer.name!r}: {name!r} of shape {w.shape} with {groups} groups does not fit a value of "
+                f"shape {self.shape}"
+            )
+        self._fits(name, self.shape[0], w.shape[1] * groups, "channels")
+        bias = self._bias(w.shape[0])
+        weight = self.builder.value(name, w, dtype=np.float32)
+        inputs = [self.x, weight, *([] if bias is None else [bias])]
+        options = self._window(w.shape[2:], 1)
+        return self.builder.node("Conv", *inputs, group=groups, **options), (w.shape[0], *self._lengths(options))
+
+    _depthwise = _conv
+
+    def _window(self, size: Sequence[int], stride: int | Sequence[int]) -> dict[str, Any]:
+        layer, axes = self.layer, len(size)
+        options: dict[str, Any] = {"kernel_shape": list(size)}
+        for option, key, given, default in (
+            ("stride", "strides", layer.stride, stride), ("dilation", "dilations", layer.dilation, 1)
+        ):  # fmt: skip
+            options[key] = _of_axes(layer.name, option, numbers_of(layer.name, option, given, default), axes)
+        if isinstance(layer.padding, str):
+            if layer.padding != "same":
+                raise ValueError(f"{layer.name!r}: padding: expected numbers or 'same', got {shown(layer.padding)}")
+            options["auto_pad"] = "SAME_UPPER"
+        else:
+            pads = _of_axes(layer.name, "padding", numbers_of(layer.name, "padding", layer.padding, 0), axes)
+            options["pads"] = pads + pads
+        return options
+
+    def _lengths(self, options: dict[str, Any]) -> list[int | None]:
+        """Return the lengths of the axes behind the channels after a window."""
+        result: list[int | None] = []
+        for axis, length in enumerate(self.shape[1:]):
+            step = options["strides"][axis]
+            if length is None:
+                result.append(None)
+            elif "auto_pad" in options:
+                result.append(-(-length // step))
+            else:
+                covered = (options["kernel_shape"][axis] - 1) * options["dilations"][axis] + 1
+                padded = length + 2 * options["pads"][axis]
+                if padded < covered:
+                    raise ValueError(f"{self.layer.name!r}: the window covers {covered} of an axis of {padded}")
+                result.append((padded - covered) // step + 1)
+        return result
+
+    def _pool(self, kind: str, **options: Any) -> tuple[str, Shape]:
+        name = self.layer.name
+        if not self.of_map:
+            raise ValueError(f"graph: {name!r}: expected to read a feature map, got a value of shape {self.shape}")
+        size = _of_axes(name, "size", numbers_of(name, "size", self.layer.size, 0), len(self.shape) - 1)
+        window = self._window(size, size)
+        return self.builder.node(kind, self.x, **window, **options), (self.shape[0], *self._lengths(window))
+
+    def _max_pool(self) -> tuple[str, Shape]:
+        return self._pool("MaxPool")
+
+    def _average_pool(self) -> tuple[str, Shape]:
+        return self._pool("AveragePool", count_include_pad=1)
+
+    def _global_pool(self) -> tuple[str, Shape]:
+        y = self.builder.node("GlobalAveragePool", self.x)
+        return self.builder.node("Flatten", y, axis=1), self.shape[:1]
+
+    def _flatten(self) -> tuple[str, Shape]:
+        size = None if None in self.shape else math.prod(n for n in self.shape if n is not None)
+        return self.builder.node("Flatten", self.x, axis=1), (size,)
+
+    def _activation(self) -> tuple[str, Shape]:
+        return self.x, self.shape
+
+    def _embedding(self) -> tuple[str, Shape]:
+        name, w = self._weight("weight", (2,))
+        if self.x != "x":
+            raise ValueError(f"{self.layer.name!r}: an embedding must read the input, which are its indices")
+        table = self.builder.value(name, w, dtype=np.float32)
+        return self.builder.node("Gather", table, self.x, axis=0), (*self.shape, w.shape[1])
+
+    def _layer_norm(self) -> tuple[str, Shape]:
+        name, cols = f"{self.layer.name}.weight", self.shape[-1]
+        if name in self.model:
+            cols = self.model[name].shape[0]
+            self._fits(name, self.shape[-1], cols, "values")
+            gain = _vector(self.builder, self.model, name, cols)
+        elif cols is None:
+            raise ValueError(f"input_shape: {self.layer.name!r} does not tell it; expected the shape of x")
+        else:
+            gain = self.builder.constant(name, np.ones(cols, np.float32))
+        bias = self._bias(cols)
+        inputs = [self.x, gain, *([] if bias is None else [bias])]
+        return self.builder.node("LayerNormalization", *inputs, axis=-1, epsilon=self.layer.eps), self.shape
+
+    def _recurrent(self, kind: str, gates: Sequence[int], **options: Any) -> tuple[str, Shape]:
+        builder, count = self.builder, len(gates)
+        parts = []
+        units = self._weight("weight_hh_l0", (2,))[1].shape[1]
+        for part, known in (("weight_ih_l0", self.shape[-1]), ("weight_hh_l0", units)):
+            name, w = self._weight(part, (2,))
+            self._fits(name, known, w.shape[1], "columns")
+            self._fits(name, count * units, w.shape[0], "rows")
+            value = builder.node("Reshape", builder.value(name, w, dtype=np.float32), builder.numbers(count, units, -1))
+            value = builder.node("Gather", value, builder.numbers(*gates), axis=0)
+            parts.append(builder.node("Reshape", value, builder.numbers(1, count * units, -1)))
+        biases = []
+        for part in ("bias_ih_l0", "bias_hh_l0"):
+            name = f"{self.layer.name}.{part}"
+            if name in self.model:
+                _vector(builder, self.model, name, count * units)
+                dense = unpacked(self.model[name]).astype(np.float32)
+                biases.append(dense.reshape(count, units)[list(gates)].reshape(-1))
+            else:
+                biases.append(np.zeros(count * units, np.float32))
+        parts.append(builder.constant(f"{self.layer.name}.bias", np.concatenate(biases)[None]))
+        x = builder.node("Transpose", self.x, perm=[1, 0, 2])
+        y, state = builder.fresh(f"{self.layer.name}.Y"), builder.fresh(f"{self.layer.name}.Y_h")
+        builder.nodes.append(builder.made(kind, [x, *parts], [y, state], hidden_size=units, **options))
+        if self.layer.last:
+            return builder.node("Squeeze", state, builder.numbers(0)), (units,)
+        y = builder.node("Squeeze", y, builder.numbers(1))
+        return builder.node("Transpose", y, perm=[1, 0, 2]), (self.shape[0], units)
+
+    def _lstm(self) -> tuple[str, Shape]:
+        return self._recurrent("LSTM", (0, 3, 1, 2))
+
+    def _gru(self) -> tuple[str, Shape]:
+        return self._recurrent("GRU", (1, 0, 2), linear_before_reset=1)
+
+
+def _of_axes(name: str, option: str, numbers: list[int], axes: int) -> list[int]:
+    if len(numbers) not in (1, axes):
+        raise ValueError(f"{name!r}: {option}: expected 1 or {axes} numbers, got {tuple(numbers)}")
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _vector(builder: Builder, model: Mapping[str, Weight], name: str, rows: int) -> str:
@@ -567,41 +779,51 @@ def _vector(builder: Builder, model: Mapping[str, Weight], name: str, rows: int)
     return builder.value(name, model[name], dtype=np.float32)
 
 
-def _norm(builder: Builder, model: Mapping[str, Weight], layer: Layer, rows: int, y: str) -> str:
-    """Add a batch normalization as one multiplication and one addition."""
-    default = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
+def _norm(builder: Builder, model: Mapping[str, Weight], layer: Layer, rows: int, y: str, behind: int) -> str:
+    """Add a batch normalization as one multiplication and one addition; `behind` axes come after the channels."""
     if not any(f"{layer.norm}.{part}" in model for part in ("weight", "running_mean")):
         raise ValueError(f"model: the graph needs '{layer.norm}.weight', which is missing")
-    values = []
-    for part, otherwise in default.items():
-        name = f"{layer.norm}.{part}"
-        values.append(unpacked(model[name]).astype(np.float64) if name in model else np.full(rows, otherwise))
-        if values[-1].shape != (rows,):
-            raise ValueError(f"model: expected {name!r} of shape {(rows,)}, got {values[-1].shape}")
-    mean, var, gain, shift = values
-    factor = gain / np.sqrt(var + layer.eps)
-    scaled = builder.node("Mul", y, builder.constant(f"{layer.norm}.factor", factor.astype(np.float32)))
-    return builder.node(
-        "Add", scaled, builder.constant(f"{layer.norm}.summand", (shift - mean * factor).astype(np.float32))
-    )
+
+    def part(name: str) -> Array | None:
+        full = f"{layer.norm}.{name}"
+        if full not in model:
+            return None
+        values = unpacked(model[full]).astype(np.float64)
+        if values.shape != (rows,):
+            raise ValueError(f"model: expected {full!r} of shape {(rows,)}, got {values.shape}")
+        return values
+
+    shape = (rows, *[1] * behind)
+    factor, summand = (values.astype(np.float32).reshape(shape) for values in batch_norm(part, rows, layer.eps))
+    scaled = builder.node("Mul", y, builder.constant(f"{layer.norm}.factor", factor))
+    return builder.node("Add", scaled, builder.constant(f"{layer.norm}.summand", summand))
 
 
-def _join(builder: Builder, node: Any, reads: list[tuple[str, int]]) -> int:
-    """Add a sum or a concatenation; return its number of columns."""
-    names, widths = [name for name, _ in reads], [width for _, width in reads]
+def _join(builder: Builder, node: Any, reads: list[tuple[str, Shape]], of_maps: bool) -> Shape:
+    """Add a sum or a concatenation; return its shape."""
+    names, shapes = [name for name, _ in reads], [shape for _, shape in reads]
+    axis = 0 if of_maps else len(shapes[0]) - 1
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"graph: {node.name!r} joins nodes of shapes {' and '.join(map(str, shapes))}")
     if isinstance(node, Concat):
-        builder.node("Concat", *names, output=node.name, axis=-1)
-        return sum(widths)
-    if len(set(widths)) > 1:
-        raise ValueError(f"graph: {node.name!r} adds nodes of {' and '.join(map(str, widths))} columns")
-    _activate(builder, node.name, node.activation, builder.node("Sum", *names))
-    return widths[0]
+        builder.node("Concat", *names, output=node.name, axis=1 if of_maps else -1)
+        known = [n for shape in shapes if (n := shape[axis]) is not None]
+        total = sum(known) if len(known) == len(shapes) else None
+        return (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
+    widths = {shape[axis] for shape in shapes} - {None}
+    if len(widths) > 1:
+        of = "channels" if of_maps else "columns"
+        raise ValueError(f"graph: {node.name!r} adds nodes of {' and '.join(str(s[axis]) for s in shapes)} {of}")
+    _activate(builder, node.name, node.activation, builder.node("Sum", *names), 1 if of_maps else -1)
+    return shapes[0]
 
 
-def _activate(builder: Builder, name: str, activation: Any, y: str) -> None:
+def _activate(builder: Builder, name: str, activation: Any, y: str, axis: int) -> None:
     """Add an activation whose output has the name of the node."""
     if activation is None:
         builder.node("Identity", y, output=name)
+    elif activation == "softmax":
+        builder.node("Softmax", y, output=name, axis=axis)
     elif activation == "silu":
         builder.node("Mul", y, builder.node("Sigmoid", y), output=name)
     elif activation == "relu6":
@@ -611,5 +833,5 @@ def _activate(builder: Builder, name: str, activation: Any, y: str) -> None:
         kind, attributes = _ACTIVATIONS[activation]
         builder.node(kind, y, output=name, **attributes)
     else:
-        expected = sorted([*_ACTIVATIONS, "relu6", "silu"])
+        expected = sorted([*_ACTIVATIONS, "relu6", "silu", "softmax"])
         raise ValueError(f"activation: expected one of {', '.join(expected)} for {name!r}, got {shown(activation)}")

@@ -17,7 +17,13 @@ from fastopt._text import shown
 from fastopt._types import Array
 
 Activation: TypeAlias = "str | Callable[[Array], Array] | None"
+Kind: TypeAlias = Literal[
+    "dense", "conv", "depthwise", "embedding", "layer_norm", "lstm", "gru", "max_pool", "average_pool", "global_pool",
+    "flatten", "activation",
+]  # fmt: skip
 Criterion: TypeAlias = Literal["l1", "l2", "activity", "taylor"]
+
+_PASSING = ("max_pool", "average_pool", "global_pool", "flatten", "activation")  # channels stay what they are
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -33,33 +39,56 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with weights: ``NAME.weight`` and, if it has one, ``NAME.bias``.
+    """A layer. Its weights are ``NAME.weight`` and, if it has one, ``NAME.bias``.
 
     Attributes
     ----------
     name : str
-    kind : "dense", "conv" or "depthwise"
-        Weights are [out, in], [out, in, ...] and [channels, 1, ...].
+    kind : str
+        "dense", "conv" and "depthwise" have weights [out, in], [out, in / groups, ...] and [channels, 1, ...];
+        "embedding" has a table [rows, out], and reads indices; "layer_norm" normalizes the last axis. "lstm" and "gru"
+        have the tensors of torch, ``NAME.weight_ih_l0``, ``.weight_hh_l0``, ``.bias_ih_l0`` and ``.bias_hh_l0``, and
+        read [steps, in]. "max_pool" and "average_pool" have a window of `size`, whose mean counts the zeros of the
+        padding, and "global_pool" is the mean of each channel. "flatten" makes one row of a feature map, and
+        "activation" is an activation alone. `shrink` takes all but embeddings, "layer_norm" and recurrent layers.
     input : str, optional
         Name of the node that it reads; by default the one before it in the list. The first layer, and layers with "",
         read inputs that are never pruned.
     norm : str, optional
         Name of a batch normalization that follows: ``NORM.weight``, ``.bias``, ``.running_mean``, ``.running_var``.
     activation : str or callable, optional
-        The activation after that: "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", or a function.
+        The activation after that: "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh", "sigmoid", "softmax" over the
+        channels or the last axis, or a function.
     flatten : bool
         A dense layer that reads a flattened feature map, all of a channel together.
     eps : float
         The epsilon of the normalization.
+    stride, dilation : int or sequence of int
+        Of convolutions and pools, for all axes or for each. A pool has the stride `size` by default.
+    padding : int, sequence of int or "same"
+        Zeros, or with "max_pool" nothing, before and after each axis. With "same" the length of an axis is divided by
+        the stride and rounded up.
+    groups : int
+        Of a convolution.
+    size : int or sequence of int, optional
+        Of the window of a pool.
+    last : bool
+        A recurrent layer that returns its last step alone.
     """
 
     name: str
-    kind: Literal["dense", "conv", "depthwise"] = "dense"
+    kind: Kind = "dense"
     input: str | None = None
     norm: str | None = None
     activation: Activation = None
     flatten: bool = False
     eps: float = 1e-5
+    stride: int | Sequence[int] | None = None
+    padding: int | Sequence[int] | str = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    size: int | Sequence[int] | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,8 +143,13 @@ class Shrunk:
     kept: dict[str, NDArray[np.int64]]
 
 
+def _has_units(node: Node) -> bool:
+    """Return whether a node has weights, and so units of its own."""
+    return isinstance(node, Layer) and node.kind not in _PASSING
+
+
 def _activate(activation: Activation, x: Array) -> Array:
-    if activation is None:
+    if activation is None or activation == "softmax":  # no channel below a softmax is removed
         return x
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
@@ -168,16 +202,20 @@ class _Plan:
         return np.array([self.find(unit) for unit in self.units[name]], np.int64)
 
     def _layer(self, node: Layer, reads: list[str]) -> NDArray[np.int64]:
+        if node.kind in _PASSING:
+            return self.units[reads[0]] if reads else np.empty(0, np.int64)
         name = f"{node.name}.weight"
         w = self.tensor(name, 2)
         if node.kind not in ("dense", "conv", "depthwise"):
-            raise ValueError(f"graph: {node.name!r} is {node.kind!r}, expected 'dense', 'conv' or 'depthwise'")
+            raise ValueError(f"graph: {node.name!r} is {node.kind!r}, of which no units can be removed")
         if node.kind == "depthwise" and not reads:
             raise ValueError(f"graph: {node.name!r} is depthwise and has no node before it")
         if reads:
             channels = len(self.units[reads[0]])
             wide = w.shape[1] if node.kind != "depthwise" else w.shape[0]
-            repeats = wide // channels if node.flatten and channels else 1
+            before = self.nodes[reads[0]]
+            flat = node.flatten or (isinstance(before, Layer) and before.kind == "flatten")
+            repeats = wide // channels if flat and channels else 1
             one = node.kind == "depthwise" and w.shape[1] != 1
             if one or wide != repeats * channels or repeats == 0:
                 raise ValueError(
@@ -231,7 +269,7 @@ def _scores(
     """Return the importance of each unit that may be removed: the mean over the layers that share it."""
     found: dict[int, list[float]] = defaultdict(list)
     for name, node in plan.nodes.items():
-        if not isinstance(node, Layer) or removable.isdisjoint(plan.roots(name).tolist()):
+        if not _has_units(node) or removable.isdisjoint(plan.roots(name).tolist()):
             continue
         w = plan.tensor(f"{name}.weight").astype(np.float64)
         if criterion == "activity":
@@ -295,6 +333,9 @@ def _fold(plan: _Plan, result: dict[str, Array], drop: Mapping[str, NDArray[np.b
             continue
         if isinstance(node, Add):
             constant[name] = _activate(node.activation, np.sum([constant[read] for read in reads], axis=0))
+            continue
+        if node.kind in _PASSING:
+            constant[name] = _activate(node.activation, constant[reads[0]] if reads else np.empty(0))
             continue
         w = plan.tensor(f"{name}.weight").astype(np.float64)
         bias, norm = f"{name}.bias", node.norm
@@ -410,9 +451,10 @@ def shrink(
     groups: dict[int, tuple[str, list[int]]] = {}
     for name, node in plan.nodes.items():
         roots = [int(root) for root in plan.roots(name)]
-        if name not in read or (isinstance(node, Layer) and not any(fnmatchcase(name, p) for p in layers)):
+        left = _has_units(node) and not any(fnmatchcase(name, pattern) for pattern in layers)
+        if name not in read or left or (not isinstance(node, Concat) and node.activation == "softmax"):
             fixed.update(roots)
-        for root in roots if isinstance(node, Layer) else ():
+        for root in roots if _has_units(node) else ():
             groups.setdefault(root, (name, []))
     by_layer: dict[str, list[int]] = defaultdict(list)
     for root, (name, _) in groups.items():
