@@ -523,7 +523,7 @@ def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
     parts = [sorted(groups[g], key=lambda c: -squares[c]) for g in visited]
     order = [c for part in parts for c in part]
     h = products[np.ix_(order, order)] / products.diagonal().max()
-    h[np.diag_indices(cols)] += 0.01 * max(1.0, cols / count) * (math.fsum(squares) / cols)
+    h[np.diag_indices(cols)] += 0.05 * max(1.0, cols / count) * (math.fsum(squares) / cols)
     lower = cholesky(h[::-1, ::-1])
     m = (lower / lower.diagonal())[::-1, ::-1].astype(f)  # h = m d m^T, m upper triangular with ones on its diagonal
     h = h.astype(f)

@@ -67,7 +67,16 @@ def test_every_option_reaches_its_function(rng):
         ({"bits": 4, "group_size": None}, fo.quantize(w, 4, group_size=None)),
         ({"bits": 2, "param_dtype": "float32"}, fo.quantize(w, 2, param_dtype="float32")),
         ({"bits": 2, "fit": "lsq", "outliers": 0.01}, fo.quantize(w, 2, fit="lsq", outliers=0.01)),
+        ({"bits": 2, "importance": "magnitude"}, fo.quantize(w, 2, importance="magnitude")),
+        (
+            {"bits": 2, "importance": "magnitude", "outliers": 0.01},
+            fo.quantize(w, 2, importance="magnitude", outliers=0.01),
+        ),
         ({"sparsity": 0.7}, fo.prune(w, sparsity=0.7)),
+        (
+            {"sparsity": 0.9, "bits": 2, "importance": "magnitude"},
+            fo.prune(w, sparsity=0.9, layout="index8").quantize(2, importance="magnitude"),
+        ),
         ({"threshold": 0.3}, fo.prune(w, threshold=0.3)),
         ({"pattern": "2:4"}, fo.prune(w, pattern="2:4")),
         ({"pattern": "1x16", "sparsity": 0.5}, fo.prune(w, pattern="1x16", sparsity=0.5)),
@@ -93,6 +102,8 @@ def test_what_is_wrong_is_named():
         ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got 'int8'"),
         ({"fit": "best"}, ValueError, "fit: expected 'auto', 'minmax', 'lsq' or 'gptq', got 'best'"),
         ({"outliers": 2}, ValueError, "outliers: expected a share between 0 and 1, got 2"),
+        ({"importance": "size"}, ValueError, "importance: expected 'magnitude' or None, got 'size'"),
+        ({"importance": "magnitude", "fit": "minmax"}, ValueError, "importance: expected None with fit='minmax'"),
         ({"sparsity": 1.5}, ValueError, "sparsity: expected a fraction from 0 to 1"),
         ({"pattern": "4:2"}, ValueError, "pattern: expected 'N:M'"),
         ({"pattern": "1x16"}, ValueError, "threshold, sparsity: expected exactly one"),
@@ -319,6 +330,26 @@ def test_no_other_choice_is_better(rng):
         assert report.nbytes * 8 <= target * total
         # Bytes are counted in 16384ths of the budget: what fits by less than that may be missed.
         assert mine <= min(e for n, e in every if n * 8 * (1 + 1e-3) <= target * total) * (1 + 1e-9)
+
+
+def test_a_choice_weighs_errors_by_importance(rng):
+    """Large weights, that count more, get more bits than where all errors count alike."""
+    w = rng.standard_normal((64, 256)).astype("f4")
+    weights = {"even": w, "peaked": np.where(rng.random(w.shape) < 0.02, 10 * w, w).astype("f4")}
+
+    def error(model):
+        weight = {
+            name: np.abs(x.astype("f8")) + np.sqrt(np.square(x, dtype="f8").mean()) for name, x in weights.items()
+        }
+        parts = (
+            np.square(model[name].to_dense() - x) * weight[name] / (weight[name] * x**2).sum()
+            for name, x in weights.items()
+        )
+        return sum(part.sum() for part in parts)
+
+    alike, weighed = (fo.pack(weights, target_bits=3, fit="lsq", importance=i) for i in (None, "magnitude"))
+    assert weighed.nbytes * 8 <= 3 * 2 * w.size
+    assert error(weighed) < 0.95 * error(alike)
 
 
 def test_a_large_tensor_is_measured_on_some_of_its_rows(rng):

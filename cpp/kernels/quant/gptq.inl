@@ -45,18 +45,29 @@ inline void add_feedback(const Strip* e, const float* m, std::size_t begin, std:
   }
 }
 
-// The same for positions [first, last) of all slabs; v[0] is that of `first`.
+// The same for positions [first, last) of all slabs; v[0] is that of `first`. kFeedbackBlock lines of e, and their part
+// of a slab, stay in the first cache while all positions of the slab take them.
 inline void add_feedback(const Gptq& g, const float* slabs, const Strip* e, std::size_t begin, std::size_t end,
                          std::size_t first, std::size_t last, Strip* v) {
-  for (std::size_t p = first; p < last;) {
-    const float* m = slabs + p / kSlabColumns * (g.cols * kSlabColumns) + p % kSlabColumns;
-    if (p % 4 == 0 && p + 4 <= last) {
-      add_feedback<4>(e, m, begin, end, v + (p - first));
-      p += 4;
-    } else {
-      add_feedback<1>(e, m, begin, end, v + (p - first));
-      ++p;
+  constexpr std::size_t kFeedbackBlock = 96;
+  while (first < last) {
+    const std::size_t next = (first / kSlabColumns + 1) * kSlabColumns, stop = next < last ? next : last;
+    const float* const slab = slabs + first / kSlabColumns * (g.cols * kSlabColumns);
+    for (std::size_t from = begin; from < end; from += kFeedbackBlock) {
+      const std::size_t to = from + kFeedbackBlock < end ? from + kFeedbackBlock : end;
+      for (std::size_t p = first; p < stop;) {
+        const float* const m = slab + p % kSlabColumns;
+        if (p % 4 == 0 && p + 4 <= stop) {
+          add_feedback<4>(e, m, from, to, v + (p - first));
+          p += 4;
+        } else {
+          add_feedback<1>(e, m, from, to, v + (p - first));
+          ++p;
+        }
+      }
     }
+    v += stop - first;
+    first = stop;
   }
 }
 

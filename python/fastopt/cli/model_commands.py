@@ -138,6 +138,10 @@ def pack(
     outliers: Annotated[
         float | None, typer.Option(help="Fraction of the weights, those with the largest error, to store exactly.")
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(metavar="magnitude", help="Count errors of large weights more; needs no data. Implies --fit lsq."),
+    ] = None,
     param_dtype: Annotated[
         str | None, typer.Option(metavar="float16|float32", help="Dtype of scale and minimum.")
     ] = None,
@@ -150,8 +154,8 @@ def pack(
         list[str] | None,
         typer.Option(
             metavar="GLOB:OPTION=VALUE,...",
-            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, sparsity, "
-            "threshold, pattern. May be repeated; the first pattern that matches counts.",
+            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, importance, "
+            "sparsity, threshold, pattern. May be repeated; the first pattern that matches counts.",
         ),
     ] = None,
     min_size: MinSize = None,
@@ -218,6 +222,7 @@ def pack(
         bits=bits,
         fit=fit and fit.value,
         outliers=outliers,
+        importance=importance,
         param_dtype=param_dtype,
         sparsity=sparsity,
         threshold=threshold,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._text import shown
-from fastopt._types import GroupSize
+from fastopt._types import Array, GroupSize
 from fastopt.files.safetensors_file import ALIGNMENT
 from fastopt.files.weights import Weights, require_weight, spec_of, stored_nbytes, stored_of
 from fastopt.models.recipe import Options, Recipe, naming_tensor
@@ -340,10 +340,19 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[Choice]
                 nbytes, sums = sizes.stored(s), ErrorSums()
                 sums.add(s.to_dense(), sample)
             noise, signal = sums.noise, sums.signal
+            if options.importance is not None:
+                noise, signal = _weighted(sample, unpacked(q if pruned is None else s))
             if options.inputs is not None:
                 noise, signal = options.inputs.output_error(sample, unpacked(q if pruned is None else s))
             relative = noise / signal if signal > 0 else 0.0
             yield Choice(nbytes, relative * math.sqrt(array.size) if math.isfinite(relative) else _WORST, changes)
+
+
+def _weighted(w: Array, q: Array) -> tuple[float, float]:
+    """Return the squared error of a weight and its square, each weighted by `importance="magnitude"`."""
+    theirs, ours = w.astype(np.float64), q.astype(np.float64)
+    weight = np.abs(theirs) + math.sqrt(np.square(theirs).mean()) if theirs.size else theirs
+    return float((weight * np.square(ours - theirs)).sum()), float((weight * np.square(theirs)).sum())
 
 
 def _useful(choices: Iterator[Choice]) -> list[Choice]:

@@ -14,14 +14,14 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
 from fastopt._text import shown
-from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Fit, GroupSize, PathLike
+from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Array, Fit, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
 from fastopt.models.calibration import Calibration
 from fastopt.tensors.calibration import InputSums
@@ -47,6 +47,8 @@ class Options:
     threshold, sparsity, pattern
         As in `prune`; the tensor is stored sparse. With `bits` too, its values are quantized. All None: it stays
         dense.
+    importance : "magnitude" or None
+        As in `quantize`. A tensor that was calibrated has the importance of its inputs instead.
     inputs : InputSums or None
         Sums over the inputs of the tensor, if it was calibrated.
     """
@@ -59,6 +61,7 @@ class Options:
     threshold: float | None = None
     sparsity: float | None = None
     pattern: str | None = None
+    importance: Literal["magnitude"] | None = None
     inputs: InputSums | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class Options:
         require_fit(self.fit)
         if self.outliers is not None and not 0 <= self.outliers <= 1:
             raise ValueError(f"outliers: expected a share between 0 and 1, got {shown(self.outliers)}")
+        if self.importance not in (None, "magnitude"):
+            raise ValueError(f"importance: expected 'magnitude' or None, got {shown(self.importance)}")
+        if self.importance is not None and self.fit == "minmax":
+            raise ValueError("importance: expected None with fit='minmax', which does not weigh errors")
         if self.prunes:
             check_selection(self.threshold, self.sparsity, self.pattern)
             if self.outliers is not None and self.bits is not None:
@@ -115,6 +122,7 @@ class Options:
             group_size=self.group_size,
             param_dtype=self.param_dtype,
             fit=self.fit,
+            importance=self.importance if self.inputs is None else None,
             outliers=self.outliers,
             calibration=self.inputs,
         )
@@ -131,7 +139,9 @@ class Options:
         assert self.bits is not None
         if pruned.layout == "index16":  # index8 takes a third less, and a tenth more time
             pruned = pruned.to_layout("index8")
-        weight = None if self.inputs is None or self.fit == "minmax" else self.inputs.importance()
+        weight: Array | Literal["magnitude"] | None = self.importance
+        if self.inputs is not None:
+            weight = None if self.fit == "minmax" else self.inputs.importance()
         fit: Fit = "lsq" if self.fit == "gptq" else self.fit  # the zeros cannot make good for errors
         return pruned.quantize(
             self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=fit, importance=weight
@@ -149,7 +159,7 @@ class Recipe(Options):
 
     Attributes
     ----------
-    bits, group_size, param_dtype, fit, outliers
+    bits, group_size, param_dtype, fit, outliers, importance
         As in `quantize`; ``bits=None`` does not quantize.
     threshold, sparsity, pattern
         As in `prune`. If one is given, tensors are stored sparse; with `bits`, their values are quantized.
@@ -376,6 +386,7 @@ class RecipeOptions(TypedDict, total=False):
     threshold: float | None
     sparsity: float | None
     pattern: str | None
+    importance: Literal["magnitude"] | None
     include: Sequence[str]
     exclude: Sequence[str]
     overrides: Mapping[str, Mapping[str, Any]]

@@ -6,7 +6,7 @@ import math
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -220,7 +220,7 @@ class SparseTensor(PackedTensor):
         group_size: GroupSize = "auto",
         param_dtype: DTypeLike = "float16",
         fit: Fit = "auto",
-        importance: ArrayLike | None = None,
+        importance: ArrayLike | Literal["magnitude"] | None = None,
     ) -> SparseTensor:
         """Return the same weight with its values in 8, 6, 5, 4, 3 or 2 bits.
 
@@ -232,7 +232,7 @@ class SparseTensor(PackedTensor):
             128 for 8 bits, 64 for 6, 32 for 5, 4 and 3, and 16 for 2. -1 and None are all values.
         param_dtype, fit
             As in `fastopt.quantize`.
-        importance : array_like of a float type, optional
+        importance : array_like of a float type, or "magnitude", optional
             As in `fastopt.quantize`: one number for each column or for each weight, zeros included.
 
         Returns
@@ -261,7 +261,7 @@ class SparseTensor(PackedTensor):
         if self.layout == "index8" and not values.all():
             s = self.to_layout("index16")
             values = s._float_values()
-        weight = None if importance is None else s._at_values(importance)
+        weight = importance if importance is None or isinstance(importance, str) else s._at_values(importance)
         quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit, importance=weight)
         return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
 
