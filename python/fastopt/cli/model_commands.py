@@ -154,8 +154,8 @@ def pack(
         list[str] | None,
         typer.Option(
             metavar="GLOB:OPTION=VALUE,...",
-            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, importance, "
-            "sparsity, threshold, pattern. May be repeated; the first pattern that matches counts.",
+            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, "
+            "importance, sparsity, threshold, pattern. May be repeated; the first pattern that matches counts.",
         ),
     ] = None,
     min_size: MinSize = None,

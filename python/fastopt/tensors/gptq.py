@@ -12,8 +12,8 @@ from fastopt import _core
 from fastopt._types import Array
 from fastopt.tensors.calibration import InputSums
 
-# The share of the mean of E[x^2] that is added to the diagonal of the products. With 1 %, as published, MiniLM at 2 bits
-# fits the inputs that it was calibrated by so closely that it is worse than without products for other texts.
+# The share of the mean of E[x^2] that is added to the diagonal of the products. With 1 %, as published, 2 bits fit the
+# calibration too closely: MiniLM, calibrated by documents, was worse for single words than without products.
 DAMPING = 0.05
 SWEEPS = 1  # over all codes, after the first pass: each takes a product of W and X^T X
 
