@@ -248,3 +248,61 @@ def test_truncated_and_overlapping(tensors, tmp_path):
     path.write_bytes(twice + bytes(256))
     with pytest.raises(ValueError, match="'a' and 'b' overlap"):
         fo.open_weights(path)
+
+
+# ---- models in several files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(tmp_path, rng):
+    """A model in three files, as llama.cpp splits it: the metadata is in the first."""
+    tensors = {f"blk.{i}.weight": rng.standard_normal((4, 32)).astype("f4") for i in range(5)}
+    folder = tmp_path / "split"
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2)
+    writer.add_string("general.name", "whole")
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder, tensors
+
+
+@pytest.mark.parametrize("which", ["folder", 1, 3])
+def test_any_part_of_a_split_model_opens_all_of_it(split, which):
+    folder, tensors = split
+    path = folder if which == "folder" else folder / f"m-{which:05}-of-00003.gguf"
+    weights = fo.open_weights(path)
+    assert list(weights) == list(tensors)
+    for name, tensor in tensors.items():
+        assert same_bits(weights[name], tensor)
+    assert json.loads(weights.metadata["gguf"])["general.name"] == ["STRING", "whole"]
+
+
+def test_a_split_model_goes_out_as_one_file(split, tmp_path):
+    folder, tensors = split
+    fo.export(fo.pack(folder, bits=4, min_size=0), tmp_path / "one.gguf", to="gguf")
+    weights = fo.open_weights(tmp_path / "one.gguf")
+    assert set(weights) == set(tensors)
+    metadata = json.loads(weights.metadata["gguf"])
+    assert metadata["general.architecture"] == ["STRING", "llama"]
+    assert not any(key.startswith("split.") for key in metadata)
+
+
+def test_a_missing_part_is_named(split):
+    folder, _ = split
+    (folder / "m-00002-of-00003.gguf").unlink()
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf: not found; .* is one of 3 parts"):
+        fo.open_weights(folder / "m-00001-of-00003.gguf")
+
+
+@pytest.mark.parametrize("name", ["m-00002-of-00003.gguf", "renamed.gguf"])
+def test_a_part_that_is_not_what_its_name_says_is_refused(split, name):
+    folder, _ = split
+    (folder / name).write_bytes((folder / "m-00001-of-00003.gguf").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"expected part \d of \d, as its name says, got split\.no 0 and split\.count 3"
+    ):
+        fo.open_weights(folder / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastopt.tensors.packed import PackedTensor, Weight
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _OTHERS = (".npz", ".npy", *_TORCH)
 _INDEX = ".index.json"
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _PICKLES = (".pkl", ".pickle", ".joblib")
 
 
@@ -54,14 +56,15 @@ def open_weights(path: PathLike, *, key: str | None = None, skip: str | Iterable
     Parameters
     ----------
     path : path-like
-        A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; a
-        ``.npy`` or ``.npz`` file; a state dict or a training checkpoint that torch saved (``.pt``, ``.pth``, ``.bin``,
+        A safetensors file, which is mapped into memory; one that fastopt packed, whose tensors are unpacked; a ``.npy``
+        or ``.npz`` file; a state dict or a training checkpoint that torch saved (``.pt``, ``.pth``, ``.bin``,
         ``.ckpt``), through torch, which must be installed; the ``.index.json`` of a model in shards; or a folder with
-        one of them. An ``.onnx`` model, through onnx, with its weights as [out, in, ...]. A ``.gguf`` file; its types
-        that are affine are packed tensors with the same codes, and the others are decoded, with a warning. A
-        ``.keras`` or ``.h5`` file of Keras, through h5py, with its kernels as [out, in, ...] and without the
-        optimizer. Other suffixes are judged by the first bytes. In a folder an index comes before a safetensors
-        file, that before files of torch, and these before the others; a folder of ``.npy`` files alone is one model.
+        one of them. An ``.onnx`` model, through onnx, with its weights as [out, in, ...]. A ``.gguf`` file, or one of
+        the parts of a model that llama.cpp split, which are read together; its types that are affine are packed tensors
+        with the same codes, and the others are decoded, with a warning. A ``.keras`` or ``.h5`` file of Keras, through
+        h5py, with its kernels as [out, in, ...] and without the optimizer. Other suffixes are judged by the first
+        bytes. In a folder an index comes before a safetensors file, that before files of torch, and these before the
+        others; a folder of ``.npy`` files alone is one model.
     key : str, optional
         Which part of a training checkpoint is the model, as ``"model"`` or ``"generator/state_dict"``; ``""`` is all
         of it. By default the part that stands out: the only one with tensors, not counting those of optimizers, or the
@@ -202,6 +205,7 @@ def model_files(path: Path) -> Path | list[Path]:
     if not (arrays or safetensors or indices):
         named = [file for file in torch if file.name == "pytorch_model.bin"]
         others = [file for file in path.iterdir() if file.suffix in READERS] if not torch else []
+        others = [file for file in others if not _LATER_PART.search(file.name)]  # its reader finds them
         for candidates in (torch, named, others):
             if len(candidates) == 1:
                 return candidates[0]

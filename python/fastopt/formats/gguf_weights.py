@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import warnings
 from collections import Counter
@@ -54,6 +55,7 @@ _PLAIN = {
 _VALUES: list[str] = ["UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY"]
 _VALUES += ["UINT64", "INT64", "FLOAT64"]
 _FIXED = dict(zip(_VALUES, "BbHhIif?__Qqd", strict=True))
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)  # the names that llama.cpp gives
 _LONGEST_HEADER = 100_000_000  # as for safetensors, where the metadata go
 _AXES = 4
 _AT_ONCE = 1 << 13  # blocks that are converted at a time, in cache
@@ -97,7 +99,7 @@ class _Info(NamedTuple):
 def gguf_sources(
     path: Path, skipped: Callable[[str], bool] = lambda name: False
 ) -> tuple[dict[str, Source], dict[str, str]]:
-    """Return the tensors of a GGUF file, and its metadata as one text.
+    """Return the tensors of a GGUF file, or of all parts of a split one, and its metadata as one text.
 
     Parameters
     ----------
@@ -124,6 +126,53 @@ def gguf_sources(
     UserWarning
         If tensors are decoded, since no packed tensor can hold their type.
     """
+    sources: dict[str, Source] = {}
+    decoded: Counter[str] = Counter()
+    texts: dict[str, Any] = {}
+    parts = _parts(path)
+    for number, part in enumerate(parts):
+        metadata, of_part, kinds = _read_part(part, skipped)
+        texts = texts or metadata  # of the first part, which has those of the model
+        _require_part(part, metadata, number, len(parts))
+        for name, source in of_part.items():
+            if name in sources:
+                raise ValueError(f"{part}: {name!r} is in another part of the model too")
+            sources[name] = source
+        decoded.update(kinds)
+    if decoded:
+        text = ", ".join(f"{count} of type {kind}" for kind, count in decoded.items())
+        warnings.warn(f"{path}: tensors are decoded, since no packed tensor holds their codes: {text}", stacklevel=2)
+    return sources, {METADATA: json.dumps(texts)}
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a model that llama.cpp has split, in order, or the one file."""
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    stem, number, count = found[1], int(found[2]), int(found[3])
+    if not 1 <= number <= count:
+        return [path]
+    parts = [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for part in parts:
+        if not part.exists():
+            raise FileNotFoundError(f"{part}: not found; {path.name} is one of {count} parts of a model")
+    return parts
+
+
+def _require_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
+    """Raise ValueError if a file is not the part of a model that its name says."""
+    expected = (number, count)
+    found = (metadata.get("split.no", [None, 0])[-1], metadata.get("split.count", [None, 1])[-1])
+    if found != expected and found != (0, 0):
+        raise ValueError(
+            f"{path}: expected part {number + 1} of {count}, as its name says, got split.no {shown(found[0])} and "
+            f"split.count {shown(found[1])}"
+        )
+
+
+def _read_part(path: Path, skipped: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Source], Counter[str]]:
+    """Return the metadata of a file, its tensors, and how many of each type are decoded."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         mapped = Map(file)
@@ -148,10 +197,7 @@ def gguf_sources(
     for (start, nbytes, name), (after, _, other) in itertools.pairwise(places):
         if start + nbytes > after:
             raise ValueError(f"{path}: not a sound GGUF file: {name!r} and {other!r} overlap")
-    if decoded:
-        kinds = ", ".join(f"{count} of type {kind}" for kind, count in decoded.items())
-        warnings.warn(f"{path}: tensors are decoded, since no packed tensor holds their codes: {kinds}", stacklevel=2)
-    return sources, {METADATA: json.dumps(metadata)}
+    return metadata, sources, decoded
 
 
 # ---- the header ---------------------------------------------------------------------------------------------------

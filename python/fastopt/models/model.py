@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
@@ -194,6 +194,24 @@ class Imported(NamedTuple):
 IMPORTERS: list[Callable[[Any], Imported | None]] = []
 
 
+@overload
+def pack(
+    weights: Mapping[str, Weight] | PathLike,
+    recipe: Recipe | None = None,
+    *,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    **options: Unpack[RecipeOptions],
+) -> PackedModel: ...
+@overload
+def pack(  # a model of another framework: the result has methods of its own
+    weights: Any,
+    recipe: Recipe | None = None,
+    *,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    **options: Unpack[RecipeOptions],
+) -> Any: ...
 def pack(
     weights: Mapping[str, Weight] | PathLike | Any,
     recipe: Recipe | None = None,
