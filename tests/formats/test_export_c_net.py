@@ -148,6 +148,8 @@ def computed(tmp_path_factory):
         model, net = packed(weights, options), f"net{i}"
         fo.export(model, folder / f"{net}.onnx", to="onnx", graph=graph, input_shape=shape)
         costs[name] = fo.export(model, folder / f"{net}.c", to="c", graph=graph, input_shape=shape)
+        given = {"input_shape": shape} if shape else {}
+        fo.export(folder / f"{net}.onnx", folder / f"{net}_from_onnx.c", to="c", **given)
         session = session_of(folder / f"{net}.onnx")
         (about,) = session.get_inputs()
         shape = (1, *(shape or about.shape[1:]))
@@ -157,17 +159,22 @@ def computed(tmp_path_factory):
         told = session.get_outputs()[0].shape
         assert [n if isinstance(n, int) else m for n, m in zip(told, y.shape, strict=True)] == [*y.shape]
         expected[name] = y
-        inputs[net] = (x.astype(np.uint32) if ids else x, y.size, f"{net}_run")
+        for source in (net, f"{net}_from_onnx"):
+            inputs[source] = (x.astype(np.uint32) if ids else x, y.size, f"{source}_run")
     found = run_of(folder, "all", list(inputs), inputs)
-    return {name: (found[net].reshape(expected[name].shape), expected[name])
-            for name, net in zip(CASES, inputs, strict=True)}, costs  # fmt: skip
+    outputs = {}
+    for i, (name, y) in enumerate(expected.items()):
+        outputs[name] = [found[net].reshape(y.shape) for net in (f"net{i}", f"net{i}_from_onnx")], y
+    return outputs, costs
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_onnxruntime(computed, name):
-    y, expected = computed[0][name]
+    """From the layers, and from the ONNX model that was made of them."""
+    outputs, expected = computed[0][name]
     assert np.linalg.norm(expected) > 1e-3
-    assert np.linalg.norm(y - expected) <= 3e-6 * np.linalg.norm(expected)
+    for y in outputs:
+        assert np.linalg.norm(y - expected) <= 3e-6 * np.linalg.norm(expected)
 
 
 def test_whole_numbers(rng, tmp_path):
@@ -288,7 +295,7 @@ def test_refused(graph, options, message, tmp_path):
 
 def test_options_need_a_graph(tmp_path):
     for option in ({"int8": True}, {"dry_run": True}, {"input_shape": (1,)}):
-        with pytest.raises(ValueError, match=r"needs a graph \(--layer\)"):
+        with pytest.raises(ValueError, match=r"needs a graph \(--layer\) or an ONNX model"):
             fo.export({"w": np.ones((2, 2), "f4")}, tmp_path / "m.c", to="c", **option)
 
 

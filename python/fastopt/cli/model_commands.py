@@ -41,7 +41,7 @@ from fastopt.cli.workers import Dask, Workers, executor_of
 from fastopt.files.shards import read_index
 from fastopt.files.sources import is_torch, open_weights
 from fastopt.files.weights import Weights, is_packed
-from fastopt.formats import FORMATS
+from fastopt.formats import FORMATS, with_network
 from fastopt.formats import export as export_to
 from fastopt.formats.onnx_calibrate import calibrate_onnx
 from fastopt.formats.onnx_check import OutputReport, check_onnx
@@ -388,6 +388,7 @@ def unpack(
     epilog="Examples:\n\nfastopt export small.safetensors --to gguf -o small.gguf\n\n"
     "fastopt pack llm.gguf -o llm.safetensors --bits 4 && fastopt export llm.safetensors --to gguf -o llm4.gguf\n\n"
     "fastopt export small.safetensors --to onnx -o small.onnx --layer fc1:relu --layer fc2 --fast\n\n"
+    "fastopt export net.onnx --to c -o net.c --dry-run\n\n"
     "fastopt export small.safetensors --to mlx -o mlx.safetensors --param-dtype float16"
 )
 @with_options(*of_format(*FORMATS))
@@ -420,7 +421,8 @@ def export(
     Codes, scales and minima are copied unchanged. A tensor that the format cannot hold is an error that says what to
     change.
 
-    Activations: relu, relu6, leaky_relu, gelu, silu, tanh, sigmoid. JSON: source, target, to, file_bytes.
+    An ONNX model becomes a function in C, or is refused by the node that has none. Activations: relu, relu6,
+    leaky_relu, gelu, silu, tanh, sigmoid, softmax. JSON: source, target, to, file_bytes; for networks in C cost.
     """
     if to not in FORMATS:
         raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
@@ -431,11 +433,18 @@ def export(
     names = {old: new for old, _, new in (text.partition("=") for text in rename or ())}
     with byte_progress("export") as notify:
         opened = open_model(model, key=key, skip=skip or ())
-        export_to(opened, output, to=to, exclude=exclude or (), rename=names, notify=notify, **options)
+        options = with_network(to, model, options)
+        cost = export_to(opened, output, to=to, exclude=exclude or (), rename=names, notify=notify, **options)
+    about: dict[str, Any] = {"source": str(model), "target": str(output), "to": to}
+    if cost is not None:
+        about["cost"] = {**cost._asdict(), "steps": [step._asdict() for step in cost.steps]}
+    if options.get("dry_run"):
+        assert cost is not None
+        typer.echo(tables.to_json(about) if as_json else tables.cost_table(cost))
+        return
     size = _file_bytes(output)
     if as_json:
-        about = {"source": str(model), "target": str(output), "to": to, "file_bytes": size}
-        typer.echo(tables.to_json(about))
+        typer.echo(tables.to_json({**about, "file_bytes": size}))
     else:
         say(f"{output}: {tables.size_text(size)}")
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastopt._text import printable, printable_json
+from fastopt.formats.c_net import Cost
 from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
 from fastopt.models.recipe import PACKED_BEFORE, Recipe
@@ -330,3 +331,20 @@ def _error_text(error: Error) -> str:
     if error.rmse == 0:
         return "no error"
     return f"relative error {percent_text(error.relative)}, SNR {decibel_text(error.snr)} dB, cosine {error.cosine:.6f}"
+
+
+def cost_table(cost: Cost) -> str:
+    """Return the cost of each operation of a network in C, and of all."""
+    rows = [
+        [step.name, step.call, "x".join(map(str, step.shape[1:])), f"{step.flash:,}", f"{step.macs:,}"]
+        for step in cost.steps
+    ]
+    rows.append(["all", "", "", f"{cost.flash:,}", f"{cost.macs:,}"])
+    head = ["node", "function", "output", "flash bytes", "multiply-adds"]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        padded = [row[i].ljust(width) if i < 3 else row[i].rjust(width) for i, width in enumerate(widths)]
+        lines.append("  ".join(padded).rstrip())
+    ram = f"scratch {cost.scratch:,} bytes, x {cost.input_bytes:,}, y {cost.output_bytes:,}"
+    return "\n".join([*lines, f"RAM: {ram}; the code comes on top of flash"])

@@ -71,7 +71,9 @@ def export(
         Called with the bytes done, the bytes in total, and the name of the next tensor, "" at the end.
     **options
         Options of the format. "c": ``graph``, a list of `Layer`, `Add` and `Concat` with one output; ``input_shape``,
-        the shape of x without the batch, unless the first layer is dense; ``int8=True`` writes ``BASE_run_int8`` too,
+        the shape of x without the batch, unless the first layer is dense; ``onnx``, the path of the ONNX model that the
+        weights are of, instead of a graph (by default the source, if that is one; ``arrays=True`` writes the arrays
+        alone); ``int8=True`` writes ``BASE_run_int8`` too,
         which multiplies whole numbers; ``dry_run=True`` writes nothing. "gguf": ``requantize=True`` decodes tensors
         that the format cannot hold and stores them as Q8_0; ``architecture`` is the file's ``general.architecture``.
         "mlx": ``param_dtype="float16"`` makes the file smaller, and MLX decodes in float16. "onnx": ``graph``, a list
@@ -117,7 +119,7 @@ def export(
     if unknown:
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if not isinstance(model, Mapping):
-        model = open_model(model)
+        options, model = with_network(to, model, options), open_model(model)
     names = _kept(model, (exclude,) if isinstance(exclude, str) else exclude)
     if len(names) < len(model):
         kept = {name: model[name] for name in names} if not isinstance(model, Weights) else {}
@@ -135,6 +137,12 @@ def export(
             stacklevel=2,
         )
     return cost
+
+
+def with_network(to: str, source: PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the network that C code is written of, where the source is an ONNX model."""
+    own = to == "c" and Path(source).suffix == onnx.SUFFIX and "graph" not in options
+    return {**({"onnx": source} if own else {}), **options}
 
 
 def _renamed(model: Mapping[str, Weight], rename: Mapping[str, str]) -> Mapping[str, Weight]:

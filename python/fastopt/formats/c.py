@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from fastopt._checks import as_matrix
-from fastopt._types import Array
+from fastopt._types import Array, PathLike
 from fastopt.files.atomic import replacing
 from fastopt.formats.c_layers import add_layers
 from fastopt.formats.c_net import Cost, Net, identifier
+from fastopt.formats.c_onnx import add_onnx
 from fastopt.formats.common import Option
 from fastopt.formats.layers import INPUT_SHAPE, LAYER
 from fastopt.models.shrinking import Node
@@ -29,6 +30,12 @@ OPTIONS: dict[str, Option] = {
         help="a dense layer, NAME.weight and NAME.bias, that reads the previous one; may be repeated. With layers, "
         "BASE_run computes the outputs. Without them, the file has the arrays alone."
     ),
+    "onnx": Option(
+        "the ONNX model that the weights are of; BASE_run computes its graph. A source that is an ONNX model is it "
+        "already.",
+        metavar="MODEL.onnx",
+    ),
+    "arrays": Option("of an ONNX model, write the arrays alone.", bool),
     "input_shape": INPUT_SHAPE,
     "int8": Option("write BASE_run_int8 too, which multiplies whole numbers of 8 bits.", bool),
     "dry_run": Option("write nothing; tell flash, RAM and multiply-adds.", bool),
@@ -53,6 +60,8 @@ def write(
     progress: Progress,
     *,
     graph: Sequence[Node] | None = None,
+    onnx: PathLike | None = None,
+    arrays: bool = False,
     input_shape: Sequence[int] | None = None,
     int8: bool = False,
     dry_run: bool = False,
@@ -69,8 +78,12 @@ def write(
     progress : Progress
     graph : sequence of Layer, Add and Concat, optional
         Tensors that it does not name are left out.
+    onnx : path-like, optional
+        An ONNX model with these weights, whose graph is computed instead.
+    arrays : bool
+        Write the arrays alone, also if `onnx` is given.
     input_shape : sequence of int, optional
-        The shape of x without the batch; needed unless the first layer is dense.
+        The shape of x without the batch; needed unless the first layer is dense, or the ONNX model tells it.
     int8 : bool
         Write BASE_run_int8 too.
     dry_run : bool
@@ -98,15 +111,22 @@ def write(
         raise ValueError(f"path: expected a name that an #include can hold, got {path.name!r}")
     if path.stem.casefold() in ("fastopt", "fastopt_nn"):
         raise ValueError(f"path: {path.name!r}: its header would be that of the library; take another name")
-    if graph is None:
+    if graph is not None and onnx is not None:
+        raise ValueError("graph, onnx: expected one of them")
+    if graph is None and (onnx is None or arrays):
         for option, given in (("input_shape", input_shape), ("int8", int8), ("dry_run", dry_run)):
             if given:
-                raise ValueError(f"{option}: needs a graph (--layer)")
+                raise ValueError(f"{option}: needs a graph (--layer) or an ONNX model")
         headers: tuple[str, ...] = ("fastopt.h",)
         net, tensors = None, model
     else:
         headers, net = ("fastopt.h", "fastopt_nn.h"), Net(base, model)
-        net.finish(add_layers(net, graph, input_shape), int8=int8)
+        if graph is not None:
+            y = add_layers(net, graph, input_shape)
+        else:
+            assert onnx is not None
+            y = add_onnx(net, Path(onnx), input_shape)
+        net.finish(y, int8=int8)
         tensors = net.tensors
     library = {name: files("fastopt").joinpath(name).read_bytes() for name in headers}
     taken = {word for text in library.values() for word in _OF_FASTOPT.findall(text.decode())}
@@ -146,7 +166,8 @@ def _write_files(
         if net is not None:
             header.write(_declared(base, net))
         for own, name in identifiers.items():
-            progress.next(name)
+            if net is None or name in net.model:
+                progress.next(name)
             tensor = tensors[name]
             with _naming(name):
                 _write_tensor(source, own, tensor, names)

@@ -151,6 +151,7 @@ class Net:
     def __init__(self, base: str, model: Mapping[str, Weight]) -> None:
         self.base = base
         self.model = model
+        self._more: dict[str, Weight] = {}
         self.tensors: dict[str, Weight] = {}  # those that are read
         self.declarations: list[str] = []
         self.names = {self.tensor_name(name) for name in model} | {f"{base}_run", f"{base}_run_int8"}
@@ -164,6 +165,14 @@ class Net:
         self.scratch = 0  # bytes
 
     # ---- names and constants ----
+
+    def added(self, name: str, tensor: Weight) -> str:
+        """Add a tensor that the model does not have; return the name that it gets."""
+        while self.tensor_name(name) in self.names:
+            name += "_"
+        self.names.add(self.tensor_name(name))
+        self._more[name] = tensor
+        return name
 
     def tensor_name(self, name: str) -> str:
         """Return the name in C of a tensor of the model."""
@@ -179,10 +188,12 @@ class Net:
 
     def has(self, name: str) -> bool:
         """Return whether the model has a tensor."""
-        return name in self.model
+        return name in self.model or name in self._more
 
     def tensor(self, node: str, name: str) -> Weight:
         """Return a tensor that a node needs."""
+        if name in self._more:
+            return self._more[name]
         if name not in self.model:
             raise ValueError(f"model: {node!r} needs {name!r}, which is missing")
         return self.model[name]
@@ -201,7 +212,7 @@ class Net:
         if name is None:
             return "NULL"
         self.vector(node, name, rows)
-        self.tensors[name] = self.model[name]
+        self.tensors[name] = self.tensor(node, name)
         return f"&{self.tensor_name(name)}"
 
     def vector(self, node: str, name: str, size: int) -> Array:
@@ -231,6 +242,10 @@ class Net:
         self._input = _Buffer(math.prod(shape), "x")
         self.ids, self.input_shape = ids, tuple(shape)
         return Value(tuple(shape), self._input)
+
+    def is_input(self, x: Value) -> bool:
+        """Return whether a value is the input, maybe in another shape."""
+        return x.buffer is self._input
 
     def _add(
         self, name: str, kind: str, reads: Sequence[Value], shape: Sequence[int], call: Call, *,

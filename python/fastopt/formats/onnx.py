@@ -746,7 +746,10 @@ class _Layer:
         for part in ("bias_ih_l0", "bias_hh_l0"):
             name = f"{self.layer.name}.{part}"
             if name in self.model:
-                _vector(builder, self.model, name, count * units)
+                if self.model[name].shape != (count * units,):
+                    raise ValueError(
+                        f"model: expected {name!r} of shape {(count * units,)}, got {self.model[name].shape}"
+                    )
                 dense = unpacked(self.model[name]).astype(np.float32)
                 biases.append(dense.reshape(count, units)[list(gates)].reshape(-1))
             else:

@@ -58,11 +58,52 @@ def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False
     ValueError
         If it is not an ONNX model.
     """
-    require_package("onnx")
-    file = OnnxFile(path)
-    model = inlined(file.model, file.payloads)
-    root = scope_of(model)
-    decoded, products, parts = _decoded(root), list(_products(root)), set()
+    opened = OpenedOnnx(path)
+    file, model, values, found = opened.file, opened.model, opened.values, opened.found
+    sources = {name: _source(file, model, value, found.get(name)) for name, value in values.items()}
+    for scope, node, _ in opened.products:
+        name = _tag(node) or node.input[1].removesuffix(".codes")
+        sources.setdefault(name, _source_of_product(file, scope, node))
+    return {name: source for name, source in sources.items() if not skipped(name)}
+
+
+class OpenedOnnx:
+    """An ONNX model and its constants.
+
+    Attributes
+    ----------
+    file : OnnxFile
+    model : ModelProto
+        With local functions inlined.
+    root : Scope
+    values : dict from name to Value
+        The constants, and weights that nodes decode, by the names that `onnx_sources` gives them.
+    found : dict from name to Found
+        Those that are weights.
+    products : list
+        Nodes that multiply with codes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_package("onnx")
+        self.file = OnnxFile(path)
+        self.model = inlined(self.file.model, self.file.payloads)
+        self.root = scope_of(self.model)
+        self.products = list(_products(self.root))
+        self.values = _values_of(self.model, self.root, self.products)
+        self.found, _ = weights_of(self.values)
+
+    def evaluated(self, value: Value) -> Array:
+        """Compute a value from constants."""
+        if value.tensor is not None:
+            return self.file.array(value.tensor)
+        return _evaluated(self.file, self.model, value)
+
+
+def _values_of(
+    model: ModelProto, root: Scope, products: list[tuple[Scope, NodeProto, list[Value]]]
+) -> dict[str, Value]:
+    decoded, parts = _decoded(root), set[Value]()
     for steps in (*decoded.values(), *(steps for _, _, steps in products)):
         parts.update(steps)
     _infer(model, root, decoded)
@@ -71,13 +112,7 @@ def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False
         for value in constants_of(root).values()
         if value not in parts and (value.tensor is None or value.tensor.doc_string != AUXILIARY)
     ]
-    values = named(root, [*constants, *decoded])
-    found, _ = weights_of(values)
-    sources = {name: _source(file, model, value, found.get(name)) for name, value in values.items()}
-    for scope, node, _ in products:
-        name = _tag(node) or node.input[1].removesuffix(".codes")
-        sources.setdefault(name, _source_of_product(file, scope, node))
-    return {name: source for name, source in sources.items() if not skipped(name)}
+    return named(root, [*constants, *decoded])
 
 
 def _source(file: OnnxFile, model: ModelProto, value: Value, found: Found | None) -> Source:
