@@ -580,6 +580,172 @@ def dequantize(codes, scale, minimum, group_size):
     return decoded(codes.astype(np.float32), scale, minimum)
 
 
+# ---- parameters in two levels -------------------------------------------------------------------------------
+#
+# The scale and the minimum of a group are codes of `param_bits` under floats for each `param_group` columns (-1: a
+# row): scale = d * code, from 1 on, and minimum = m0 - dm * code. With two floats instead of three m0 is 0, as in
+# ggml's K-quants. A decoder computes both in float32, each operation rounded, and goes on as with stored pairs.
+
+
+def two_level_pairs(floats, qs, qm, group_size, param_group):
+    """Scale and minimum of each group from its codes [rows, groups] and floats [rows, parts, 2 or 3]."""
+    f = np.float32
+    per_part = qs.shape[1] if param_group == -1 else param_group // group_size
+    numbers = np.repeat(floats.astype(f), max(per_part, 1), axis=1)[:, : qs.shape[1]]
+    d, dm, m0 = (numbers[..., i] if i < floats.shape[-1] else f(0) for i in range(3))
+    return d * qs.astype(f), m0 - dm * qm.astype(f)
+
+
+def quantize_two_level(w, bits, group_size=16, param_bits=4, param_group=-1, half=True, importance=None):
+    """Codes [rows, cols], codes of scale and minimum [rows, groups], and floats [rows, parts, 3; 2 with 256 columns].
+
+    cpp/kernels/quant/two_level.inl tells the steps. Each group is fitted by itself, but for the floats: all sums over
+    its values run in the order of the columns.
+    """
+    rows, cols = w.shape
+    step = cols if param_group == -1 else param_group
+    groups, parts, count = -(-cols // group_size), -(-cols // max(step, 1)), 3 if param_group == -1 else 2
+    codes = np.zeros((rows, cols), np.uint8)
+    qs, qm = np.ones((rows, groups), np.uint8), np.zeros((rows, groups), np.uint8)
+    floats = np.zeros((rows, parts, count), np.float16 if half else np.float32)
+    if importance is not None:
+        importance = np.ldexp(importance, -np.frexp(importance.max())[1])
+    for part in range(parts):
+        columns = slice(part * step, min((part + 1) * step, cols))
+        mine = slice(columns.start // group_size, -(-columns.stop // group_size))
+        v = None if importance is None else np.broadcast_to(importance, w.shape)[:, columns]
+        found = _fit_part(w[:, columns], bits, group_size, 2**param_bits - 1, half, count, v)
+        if found is None:
+            return quantize_two_level(w, bits, group_size, param_bits, param_group, False, importance)
+        floats[:, part], qs[:, mine], qm[:, mine], codes[:, columns] = found
+    return codes, qs, qm, floats
+
+
+def _fit_part(w, bits, group_size, most, half, count, importance):
+    """The same for one part of all rows; None where float16 cannot hold its floats."""
+    f = np.float32
+    rows, size = w.shape
+    groups = -(-size // group_size)
+    top, middle, most = f(2**bits - 1), f(2**bits - 1) * f(0.5), f(most)
+    exponent = np.clip(np.frexp(np.abs(w).max(1))[1], -126, 126)
+    up, down = np.ldexp(f(1), exponent), np.ldexp(f(1), -exponent)
+
+    def in_groups(values, missing):
+        padded = np.empty((rows, groups * group_size), f)
+        padded[:, :size] = values
+        padded[:, size:] = missing
+        return np.moveaxis(padded.reshape(rows, groups, group_size), -1, 0).copy()
+
+    x = in_groups(w * down[:, None], w[:, [(groups - 1) * group_size]] * down[:, None])
+    h = in_groups(1 if importance is None else importance, 0)
+
+    def inverse(scale):
+        return np.divide(f(1), scale, out=np.zeros_like(scale), where=scale >= f(2**-100))
+
+    def clamped(code, limit=top):
+        return np.clip(np.rint(code), f(0), limit)
+
+    def line_sums(scale, minimum):
+        sums = np.zeros((5, rows, groups), f)
+        for value, v in zip(x, h, strict=True):
+            u = (value - minimum) * inverse(scale)
+            code = clamped(u)
+            d, r = code - middle, u - code
+            sums += np.stack([v, v * d, v * d * d, v * r, v * r * d])
+        return sums
+
+    def rounded(values):
+        if not half:
+            return values
+        with np.errstate(over="ignore"):
+            return np.float16(values * up[:, None]).astype(f) * down[:, None]
+
+    # 1. a pair for each group
+    minimum = x.min(0) + f(0)
+    scale = (x.max(0) - x.min(0)) / top
+    for _ in range(3):
+        n, d, dd, r, rd = line_sums(scale, minimum)
+        with np.errstate(all="ignore"):
+            spread = n * dd - d * d
+            b = (n * rd - d * r) / spread
+            a = (r - b * d) / n
+            better = scale + scale * b
+            good = (spread > n * dd * f(2**-16)) & (better >= scale * f(2**-10))
+            minimum = np.where(good, minimum + scale * (a - b * middle), minimum)
+            scale = np.where(good, better, scale)
+
+    # 2. floats that span the pairs, and codes of these
+    widest, high, low = (t[:, None] for t in (scale.max(1), minimum.max(1), minimum.min(1)))
+    if count == 2:
+        high, low, minimum = np.zeros_like(high), np.minimum(low, f(0)), np.minimum(minimum, f(0))
+    with np.errstate(invalid="ignore", over="ignore"):
+        d, m0 = widest / most, rounded(high) + f(0)
+        dm = np.maximum(m0 - low, f(0)) / most
+        room = np.where(widest > 0, widest * f(0.5), np.maximum(abs(high), abs(low)) * f(2**-11))
+        fits = abs(rounded(d) - d) <= d * f(2**-8)
+        fits &= (abs(m0 - high) <= room) & (abs(rounded(dm) - dm) * most <= room)
+    if not fits.all():
+        return None
+    d, dm = rounded(d), rounded(dm)
+    q = np.maximum(np.minimum(np.rint(scale * inverse(d)), most), f(1))
+    k = clamped((m0 - (minimum + (scale - d * q) * middle)) * inverse(dm), most)
+
+    def refitted(d, dm, m0):
+        n, sd, sdd, sr, srd = (t.astype(float) for t in line_sums(d * q, m0 - dm * k))
+        qq, kk, mid, unit = q.astype(float), k.astype(float), float(middle), d.astype(float)
+        c = sd + mid * n
+        cc = sdd + mid * (sd + c)
+        r = unit * qq * sr
+        rc = unit * qq * srd + mid * r
+        terms = (qq * qq * cc, -(qq * kk * c), qq * c, kk * kk * n, -(kk * n), n, qq * rc, -(kk * r), r)
+        s = [tree(partial_sums(t, SUMS["partials"]))[:, None] for t in terms]
+        with np.errstate(all="ignore"):
+            by_d1, by_d2 = s[1] / s[0], s[2] / s[0]
+            a11, a12, y1 = s[3] - by_d1 * s[1], s[4] - by_d1 * s[2], s[7] - by_d1 * s[6]
+            has_dm = a11 > s[3] * 2.0**-30
+            by_dm = np.where(has_dm, a12 / a11, 0)
+            a22, y2 = s[5] - by_d2 * s[2] - by_dm * a12, s[8] - by_d2 * s[6] - by_dm * y1
+            z2 = np.where((count == 3) & (a22 > s[5] * 2.0**-30), y2 / a22, 0)
+            z1 = np.where(has_dm, (y1 - a12 * z2) / a11, 0)
+            z0 = (s[6] - s[1] * z1 - s[2] * z2) / s[0]
+            old = d, dm, m0
+            new = [rounded((t.astype(float) + z).astype(f)) for t, z in zip(old, (z0, z1, z2), strict=True)]
+            z0, z1, z2 = (t.astype(float) - o.astype(float) for t, o in zip(new, old, strict=True))
+            rise = (
+                z0 * (z0 * s[0] + 2 * (z1 * s[1] + z2 * s[2] - s[6]))
+                + z1 * (z1 * s[3] + 2 * (z2 * s[4] - s[7]))
+                + z2 * (z2 * s[5] - 2 * s[8])
+            )
+            good = (s[0] > 0) & (new[0] >= d * f(0.5)) & (new[1] >= 0) & (rise < 0)
+        return [np.where(good, t, o) for t, o in zip(new, old, strict=True)]
+
+    # 3. floats by least squares, and neighbours of the codes
+    for _ in range(2):
+        d, dm, m0 = refitted(d, dm, m0)
+        scale, minimum, least, best_q, best_k = d * q, m0 - dm * k, np.full_like(q, np.inf), q, k
+        for step in (0, -1, 1):
+            new_q = np.clip(q + f(step), f(1), most)
+            new_scale = d * new_q
+            near = clamped((m0 - (minimum + (scale - new_scale) * middle)) * inverse(dm), most) if step else k
+            for new_k in (near, np.maximum(near - f(1), f(0)), np.minimum(near + f(1), most)):
+                error, new_minimum = np.zeros_like(q), m0 - dm * new_k
+                for value, v in zip(x, h, strict=True):
+                    u = (value - new_minimum) * inverse(new_scale)
+                    error += v * ((u - clamped(u)) * (u - clamped(u)))
+                error = error * (new_scale * new_scale)
+                better = error < least
+                least, best_q, best_k = (
+                    np.where(better, t, o) for t, o in ((error, least), (new_q, best_q), (new_k, best_k))
+                )
+        q, k = best_q, best_k
+
+    # 4. floats once more, and the codes
+    d, dm, m0 = refitted(d, dm, m0)
+    codes = clamped((x - (m0 - dm * k)) * inverse(d * q))
+    floats = np.concatenate([d, dm, m0][:count], axis=1) * up[:, None]
+    return floats, q, k, np.moveaxis(codes, 0, -1).reshape(rows, -1)[:, :size]
+
+
 # ---- products ---------------------------------------------------------------------------------------------
 #
 # Every user may rely on this: a product is the same, bit for bit, on every instruction set and for any number of

@@ -244,16 +244,17 @@ class PreparedX {
 
 // `limbs` is 3 (exact) or 1 (int8). All checks are here and not in Python: a call costs no more than the product of a
 // small matrix.
-py::object linear_quantized(const py::object& x, const py::array& codes, const py::array& scale,
+py::object linear_quantized(const py::object& x, const py::array& codes, const py::object& scale,
                             const py::array& minimum, int bits, std::size_t group_size, const py::tuple& shape,
                             const py::object& bias, const py::object& out, int limbs, const py::object& outliers) {
   if (limbs != 1 && limbs != 3) throw py::value_error("limbs: expected 1 or 3, got " + std::to_string(limbs));
   Operands o = operands_of(x, shape, bias, out);
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, o.cols, group_size);
+  const StoredWeight weight(codes, scale, minimum, bits, o.cols, group_size);
+  const Quantized& q = weight.quantized();
   if (q.rows != o.rows) {
     fail_value({"codes"}, "expected " + std::to_string(o.rows) + " rows, got " + std::to_string(q.rows));
   }
-  check_disjoint(o, [&](Disjoint& memory) { reads_weight(memory, q); });
+  check_disjoint(o, [&](Disjoint& memory) { weight.reads(memory); });
 
   Outliers<std::uint32_t> narrow{};
   Outliers<std::int64_t> wide{};
@@ -276,10 +277,15 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
     // In cache and with many rows of x, arithmetic takes the time: each multiply-add counts as a byte, or as half of
     // one.
     const double products = matrix_bytes(q.rows, q.cols) / 4 * static_cast<double>(io.batch);
+    // Rows whose parameters are decoded together: few, for they take the place of other things in the cache, but enough
+    // that the panels of x are not read again for each.
+    const std::size_t at_once = io.batch < kLeastPanel ? 16 : 64;
     parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
-      k.products.linear_quantized(q, io, begin, end);
-      if (narrow.count > 0) add_outliers(k, q, narrow, io, begin, end);
-      if (wide.count > 0) add_outliers(k, q, wide, io, begin, end);
+      weight.for_rows(k, begin, end, at_once, [&](const Quantized& w, std::size_t first, std::size_t last) {
+        k.products.linear_quantized(w, io, first, last);
+        if (narrow.count > 0) add_outliers(k, w, narrow, io, first, last);
+        if (wide.count > 0) add_outliers(k, w, wide, io, first, last);
+      });
     });
   }
   return o.out;
@@ -398,17 +404,20 @@ py::object linear_sparse(const py::object& x, const std::string& layout, const p
 
 // The values are the `count` codes of one quantized row.
 py::object linear_sparse_quantized(const py::object& x, const std::string& layout, const py::array& positions,
-                                   const py::array& row_offsets, const py::array& codes, const py::array& scale,
+                                   const py::array& row_offsets, const py::array& codes, const py::object& scale,
                                    const py::array& minimum, int bits, std::size_t group_size, std::size_t count,
                                    const py::tuple& shape, const py::object& bias, const py::object& out) {
   const Operands o = operands_of(x, shape, bias, out);
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, count, group_size);
-  if (q.rows != 1) fail_value({"codes"}, "expected one row of values, got " + std::to_string(q.rows));
-  const std::size_t entries = entries_of(layout, count);
+  const StoredWeight values(codes, scale, minimum, bits, count, group_size);
+  const std::size_t value_rows = values.quantized().rows, entries = entries_of(layout, count);
+  if (value_rows != 1) fail_value({"codes"}, "expected one row of values, got " + std::to_string(value_rows));
   Sparse w = sparse_of(layout, positions, row_offsets, o.cols, entries);
-  w.quantized = &q;
   w.count = count;
-  return multiply(w, o, entries, [&](Disjoint& memory) { reads_weight(memory, q); });
+  values.for_one_row(kernels(), [&](const Quantized& q) {
+    w.quantized = &q;
+    multiply(w, o, entries, [&](Disjoint& memory) { values.reads(memory); });
+  });
+  return o.out;
 }
 
 }  // namespace

@@ -27,6 +27,17 @@ unsigned range_of(const Kernels& k, const float* x, std::size_t n, Range* out) {
   return flags;
 }
 
+// A fit with an importance of the shape of x or, where `one_row` may be, of one row.
+Fit fit_of(const py::array& importance, bool least_squares, bool one_row, std::size_t rows, std::size_t cols,
+           Disjoint& memory) {
+  require_2d(importance, {"importance"});
+  const View<const float> values = view<const float>(importance, {"importance"});
+  one_row &= dimension(importance, 0) == 1;
+  require_shape(importance, one_row ? 1 : rows, cols, {"importance"});
+  memory.reads(values.data, values.size * sizeof(float), {"importance"});
+  return {least_squares, values.data, one_row ? 0 : cols};
+}
+
 // Fills codes, scale and minimum; returns kNonFinite and kHalfMisfit flags.
 unsigned quantize(const py::array& x, const py::array& codes, const py::array& scale, const py::array& minimum,
                   int bits, std::size_t group_size, bool least_squares, float limit, const py::object& importance) {
@@ -41,13 +52,7 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   memory.reads(from.data, from.size * sizeof(float), {"x"});
   Fit fit{least_squares, nullptr, 0};
   if (!importance.is_none()) {
-    const auto weights = py::cast<py::array>(importance);
-    require_2d(weights, {"importance"});
-    const View<const float> values = view<const float>(weights, {"importance"});
-    const bool one_row = dimension(weights, 0) == 1 && group_size != 0;
-    require_shape(weights, one_row ? 1 : rows, cols, {"importance"});
-    fit = {least_squares, values.data, one_row ? 0 : cols};
-    memory.reads(values.data, values.size * sizeof(float), {"importance"});
+    fit = fit_of(py::cast<py::array>(importance), least_squares, group_size != 0, rows, cols, memory);
   }
   memory.writes(q.codes, rows * q.row_bytes, {"codes"});
   memory.writes(q.scale, param_bytes(q), {"scale"});
@@ -74,26 +79,66 @@ unsigned quantize(const py::array& x, const py::array& codes, const py::array& s
   return flags;
 }
 
-void dequantize(const py::array& codes, const py::array& scale, const py::array& minimum, int bits,
+void dequantize(const py::array& codes, const py::object& scale, const py::array& minimum, int bits,
                 std::size_t group_size, const py::array& out) {
   require_2d(out, {"out"});
-  const Quantized q = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, dimension(out, 1), group_size);
+  const StoredWeight weight(codes, scale, minimum, bits, dimension(out, 1), group_size);
+  const Quantized& q = weight.quantized();
   const View<float> to = view<float>(out, {"out"});
   require_shape(out, q.rows, q.cols, {"out"});
   Disjoint memory;
   memory.writes(to.data, to.size * sizeof(float), {"out"});
-  reads_weight(memory, q);
+  weight.reads(memory);
   memory.check();
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
   if (q.rows == 1) {  // the threads share the columns of a single row
-    parallel_chunks(q.cols, kQuantChunk, matrix_bytes(1, q.cols),
-                    [&](std::size_t begin, std::size_t end) { k.quant.dequantize(q, 0, begin, end, to.data + begin); });
+    weight.for_one_row(k, [&](const Quantized& w) {
+      parallel_chunks(w.cols, kQuantChunk, matrix_bytes(1, w.cols), [&](std::size_t begin, std::size_t end) {
+        k.quant.dequantize(w, 0, begin, end, to.data + begin);
+      });
+    });
     return;
   }
   parallel_for(q.rows, matrix_bytes(q.rows, q.cols), [&](std::size_t begin, std::size_t end) {
-    for (std::size_t r = begin; r < end; ++r) k.quant.dequantize(q, r, 0, q.cols, to.data + r * q.cols);
+    weight.for_rows(k, begin, end, 1, [&](const Quantized& w, std::size_t first, std::size_t last) {
+      for (std::size_t r = first; r < last; ++r) k.quant.dequantize(w, r, 0, w.cols, to.data + r * w.cols);
+    });
   });
+}
+
+// Fills codes and parameters in two levels; returns kNonFinite, kHalfMisfit and kBeyond flags.
+unsigned quantize_two_level(const py::array& x, const py::array& codes, const py::array& scale,
+                            const py::array& minimum, const py::array& floats, int bits, std::size_t group_size,
+                            int param_bits, std::size_t param_group, float limit, const py::object& importance) {
+  require_2d(x, {"x"});
+  const View<const float> from = view<const float>(x, {"x"});
+  const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
+  if (group_size == 0) throw py::value_error("group_size: expected a number of columns with parameters in two levels");
+  QuantizedOut q = codes_of<std::uint8_t>(codes, bits, cols, group_size);
+  q.limit = limit;
+  require_shape(codes, rows, q.row_bytes, {"codes"});
+  const TwoLevelOut t =
+      two_level_of<std::uint8_t>(scale, minimum, floats, param_bits, param_group, rows, q.groups, q.group);
+  Disjoint memory;
+  memory.reads(from.data, from.size * sizeof(float), {"x"});
+  Fit fit{true, nullptr, 0};
+  if (!importance.is_none()) fit = fit_of(py::cast<py::array>(importance), true, true, rows, cols, memory);
+  memory.writes(q.codes, rows * q.row_bytes, {"codes"});
+  memory.writes(t.scale, rows * t.row_bytes, {"scale"});
+  memory.writes(t.minimum, rows * t.row_bytes, {"minimum"});
+  memory.writes(t.floats, rows * t.parts * t.count * (t.half ? 2 : 4), {"param_floats"});
+  memory.check();
+  if (from.size == 0) return 0;
+  const Kernels& k = kernels();
+  const std::size_t bytes = k.two_level.bytes(q, t);
+  const py::gil_scoped_release released;
+  std::atomic<unsigned> flags{0};
+  parallel_for(rows, 32 * matrix_bytes(rows, cols), [&](std::size_t begin, std::size_t end) {
+    const Scratch scratch(bytes);
+    flags |= k.two_level.quantize(from.data, q, t, fit, begin, end, scratch.data());
+  });
+  return flags;
 }
 
 const float* slabs_of(const py::array& array, std::size_t cols, const Label& label) {
@@ -204,9 +249,13 @@ void unpack(const py::array& packed, int bits, const py::array& codes) {
 void bind_quant(py::module_& m) {
   m.attr("NON_FINITE") = kNonFinite;
   m.attr("HALF_MISFIT") = kHalfMisfit;
+  m.attr("BEYOND") = kBeyond;
   m.def("quantize", &quantize, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("least_squares") = false, py::arg("limit") = std::numeric_limits<float>::max(),
         py::arg("importance") = py::none());
+  m.def("quantize_two_level", &quantize_two_level, py::arg("x"), py::arg("codes"), py::arg("scale"), py::arg("minimum"),
+        py::arg("param_floats"), py::arg("bits"), py::arg("group_size"), py::arg("param_bits"), py::arg("param_group"),
+        py::arg("limit"), py::arg("importance") = py::none());
   m.def("gptq", &gptq, py::arg("x"), py::arg("order"), py::arg("group_order"), py::arg("h"), py::arg("m"),
         py::arg("importance"), py::arg("codes"), py::arg("scale"), py::arg("minimum"), py::arg("bits"),
         py::arg("group_size"), py::arg("sweeps"), py::arg("limit"));

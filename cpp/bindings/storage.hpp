@@ -64,28 +64,35 @@ inline void require_bits(int bits) {
   throw py::value_error("bits: expected " + expected + ", got " + std::to_string(bits));
 }
 
-// A Quantized for Byte = const uint8_t, a QuantizedOut for uint8_t. `group_size` 0 means one scale and minimum for the
-// whole matrix.
+// A Quantized for Byte = const uint8_t, a QuantizedOut for uint8_t, without parameters. `group_size` 0 means one scale
+// and minimum for the whole matrix.
 template <class Byte>
-auto quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
-                  std::size_t group_size) {
-  constexpr bool reads = std::is_const_v<Byte>;
-  using Single = std::conditional_t<reads, const float, float>;
-  using Half = std::conditional_t<reads, const std::uint16_t, std::uint16_t>;
+auto codes_of(py::handle codes, int bits, std::size_t cols, std::size_t group_size) {
   require_bits(bits);
   require_2d(codes, {"codes"});
-  std::conditional_t<reads, Quantized, QuantizedOut> q{};
+  std::conditional_t<std::is_const_v<Byte>, Quantized, QuantizedOut> q{};
   q.bits = bits;
   q.rows = dimension(codes, 0);
   q.cols = cols;
   q.row_bytes = packed_bytes(cols, bits);
   q.codes = view<Byte>(codes, {"codes"}).data;
   require_shape(codes, q.rows, q.row_bytes, {"codes"});
-
   const bool whole = group_size == 0;
   q.group = whole ? std::max<std::size_t>(cols, 1) : group_size;
   q.groups = whole ? std::min<std::size_t>(cols, 1) : ceil_div(cols, group_size);
   q.param_stride = whole ? 0 : q.groups;
+  return q;
+}
+
+// The same with scales and minima of each group.
+template <class Byte>
+auto quantized_of(py::handle codes, py::handle scale, py::handle minimum, int bits, std::size_t cols,
+                  std::size_t group_size) {
+  constexpr bool reads = std::is_const_v<Byte>;
+  using Single = std::conditional_t<reads, const float, float>;
+  using Half = std::conditional_t<reads, const std::uint16_t, std::uint16_t>;
+  auto q = codes_of<Byte>(codes, bits, cols, group_size);
+  const bool whole = group_size == 0;
   q.half = has_dtype(array_of(scale, {"scale"}), float16());
   if (q.half) {
     q.scale = view_half<Half>(scale, {"scale"}).data;
@@ -104,11 +111,141 @@ std::size_t param_bytes(const Arrays& q) {
   return (q.param_stride == 0 ? 1 : q.rows * q.groups) * (q.half ? 2 : 4);
 }
 
-inline void reads_weight(Disjoint& memory, const Quantized& q) {
-  memory.reads(q.codes, q.rows * q.row_bytes, {"codes"});
-  memory.reads(q.scale, param_bytes(q), {"scale"});
-  memory.reads(q.minimum, param_bytes(q), {"minimum"});
+// The arrays of parameters in two levels for `groups` groups of `columns` columns in each of `rows` rows.
+// `param_group` is the number of columns that share floats, or 0 for a row.
+template <class Byte>
+auto two_level_of(py::handle scale, py::handle minimum, py::handle floats, int param_bits, std::size_t param_group,
+                  std::size_t rows, std::size_t groups, std::size_t columns) {
+  constexpr bool reads = std::is_const_v<Byte>;
+  using Single = std::conditional_t<reads, const float, float>;
+  using Half = std::conditional_t<reads, const std::uint16_t, std::uint16_t>;
+  require_bits(param_bits);
+  if (param_group % columns != 0) {
+    throw py::value_error("param_group: expected a multiple of the group size, " + std::to_string(columns) + ", got " +
+                          std::to_string(param_group));
+  }
+  std::conditional_t<reads, TwoLevel, TwoLevelOut> t{};
+  t.bits = param_bits;
+  t.part = param_group == 0 ? std::max<std::size_t>(groups, 1) : param_group / columns;
+  t.parts = ceil_div(groups, t.part);
+  t.row_bytes = packed_bytes(groups, param_bits);
+  t.scale = view<Byte>(scale, {"scale"}).data;
+  t.minimum = view<Byte>(minimum, {"minimum"}).data;
+  require_shape(scale, rows, t.row_bytes, {"scale"});
+  require_shape(minimum, rows, t.row_bytes, {"minimum"});
+  t.half = has_dtype(array_of(floats, {"param_floats"}), float16());
+  if (t.half) {
+    t.floats = view_half<Half>(floats, {"param_floats"}).data;
+  } else {
+    t.floats = view<Single>(floats, {"param_floats"}).data;
+  }
+  require_2d(floats, {"param_floats"});
+  t.count = t.parts == 0 ? 2 : dimension(floats, 1) / t.parts;
+  if (t.count != 2) t.count = 3;
+  require_shape(floats, rows, t.parts * t.count, {"param_floats"});
+  return t;
 }
+
+// A weight that is read, with parameters of either kind. Kernels take floats: those of two levels are decoded into
+// memory of the call, some rows at a time.
+class StoredWeight {
+ public:
+  // `scale` is an array; or, for two levels, a tuple: codes, floats, bits and columns as in two_level_of().
+  StoredWeight(const py::array& codes, const py::object& scale, const py::array& minimum, int bits, std::size_t cols,
+               std::size_t group_size)
+      : two_level_(py::isinstance<py::tuple>(scale)) {
+    if (!two_level_) {
+      q_ = quantized_of<const std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+      return;
+    }
+    q_ = codes_of<const std::uint8_t>(codes, bits, cols, group_size);
+    if (group_size == 0)
+      throw py::value_error("group_size: expected a number of columns with parameters in two levels");
+    const auto parts = scale.cast<py::tuple>();
+    if (parts.size() != 4) throw py::value_error("scale: expected 4 parts, got " + std::to_string(parts.size()));
+    t_ = two_level_of<const std::uint8_t>(parts[0], minimum, parts[1], parts[2].cast<int>(),
+                                          parts[3].cast<std::size_t>(), q_.rows, q_.groups, q_.group);
+  }
+
+  // Without parameters, where these are in two levels.
+  const Quantized& quantized() const { return q_; }
+
+  void reads(Disjoint& memory) const {
+    memory.reads(q_.codes, q_.rows * q_.row_bytes, {"codes"});
+    if (two_level_) {
+      memory.reads(t_.scale, q_.rows * t_.row_bytes, {"scale"});
+      memory.reads(t_.minimum, q_.rows * t_.row_bytes, {"minimum"});
+      memory.reads(t_.floats, q_.rows * t_.parts * t_.count * (t_.half ? 2 : 4), {"param_floats"});
+    } else {
+      memory.reads(q_.scale, param_bytes(q_), {"scale"});
+      memory.reads(q_.minimum, param_bytes(q_), {"minimum"});
+    }
+  }
+
+  // Calls call(w, first, last) for rows [begin, end), `at_once` of them at a time where parameters are decoded.
+  template <class Call>
+  void for_rows(const Kernels& k, std::size_t begin, std::size_t end, std::size_t at_once, const Call& call) const {
+    if (!two_level_) {
+      call(q_, begin, end);
+      return;
+    }
+    const std::size_t most = std::min(at_once, end - begin), size = most * q_.groups + kBeyondParams;
+    const Scratch memory(2 * size * sizeof(float));
+    float* const scale = reinterpret_cast<float*>(memory.data());
+    for (std::size_t row = begin; row < end; row += at_once) {
+      const std::size_t stop = std::min(end, row + at_once);
+      for (std::size_t r = row; r < stop; ++r) {
+        float* const to = scale + (r - row) * q_.groups;
+        k.two_level.decode(t_, r, 0, q_.groups, to, to + size);
+      }
+      call(with_params(scale, scale + size, row), row, stop);
+    }
+  }
+
+  // Calls call(w) for a weight of one row, whose parameters the threads decode together.
+  template <class Call>
+  void for_one_row(const Kernels& k, const Call& call) const {
+    if (!two_level_) {
+      call(q_);
+      return;
+    }
+    const std::size_t at_once = 4096, size = q_.groups + kBeyondParams;
+    const Scratch memory(2 * size * sizeof(float));
+    float* const scale = reinterpret_cast<float*>(memory.data());
+    const std::size_t pieces = ceil_div(q_.groups, at_once);
+    parallel_for(pieces, matrix_bytes(2, q_.groups), [&](std::size_t begin, std::size_t end) {
+      // Numbers behind the last one would be those of another thread: the last few are decoded apart.
+      float last[2][3 * kBeyondParams];
+      const std::size_t first = begin * at_once, stop = std::min(end * at_once, q_.groups);
+      const std::size_t apart = stop - std::min(stop - first, (stop - first) % kBeyondParams + kBeyondParams);
+      k.two_level.decode(t_, 0, apart, stop, last[0], last[1]);
+      if (apart > first) k.two_level.decode(t_, 0, first, apart, scale + first, scale + size + first);
+      std::copy_n(last[0], stop - apart, scale + apart);
+      std::copy_n(last[1], stop - apart, scale + size + apart);
+    });
+    call(with_params(scale, scale + size, 0));
+  }
+
+ private:
+  static constexpr std::size_t kBeyondParams = 16;  // numbers that `decode` may write too many, and one more
+
+  // The weight with parameters that begin with those of row `first`. Kernels count from row 0: the pointers are
+  // moved back as integers, for there is no array before these parameters.
+  Quantized with_params(const float* scale, const float* minimum, std::size_t first) const {
+    const auto back = [&](const float* params) {
+      return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(params) -
+                                           first * q_.groups * sizeof(float));
+    };
+    Quantized q = q_;
+    q.scale = back(scale);
+    q.minimum = back(minimum);
+    return q;
+  }
+
+  Quantized q_{};
+  TwoLevel t_{};
+  bool two_level_;
+};
 
 // The elements of an array of any float type, seen as integers of the same width.
 struct Elements {

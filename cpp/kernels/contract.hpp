@@ -18,6 +18,7 @@
 //   scale, minimum   the parameters of a group: weight ~ minimum + scale * code
 //   grid         the numbers that the codes of a group can stand for, ready to encode against
 //   lot          up to kGroupsAtOnce groups of a row, which are quantized together
+//   part         the neighbouring groups of a row whose scales and minima are codes under the same floats
 //
 //   strip        kStripRows rows that GPTQ quantizes side by side, each in a lane of its own
 //   slab         kSlabColumns neighbouring columns of a matrix, stored row after row
@@ -154,6 +155,24 @@ struct QuantizedArrays {
 using Quantized = QuantizedArrays<const std::uint8_t, const void>;
 using QuantizedOut = QuantizedArrays<std::uint8_t, void>;
 
+// Scales and minima of the groups in two levels: both are packed codes of `bits` bits, row after row, each row on a
+// byte, which count in the floats of their part:
+//
+//   scale = d * code         minimum = m0 - dm * code
+//
+// Each part, `part` groups, has its d, dm and, where `count` is 3, m0 in `floats`; where `count` is 2, m0 is 0.
+template <class Byte, class Params>
+struct TwoLevelArrays {
+  Byte* scale;
+  Byte* minimum;
+  Params* floats;
+  bool half;  // floats are float16, else float32
+  int bits;   // one of kCodeBits
+  std::size_t count, part, parts, row_bytes;
+};
+using TwoLevel = TwoLevelArrays<const std::uint8_t, const void>;
+using TwoLevelOut = TwoLevelArrays<std::uint8_t, void>;
+
 struct Range {
   float min, max;
 };
@@ -206,6 +225,7 @@ struct Cholesky {
 inline constexpr std::size_t kCholeskyBlock = 64;
 
 inline constexpr unsigned kHalfMisfit = 2;  // float16 cannot hold some scale or minimum closely enough
+inline constexpr unsigned kBeyond = 4;      // codes stand for values beyond the limit
 
 // ---- products ------------------------------------------------------------------------------------------------
 
@@ -315,6 +335,16 @@ struct QuantKernels {
   void (*unpack)(int bits, const std::uint8_t* packed, std::size_t n, std::uint8_t* codes);
 };
 
+struct TwoLevelKernels {
+  // Scales and minima of groups [begin, end) of a row, `begin` a multiple of 8; up to 15 more of each are written.
+  void (*decode)(const TwoLevel&, std::size_t row, std::size_t begin, std::size_t end, float* scale, float* minimum);
+  // The memory that `quantize` needs.
+  std::size_t (*bytes)(const QuantizedOut&, const TwoLevelOut&);
+  // Rows [begin, end) of x by least squares into the codes of `q` and its parameters in two levels. Returns flags.
+  unsigned (*quantize)(const float* x, const QuantizedOut& q, const TwoLevelOut&, const Fit& fit, std::size_t begin,
+                       std::size_t end, void* memory);
+};
+
 struct GptqKernels {
   // The memory that `rows` needs.
   std::size_t (*bytes)(const Gptq&);
@@ -393,6 +423,7 @@ struct Kernels {
   const char* isa;
   OptimKernels optim;
   QuantKernels quant;
+  TwoLevelKernels two_level;
   GptqKernels gptq;
   Products products;
   SparseKernels sparse;

@@ -24,6 +24,8 @@ namespace {
 //
 #include "kernels/linear/linear.inl"
 #if !defined(FASTOPT_PRODUCTS_ONLY)
+#include "kernels/quant/two_level.inl"
+//
 #include "kernels/quant/gptq.inl"
 //
 #include "kernels/optim/optim.inl"
@@ -57,6 +59,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     .isa = FASTOPT_NAME(FASTOPT_ISA),
     .optim = kOptim,
     .quant = kQuant,
+    .two_level = kTwoLevel,
     .gptq = kGptq,
     .products = kProducts,
     .sparse = kSparse,

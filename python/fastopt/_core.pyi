@@ -9,6 +9,7 @@ threaded: bool
 compiler: str
 NON_FINITE: int
 HALF_MISFIT: int
+BEYOND: int
 SLAB_COLUMNS: int
 SUMS: dict[str, int]
 HYPER_FIELDS: tuple[str, ...]
@@ -36,6 +37,19 @@ def quantize(
     limit: float = ...,
     importance: _Array | None = None,
 ) -> int: ...
+def quantize_two_level(
+    x: _Array,
+    codes: _Array,
+    scale: _Array,
+    minimum: _Array,
+    param_floats: _Array,
+    bits: int,
+    group_size: int,
+    param_bits: int,
+    param_group: int,
+    limit: float,
+    importance: _Array | None = None,
+) -> int: ...
 def gptq(
     x: _Array,
     order: _Array,
@@ -52,7 +66,9 @@ def gptq(
     limit: float,
 ) -> int: ...
 def cholesky(a: _Array) -> bool: ...
-def dequantize(codes: _Array, scale: _Array, minimum: _Array, bits: int, group_size: int, out: _Array) -> None: ...
+def dequantize(
+    codes: _Array, scale: _Array | tuple[Any, ...], minimum: _Array, bits: int, group_size: int, out: _Array
+) -> None: ...
 def pack(codes: _Array, bits: int, packed: _Array) -> None: ...
 def unpack(packed: _Array, bits: int, codes: _Array) -> None: ...
 def check_linear(
@@ -61,7 +77,7 @@ def check_linear(
 def linear_quantized(
     x: Any,
     codes: _Array,
-    scale: _Array,
+    scale: _Array | tuple[Any, ...],
     minimum: _Array,
     bits: int,
     group_size: int,
@@ -108,7 +124,7 @@ def linear_sparse_quantized(
     positions: _Array,
     row_offsets: _Array,
     codes: _Array,
-    scale: _Array,
+    scale: _Array | tuple[Any, ...],
     minimum: _Array,
     bits: int,
     group_size: int,

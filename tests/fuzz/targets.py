@@ -89,6 +89,7 @@ def model_seeds() -> dict[str, bytes]:
     made = {
         "quantized": fo.pack(w, bits=4, min_size=1),
         "three": fo.pack(w, bits=3, min_size=1),
+        "two levels": fo.PackedModel({"w": fo.quantize(w["w"], 4, group_size=8, param_bits=6, param_group=256)}),
         "sparse": fo.pack(w, sparsity=0.5, min_size=1),
         "pattern": fo.pack({"w": w["w"]}, pattern="2:4", bits=8, min_size=1),
     }
@@ -296,6 +297,7 @@ def construct_seeds() -> dict[str, bytes]:
     w = weights()["w"]
     q, pattern = fo.quantize(w, 4, group_size=8, outliers=0.05), fo.prune(w, pattern="2:4").quantize(8)
     made = {"quantized": q, "pattern": pattern, "whole": fo.quantize(w, 2, group_size=None)}
+    made["two levels"] = fo.quantize(w, 4, param_bits=4)
     made |= {layout: fo.SparseTensor.from_dense(w, layout=layout) for layout in ("mask", "index16", "index8", "1x16")}
     kinds = {fo.QuantizedTensor: "quantized", fo.SparseTensor: "sparse"}
     return {

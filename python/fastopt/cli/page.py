@@ -201,7 +201,8 @@ def _sample(array: Array, step: int) -> NDArray[np.float64]:
 
 def _grids(q: QuantizedTensor) -> list[dict[str, Any]]:
     """Return the levels of the groups with the smallest, the median and the largest range."""
-    scale, minimum = (part.astype(np.float64).reshape(-1) for part in (q.scale, q.minimum))
+    one_level = q.one_level()
+    scale, minimum = (part.astype(np.float64).reshape(-1) for part in (one_level.scale, one_level.minimum))
     if not scale.size:
         return []
     by_range = np.argsort(scale, kind="stable")

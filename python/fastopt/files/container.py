@@ -48,6 +48,9 @@ def disassemble(name: str, tensor: Weight) -> tuple[dict[str, Array], dict[str, 
 def _disassemble_quantized(name: str, q: QuantizedTensor) -> tuple[dict[str, Array], dict[str, Any]]:
     arrays = {f"{name}.codes": q.codes, f"{name}.scale": q.scale, f"{name}.minimum": q.minimum}
     entry = {"kind": "quantized", "bits": q.bits, "group_size": q.group_size, "dtype": q.dtype.name}
+    if q.param_floats is not None:
+        arrays[f"{name}.param_floats"] = q.param_floats
+        entry |= {"param_bits": q.param_bits, "param_group": q.param_group}
     if q.outliers is not None:
         arrays |= {f"{name}.outlier_index": q.outliers.indices, f"{name}.outlier_value": q.outliers.values}
         entry["outliers"] = len(q.outliers.indices)
@@ -142,7 +145,11 @@ def _assemble(text: str, arrays: Mapping[str, Array]) -> tuple[dict[str, Weight]
             outliers = Outliers(take(f"{name}.outlier_index"), take(f"{name}.outlier_value"))
             if outliers.indices.shape != (entry.get("outliers", int),):
                 raise ValueError(f"outliers: expected {entry.get('outliers', int)}, got shape {outliers.indices.shape}")
-        return QuantizedTensor(codes, scale, minimum, bits, group, shape, _FLOATS[dtype], outliers)
+        own = codes, scale, minimum, bits, group, shape, _FLOATS[dtype], outliers
+        if "param_bits" not in entry:
+            return QuantizedTensor(*own)
+        floats = take(f"{name}.param_floats")
+        return QuantizedTensor(*own, entry.get("param_bits", int), entry.get("param_group", int), floats)
 
     def sparse(name: str, entry: _Object, shape: tuple[int, ...]) -> SparseTensor:
         layout = require_layout(entry.get("layout", str))

@@ -250,12 +250,13 @@ def _parts(tensor: Weight) -> _Parts:
     group = groups = bits = offset_bytes = index_bytes = 0
     layout, type_, param_type = "FO_DENSE", "FO_CODES", "FO_F16"
     if isinstance(values, QuantizedTensor):
-        parts = {"values": values.codes, "scale": values.scale, "minimum": values.minimum}
-        bits, param_type = values.bits, _TYPES[values.scale.dtype.name]
+        one_level = values.one_level()
+        parts = {"values": values.codes, "scale": one_level.scale, "minimum": one_level.minimum}
+        bits, param_type = values.bits, _TYPES[one_level.scale.dtype.name]
         if values.group_size is not None:
             length = as_matrix(values.shape)[1]
             group = max(length if values.group_size == -1 else min(values.group_size, length), 1)
-            groups = values.scale.shape[1]
+            groups = one_level.scale.shape[1]
         if values.outliers is not None:
             if values is not tensor:
                 raise ValueError("outliers of sparse values are not known to fastopt.h")

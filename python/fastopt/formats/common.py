@@ -55,6 +55,7 @@ def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
 
     The last group of a row may be shorter.
     """
+    q = q.one_level()
     rows, cols = as_matrix(q.shape)
     own = cols if q.group_size in (None, -1) else q.group_size
     if own % size and own < cols:

@@ -62,9 +62,10 @@ def _parts(name: str, tensor: Weight) -> Iterator[tuple[str, Array]]:
 
 
 def _quantized_parts(name: str, q: QuantizedTensor) -> Iterator[tuple[str, Array]]:
+    one_level = q.one_level()
     yield f"{name}.codes", codes_matrix(q).reshape(q.shape)
-    yield f"{name}.scale", q.scale
-    yield f"{name}.minimum", q.minimum
+    yield f"{name}.scale", one_level.scale
+    yield f"{name}.minimum", one_level.minimum
     if q.outliers is not None:
         yield f"{name}.outlier_index", q.outliers.indices
         yield f"{name}.outlier_value", q.outliers.values

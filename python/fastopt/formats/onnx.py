@@ -294,6 +294,7 @@ class Builder:
 
         if q.size == 0:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
+        q = q.one_level()
         with naming_tensor(name):
             self.opset = max(self.opset, opset_of_bits(q.bits))
         rows, cols = as_matrix(q.shape)

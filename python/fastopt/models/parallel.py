@@ -375,7 +375,8 @@ def _storage_of(packed: _Packed) -> str:
 
 
 def _has_narrow_params(packed: _Packed) -> bool:
-    return any(name.endswith(".scale") and stored.dtype == np.float16 for name, stored in packed.arrays.items())
+    ends = (".scale", ".param_floats")
+    return any(name.endswith(ends) and stored.dtype == np.float16 for name, stored in packed.arrays.items())
 
 
 def _content(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,21 +28,38 @@ from fastopt._types import FITS, Array, Fit, GroupSize
 from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.gptq import SWEEPS, plan_gptq
 from fastopt.tensors.packed import dense_array
-from fastopt.tensors.quantized import Outliers, QuantizedTensor, _kernel_group_size, _param_shape
+from fastopt.tensors.quantized import (
+    Outliers,
+    QuantizedTensor,
+    _kernel_group_size,
+    _param_shape,
+    require_two_levels,
+    two_level_parts,
+)
+
+TWO_LEVEL_GROUP = 16  # the group size of "auto" with parameters in two levels
 
 
 def quantized_nbytes(
-    shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+    shape: tuple[int, ...],
+    bits: int,
+    group_size: GroupSize,
+    param_dtype: DTypeLike,
+    outliers: float | None,
+    param_bits: int | None = None,
+    param_group: int = -1,
 ) -> int:
     """Return the bytes that `quantize` makes of a weight, if its parameters fit `param_dtype` and all outliers miss."""
     rows, cols = as_matrix(shape)
-    params = math.prod(_param_shape(require_group_size(group_size, bits), rows, cols))
+    if param_bits is not None and group_size == "auto":
+        group_size = TWO_LEVEL_GROUP
+    params = _param_shape(require_group_size(group_size, bits), rows, cols)
     entry = 4 + (4 if rows * cols < 1 << 32 else 8)
-    return (
-        rows * -(-cols * bits // 8)
-        + 2 * params * np.dtype(param_dtype).itemsize
-        + round((outliers or 0) * rows * cols) * entry
-    )
+    nbytes = 2 * math.prod(params) * np.dtype(param_dtype).itemsize
+    if param_bits is not None:
+        floats = two_level_parts(param_group, cols) * (3 if param_group == -1 else 2)
+        nbytes = rows * (2 * -(-params[1] * param_bits // 8) + floats * np.dtype(param_dtype).itemsize)
+    return rows * -(-cols * bits // 8) + nbytes + round((outliers or 0) * rows * cols) * entry
 
 
 def quantize(
@@ -50,6 +68,8 @@ def quantize(
     *,
     group_size: GroupSize = "auto",
     param_dtype: DTypeLike = "float16",
+    param_bits: int | None = None,
+    param_group: int = -1,
     fit: Fit = "auto",
     importance: ArrayLike | Literal["magnitude"] | None = None,
     calibration: InputSums | None = None,
@@ -80,6 +100,13 @@ def quantize(
     param_dtype : "float16" or "float32"
         The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
+    param_bits : 8, 6, 4 or None
+        Store scale and minimum of each group as codes of so many bits under a few floats of `param_dtype` for each
+        row: ``scale = d * code`` and ``minimum = m0 - dm * code``. Groups then cost little and may be small. They are
+        fitted by least squares, and "auto" is a `group_size` of 16.
+    param_group : -1 or 256
+        The columns that share these floats: a row, or 256 with m0 = 0, the form of ggml's K-quants, which suits
+        groups whose minimum is not above 0.
     fit : "auto", "minmax", "lsq" or "gptq"
         "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
         format. The fewer the bits, the more it gains. Values at the ends of their group may then be off by more than
@@ -151,9 +178,18 @@ def quantize(
     True
     """
     bits = require_bits(bits)
+    if param_bits is not None and group_size == "auto":
+        group_size = TWO_LEVEL_GROUP
     group = require_group_size(group_size, bits)
     params = require_param_dtype(param_dtype)
     require_fit(fit)
+    if param_bits is not None:
+        require_two_levels(param_bits, param_group, group)
+        if fit not in ("auto", "lsq"):
+            raise ValueError(f"fit: expected 'auto' or 'lsq' with param_bits, got {fit!r}")
+        fit = "lsq"
+    elif param_group != -1:
+        raise ValueError(f"param_group: expected -1 without param_bits, got {shown(param_group)}")
     require_real(outliers, "outliers")
     require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
@@ -162,8 +198,9 @@ def quantize(
         raise ValueError(f"max_error: expected at least 0, got {shown(max_error)}")
     array = dense_array(w, "w")
     if out is not None:
-        _check_out(out, array.shape, bits, group, outliers is not None or max_error is not None)
-        params = out.scale.dtype
+        own = array.shape, bits, group, param_bits, param_group
+        _check_out(out, own, outliers is not None or max_error is not None)
+        params = out.param_dtype
     dtype = array.dtype.newbyteorder("=") if out is None else out.dtype
     limit = largest_of(dtype)
     if limit < largest_of(array.dtype) and (np.abs(array) > limit).any():
@@ -173,7 +210,7 @@ def quantize(
     fitted = _without_largest(array, outliers) if outliers else array
     fit, weight = _importance(array, fit, importance, calibration)
 
-    def fill(dtype: np.dtype[Any]) -> tuple[int, Array, Array]:
+    def fill(dtype: np.dtype[Any]) -> tuple[int, Array, Array, Array | None]:
         shape = _param_shape(group, rows, cols)
         scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
         flags, kernel_group = 0, _kernel_group_size(group, cols)
@@ -185,11 +222,13 @@ def quantize(
             if v is not None and group is None:
                 v = np.ascontiguousarray(np.broadcast_to(v, x.shape))
             flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit, v)
-        return flags, scale, minimum
+        return flags, scale, minimum, None
 
-    if fit == "gptq":
+    if param_bits is not None and group is not None:
+        fill = partial(_fill_two_levels, fitted, weight, codes, bits, group, param_bits, param_group, limit, out)
+    elif fit == "gptq":
         fill = partial(_fill_by_gptq, fitted, calibration, codes, bits, group, limit, out)
-    flags, scale, minimum = fill(params)
+    flags, scale, minimum, floats = fill(params)
     if flags & _core.NON_FINITE:
         with np.errstate(over="ignore"):
             at = np.unravel_index(int(np.argmin(np.isfinite(array.astype(np.float32)))), array.shape)
@@ -197,14 +236,50 @@ def quantize(
     if params == np.float16 and flags & _core.HALF_MISFIT:
         if out is not None:
             raise ValueError("out: has float16 parameters, which cannot hold those of w; expected float32")
-        _, scale, minimum = fill(np.dtype(np.float32))
+        flags, scale, minimum, floats = fill(np.dtype(np.float32))
+    if flags & _core.BEYOND:
+        raise ValueError(f"w: has values too near the largest of {dtype} for param_bits; leave it None")
     if out is not None:
         return out
-    q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype)
+    q = QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, None, param_bits, param_group, floats)
     if outliers is None and max_error is None:
         return q
-    found = _find_outliers(q, array, outliers, max_error, weight)
-    return QuantizedTensor(codes, scale, minimum, bits, group, array.shape, dtype, found)
+    return replace(q, outliers=_find_outliers(q, array, outliers, max_error, weight))
+
+
+def _fill_two_levels(
+    w: Array,
+    importance: Array | None,
+    codes: Array,
+    bits: int,
+    group: int,
+    param_bits: int,
+    param_group: int,
+    limit: float,
+    out: QuantizedTensor | None,
+    dtype: np.dtype[Any],
+) -> tuple[int, Array, Array, Array | None]:
+    """Write codes, and return flags, the codes of scale and minimum, and their floats."""
+    rows, cols = as_matrix(w.shape)
+    row_bytes = -(-_param_shape(group, rows, cols)[1] * param_bits // 8)
+    parts, count = two_level_parts(param_group, cols), 3 if param_group == -1 else 2
+    if out is not None and out.param_floats is not None:
+        scale, minimum, floats = out.scale, out.minimum, out.param_floats
+        if floats.shape[2] != count:
+            raise ValueError(f"out: expected {count} floats for each part of a row, got {floats.shape[2]}")
+    else:
+        scale, minimum = np.zeros((rows, row_bytes), np.uint8), np.zeros((rows, row_bytes), np.uint8)
+        floats = np.zeros((rows, parts, count), dtype)
+    flags = 0
+    for begin, end in _panels(w, group):
+        part = slice(begin, end)
+        v = importance if importance is None or len(importance) == 1 else importance[part]
+        found = floats[part].reshape(end - begin, parts * count)  # a view
+        flags |= _core.quantize_two_level(
+            _float_rows(w, begin, end), codes[part], scale[part], minimum[part], found,
+            bits, group, param_bits, max(param_group, 0), limit, v,
+        )  # fmt: skip
+    return flags, scale, minimum, floats
 
 
 def _fill_by_gptq(
@@ -216,7 +291,7 @@ def _fill_by_gptq(
     limit: float,
     out: QuantizedTensor | None,
     dtype: np.dtype[Any],
-) -> tuple[int, Array, Array]:
+) -> tuple[int, Array, Array, None]:
     """Write codes, and return flags, scale and minimum."""
     if inputs is None:
         raise ValueError("fit: 'gptq' needs calibration")
@@ -228,7 +303,7 @@ def _fill_by_gptq(
     scale, minimum = (np.empty(shape, dtype), np.empty(shape, dtype)) if out is None else (out.scale, out.minimum)
     x = _float_rows(w, 0, rows)
     if not np.isfinite(x).all():
-        return _core.NON_FINITE, scale, minimum
+        return _core.NON_FINITE, scale, minimum, None
     plan = plan_gptq(inputs, group)
     if plan is None:
         flags = _core.quantize(x, codes, scale, minimum, bits, group, True, limit)
@@ -236,7 +311,7 @@ def _fill_by_gptq(
         flags = _core.gptq(x, *plan, codes, scale, minimum, bits, group, SWEEPS, limit)
     if flags & _core.NON_FINITE:
         raise ValueError("w: has values that are too large for fit='gptq'")
-    return flags, scale, minimum
+    return flags, scale, minimum, None
 
 
 def require_fit(fit: str) -> None:
@@ -287,13 +362,20 @@ def require_calibration(calibration: InputSums, cols: int) -> None:
         raise ValueError(f"calibration: expected sums of {cols} columns, got {calibration.columns}")
 
 
-def _check_out(out: QuantizedTensor, shape: tuple[int, ...], bits: int, group_size: int | None, outliers: bool) -> None:
+def _check_out(out: QuantizedTensor, wanted: tuple[Any, ...], outliers: bool) -> None:
+    """Raise unless `out` has this shape, bits, group size, parameter bits and parameter group."""
     if not isinstance(out, QuantizedTensor):
         raise TypeError(f"out: expected a QuantizedTensor, got {type(out).__name__}")
-    if (out.shape, out.bits, out.group_size) != (shape, bits, group_size):
+    if (out.shape, out.bits, out.group_size) != wanted[:3]:
+        shape, bits, group_size = wanted[:3]
         raise ValueError(
             f"out: expected shape {shape}, {bits} bits and group_size {group_size}, "
             f"got {out.shape}, {out.bits} and {out.group_size}"
+        )
+    if (out.param_bits, out.param_group) != wanted[3:]:
+        raise ValueError(
+            f"out: expected param_bits {wanted[3]} and param_group {wanted[4]}, "
+            f"got {out.param_bits} and {out.param_group}"
         )
     if outliers or out.outliers is not None:
         raise ValueError("out: cannot be given together with outliers")

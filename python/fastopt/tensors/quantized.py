@@ -26,6 +26,8 @@ from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import PackedTensor, Precision, Storage
 
 _LIMBS = {"exact": 3, "int8": 1}
+PARAM_BITS = (8, 6, 4)  # of the codes of scale and minimum, in two levels
+PARAM_COLUMNS = 256  # that share their floats, if not a row does
 _DECODED_SIZE = 1 << 19  # number of weights that are decoded at a time for BLAS; they stay in the outer cache
 
 
@@ -41,6 +43,33 @@ def _param_shape(group_size: int | None, rows: int, cols: int) -> tuple[int, int
     if group_size is None:
         return 1, 1
     return rows, -(-cols // _kernel_group_size(group_size, cols))
+
+
+def require_two_levels(param_bits: Any, param_group: Any, group_size: int | None) -> None:
+    """Raise unless these are options of parameters in two levels."""
+    if isinstance(param_bits, bool) or not isinstance(param_bits, int) or param_bits not in PARAM_BITS:
+        raise ValueError(f"param_bits: expected 4, 6, 8 or None, got {shown(param_bits)}")
+    if isinstance(param_group, bool) or not isinstance(param_group, int) or param_group not in (-1, PARAM_COLUMNS):
+        raise ValueError(f"param_group: expected -1, a row, or {PARAM_COLUMNS}, got {shown(param_group)}")
+    if group_size is None or group_size == -1:
+        raise ValueError(f"group_size: expected a number of columns with param_bits, got {group_size}")
+    if param_group != -1 and param_group % group_size:
+        raise ValueError(f"group_size: expected a divisor of param_group, {param_group}, got {group_size}")
+
+
+def two_level_parts(param_group: int, cols: int) -> int:
+    """Return how many times a row has floats."""
+    return -(-cols // param_group) if param_group != -1 else min(cols, 1)
+
+
+def _unpacked_rows(packed: Array, bits: int, count: int) -> Array:
+    """Return the first `count` codes of each row, as float32."""
+    if not packed.size:
+        return np.zeros((len(packed), count), np.float32)
+    stream = np.pad(packed, ((0, 0), (0, -(-count // 8) * bits - packed.shape[1])))
+    codes = np.empty(stream.size * 8 // bits, np.uint8)
+    _core.unpack(np.ascontiguousarray(stream).reshape(-1), bits, codes)
+    return codes.reshape(len(packed), -1)[:, :count].astype(np.float32)
 
 
 class Outliers(NamedTuple):
@@ -83,6 +112,7 @@ class QuantizedTensor(PackedTensor):
     codes : uint8 array, shape (rows, bytes per row)
         Bit-packed, lowest bits first; each row starts on a byte.
     scale, minimum : float16 or float32 arrays, shape (rows, groups), or (1, 1) for the whole tensor
+        With `param_bits` uint8 arrays, shape (rows, bytes per row): packed codes, like `codes`.
     bits : 8, 6, 5, 4, 3 or 2
     group_size : int or None
         The number of columns that share a pair; -1: a row; None: the whole tensor.
@@ -93,6 +123,13 @@ class QuantizedTensor(PackedTensor):
         The dtype of the weight before it was quantized, and of `dequantize` without ``out``.
     outliers : Outliers or None
         Corrections that are added to some weights after decoding.
+    param_bits : 8, 6, 4 or None
+        The bits of the codes of scale and minimum. None: they are floats.
+    param_group : int
+        The number of columns whose codes of scale and minimum count in the same floats: 256; -1: a row.
+    param_floats : float16 or float32 array, shape (rows, parts, 3), or None
+        d, dm and m0: the scale of a group is ``d * code`` and its minimum ``m0 - dm * code``. With a last axis of 2,
+        m0 is 0.
 
     Raises
     ------
@@ -112,14 +149,21 @@ class QuantizedTensor(PackedTensor):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     outliers: Outliers | None = None
+    param_bits: int | None = None
+    param_group: int = -1
+    param_floats: Array | None = None
 
     def __post_init__(self) -> None:
         bits, shape = require_bits(self.bits), require_shape(self.shape)
+        if self.param_bits is not None or self.param_floats is not None:
+            self._check_two_levels()
         if isinstance(self.group_size, str):
             raise TypeError(f"group_size: expected an integer or None, got {shown(self.group_size)}")
         group_size = require_group_size(self.group_size, bits)
         rows, cols = as_matrix(shape)
         params = _param_shape(group_size, rows, cols)
+        if self.param_bits is not None:
+            params = rows, -(-params[1] * self.param_bits // 8)
         for name, array, needed in (
             ("codes", self.codes, (rows, -(-cols * bits // 8))),
             ("scale", self.scale, params),
@@ -129,7 +173,12 @@ class QuantizedTensor(PackedTensor):
                 raise ValueError(f"{name}: expected shape {needed}, got {array.shape}")
         if self.codes.dtype != np.uint8:
             raise TypeError(f"codes: expected uint8, got {self.codes.dtype}")
-        if self.scale.dtype not in (np.float16, np.float32) or self.minimum.dtype != self.scale.dtype:
+        if self.param_bits is not None:
+            if self.scale.dtype != np.uint8 or self.minimum.dtype != np.uint8:
+                raise TypeError(
+                    f"scale, minimum: expected uint8 with param_bits, got {self.scale.dtype} and {self.minimum.dtype}"
+                )
+        elif self.scale.dtype not in (np.float16, np.float32) or self.minimum.dtype != self.scale.dtype:
             raise TypeError(
                 "scale, minimum: expected float16 or float32, the same for both, "
                 f"got {self.scale.dtype} and {self.minimum.dtype}"
@@ -144,19 +193,59 @@ class QuantizedTensor(PackedTensor):
         ):
             object.__setattr__(self, field, value)
 
+    def _check_two_levels(self) -> None:
+        require_two_levels(self.param_bits, self.param_group, self.group_size)
+        rows, cols = as_matrix(require_shape(self.shape))
+        floats = require_array(self.param_floats, "param_floats")
+        parts = two_level_parts(self.param_group, cols)
+        if floats.ndim != 3 or floats.shape[:2] != (rows, parts) or floats.shape[2] not in (2, 3):
+            raise ValueError(f"param_floats: expected shape {(rows, parts, 2)} or 3, got {floats.shape}")
+        if floats.dtype not in (np.float16, np.float32):
+            raise TypeError(f"param_floats: expected float16 or float32, got {floats.dtype}")
+
     @property
     def storage(self) -> Storage:
         """The kind of storage: "quantized"."""
         return "quantized"
 
+    @property
+    def param_dtype(self) -> np.dtype[Any]:
+        """The dtype of scale and minimum or, in two levels, of the floats above their codes."""
+        return self.scale.dtype if self.param_floats is None else self.param_floats.dtype
+
     def _arrays(self) -> tuple[Array, ...]:
-        return (self.codes, self.scale, self.minimum, *(self.outliers or ()))
+        floats = () if self.param_floats is None else (self.param_floats,)
+        return (self.codes, self.scale, self.minimum, *floats, *(self.outliers or ()))
 
     @cached_property
-    def kernel_args(self) -> tuple[Array, Array, Array, int, int]:
-        """The arguments of the kernels, in their order."""
-        cols = as_matrix(self.shape)[1]
-        return self.codes, self.scale, self.minimum, self.bits, _kernel_group_size(self.group_size, cols)
+    def kernel_args(self) -> tuple[Array, Any, Array, int, int]:
+        """The arguments of the kernels, in their order; in two levels, a tuple stands for the scale."""
+        rows, cols = as_matrix(self.shape)
+        scale: Any = self.scale
+        if self.param_floats is not None:
+            _, parts, count = self.param_floats.shape
+            floats = np.require(self.param_floats.reshape(rows, parts * count), None, ["C", "A"])
+            scale = self.scale, floats, self.param_bits, max(self.param_group, 0)
+        return self.codes, scale, self.minimum, self.bits, _kernel_group_size(self.group_size, cols)
+
+    def one_level(self) -> QuantizedTensor:
+        """Return the same weight with a float32 scale and minimum for each group; itself if that is what it has.
+
+        Its values are the same, bit for bit: they are for programs that know no parameters in two levels.
+        """
+        if self.param_floats is None or self.param_bits is None:
+            return self
+        rows, cols = as_matrix(self.shape)
+        groups = _param_shape(self.group_size, rows, cols)[1]
+        scale, minimum = (_unpacked_rows(p, self.param_bits, groups) for p in (self.scale, self.minimum))
+        per_part = groups if self.param_group == -1 else self.param_group // _kernel_group_size(self.group_size, cols)
+        floats = np.repeat(self.param_floats.astype(np.float32), max(per_part, 1), axis=1)[:, :groups]
+        with np.errstate(all="ignore"):  # any bytes of a file are floats
+            scale = floats[..., 0] * scale
+            minimum = (floats[..., 2] if floats.shape[2] == 3 else np.float32(0)) - floats[..., 1] * minimum
+        return QuantizedTensor(
+            self.codes, scale, minimum, self.bits, self.group_size, self.shape, self.dtype, self.outliers
+        )
 
     def dequantize(
         self, out: Array | None = None, *, dtype: DTypeLike | None = None, rows: slice | None = None
@@ -225,7 +314,9 @@ class QuantizedTensor(PackedTensor):
         codes = self.codes[key]
         scale, minimum = (p if self.group_size is None else p[key] for p in (self.scale, self.minimum))
         outliers = self.outliers and _outliers_of_rows(self.outliers, rows, as_matrix(self.shape)[1])
-        return QuantizedTensor(codes, scale, minimum, self.bits, self.group_size, shape, self.dtype, outliers)
+        floats = None if self.param_floats is None else self.param_floats[key]
+        own = self.bits, self.group_size, shape, self.dtype, outliers, self.param_bits, self.param_group, floats
+        return QuantizedTensor(codes, scale, minimum, *own)
 
     def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         if precision == "blas":
@@ -235,6 +326,8 @@ class QuantizedTensor(PackedTensor):
     def _by_blas(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None) -> Array:
         """Decode some rows at a time, and leave their products to BLAS."""
         stored = {"codes": self.codes, "scale": self.scale, "minimum": self.minimum}
+        if self.param_floats is not None:
+            stored["param_floats"] = self.param_floats
         x, bias, out = _core.check_linear(x, self.shape, bias, out, stored)
         (rows, cols), batch = as_matrix(self.shape), math.prod(x.shape[:-1])
         x2, out2 = x.reshape(batch, cols), out.reshape(batch, rows)
@@ -254,8 +347,15 @@ class QuantizedTensor(PackedTensor):
         group = {None: "whole tensor", -1: "a row"}.get(self.group_size, self.group_size)
         return (
             f"QuantizedTensor(shape={self.shape}, bits={self.bits}, group_size={group}, "
-            f"{self.scale.dtype} parameters, {self._outlier_text}{self.bits_per_weight:.2f} bits per weight)"
+            f"{self._param_text} parameters, {self._outlier_text}{self.bits_per_weight:.2f} bits per weight)"
         )
+
+    @property
+    def _param_text(self) -> str:
+        if self.param_bits is None:
+            return str(self.scale.dtype)
+        part = "a row" if self.param_group == -1 else f"{self.param_group} columns"
+        return f"{self.param_bits}-bit ({self.param_dtype} for {part})"
 
     @property
     def _outlier_text(self) -> str:

@@ -219,6 +219,8 @@ class SparseTensor(PackedTensor):
         *,
         group_size: GroupSize = "auto",
         param_dtype: DTypeLike = "float16",
+        param_bits: int | None = None,
+        param_group: int = -1,
         fit: Fit = "auto",
         importance: ArrayLike | Literal["magnitude"] | None = None,
     ) -> SparseTensor:
@@ -230,8 +232,8 @@ class SparseTensor(PackedTensor):
         group_size : int, -1, None or "auto"
             How many neighbouring values share a scale and a minimum; groups run across the ends of rows. "auto" is
             128 for 8 bits, 64 for 6, 32 for 5, 4 and 3, and 16 for 2. -1 and None are all values.
-        param_dtype, fit
-            As in `fastopt.quantize`.
+        param_dtype, param_bits, param_group, fit
+            As in `fastopt.quantize`; all values are one row.
         importance : array_like of a float type, or "magnitude", optional
             As in `fastopt.quantize`: one number for each column or for each weight, zeros included.
 
@@ -254,7 +256,7 @@ class SparseTensor(PackedTensor):
         SparseTensor(shape=(64, 64), layout=index16, density=0.016, 4-bit values, 1.34 bits per weight)
         """
         bits = require_bits(bits)
-        if isinstance(group_size, str) and group_size == "auto":
+        if isinstance(group_size, str) and group_size == "auto" and param_bits is None:
             group_size = SPARSE_GROUP_SIZE[bits]
         values = self._float_values()
         s = self
@@ -262,7 +264,16 @@ class SparseTensor(PackedTensor):
             s = self.to_layout("index16")
             values = s._float_values()
         weight = importance if importance is None or isinstance(importance, str) else s._at_values(importance)
-        quantized = quantize(values, bits, group_size=group_size, param_dtype=param_dtype, fit=fit, importance=weight)
+        quantized = quantize(
+            values,
+            bits,
+            group_size=group_size,
+            param_dtype=param_dtype,
+            param_bits=param_bits,
+            param_group=param_group,
+            fit=fit,
+            importance=weight,
+        )
         return SparseTensor(s.layout, s.positions, s.row_offsets, quantized, s.shape)
 
     def _at_values(self, numbers: ArrayLike) -> Array:
