@@ -114,11 +114,11 @@ def test_a_large_scale_has_a_minimum_in_float32(tmp_path):
 
 
 def test_other_types_are_decoded_and_named(rng, tmp_path):
-    kind = gguf.GGMLQuantizationType.Q6_K
+    kind = gguf.GGMLQuantizationType.TQ2_0
     raw = blocks(rng, kind, 4, 256)
     raw[:, -2:] = np.ones((4, 1), "f2").view(np.uint8)
     path = write(tmp_path / "m.gguf", {"w": (kind, raw), "b": np.ones(3, "f4")})
-    with pytest.warns(UserWarning, match=r"tensors are decoded.*1 of type Q6_K"):
+    with pytest.warns(UserWarning, match=r"tensors are decoded.*1 of type TQ2_0"):
         opened = fo.open_weights(path)
     assert same_bits(opened["w"], gguf.dequantize(raw, kind))
     assert fo.open_weights(path, skip="w").spec("b") == ((3,), np.dtype("f4"))

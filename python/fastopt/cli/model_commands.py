@@ -145,6 +145,18 @@ def pack(
     param_dtype: Annotated[
         str | None, typer.Option(metavar="float16|float32", help="Dtype of scale and minimum.")
     ] = None,
+    param_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="4|6|8",
+            help="Store scale and minimum of a group as codes of so many bits, under a few floats for a row: less "
+            "error at equal bytes. Groups are then 16 weights by default.",
+        ),
+    ] = None,
+    param_group: Annotated[
+        int | None,
+        typer.Option(metavar="256", help="With --param-bits: these floats for 256 weights, as GGUF's K-quants have."),
+    ] = None,
     sparsity: Sparsity = None,
     threshold: Threshold = None,
     pattern: Pattern = None,
@@ -154,8 +166,9 @@ def pack(
         list[str] | None,
         typer.Option(
             metavar="GLOB:OPTION=VALUE,...",
-            help="Other options for tensors whose names match: bits, group_size, param_dtype, fit, outliers, "
-            "importance, sparsity, threshold, pattern. May be repeated; the first pattern that matches counts.",
+            help="Other options for tensors whose names match: bits, group_size, param_dtype, param_bits, "
+            "param_group, fit, outliers, importance, sparsity, threshold, pattern. May be repeated; the first pattern "
+            "that matches counts.",
         ),
     ] = None,
     min_size: MinSize = None,
@@ -224,6 +237,8 @@ def pack(
         outliers=outliers,
         importance=importance,
         param_dtype=param_dtype,
+        param_bits=param_bits,
+        param_group=param_group,
         sparsity=sparsity,
         threshold=threshold,
         pattern=pattern,

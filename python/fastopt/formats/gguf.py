@@ -3,7 +3,7 @@
 Its type Q4_1 has blocks of 32 codes of 4 bits with a float16 scale and minimum: ``w = m + d * code``. This is our
 4-bit format with groups of 32 and float16 parameters. Codes of 3 and 2 bits, larger groups and rows are stored as Q4_1
 too. Q5_1 is the same for 5 bits. Tensors that came in as Q4_0, Q5_0 or Q8_0, whose minimum follows from the scale, go
-out as such.
+out as such. Parameters in two levels for 256 columns are those of Q4_K, Q5_K and Q2_K.
 
 A model that came from a GGUF file keeps its metadata: architecture, sizes, tokenizer. So the result runs where the
 source ran.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastopt._types import Array
 from fastopt.files.atomic import replacing
 from fastopt.formats.common import Option, cast_exactly, regroup, require_package
+from fastopt.formats.gguf_k import K_QUANTS, blocks_of, k_quant_of
 from fastopt.formats.gguf_weights import AFFINE, METADATA
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
@@ -95,9 +96,14 @@ def write(
                 writer.add_name(path.stem)
             _add_metadata(writer, kept)
             types = {tensor.dtype for tensor in stored.values()}
-            if types & AFFINE.keys():
+            if types & (AFFINE.keys() | K_QUANTS.keys()):
                 writer.add_quantization_version(GGML_QUANT_VERSION)
-            mostly = next((t for t in ("Q4_1", "Q4_0", "Q5_1", "Q5_0", "Q8_0", "BF16", "F16") if t in types), None)
+            k_quants = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "Q2_K": "Q2_K"}
+            types = {k_quants.get(kind, kind) for kind in types}
+            mostly = next(
+                (t for t in (*k_quants.values(), "Q4_1", "Q4_0", "Q5_1", "Q5_0", "Q8_0", "BF16", "F16") if t in types),
+                None,
+            )
             writer.add_file_type(LlamaFileType[f"MOSTLY_{mostly}"] if mostly else LlamaFileType.ALL_F32)
             for name, tensor in stored.items():
                 kind = GGMLQuantizationType[tensor.dtype]
@@ -185,6 +191,8 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
             )
         return _Stored(shape, f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}", lambda: _contiguous(tensor))
     blocks = shape[-1] % _BLOCK == 0
+    if isinstance(tensor, QuantizedTensor) and (k_quant := k_quant_of(tensor)) is not None:
+        return _Stored(shape, k_quant, lambda: blocks_of(tensor, k_quant))
     if not isinstance(tensor, QuantizedTensor):
         trouble = "GGUF has no sparse tensors; unpack it, or pack it without sparsity"
     elif tensor.outliers is not None:
@@ -193,6 +201,11 @@ def _stored(name: str, tensor: Weight, requantize: bool) -> _Stored:
         trouble = f"GGUF has rows of blocks of {_BLOCK}, got shape {tensor.shape}; leave it unpacked"
     elif (kind := _without_minimum(tensor)) is not None:
         return _Stored(shape, kind, lambda: _blocks(tensor, kind))
+    elif tensor.param_bits is not None:
+        trouble = (
+            "GGUF has parameters in two levels, in float16 for 256 columns, with 6 bits for 4 or 5 bits in groups "
+        )
+        trouble += f"of 32 (Q4_K and Q5_K) and with 4 bits for 2 bits in groups of 16 (Q2_K), got {tensor!r}"
     elif tensor.bits > 5:
         trouble = f"GGUF has no {tensor.bits}-bit codes with a minimum; pack it to 4 bits in groups of 32"
     else:

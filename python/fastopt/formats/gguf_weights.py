@@ -1,8 +1,8 @@
 """GGUF files as weights.
 
 A block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 has 32 codes, a float16 scale and a minimum that is stored or follows from
-the scale. That is a packed tensor with groups of 32, so these types come in with their codes unchanged. Other types of
-blocks are decoded by the gguf package.
+the scale. That is a packed tensor with groups of 32, so these types come in with their codes unchanged, and so do
+those of gguf_k.py. Other types of blocks are decoded by the gguf package.
 
 The header is read here and not by the gguf package, which takes counts and sizes of a file on trust, and needs seconds
 for a vocabulary.
@@ -32,9 +32,10 @@ from fastopt.files.atomic import open_regular
 from fastopt.files.mapped import Map
 from fastopt.files.weights import Source
 from fastopt.formats.common import require_package
+from fastopt.formats.gguf_k import K_QUANTS, packed_of
 from fastopt.tensors.packed import unpacked
 from fastopt.tensors.quantization import pack_bits
-from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.quantized import PARAM_COLUMNS, QuantizedTensor
 
 BLOCK = 32  # weights of a block of the affine types
 # Where a model keeps the metadata of its GGUF file: a JSON object from key to [type, value], or to
@@ -308,6 +309,13 @@ def _source(mapped: Map, info: _Info, start: int, size: int, what: str) -> tuple
             return _packed(mapped.array(kind, (count // block,), start), affine, shape)
 
         return Source(shape, np.dtype(np.float32), lambda: unpacked(packed()), release, packed), nbytes, ""
+    if name in K_QUANTS:
+        k_dtype = K_QUANTS[name].dtype
+
+        def k_packed() -> QuantizedTensor:
+            return packed_of(mapped.array(k_dtype, (count // block,), start), name, shape)
+
+        return Source(shape, np.dtype(np.float32), lambda: unpacked(k_packed()), release, k_packed), nbytes, ""
     number = info.kind
 
     def read() -> Array:
@@ -333,6 +341,9 @@ def _blocks(kind: int, what: str) -> tuple[str, int, int]:
     """Return the name of a type of blocks, and the weights and bytes of a block."""
     if kind in _NUMBERS and AFFINE[_NUMBERS[kind]].bits in BITS:
         return _NUMBERS[kind], BLOCK, AFFINE[_NUMBERS[kind]].dtype.itemsize
+    for name, k_quant in K_QUANTS.items():
+        if kind == k_quant.number:
+            return name, PARAM_COLUMNS, k_quant.dtype.itemsize
     require_package("gguf")
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 

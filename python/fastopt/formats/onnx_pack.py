@@ -157,9 +157,17 @@ class _Sizes(Sizes):
         self.fast, self.others = fast, others
 
     def quantized(
-        self, shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+        self,
+        shape: tuple[int, ...],
+        bits: int,
+        group_size: GroupSize,
+        param_dtype: DTypeLike,
+        outliers: float | None,
+        param_bits: int | None = None,
+        param_group: int = -1,
     ) -> int:
-        return quantized_nbytes(shape, bits, group_size, param_dtype, outliers, self.fast)
+        decoded = param_dtype if param_bits is None else "float32"  # ONNX has no parameters in two levels
+        return quantized_nbytes(shape, bits, group_size, decoded, outliers, self.fast)
 
     def stored(self, tensor: Weight) -> int:
         builder = Builder(False, 0, set())

@@ -35,6 +35,7 @@ _GROUP_SIZES = {
     8: (128, -1),
 }
 _SPARSE_GROUP_SIZES = {2: (16, 32), 3: (16, 32), 4: (16, 32, 64), 5: (32, 64), 6: (64,), 8: (128,)}
+_TWO_LEVEL_GROUP_SIZES = 32, 16
 
 _SAMPLE = 1 << 20  # the most weights of a tensor that are measured
 _UNITS_OF_BUDGET = 1 << 14
@@ -55,10 +56,17 @@ class Sizes:
         self.files = files
 
     def quantized(
-        self, shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None
+        self,
+        shape: tuple[int, ...],
+        bits: int,
+        group_size: GroupSize,
+        param_dtype: DTypeLike,
+        outliers: float | None,
+        param_bits: int | None = None,
+        param_group: int = -1,
     ) -> int:
         """Return the bytes of a quantized tensor, at most."""
-        return quantized_nbytes(shape, bits, group_size, param_dtype, outliers)
+        return quantized_nbytes(shape, bits, group_size, param_dtype, outliers, param_bits, param_group)
 
     def stored(self, tensor: Weight) -> int:
         """Return the bytes of a packed tensor."""
@@ -67,6 +75,7 @@ class Sizes:
     def header(self, name: str, options: Options | None) -> int:
         """Return an estimate, rather too large, of the bytes that describe a tensor, and of its padding."""
         parts = 1 if options is None else 3 + 2 * (options.outliers is not None or options.prunes)
+        parts += options is not None and options.param_bits is not None
         letters = len(json.dumps(name))
         recipes = (self.files - 1) * (200 + 2 * letters)
         return parts * (200 + letters + ALIGNMENT) + 400 + 3 * letters + recipes
@@ -327,13 +336,15 @@ def _choices(tensor: Weight, options: Options, sizes: Sizes) -> Iterator[Choice]
         groups: tuple[Any, ...] = (options.group_size,)
         if options.group_size == "auto":
             groups = (_GROUP_SIZES if pruned is None else _SPARSE_GROUP_SIZES)[bits]
+            groups = groups if options.param_bits is None else _TWO_LEVEL_GROUP_SIZES
         for group_size in groups:
             changes = {"bits": bits, "group_size": group_size}
             changed = options.changed({**changes, "fit": "lsq"} if options.fit == "gptq" else changes)  # much faster
             if pruned is None:
                 q = changed.apply(sample)
                 assert isinstance(q, QuantizedTensor)
-                nbytes = sizes.quantized(array.shape, bits, group_size, q.scale.dtype, changed.outliers)
+                params = q.param_dtype, changed.outliers, q.param_bits, q.param_group
+                nbytes = sizes.quantized(array.shape, bits, group_size, *params)
                 sums = q.error_sums(sample)
             else:
                 s = changed.apply(pruned) if pruned is tensor else changed.quantize_values(pruned)

@@ -27,8 +27,8 @@ from fastopt.models.calibration import Calibration
 from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
 from fastopt.tensors.pruning import check_selection, prune
-from fastopt.tensors.quantization import quantize, require_fit
-from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.quantization import TWO_LEVEL_GROUP, quantize, require_fit
+from fastopt.tensors.quantized import QuantizedTensor, require_two_levels
 from fastopt.tensors.sparse import SparseTensor
 
 _PRUNING = ("threshold", "sparsity", "pattern")
@@ -42,7 +42,7 @@ class Options:
     ----------
     bits : 8, 6, 5, 4, 3, 2 or None
         None: it is not quantized.
-    group_size, param_dtype, fit, outliers
+    group_size, param_dtype, param_bits, param_group, fit, outliers
         As in `quantize`.
     threshold, sparsity, pattern
         As in `prune`; the tensor is stored sparse. With `bits` too, its values are quantized. All None: it stays
@@ -56,6 +56,8 @@ class Options:
     bits: int | None = None
     group_size: GroupSize = "auto"
     param_dtype: DTypeLike = "float16"
+    param_bits: int | None = None
+    param_group: int = -1
     fit: Fit = "auto"
     outliers: float | None = None
     threshold: float | None = None
@@ -67,7 +69,14 @@ class Options:
     def __post_init__(self) -> None:
         if self.bits is not None:
             require_bits(self.bits)
-        require_group_size(self.group_size, self.bits or 8)
+        group_size = require_group_size(self.group_size, self.bits or 8)
+        if self.param_bits is not None:
+            auto = isinstance(self.group_size, str)
+            require_two_levels(self.param_bits, self.param_group, TWO_LEVEL_GROUP if auto else group_size)
+            if self.fit not in ("auto", "lsq"):
+                raise ValueError(f"fit: expected 'auto' or 'lsq' with param_bits, got {shown(self.fit)}")
+        elif self.param_group != -1:
+            raise ValueError(f"param_group: expected -1 without param_bits, got {shown(self.param_group)}")
         object.__setattr__(self, "param_dtype", require_param_dtype(self.param_dtype).name)
         for name in ("outliers", "threshold", "sparsity"):
             value = getattr(self, name)
@@ -121,6 +130,8 @@ class Options:
             self.bits or 8,
             group_size=self.group_size,
             param_dtype=self.param_dtype,
+            param_bits=self.param_bits,
+            param_group=self.param_group,
             fit=self.fit,
             importance=self.importance if self.inputs is None else None,
             outliers=self.outliers,
@@ -131,8 +142,12 @@ class Options:
         """Return whether values have these bits and groups already: quantized again they could only lose."""
         if not isinstance(values, QuantizedTensor) or values.bits != self.bits:
             return False
-        group_size = group_sizes[values.bits] if self.group_size == "auto" else self.group_size
-        return group_size == values.group_size and values.scale.dtype in (self.param_dtype, np.float32)
+        group_size = self.group_size
+        if group_size == "auto":
+            group_size = group_sizes[values.bits] if self.param_bits is None else TWO_LEVEL_GROUP
+        params = self.param_bits, self.param_group
+        same = group_size == values.group_size and params == (values.param_bits, values.param_group)
+        return same and values.param_dtype in (self.param_dtype, np.float32)
 
     def quantize_values(self, pruned: SparseTensor) -> SparseTensor:
         """Return a pruned tensor with its values in `bits` bits."""
@@ -144,7 +159,13 @@ class Options:
             weight = None if self.fit == "minmax" else self.inputs.importance()
         fit: Fit = "lsq" if self.fit == "gptq" else self.fit  # the zeros cannot make good for errors
         return pruned.quantize(
-            self.bits, group_size=self.group_size, param_dtype=self.param_dtype, fit=fit, importance=weight
+            self.bits,
+            group_size=self.group_size,
+            param_dtype=self.param_dtype,
+            param_bits=self.param_bits,
+            param_group=self.param_group,
+            fit=fit,
+            importance=weight,
         )
 
 
@@ -159,7 +180,7 @@ class Recipe(Options):
 
     Attributes
     ----------
-    bits, group_size, param_dtype, fit, outliers, importance
+    bits, group_size, param_dtype, param_bits, param_group, fit, outliers, importance
         As in `quantize`; ``bits=None`` does not quantize.
     threshold, sparsity, pattern
         As in `prune`. If one is given, tensors are stored sparse; with `bits`, their values are quantized.
@@ -381,6 +402,8 @@ class RecipeOptions(TypedDict, total=False):
     bits: int | None
     group_size: GroupSize
     param_dtype: DTypeLike
+    param_bits: int | None
+    param_group: int
     fit: Fit
     outliers: float | None
     threshold: float | None

@@ -33,7 +33,7 @@ from fastopt.models.recipe import (
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
-from fastopt.tensors.quantization import quantized_nbytes
+from fastopt.tensors.quantization import TWO_LEVEL_GROUP, quantized_nbytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,8 +60,10 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
                 weights.release(name)
         elif options is not None:
             assert options.bits is not None
-            nbytes = quantized_nbytes(shape, options.bits, options.group_size, options.param_dtype, options.outliers)
-            group_size = require_group_size(options.group_size, options.bits)
+            params = options.param_dtype, options.outliers, options.param_bits, options.param_group
+            nbytes = quantized_nbytes(shape, options.bits, options.group_size, *params)
+            two_levels = options.param_bits is not None and options.group_size == "auto"
+            group_size = TWO_LEVEL_GROUP if two_levels else require_group_size(options.group_size, options.bits)
             reporter.add_planned(
                 name, shape, dtype, "quantized", nbytes, reason, bits=options.bits, group_size=group_size
             )
