@@ -65,6 +65,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             if minilm:
                 yield fit_case("MiniLM", minilm, bits, group_size)
     yield from product_cases(side, options.quick)
+    for group_size in (16, 32):
+        yield from two_level_cases(side, 4, group_size)
 
 
 def minilm_weights() -> dict[str, Any]:
@@ -101,6 +103,43 @@ def fit_case(what: str, weights: dict[str, Any], bits: int, group_size: int) -> 
         contenders={FASTOPT: [all_of("lsq")], "fastopt ranges": [all_of("minmax")]},
         limit=limit(read=read, write=nbytes),
         errors={FASTOPT: lambda: error("lsq"), "fastopt ranges": lambda: error("minmax")},
+    )
+
+
+def two_level_cases(side: int, bits: int, group_size: int) -> Iterator[Case]:
+    """Parameters in two levels beside floats for groups of 32: the fit, with and without importance, and a product."""
+    w, x = normal(side, side), normal(1, side, seed=2)
+    importance = np.square(normal(1, side, seed=3)[0])
+    for weight in (None, importance):
+        q = fo.quantize(w, bits, group_size=group_size, param_bits=4, importance=weight)
+        one = fo.quantize(w, bits, group_size=32, fit="lsq", importance=weight)
+        fit = partial(fo.quantize, w, bits, importance=weight, fit="lsq")
+        how = "two levels" if weight is None else "two levels, importance"
+        yield Case(
+            name=f"quantize {bits} bits, g{group_size}, {how}, {side}x{side}",
+            size=w.size,
+            nbytes=w.nbytes + q.nbytes,
+            contenders={
+                FASTOPT: [partial(fit, group_size=group_size, param_bits=4, out=q)],
+                "fastopt one level": [partial(fit, group_size=32, out=one)],
+            },
+            limit=limit(read=w.nbytes, write=q.nbytes),
+            errors={
+                FASTOPT: partial(lambda q: relative_error(q.dequantize(), w), q),
+                "fastopt one level": partial(lambda q: relative_error(q.dequantize(), w), one),
+            },
+        )
+    y = np.empty((1, side), np.float32)
+    yield Case(
+        name=f"linear {bits} bits, g{group_size}, two levels, {side}x{side}, 1 row, cached",
+        size=w.size,
+        nbytes=q.nbytes,
+        contenders={
+            FASTOPT: [lambda: fo.linear(x, q, out=y)],
+            "fastopt one level": [lambda: fo.linear(x, one, out=y)],
+        },
+        limit=limit(read=q.nbytes),
+        errors={FASTOPT: lambda: relative_error(fo.linear(x, q), x @ q.dequantize().T)},
     )
 
 
