@@ -86,9 +86,14 @@ void fo_nn_lstm(const fo_nn_recurrent* layer, const float* x, float* y, float* s
 /* `scratch` has 8 * units floats. */
 void fo_nn_gru(const fo_nn_recurrent* layer, const float* x, float* y, float* scratch);
 
-/* fo_linear with rows of x that are rounded to whole numbers of 8 bits; returns a code. `rounded` has w->cols bytes. */
-int fo_nn_linear_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t batch, float* y,
-                      int8_t* rounded);
+/* fo_linear of one row. Four arguments take less code where it is called. */
+int fo_nn_linear(const fo_tensor* w, const fo_tensor* bias, const float* x, float* y);
+
+/* The same with x rounded to whole numbers of 8 bits; returns a code. `rounded` has w->cols bytes. */
+int fo_nn_linear_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, float* y, int8_t* rounded);
+
+/* The same of several rows. */
+int fo_nn_rows_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t batch, float* y, int8_t* rounded);
 
 /* fo_nn_conv in such numbers; `scratch` has w->cols floats, and w->cols bytes behind them. */
 int fo_nn_conv_int8(const fo_tensor* w, const fo_tensor* bias, const fo_nn_window* window, const float* x, float* y,
@@ -425,15 +430,21 @@ void fo_nn_gru(const fo_nn_recurrent* layer, const float* x, float* y, float* sc
 
 /* ---- whole numbers ------------------------------------------------------------------------------ */
 
-int fo_nn_linear_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t batch, float* y,
-                      int8_t* rounded) {
-  for (; batch--; x += w->cols, y += w->rows) {
-    float scale;
-    const int code = fo_round_int8(x, w->cols, rounded, &scale);
-    if (code) return code;
-    fo_linear_int8(w, bias, rounded, &scale, w->cols, y, w->rows);
-  }
-  return FO_OK;
+int fo_nn_linear(const fo_tensor* w, const fo_tensor* bias, const float* x, float* y) {
+  return fo_linear(w, bias, x, w->cols, y, w->rows);
+}
+
+int fo_nn_linear_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, float* y, int8_t* rounded) {
+  float scale;
+  const int code = fo_round_int8(x, w->cols, rounded, &scale);
+  return code ? code : fo_linear_int8(w, bias, rounded, &scale, w->cols, y, w->rows);
+}
+
+int fo_nn_rows_int8(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t batch, float* y,
+                    int8_t* rounded) {
+  int code = FO_OK;
+  for (; batch-- && !code; x += w->cols, y += w->rows) code = fo_nn_linear_int8(w, bias, x, y, rounded);
+  return code;
 }
 
 int fo_nn_conv_int8(const fo_tensor* w, const fo_tensor* bias, const fo_nn_window* window, const float* x, float* y,
@@ -441,7 +452,7 @@ int fo_nn_conv_int8(const fo_tensor* w, const fo_tensor* bias, const fo_nn_windo
   const size_t positions = fo_nn__positions(window);
   for (size_t p = 0; p < positions; ++p) {
     fo_nn__patch(window, x, p, scratch);
-    const int code = fo_nn_linear_int8(w, bias, scratch, 1, y + p * w->rows, (int8_t*)(scratch + w->cols));
+    const int code = fo_nn_linear_int8(w, bias, scratch, y + p * w->rows, (int8_t*)(scratch + w->cols));
     if (code) return code;
   }
   return FO_OK;

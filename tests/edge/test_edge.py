@@ -604,6 +604,18 @@ def test_same_predictions_everywhere(digits, on_host, target, source, tmp_path):
         assert re.fullmatch(r"flash \d+ bytes: code \d+, model \d+, images \d+; RAM \d+ bytes and the stack", lines[3])
 
 
+@pytest.mark.parametrize("target", ["host", "aarch64", "cortex-m3", "cortex-m4"])
+def test_depthwise_network(digits, target, tmp_path):
+    """The other network of the example: depthwise convolutions, in the function that was generated."""
+    lines = make("run", target, NET="vision", BUILD=tmp_path, MODEL=digits).splitlines()
+    assert lines[0].endswith("60 as in Python of 60")
+    if target.startswith("cortex"):
+        code, model, ram = (int(re.search(rf"{word} (\d+)", lines[3])[1]) for word in ("code", "model", "RAM"))
+        assert code < (8 if target == "cortex-m4" else 10) * 1024
+        assert model < 4608
+        assert ram < 5632
+
+
 def test_product_takes_less_than_a_kilobyte_of_code(tmp_path):
     """The product of 4-bit weights with floats, and all that it calls, on a Cortex-M4."""
     need("arm-none-eabi-gcc", "arm-none-eabi-nm")

@@ -1,25 +1,21 @@
-/* Classifies handwritten digits with the network that `fastopt demo` packs: three layers, four fifths of the weights
-   pruned, the rest in 4 bits. Once in floats, once in whole numbers of 8 bits, which suits a CPU without a
-   floating-point unit. */
+/* Classifies handwritten digits, once in floats, once in whole numbers of 8 bits, which suits a CPU without a
+   floating-point unit. The network is that of `fastopt demo`: three layers, four fifths of the weights pruned, the rest
+   in 4 bits. With VISION it is one of depthwise convolutions. `fastopt export --to c` wrote the functions that run
+   them; with FROM_FILE the layers are called here, with tensors of a safetensors file. */
 #include "board.h"
 #include "digits.h" /* images, their labels, and what Python takes them for */
 
 #define FASTOPT_IMPLEMENTATION
-#include "fastopt.h"
-
 #if defined(FROM_FILE)
+#include "fastopt.h"
 #include "file.h" /* the bytes of fastopt-demo.safetensors */
-#else
-#include "model.h" /* what `fastopt export --to c` wrote */
-#endif
 
-enum { LAYERS = 3, WIDEST = 256 };
+enum { LAYERS = 3, X_SIZE = 256, Y_SIZE = 256 }; /* of the widest layer */
 
 static fo_tensor weights[LAYERS], biases[LAYERS];
 
-/* Gets the tensors, from the file or from the arrays; returns a code. */
+/* Gets the tensors from the file; returns a code. */
 static int load(void) {
-#if defined(FROM_FILE)
   static const char* const names[][2] = {
       {"fc1.weight", "fc1.bias"}, {"fc2.weight", "fc2.bias"}, {"fc3.weight", "fc3.bias"}};
   fo_model model;
@@ -29,18 +25,11 @@ static int load(void) {
     if (!code) code = fo_find(&model, names[i][1], &biases[i]);
   }
   return code;
-#else
-  weights[0] = model_fc1_weight, weights[1] = model_fc2_weight, weights[2] = model_fc3_weight;
-  biases[0] = model_fc1_bias, biases[1] = model_fc2_bias, biases[2] = model_fc3_bias;
-  return FO_OK;
-#endif
 }
 
-/* Sets the class of an image of 64 pixels, each 0 to 16; returns a code. */
-static int classify(const uint8_t* pixels, int in_int8, int* class_of_image) {
-  static float x[WIDEST], y[WIDEST];
-  static int8_t rounded[WIDEST];
-  for (int i = 0; i < IMAGE_SIZE; ++i) x[i] = (float)pixels[i] / 16;
+/* Computes the scores of the classes; returns a code. */
+static int run(float* x, int in_int8, float* y) {
+  static int8_t rounded[X_SIZE];
   for (int layer = 0; layer < LAYERS; ++layer) {
     const fo_tensor *w = &weights[layer], *bias = &biases[layer];
     float scale;
@@ -54,8 +43,41 @@ static int classify(const uint8_t* pixels, int in_int8, int* class_of_image) {
     if (code) return code;
     for (size_t i = 0; i < w->rows; ++i) x[i] = y[i] < 0 ? 0 : y[i]; /* ReLU */
   }
+  return FO_OK;
+}
+
+#else
+#if defined(VISION)
+#include "vision.h"
+#define predictions vision_predictions
+#define run_float vision_run
+#define run_int8 vision_run_int8
+#define SCRATCH_BYTES VISION_SCRATCH_BYTES
+#else
+#include "model.h"
+#define run_float model_run
+#define run_int8 model_run_int8
+#define SCRATCH_BYTES MODEL_SCRATCH_BYTES
+#endif
+
+enum { X_SIZE = IMAGE_SIZE, Y_SIZE = CLASSES };
+
+static int load(void) { return FO_OK; }
+
+static int run(const float* x, int in_int8, float* y) {
+  static float scratch[SCRATCH_BYTES / sizeof(float)];
+  return in_int8 ? run_int8(x, y, scratch) : run_float(x, y, scratch);
+}
+#endif
+
+/* Sets the class of an image of pixels from 0 to 16; returns a code. */
+static int classify(const uint8_t* pixels, int in_int8, int* class_of_image) {
+  static float x[X_SIZE], y[Y_SIZE];
+  for (int i = 0; i < IMAGE_SIZE; ++i) x[i] = (float)pixels[i] / 16;
+  const int code = run(x, in_int8, y);
+  if (code) return code;
   *class_of_image = 0;
-  for (int i = 1; i < (int)weights[LAYERS - 1].rows; ++i) {
+  for (int i = 1; i < CLASSES; ++i) {
     if (y[i] > y[*class_of_image]) *class_of_image = i;
   }
   return FO_OK;

@@ -296,13 +296,20 @@ class Net:
         x = self.plain(name, x)
         batch = math.prod(x.shape[:-1])
         pointers = f"&{self.tensor_name(weight)}, {self._bias(name, bias, rows)}"
-        return self._add(
-            name, "fo_linear", [x], (*x.shape[:-1], rows),
-            lambda r, y, s: f"fo_linear({pointers}, {r[0]}, {batch * cols}, {y}, {batch * rows})",
-            macs=batch * rows * cols, tensors=[weight, bias],
-            int8=lambda r, y, s: f"fo_nn_linear_int8({pointers}, {r[0]}, {batch}, {y}, (int8_t *)({s}))",
-            int8_scratch=-(-cols // 4),
-        )  # fmt: skip
+        kind = "fo_nn_linear" if batch == 1 else "fo_linear"
+
+        def call(r: Sequence[str], y: str, s: str) -> str:
+            if batch == 1:
+                return f"fo_nn_linear({pointers}, {r[0]}, {y})"
+            return f"fo_linear({pointers}, {r[0]}, {batch * cols}, {y}, {batch * rows})"
+
+        def int8(r: Sequence[str], y: str, s: str) -> str:
+            if batch == 1:
+                return f"fo_nn_linear_int8({pointers}, {r[0]}, {y}, (int8_t *)({s}))"
+            return f"fo_nn_rows_int8({pointers}, {r[0]}, {batch}, {y}, (int8_t *)({s}))"
+
+        return self._add(name, kind, [x], (*x.shape[:-1], rows), call, macs=batch * rows * cols,
+                         tensors=[weight, bias], int8=int8, int8_scratch=-(-cols // 4))  # fmt: skip
 
     def conv(
         self, name: str, x: Value, weight: str, bias: str | None = None, *, stride: Sequence[int] = (1,),
@@ -674,7 +681,7 @@ class Net:
     def function(self, *, int8: bool = False) -> str:
         """Return the function NAME_run, or NAME_run_int8, in C."""
         lines = [f"int {self.prototype(int8=int8)} {{"]
-        body, code = [], False
+        body, code, end = list[str](), False, "  return FO_OK;"
         for at, op in enumerate(self._ops):
             reads, y = [buffer.pointer() for buffer in op.reads], op.writes.pointer()
             if op.in_place and reads[0] != y:
@@ -683,16 +690,19 @@ class Net:
             whole = int8 and op.int8 is not None
             call = op.int8 if whole and op.int8 is not None else op.call
             text = call(reads, y, self._own[at].pointer() if self._own[at].size else "NULL")
-            if whole or op.returns:
+            checked = whole or op.returns
+            if at + 1 == len(self._ops) and (checked or op.kind == "fo_nn_linear"):
+                end = f"  return {text};"
+            elif checked:
                 code = True
                 body += [f"  code = {text};", "  if (code) return code;"]
             else:
                 body += [f"  {text};"]
-        used = any(re.search(r"\bs\b", line) for line in body)
+        used = any(re.search(r"\bs\b", line) for line in (*body, end))
         lines.append("  float *const s = (float *)scratch;" if used else "  (void)scratch;")
         if code:
             lines.append("  int code;")
-        return "\n".join([*lines, *body, "  return FO_OK;", "}", ""])
+        return "\n".join([*lines, *body, end, "}", ""])
 
     def prototype(self, *, int8: bool = False) -> str:
         """Return the name and the parameters of the function."""
