@@ -12,7 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,10 @@ def rows(w: Weight, ids: NDArray[np.integer]) -> Floats:
     return fo.embedding(w, ids) if isinstance(w, fo.QuantizedTensor) else dense(w)[ids]
 
 
+class Rounded(dict[str, Weight]):
+    """A model whose products are those of 8-bit integers."""
+
+
 class Watched(dict[str, Weight]):
     """A model that sums over the inputs of its layers."""
 
@@ -70,7 +74,8 @@ class Watched(dict[str, Weight]):
 def project(model: Mapping[str, Weight], name: str, x: Floats) -> Floats:
     if isinstance(model, Watched):
         model.calibration.update(f"{name}.weight", x)
-    return fo.linear(x, model[f"{name}.weight"], dense(model[f"{name}.bias"]))
+    precision: Literal["int8", "exact"] = "int8" if isinstance(model, Rounded) else "exact"
+    return fo.linear(x, model[f"{name}.weight"], dense(model[f"{name}.bias"]), precision=precision)
 
 
 def gelu(x: Floats) -> Floats:

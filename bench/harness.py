@@ -69,11 +69,7 @@ def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
     options = parse()
     if options.child:
         chosen = (case for case in cases(options) if options.only in case.name)
-        disturbance = Disturbance()
-        results = measure_all(chosen, options.seconds)
-        warning = doubts(results, disturbance.cores(), machine()["threads"]) if results else None
-        answer = {"machine": machine(), "results": [asdict(result) for result in results], "warning": warning}
-        options.child.write_text(json.dumps(answer))
+        options.child.write_text(json.dumps(measured(chosen, options.seconds)))
         return
     runs = []
     for threads in dict.fromkeys(int(n) for n in options.threads.split(",")):
@@ -87,6 +83,14 @@ def main(cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
         options.json.write_text(json.dumps(runs, indent=1))
     if options.png:
         draw(runs, options.png)
+
+
+def measured(cases: Iterable[Case], seconds: float) -> dict[str, Any]:
+    """Return the facts of the machine, the results, and a warning if they cannot be believed, as JSON holds them."""
+    disturbance, facts = Disturbance(), machine()
+    results = measure_all(cases, seconds)
+    warning = doubts(results, disturbance.cores(), facts["threads"]) if results else None
+    return {"machine": facts, "results": [asdict(result) for result in results], "warning": warning}
 
 
 def measure_in_child(threads: int) -> dict[str, Any]:

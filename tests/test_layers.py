@@ -8,7 +8,7 @@ import fastopt
 ROOT = Path(fastopt.__file__).parent
 # From the ground up.
 LAYERS = [
-    ["_core", "_types", "_text"],
+    ["_core", "_types", "_text", "_svg"],
     ["_checks"],
     ["config", "progress", "schedules"],
     ["tensors"],

@@ -38,7 +38,7 @@ py::object as_float32(const py::object& array, const char* name) {
 }
 
 [[noreturn]] void fail_float32(py::handle got, const Label& label) {
-  const py::object name = py::hasattr(got, "dtype") ? got.attr("dtype") : py::type::of(got).attr("__name__");
+  const py::object name = py::isinstance<py::array>(got) ? got.attr("dtype") : py::type::of(got).attr("__name__");
   fail_type(label, "expected a float32 array, got " + std::string(py::str(name)));
 }
 

@@ -354,7 +354,22 @@ def test_patterns_that_match_nothing_are_told(model, tmp_path):
     result = run(
         "pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--exclude", "nrm*", "--override", "x:bits=2"
     )
-    assert result.stderr == "fastopt: no tensor matches 'nrm*'\nfastopt: no tensor matches 'x'\n"
+    assert result.stderr == (
+        "fastopt: warning: no tensor matches 'nrm*', did you mean '*norm*'?\n"
+        "fastopt: warning: no tensor matches 'x'; there are 'ids', 'embed.weight', 'layers.0.bias' ...\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "got", "proposed"),
+    [("--fit", "minmaxx", "minmax"), ("--fit", "least-squares", "lsq"), ("--include", "embad*", "*embed*")],
+)
+def test_the_closest_choice_is_proposed(model, tmp_path, given, got, proposed):
+    code = 1 if given == "--include" else 2
+    result = run("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, given, got, code=code)
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert f"{got!r}, did you mean {proposed!r}?" in text
+    assert "Value error" not in text
 
 
 def test_an_override_comes_before_the_recipes_even_with_its_pattern(model, tmp_path):
@@ -791,7 +806,7 @@ def test_without_the_extra(module):
     done = run_python(code)
     assert done.returncode == 1
     # An editable install may report its build before.
-    assert done.stderr.splitlines()[-1] == "fastopt: the command line needs its extra: pip install 'fastopt[cli]'"
+    assert done.stderr.splitlines()[-1] == "fastopt: the command line needs typer and rich: pip install typer rich"
 
 
 # ---- names that a terminal would act on --------------------------------------------------------------------------

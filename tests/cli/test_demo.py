@@ -1,5 +1,6 @@
 """The demo, end to end on few epochs."""
 
+import base64
 import gzip
 import json
 
@@ -41,7 +42,7 @@ def write_folder(folder, zipped=False, test="t10k"):
 
 
 def test_demo_on_digits(tmp_path):
-    result = run("demo", "--json", "--epochs", 16, "--out", tmp_path)
+    result = run("demo", "--json", "--epochs", 4, "--out", tmp_path)
     assert result.stderr == ""  # no progress where there is no terminal
     summary = json.loads(result.stdout)
 
@@ -60,14 +61,17 @@ def test_demo_on_digits(tmp_path):
     with safe_open(file, framework="numpy") as opened:
         assert "fc1.weight.row_offsets" in opened.keys()  # noqa: SIM118 (a safe_open is not iterable)
     weights = fo.load(file).unpack()
-    assert [w.shape for w in weights.values()] == [(256, 64), (256,), (128, 256), (128,), (10, 128), (10,)]
+    shapes = [(1024, 64), (1024,), (512, 1024), (512,), (10, 512), (10,)]
+    assert [w.shape for w in weights.values()] == shapes
     zeros = sum(int((w == 0).sum()) for name, w in weights.items() if name.endswith("weight"))
     total = sum(w.size for name, w in weights.items() if name.endswith("weight"))
     assert summary["zeros_kept"]
     assert zeros >= round(0.8 * total)
 
-    assert summary["picture"] == str(tmp_path / "fastopt-demo.png")
-    assert (tmp_path / "fastopt-demo.png").read_bytes().startswith(PNG)
+    assert summary["page"] == str(tmp_path / "fastopt-demo.html")
+    page = (tmp_path / "fastopt-demo.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 12
+    assert page.count("fastopt 4-bit, pruned</text>") == 4  # in all panels but the one of the optimizer's step
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -76,11 +80,14 @@ def test_demo_on_idx_files(tmp_path, zipped):
     folder = write_folder(tmp_path, zipped, test="test" if zipped else "t10k")
     out = tmp_path / "new" / "out"
     result = run("demo", "--data", folder, "--out", out, "--epochs", 12)
-    assert "512 training and 64 test images" in result.stdout
+    assert "512 images to train, 64 to test" in " ".join(result.stdout.split())
     for name in ("NumPy fp32", "fastopt fp32", "fastopt 4-bit", "fastopt 4-bit, pruned"):
         assert name in result.stdout
     assert (out / "fastopt-demo.safetensors").exists()
-    assert (out / "fastopt-demo.png").read_bytes().startswith(PNG)
+    page = (out / "fastopt-demo.html").read_text(encoding="utf-8")
+    first = base64.b64decode(page.split("base64,")[1].split('"')[0])
+    assert first.startswith(PNG)
+    assert first[16:24] == b"\0\0\0\5\0\0\0\6"  # 5 columns, 6 rows
 
 
 def test_idx_is_read_as_written(tmp_path):
@@ -143,7 +150,7 @@ def test_too_few_images(tmp_path):
     write_folder(tmp_path)
     (tmp_path / IMAGES).write_bytes(idx(np.zeros((9, 6, 5), np.uint8)))
     (tmp_path / LABELS).write_bytes(idx(np.zeros(9, np.uint8)))
-    assert "expected at least 128 training images, got 9" in run("demo", "--data", tmp_path, code=1).stderr
+    assert "expected at least 256 training images, got 9" in run("demo", "--data", tmp_path, code=1).stderr
 
 
 def test_interruption(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import mmap
 import os
 import stat
 from pathlib import Path
+from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -240,7 +241,8 @@ def test_what_is_no_mapping_is_named(weights):
         fo.pack(weights, bits=4)
 
 
-def test_a_report_is_read_in_python(rng):
+def test_a_report_is_read_in_python(rng, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     w = {"a.weight": rng.standard_normal((64, 128)).astype("f4"), "b\x1b": np.ones(3, "f4")}
     report = fo.pack(w, bits=4).report(w)
     assert repr(report).startswith("Report(2 tensors, 1 packed, 32,780 -> 5,132 bytes, 5.01 bits per weight, relative")
@@ -249,6 +251,30 @@ def test_a_report_is_read_in_python(rng):
     assert lines[3] == repr(report)
     assert "64x128" in lines[1]
     assert report.recipe.bits == 4
+
+    long = fo.pack({f"encoder.layers.{i}.attention.self.query.weight": w["a.weight"] for i in range(2)}, bits=4)
+    for columns in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = str(long.report()).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert [line.split()[0][-17:] for line in lines[1:3]] == ["self.query.weight"] * 2
+        assert "4 bits, g32" in lines[1]
+
+
+def test_notebooks_show_tables_with_escaped_names(rng):
+    w = {"<script>a</script>.weight": rng.standard_normal((64, 128)).astype("f4"), "b\x1b": np.ones(3, "f4")}
+    model = fo.pack(w, bits=4)
+    for shown in (model, model.report(w)):
+        root = ElementTree.fromstring(shown._repr_html_())
+        cells = [[cell.text for cell in row] for row in root.iter("tr")]
+        assert [row[0] for row in cells] == ["tensor", "<script>a</script>.weight", "b\\x1b"]
+        assert cells[1][1:4] == ["64x128", "4 bits, g32", "5.00"]
+    pruned = fo.prune(w["<script>a</script>.weight"], sparsity=0.75)
+    for packed, stored in ((model["<script>a</script>.weight"], "100.0%"), (pruned, "25.0%")):
+        root = ElementTree.fromstring(packed._repr_html_())
+        cells = dict([cell.text for cell in row] for row in root.iter("tr"))
+        assert cells["shape"] == "64x128"
+        assert cells["weights stored"] == stored
 
 
 def test_the_model_of_a_folder(weights, tmp_path):

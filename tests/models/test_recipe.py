@@ -100,6 +100,7 @@ def test_what_is_wrong_is_named():
         ({"bits": 4.0}, TypeError, r"bits: expected 8, 6, 5, 4, 3 or 2, got 4\.0"),
         ({"group_size": 0}, ValueError, "group_size: expected a positive number"),
         ({"param_dtype": "int8"}, ValueError, "param_dtype: expected float16 or float32, got 'int8'"),
+        ({"fit": "least-squares"}, ValueError, "got 'least-squares', did you mean 'lsq'?"),
         ({"fit": "best"}, ValueError, "fit: expected 'auto', 'minmax', 'lsq' or 'gptq', got 'best'"),
         ({"outliers": 2}, ValueError, "outliers: expected a share between 0 and 1, got 2"),
         ({"importance": "size"}, ValueError, "importance: expected 'magnitude' or None, got 'size'"),
@@ -364,6 +365,7 @@ def test_targets_out_of_reach(weights):
     for options, message in [
         ({"target_bits": 1}, r"target_bits: expected at least \d+\.\d{3}, got 1"),
         ({"target_size": 100}, r"target_size: expected at least \d+ bytes, got 100"),
+        ({"target_size": "1 kB"}, r"target_size: expected at least \d+\.\d\d kB, got 1 kB"),
         ({"target_size": "12 parsec"}, "target_size: expected bytes, as 12000000 or '12MB', got '12 parsec'"),
         ({"target_size": True}, "target_size: expected bytes"),
         ({"target_bits": 4, "target_size": 100}, "expected one of them, got both"),

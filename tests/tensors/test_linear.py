@@ -376,3 +376,10 @@ def test_a_row_that_is_not_finite_leaves_its_neighbours_alone(isa, cols, group_s
         got = fo.linear(x, q)[0]
         assert same_bits(got[[0, 3]], np.array(alone, "f4")[[0, 3]])
         assert not np.isfinite(got[[1, 2]]).any()
+
+
+def test_a_message_does_not_contradict_itself(rng):
+    q = fo.quantize(rng.standard_normal((32, 32)).astype("f4"), bits=4)
+    for out, got in ((q, "QuantizedTensor"), (np.empty((2, 32)), "float64"), ([0.0], "list")):
+        with pytest.raises(TypeError, match=f"out: expected a float32 array, got {got}"):
+            fo.linear(np.ones((2, 32), "f4"), q, out=out)

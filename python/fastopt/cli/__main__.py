@@ -10,7 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
-        sys.exit("fastopt: the command line needs its extra: pip install 'fastopt[cli]'")
+        sys.exit("fastopt: the command line needs typer and rich: pip install typer rich")
     app(prog_name="fastopt")
 
 

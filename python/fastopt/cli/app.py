@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from rich.progress import (
 from typer.core import TyperCommand, TyperGroup
 
 from fastopt import __version__, _core
-from fastopt._text import printable
+from fastopt._text import printable, proposal
 from fastopt.models.recipe import Recipe
 
 
@@ -90,8 +91,17 @@ def _printable_usage_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "message"):  # click's UsageError, which typer does not export
-            error.message = printable(error.message)
+            error.message = printable(_with_proposal(error.message))
         raise
+
+
+def _with_proposal(message: str) -> str:
+    """Let a message about a choice that does not exist propose the closest one."""
+    match = re.fullmatch(r"(?:Value error, )?'(.*)' is not one of (.*)\.", message, re.DOTALL)
+    if match is None:
+        return message
+    choices = re.findall(r"'([^']*)'", match[2])
+    return f"expected one of {', '.join(choices)}, got {match[1]!r}{proposal(match[1], choices)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fastopt as fo
+from fastopt._svg import Bar, Panel, chart
 from fastopt._types import Array
-from fastopt.cli.svg import Bar, Panel, chart
 from fastopt.cli.timing import (
     FASTOPT,
     LIMIT,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastopt._text import pattern_proposal, proposal, size_text
 from fastopt._types import Notify
 from fastopt.cli import page, tables
 from fastopt.cli.app import Json, byte_progress, command, say
@@ -396,7 +397,7 @@ def unpack(
     if as_json:
         typer.echo(tables.to_json({"source": str(model), "target": str(output), "file_bytes": size}))
     else:
-        say(f"{output}: {tables.size_text(size)}")
+        say(f"{output}: {size_text(size)}")
 
 
 @command(
@@ -440,7 +441,7 @@ def export(
     leaky_relu, gelu, silu, tanh, sigmoid, softmax. JSON: source, target, to, file_bytes; for networks in C cost.
     """
     if to not in FORMATS:
-        raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
+        raise typer.BadParameter(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}{proposal(to, FORMATS)}")
     options = given_to_format(of_formats)
     for text in rename or ():
         if "=" not in text:
@@ -461,7 +462,7 @@ def export(
     if as_json:
         typer.echo(tables.to_json({**about, "file_bytes": size}))
     else:
-        say(f"{output}: {tables.size_text(size)}")
+        say(f"{output}: {size_text(size)}")
 
 
 @command(
@@ -592,9 +593,7 @@ def _require_match(recipe: Recipe, names: Collection[str]) -> None:
     """Raise if patterns of --include match none of the tensors: then nothing would be packed."""
     if names and recipe.include and not any(fnmatchcase(name, p) for name in names for p in recipe.include):
         patterns = " or ".join(map(repr, recipe.include))
-        raise ValueError(
-            f"--include: no tensor matches {patterns}; there are {', '.join(map(repr, list(names)[:3]))} ..."
-        )
+        raise ValueError(f"--include: no tensor matches {patterns}{pattern_proposal(recipe.include[0], names)}")
 
 
 def _tell(
@@ -609,7 +608,8 @@ def _tell(
     """Print the report, the patterns that match no tensor, and how far outputs are apart."""
     for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
         if packed.tensors and not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
-            say(f"fastopt: no tensor matches {pattern!r}", err=True)
+            proposed = pattern_proposal(pattern, [t.name for t in packed.tensors])
+            say(f"fastopt: warning: no tensor matches {pattern!r}{proposed}", err=True)
     size = None if dry_run else _file_bytes(target)
     if as_json:
         about = {"source": str(source), "target": str(target), "dry_run": dry_run, "file_bytes": size}
@@ -619,7 +619,7 @@ def _tell(
         tables.print_report(packed)
         if outputs is not None:
             tables.print_outputs(outputs)
-        say(f"{target}: {'not written' if size is None else tables.size_text(size)}")
+        say(f"{target}: {'not written' if size is None else size_text(size)}")
 
 
 def _file_bytes(path: Path) -> int:

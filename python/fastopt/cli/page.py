@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import as_matrix
-from fastopt._text import printable
+from fastopt._text import percent_text, printable, size_text, storage_text
 from fastopt._types import Array
-from fastopt.cli.tables import decibel_text, percent_text, ratio_text, size_text, storage_text, to_json
+from fastopt.cli.tables import decibel_text, ratio_text, to_json
 from fastopt.files.atomic import write_text
 from fastopt.models.examine import Difference, is_numeric
 from fastopt.models.recipe import Recipe

@@ -22,30 +22,29 @@ def demo(
         Path | None,
         typer.Option(help="Folder with MNIST-style idx or idx.gz files, instead of scikit-learn's digits."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the model and the plot.")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder for the model and the page.")] = Path(),
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train, prune, fine-tune and pack a classifier of handwritten digits, and compare it with plain NumPy.
 
-    Writes fastopt-demo.safetensors (the packed model) and fastopt-demo.png (the comparison).
+    Writes fastopt-demo.safetensors (the packed model) and fastopt-demo.html (the comparison, for a browser).
     """
     from fastopt.demo import run, show
 
-    show.require_matplotlib()  # fail before the work, not after it
     dataset = run.load_digits() if data is None else run.load_idx_folder(data)
     out.mkdir(parents=True, exist_ok=True)
     with progress() as notify:
         result = run.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
-    picture = out / "fastopt-demo.png"
-    show.draw(result, picture)
+    page = out / "fastopt-demo.html"
+    show.draw(result, page)
     if as_json:
-        typer.echo(tables.to_json({**dataclasses.asdict(result.summary), "picture": str(picture)}))
+        typer.echo(tables.to_json({**dataclasses.asdict(result.summary), "page": str(page)}))
     else:
         show.print_table(result.summary)
         say("")
         say(f"model    {result.summary.file}")
-        say(f"picture  {picture}")
+        say(f"page     {page}")
 
 
 @command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --threads 1 --svg linear.svg")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastopt._text import printable, printable_json
+from fastopt._text import percent_text, printable, printable_json, shape_text, size_text, storage_text
 from fastopt.formats.c_net import Cost
 from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
@@ -29,42 +29,13 @@ from fastopt.tensors.error import Error
 # ---- numbers as texts --------------------------------------------------------------------------------------------
 
 
-def size_text(count: float) -> str:
-    """Format a number of bytes in decimal units, as file managers and ``--target-size`` do."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.{0 if unit == 'B' else 1 if count >= 100 else 2}f} {unit}"
-        count /= 1000
-    return f"{count:,.2f} TB"
-
-
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
-
-
-def percent_text(share: float | None) -> str:
-    """Format a fraction in percent; None gives an empty text."""
-    if share is None or share == 0:
-        return "" if share is None else "0"
-    percent = 100 * share
-    return "<0.01 %" if percent < 0.01 else f"{percent:.{2 if percent < 10 else 1}f} %"
 
 
 def decibel_text(snr: float) -> str:
     """Format a signal-to-noise ratio; "exact" if there is no noise."""
     return "exact" if snr == math.inf else f"{snr:.1f}"
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
-    """Describe how a tensor is stored, such as "4 bits, g32" or "sparse, 8 bits, g128"."""
-    if bits is None:
-        return kind
-    group = {None: "tensor", -1: "row"}.get(group_size, f"g{group_size}")
-    return f"{'sparse, ' if kind.startswith('sparse') else ''}{bits} bits, {group}"
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------
@@ -173,7 +144,7 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
     """
     console = _console()
     columns = (
-        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("shape", lambda t: shape_text(t.shape), 4),
         _Column("dtype", lambda t: t.dtype, 6),
         _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size), 3),
         _Column("bits/w", lambda t: _short(t.bits_per_weight), 2),
@@ -224,7 +195,7 @@ def print_report(report: Report) -> None:
     console = _console()
     packed = [t for t in report.tensors if t.kind != "dense"]
     columns = [
-        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("shape", lambda t: shape_text(t.shape), 4),
         _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size)),
         _Column("bits/w", lambda t: f"{t.bits_per_weight:.2f}", 2),
         _Column("before", lambda t: size_text(t.nbytes_before), 3),
@@ -269,7 +240,7 @@ def print_outputs(outputs: Sequence[OutputReport]) -> None:
     outputs : sequence of OutputReport
     """
     columns = (
-        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("shape", lambda t: shape_text(t.shape), 4),
         _Column("error", lambda t: percent_text(t.error.relative)),
         _Column("max", lambda t: _short(t.error.max), 1),
         _Column("SNR dB", lambda t: decibel_text(t.error.snr), 1),
@@ -296,7 +267,7 @@ def print_difference(difference: Difference) -> None:
     """
     console = _console()
     columns = (
-        _Column("shape", lambda t: _times(t.shape), 4),
+        _Column("shape", lambda t: shape_text(t.shape), 4),
         _Column("first", lambda t: size_text(t.nbytes[0]), 2),
         _Column("second", lambda t: size_text(t.nbytes[1])),
         _Column("error", lambda t: percent_text(t.relative)),
@@ -323,7 +294,9 @@ def difference_lines(difference: Difference) -> list[str]:
     lines += [f"other dtype: {count} tensors, {one} and {other}" for (one, other), count in pairs.items()]
     lines += [f"only in the first: {name}" for name in difference.missing]
     lines += [f"only in the second: {name}" for name in difference.extra]
-    lines += [f"other shape: {name}, {_times(one)} and {_times(other)}" for name, one, other in difference.reshaped]
+    lines += [
+        f"other shape: {name}, {shape_text(one)} and {shape_text(other)}" for name, one, other in difference.reshaped
+    ]
     return lines
 
 

@@ -62,7 +62,7 @@ def _client(address: str) -> Iterator[Executor]:
     try:
         distributed = import_module("distributed")
     except ImportError as error:
-        raise ImportError("--dask needs distributed: pip install 'fastopt[dask]'") from error
+        raise ImportError("--dask needs distributed: pip install distributed") from error
     try:
         client = distributed.Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ Notify: TypeAlias = Callable[[str, int, int, str], None]
 
 BITS = 4
 SPARSITY = 0.8
-PREDICT_BATCH = 256
+PREDICT_BATCH = 64
 SEED = 0
 
 
@@ -76,7 +76,7 @@ def load_digits() -> Dataset:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as error:
-        raise ImportError("the demo on digits needs its extra: pip install 'fastopt[demo]'") from error
+        raise ImportError("the demo on digits needs scikit-learn: pip install scikit-learn") from error
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
         (images / 16).astype(np.float32), labels.astype(np.int64), test_size=1 / 3, random_state=SEED, stratify=labels
@@ -90,9 +90,9 @@ def load_digits() -> Dataset:
         test_labels=test_y,
         image_shape=(8, 8),
         classes=tuple("0123456789"),
-        hidden=(256, 128),
-        batch=32,
-        epochs=30,
+        hidden=(1024, 512),
+        batch=64,
+        epochs=6,
     )
 
 
@@ -137,9 +137,9 @@ def load_idx_folder(folder: Path) -> Dataset:
         test_labels=test_labels.astype(np.int64),
         image_shape=train_images.shape[1:],
         classes=_FASHION if fashion else tuple(str(i) for i in range(classes)),
-        hidden=(512, 256),
-        batch=128,
-        epochs=4,
+        hidden=(1024, 512),
+        batch=256,
+        epochs=3,
     )
 
 
@@ -432,13 +432,13 @@ def measure(predictors: Sequence[Predictor], images: Floats, notify: Notify) -> 
     """Return for each predictor the median microseconds for an image by itself, and for one in the batch."""
     one: list[list[float]] = [[] for _ in predictors]
     batch: list[list[float]] = [[] for _ in predictors]
-    rounds = 20
+    rounds = 10
     for i in range(rounds):
         for predictor, ones, batches in zip(predictors, one, batch, strict=True):
             # Threads of NumPy's BLAS may still be spinning: let them go to sleep.
-            time.sleep(0.01)
-            _timed(predictor, images, batches, 3)
-            time.sleep(0.01)
+            time.sleep(0.04)
+            _timed(predictor, images, batches, 2)
+            time.sleep(0.04)
             _timed(predictor, images[i % len(images)], ones, 30)
         notify("measure", i + 1, rounds, "")
     return [(1e6 * median(a), 1e6 * median(b) / len(images)) for a, b in zip(one, batch, strict=True)]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fastopt._text import shown
+from fastopt._text import proposal, shown
 from fastopt._types import Notify, PathLike
 from fastopt.files.sources import READERS, Reader
 from fastopt.files.weights import Weights
@@ -113,7 +113,7 @@ def export(
     (64, 64)
     """
     if to not in FORMATS:
-        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {shown(to)}")
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {shown(to)}{proposal(to, FORMATS)}")
     known = FORMATS[to].OPTIONS
     unknown = sorted(options.keys() - known.keys())
     if unknown:

@@ -44,10 +44,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
         raise ValueError(f"input_shape: expected numbers with commas, such as 1,28,28, got {text!r}") from None
 
 
-def require_package(name: str, install: str = "'fastopt[export]'") -> None:
+def require_package(name: str) -> None:
     """Raise ImportError, with what to install, unless there is a package of that name."""
     if find_spec(name) is None:
-        raise ImportError(f"this needs {name}: pip install {install}")
+        raise ImportError(f"this needs {name}: pip install {name}")
 
 
 def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:

@@ -37,7 +37,7 @@ def write(model: Mapping[str, Weight], path: Path, progress: Progress) -> None:
     ValueError
         If the model did not come from a file of Keras, or the name has another ending.
     """
-    require_package("h5py", "'fastopt[keras]'")
+    require_package("h5py")
     import h5py
 
     text = getattr(model, "metadata", {}).get(METADATA)

@@ -183,7 +183,7 @@ def keras_sources(
     ValueError
         If it is not such a file, or not sound, or has links to other files.
     """
-    require_package("h5py", "'fastopt[keras]'")
+    require_package("h5py")
     import h5py
 
     what = f"{path}: not a sound file of Keras"

@@ -81,7 +81,7 @@ def calibrate_onnx(
     True
     """
     require_package("onnx")
-    require_package("onnxruntime", "onnxruntime")
+    require_package("onnxruntime")
     from onnx import helper
 
     file = OnnxFile(Path(source))

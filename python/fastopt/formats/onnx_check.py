@@ -94,7 +94,7 @@ def check_onnx(
     ('fc', True)
     """
     require_package("onnx")
-    require_package("onnxruntime", "onnxruntime")
+    require_package("onnxruntime")
     first, second = Path(first), Path(second)
     feeds = _given(inputs) if inputs is not None else list(_drawn(OnnxFile(first), runs, seed))
     expected, found = _outputs(first, feeds), _outputs(second, feeds)

@@ -293,8 +293,7 @@ class _Search:
         if self._target_bits is not None:
             fewest = 8 * needed / max(self._count, 1)
             raise ValueError(f"target_bits: expected at least {fewest:.3f}, got {self._target_bits}")
-        got = self._target if str(self._target).isdecimal() else f"{self._target} ({self._limit} bytes)"
-        raise ValueError(f"target_size: expected at least {needed} bytes, got {got}")
+        raise ValueError(f"target_size: expected at least {size_like(needed, self._target)}, got {self._target}")
 
 
 def measured(weights: Mapping[str, Weight], wanted: Wanted, sizes: Sizes) -> int | list[Choice]:
@@ -424,3 +423,13 @@ def parse_size(size: int | str) -> int:
     if match is None or isinstance(size, bool):
         raise ValueError(f"target_size: expected bytes, as 12000000 or '12MB', got {shown(size)}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def size_like(nbytes: int, like: object) -> str:
+    """Return a number of bytes in the unit of another size that `parse_size` takes, rounded up."""
+    match = re.fullmatch(r"\s*[\d.]+(\s*)([a-zA-Z]+)\s*", str(like))
+    unit = parse_size(f"1{match[2]}") if match else 1
+    if match is None or unit == 1:
+        return f"{nbytes} bytes"
+    digits = max(2, 2 - math.floor(math.log10(max(nbytes, 1) / unit)))
+    return f"{math.ceil(nbytes / unit * 10**digits) / 10**digits:.{digits}f}{match[1]}{match[2]}"

@@ -8,11 +8,13 @@ specifies it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
+from fastopt._text import html_table, shape_text, size_text, storage_text
 from fastopt._types import Array, PathLike
 from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble, require_readable
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
@@ -32,7 +34,7 @@ from fastopt.models.recipe import (
     warn_if_nothing_is_packed,
 )
 from fastopt.models.report import Report, Reporter
-from fastopt.tensors.packed import PackedTensor, Weight, unpacked
+from fastopt.tensors.packed import PackedTensor, Weight, storage_of, unpacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,6 +78,13 @@ class PackedModel(Mapping[str, Weight]):
 
     def __repr__(self) -> str:
         return f"PackedModel({len(self)} tensors, {self.nbytes:,} bytes)"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name, w in self.items():
+            per_weight = f"{8 * w.nbytes / max(math.prod(w.shape), 1):.2f}"
+            rows.append([name, shape_text(w.shape), storage_text(*storage_of(w)), per_weight, size_text(w.nbytes)])
+        return html_table(repr(self), ["tensor", "shape", "stored", "bits/w", "size"], rows)
 
     @property
     def nbytes(self) -> int:

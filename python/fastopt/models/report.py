@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, Literal
 
 import numpy as np
 
-from fastopt._text import printable
+from fastopt._text import html_table, percent_text, printable, shape_text, size_text, storage_text
 from fastopt._types import FLOATS, Array
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.calibration import InputSums
@@ -102,20 +104,46 @@ class Report:
         )
 
     def __str__(self) -> str:
-        """Return a table of the tensors, and the totals in its last line."""
+        """Return a table of the tensors that fits the terminal, and the totals in its last line."""
+        columns, rows = self._columns(), self._rows()
+        texts = [[head, *(row[i] for row in rows)] for i, head in enumerate(columns)]
+        widths = [max(map(len, column)) for column in texts]
+        room = get_terminal_size().columns
+        # A narrow terminal omits the reasons first, and then the shapes; long names lose their beginning.
+        for name in ("why", "shape", "output error"):
+            if sum(widths) + 2 * (len(widths) - 1) > room and name in columns:
+                i = columns.index(name)
+                del columns[i], texts[i], widths[i]
+        widths[0] = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
+        texts[0] = [name if len(name) <= widths[0] else f"...{name[len(name) - widths[0] + 3 :]}" for name in texts[0]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in zip(*texts, strict=True)
+        ]
+        return "\n".join([*lines, *wrap(repr(self), max(room, 40))])
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), self._columns(), self._rows())
+
+    def _columns(self) -> list[str]:
         outputs = any(t.output_error is not None for t in self.tensors)
-        rows = [["tensor", "shape", "stored", "bits/w", "bytes", "error", *["output error"] * outputs, "why"]]
-        for t in self.tensors:
-            stored = t.kind if t.bits is None else f"{t.kind}, {t.bits} bits"
-            error = "" if t.error is None else f"{t.error.relative:.3g}"
-            shape = "x".join(map(str, t.shape))
-            per_weight = f"{t.bits_per_weight:.2f}"
-            output = ["" if t.output_error is None else f"{t.output_error:.3g}"] * outputs
-            name, reason = printable(t.name), printable(t.reason)
-            rows.append([name, shape, stored, per_weight, f"{t.nbytes:,}", error, *output, reason])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, repr(self)])
+        return ["tensor", "shape", "stored", "bits/w", "size", "error", *["output error"] * outputs, "why"]
+
+    def _rows(self) -> list[list[str]]:
+        outputs = any(t.output_error is not None for t in self.tensors)
+        return [
+            [
+                printable(t.name),
+                shape_text(t.shape),
+                storage_text(t.kind, t.bits, t.group_size),
+                f"{t.bits_per_weight:.2f}",
+                size_text(t.nbytes),
+                percent_text(t.error and t.error.relative),
+                *[percent_text(t.output_error)] * outputs,
+                printable(t.reason),
+            ]
+            for t in self.tensors
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a plain dict; numbers that are not finite become None, for JSON.

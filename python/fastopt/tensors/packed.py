@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastopt._checks import as_float_array, as_matrix, matrix_of_out
-from fastopt._text import shown
+from fastopt._text import html_table, shape_text, shown, size_text, storage_text
 from fastopt._types import Array
 from fastopt.tensors.error import Error, ErrorSums
 
@@ -104,6 +104,17 @@ class PackedTensor(ABC):
     @abstractmethod
     def _linear(self, x: ArrayLike, bias: ArrayLike | None, out: Array | None, precision: Precision) -> Array:
         """Return ``x @ self.T + bias``; the kernels check x, bias and out."""
+
+    def _repr_html_(self) -> str:
+        dense = self.size * self.dtype.itemsize
+        rows = [
+            ["shape", shape_text(self.shape)],
+            ["stored", storage_text(self.storage, self.bits, self.group_size)],
+            ["weights stored", f"{self.density:.1%}"],
+            ["bits per weight", f"{self.bits_per_weight:.2f}"],
+            ["size", f"{size_text(self.nbytes)}, as {self.dtype}: {size_text(dense)}"],
+        ]
+        return html_table(type(self).__name__, [], rows)
 
     @property
     def ndim(self) -> int:

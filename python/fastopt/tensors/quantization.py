@@ -23,7 +23,7 @@ from fastopt._checks import (
     require_param_dtype,
     require_real,
 )
-from fastopt._text import shown
+from fastopt._text import proposal, shown
 from fastopt._types import FITS, Array, Fit, GroupSize
 from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.gptq import SWEEPS, plan_gptq
@@ -317,7 +317,9 @@ def _fill_by_gptq(
 def require_fit(fit: str) -> None:
     """Raise unless `fit` is one of those that `quantize` knows."""
     if fit not in FITS:
-        raise ValueError(f"fit: expected {', '.join(map(repr, FITS[:-1]))} or {FITS[-1]!r}, got {shown(fit)}")
+        raise ValueError(
+            f"fit: expected {', '.join(map(repr, FITS[:-1]))} or {FITS[-1]!r}, got {shown(fit)}{proposal(fit, FITS)}"
+        )
 
 
 def _importance(

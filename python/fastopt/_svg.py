@@ -5,7 +5,7 @@ A chart is 560 units wide, so that its text can be read on a telephone, where it
 
 from collections.abc import Sequence
 from html import escape
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 _WIDTH, _MARGIN, _GAP = 560, 16, 8
 _LINE, _BAR = 26, 17  # the height of a row and of its bar
@@ -27,12 +27,12 @@ text { font: 14px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; paint-order:
 
 
 class Bar(NamedTuple):
-    """A row of a panel: `text` says the value, and for a loss to whom."""
+    """A row of a panel: `text` says the value, and for a loss to whom; `kind` is "ours", "theirs" or "loss"."""
 
     label: str
     value: float
     text: str
-    kind: Literal["ours", "theirs", "loss"] = "theirs"
+    kind: str = "theirs"
 
 
 class Panel(NamedTuple):
