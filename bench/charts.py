@@ -93,9 +93,9 @@ def product_cases(side: int) -> Iterator[Case]:
     from bench_quant import product_beside_peers
 
     for bits, group_size in ((8, -1), (4, 32), (2, 64)):
-        yield product_beside_peers(side, bits, group_size, 1, cold=True)
+        yield product_beside_peers(side, bits, group_size, 1, cold=side > 512)
     for batch in (4, 16, 64, 256) if side > 512 else (16,):
-        yield product_beside_peers(side, 4, 32, batch, cold=True)
+        yield product_beside_peers(side, 4, 32, batch, cold=side > 512)
     yield product_beside_peers(512, 4, 32, 1, cold=False)
 
 
@@ -250,7 +250,13 @@ def limit_chart(found: Mapping[str, Any]) -> str:
     panels = []
     for section, begin, title in LIMITS:
         name, case = next(item for item in by_case(found["sections"][section]).items() if item[0].startswith(begin))
-        size = name.removeprefix(begin).removesuffix(", batch 1").replace("x", " x ")
+        size = (
+            name.removeprefix(begin)
+            .removesuffix(", batch 1")
+            .removesuffix(", cached")
+            .removesuffix(", batch 1")
+            .replace("x", " x ")
+        )
         panels.append(time_panel(title + size, case, {NUMPY: "NumPy", **TORCHES, FASTOPT: "fastopt"}))
     notes = ["Shorter is faster. Dashed: the memory limit, a loop that only moves the same bytes.", machine_line(found)]
     return chart("Beside the memory limit", panels, [*notes, *doubt(found, STEPS, PRODUCTS, PRUNING)])

@@ -71,7 +71,7 @@ def test_demo_on_digits(tmp_path):
     assert summary["page"] == str(tmp_path / "fastopt-demo.html")
     page = (tmp_path / "fastopt-demo.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 12
-    assert page.count("fastopt 4-bit, pruned</text>") == 4  # in all panels but the one of the optimizer's step
+    assert page.count("fastopt 4-bit, pruned</text>") == 5  # in all panels
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -86,7 +86,9 @@ def print_table(summary: Summary) -> None:
     console.print()
     for line in rows_explained(summary):
         console.print(Text(line, "dim"))
-    console.print(Text("Times are medians of calls in turns. Batches and small layers are where NumPy's BLAS is strong.", "dim"))
+    console.print(
+        Text("Times are medians of calls in turns. Batches and small layers are where NumPy's BLAS is strong.", "dim")
+    )
 
 
 def _time_cell(value: float | None, plain: float | None, is_plain: bool) -> Text:
