@@ -46,7 +46,7 @@ def lint(session):
 @nox.session
 def typing(session):
     """Check types, and the stub of the compiled module against the module."""
-    session.install("mypy>=2.4", f"{WHEEL}[demo,export]")
+    session.install("mypy>=2.4", f"{WHEEL}[chart,demo,export]")
     session.run("mypy", "--strict")
     session.run("python", "-m", "mypy.stubtest", "fastopt._core")
 
