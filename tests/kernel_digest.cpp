@@ -318,6 +318,37 @@ void digest_weighted(const Kernels& k, int bits, std::size_t cols, std::size_t g
   c.add(minimum);
 }
 
+// Parameters in two levels: for 256 columns, or for a row.
+void digest_two_level(const Kernels& k, int bits, std::size_t cols, std::size_t group, int param_bits, bool weighted) {
+  const bool row = 256 % group != 0;
+  Case c("two levels bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) + " group=" + text(group) +
+         " params=" + text(static_cast<std::size_t>(param_bits)) + (weighted ? " weighted" : ""));
+  constexpr std::size_t rows = 3;
+  const std::size_t groups = (cols + group - 1) / group, part = row ? groups : 256 / group, count = row ? 3 : 2;
+  const std::size_t parts = (groups + part - 1) / part, param_bytes = packed_bytes(groups, param_bits);
+  const std::size_t row_bytes = packed_bytes(cols, bits);
+  const std::vector<float> x = numbers<float>(c, rows * cols, plain);
+  std::vector<float> importance = numbers<float>(c, cols, plain), floats(rows * parts * count);
+  for (float& weight : importance) weight = weight > 0 ? weight : 0.0f;
+  Bytes codes(rows * row_bytes), scale(rows * param_bytes), minimum(rows * param_bytes);
+  const QuantizedOut q = {codes.data(), nullptr,   nullptr, false,  bits,   rows,
+                          cols,         row_bytes, group,   groups, groups, FLT_MAX};
+  const TwoLevelOut to = {scale.data(), minimum.data(), floats.data(), false,      param_bits,
+                          count,        part,           parts,         param_bytes};
+  const TwoLevel from = {scale.data(), minimum.data(), floats.data(), false,      param_bits,
+                         count,        part,           parts,         param_bytes};
+  std::vector<float> memory(k.two_level.bytes(q, to) / sizeof(float));
+  const Fit fit{true, weighted ? importance.data() : nullptr, 0};
+  c.add(k.two_level.quantize(x.data(), q, to, fit, 0, rows, memory.data()));
+  c.add(codes);
+  c.add(scale);
+  c.add(minimum);
+  c.add(floats);
+  std::vector<float> pairs[2] = {std::vector<float>(groups + kGuard), std::vector<float>(groups + kGuard)};
+  k.two_level.decode(from, rows - 1, 0, groups, pairs[0].data(), pairs[1].data());
+  for (const std::vector<float>& numbers : pairs) c.add(numbers.data(), groups * sizeof(float));
+}
+
 // GPTQ with groups and columns visited backwards, and factors that are small beside the diagonal.
 void digest_gptq(const Kernels& k, int bits, std::size_t cols, std::size_t group) {
   Case c("gptq bits=" + text(static_cast<std::size_t>(bits)) + " cols=" + text(cols) + " group=" + text(group));
@@ -370,7 +401,10 @@ void digest_quantization(const Kernels& k) {
     for (std::size_t n : {std::size_t{1}, std::size_t{33}, std::size_t{100}, std::size_t{320}}) {
       for (std::size_t group : {std::size_t{5}, std::size_t{16}, std::size_t{64}, n}) {
         digest_gptq(k, bits, n, group);
-        for (bool shared : {false, true}) digest_weighted(k, bits, n, group, shared);
+        for (bool shared : {false, true}) {
+          digest_weighted(k, bits, n, group, shared);
+          digest_two_level(k, bits, n, group, group == 16 ? 4 : 6, shared);
+        }
       }
     }
   }

@@ -192,11 +192,17 @@ class StoredWeight {
     const std::size_t most = std::min(at_once, end - begin), size = most * q_.groups + kBeyondParams;
     const Scratch memory(2 * size * sizeof(float));
     float* const scale = reinterpret_cast<float*>(memory.data());
+    // Where no row ends within a byte or a part, all rows are as one.
+    const bool one_stream = q_.groups % 8 == 0 && q_.groups % t_.part == 0;
     for (std::size_t row = begin; row < end; row += at_once) {
       const std::size_t stop = std::min(end, row + at_once);
-      for (std::size_t r = row; r < stop; ++r) {
-        float* const to = scale + (r - row) * q_.groups;
-        k.two_level.decode(t_, r, 0, q_.groups, to, to + size);
+      if (one_stream) {
+        k.two_level.decode(t_, 0, row * q_.groups, stop * q_.groups, scale, scale + size);
+      } else {
+        for (std::size_t r = row; r < stop; ++r) {
+          float* const to = scale + (r - row) * q_.groups;
+          k.two_level.decode(t_, r, 0, q_.groups, to, to + size);
+        }
       }
       call(with_params(scale, scale + size, row), row, stop);
     }

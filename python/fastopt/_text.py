@@ -97,12 +97,13 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def storage_text(kind: str, bits: int | None, group_size: int | None) -> str:
-    """Describe how a tensor is stored, such as "4 bits, g32" or "sparse, 8 bits, g128"."""
+def storage_text(kind: str, bits: int | None, group_size: int | None, param_bits: int | None = None) -> str:
+    """Describe how a tensor is stored, such as "4 bits, g32", "sparse, 8 bits, g128" or "4 bits, g16 p4"."""
     if bits is None:
         return kind
     group = {None: "tensor", -1: "row"}.get(group_size, f"g{group_size}")
-    return f"{'sparse, ' if kind.startswith('sparse') else ''}{bits} bits, {group}"
+    params = "" if param_bits is None else f" p{param_bits}"
+    return f"{'sparse, ' if kind.startswith('sparse') else ''}{bits} bits, {group}{params}"
 
 
 # ---- tables for notebooks ----------------------------------------------------------------------------------------

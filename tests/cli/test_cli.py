@@ -81,6 +81,7 @@ def test_inspect(model):
         "kind": "dense",
         "bits": None,
         "group_size": None,
+        "param_bits": None,
         "shape": [64, 128],
         "dtype": "float32",
         "size": 8192,
@@ -159,6 +160,12 @@ OPTIONS = {
         "include": ["layers.*", "embed*"],
         "min_size": 10,
     },
+    "--bits 4 --group-size 32 --param-bits 6 --param-group 256": {
+        "bits": 4,
+        "group_size": 32,
+        "param_bits": 6,
+        "param_group": 256,
+    },
     "--bits 8 --group-size tensor --sparsity 0.5": {"bits": 8, "group_size": None, "sparsity": 0.5},
     "--pattern 2:4 --override embed*:pattern=none,bits=2,group_size=row,outliers=0.01": {
         "pattern": "2:4",
@@ -194,7 +201,7 @@ def test_pack_json_is_stable(model, tmp_path):
     for t in told["tensors"]:
         assert set(t) == {
             *("name", "shape", "dtype", "kind", "bits", "group_size", "density", "bits_per_weight"),
-            *("nbytes_before", "nbytes", "error", "reason", "output_error"),
+            *("nbytes_before", "nbytes", "error", "reason", "output_error", "param_bits"),
         }
         assert t["error"] is None or set(t["error"]) == error
 

@@ -78,8 +78,8 @@ def inspect(
     mean square error at the default group size is below 12 % of the tensor. For a packed model, also show how each
     tensor is stored, and the recipe.
 
-    JSON: file, recipe, tensors (name, kind, bits, group_size, shape, dtype, size, nbytes, bits_per_weight, minimum,
-    maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
+    JSON: file, recipe, tensors (name, kind, bits, group_size, param_bits, shape, dtype, size, nbytes, bits_per_weight,
+    minimum, maximum, mean, std, zeros, outliers, non_finite, suggested_bits).
     """
     with executor_of(workers, dask) as executor, byte_progress("inspect") as notify:
         opened = open_model(model, key=key, skip=skip or ())
@@ -230,7 +230,7 @@ def pack(
 
     JSON: source, target, dry_run, file_bytes, nbytes_before, nbytes, bits_per_weight, recipe, error (rmse, relative,
     max, snr, cosine), tensors (name, shape, dtype, kind, bits, group_size, density, bits_per_weight, nbytes_before,
-    nbytes, error, reason, output_error); with --check, outputs (name, shape, error, same_top).
+    nbytes, error, reason, output_error, param_bits); with --check, outputs (name, shape, error, same_top).
     """
     options = given(
         bits=bits,

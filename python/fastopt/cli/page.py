@@ -53,7 +53,7 @@ def of_packing(
     tensors = [
         {
             **_entry(t.name, t.shape, t.nbytes_before, t.nbytes, t.error, before, after),
-            "description": storage_text(t.kind, t.bits, t.group_size),
+            "description": storage_text(t.kind, t.bits, t.group_size, t.param_bits),
             "why": printable(t.reason),
         }
         for t in report.tensors
@@ -93,7 +93,7 @@ def of_difference(
     tensors = []
     for t in difference.tensors:
         error = Error(t.rmse, t.relative, t.max, t.snr, t.cosine)
-        described = storage_text(*storage_of(after[t.name]))
+        described = storage_text(*storage_of(after[t.name]), getattr(after[t.name], "param_bits", None))
         tensors.append({**_entry(t.name, t.shape, *t.nbytes, error, before, after), "description": described})
     one, other = (sum(t.nbytes[i] for t in difference.tensors) for i in (0, 1))
     apart = len(difference.missing) + len(difference.extra) + len(difference.reshaped)

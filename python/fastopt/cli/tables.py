@@ -146,7 +146,7 @@ def print_facts(file: Path, facts: Sequence[TensorFacts], recipe: Recipe | None 
     columns = (
         _Column("shape", lambda t: shape_text(t.shape), 4),
         _Column("dtype", lambda t: t.dtype, 6),
-        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size), 3),
+        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size, t.param_bits), 3),
         _Column("bits/w", lambda t: _short(t.bits_per_weight), 2),
         _Column("size", lambda t: size_text(t.nbytes)),
         _Column("min", lambda t: _short(t.minimum), 1),
@@ -196,7 +196,7 @@ def print_report(report: Report) -> None:
     packed = [t for t in report.tensors if t.kind != "dense"]
     columns = [
         _Column("shape", lambda t: shape_text(t.shape), 4),
-        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size)),
+        _Column("stored", lambda t: storage_text(t.kind, t.bits, t.group_size, t.param_bits)),
         _Column("bits/w", lambda t: f"{t.bits_per_weight:.2f}", 2),
         _Column("before", lambda t: size_text(t.nbytes_before), 3),
         _Column("after", lambda t: size_text(t.nbytes)),

@@ -44,6 +44,8 @@ class TensorFacts:
     bits : int or None
         The bits of a code; None if values are not quantized.
     group_size : int or None
+    param_bits : int or None
+        The bits of the codes of scale and minimum, as in `QuantizedTensor`.
     shape : tuple of int
     dtype : str
         The dtype of the decoded values.
@@ -74,6 +76,7 @@ class TensorFacts:
     kind: str
     bits: int | None
     group_size: int | None
+    param_bits: int | None
     shape: tuple[int, ...]
     dtype: str
     size: int
@@ -165,6 +168,7 @@ def facts_of(name: str, tensor: Weight) -> TensorFacts:
         kind=kind,
         bits=bits,
         group_size=group_size,
+        param_bits=getattr(tensor, "param_bits", None),
         shape=array.shape,
         dtype=array.dtype.name,
         size=array.size,

@@ -83,7 +83,15 @@ class PackedModel(Mapping[str, Weight]):
         rows = []
         for name, w in self.items():
             per_weight = f"{8 * w.nbytes / max(math.prod(w.shape), 1):.2f}"
-            rows.append([name, shape_text(w.shape), storage_text(*storage_of(w)), per_weight, size_text(w.nbytes)])
+            rows.append(
+                [
+                    name,
+                    shape_text(w.shape),
+                    storage_text(*storage_of(w), getattr(w, "param_bits", None)),
+                    per_weight,
+                    size_text(w.nbytes),
+                ]
+            )
         return html_table(repr(self), ["tensor", "shape", "stored", "bits/w", "size"], rows)
 
     @property

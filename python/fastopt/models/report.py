@@ -46,6 +46,8 @@ class TensorReport:
     output_error : float or None
         If the tensor was calibrated: the root mean square error of its outputs on these inputs, divided by the root
         mean square of the outputs. If `Calibration` summed no products, inputs count as uncorrelated.
+    param_bits : int or None
+        The bits of the codes of scale and minimum, as in `QuantizedTensor`.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TensorReport:
     error: Error | None
     reason: str
     output_error: float | None = None
+    param_bits: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +138,7 @@ class Report:
             [
                 printable(t.name),
                 shape_text(t.shape),
-                storage_text(t.kind, t.bits, t.group_size),
+                storage_text(t.kind, t.bits, t.group_size, t.param_bits),
                 f"{t.bits_per_weight:.2f}",
                 size_text(t.nbytes),
                 percent_text(t.error and t.error.relative),
@@ -220,13 +223,26 @@ class Reporter:
         density: float = 1.0,
         error: Error | None = None,
         nbytes_before: int | None = None,
+        param_bits: int | None = None,
     ) -> None:
         """Add a tensor that was not packed, from its planned storage."""
         before = math.prod(shape) * dtype.itemsize if nbytes_before is None else nbytes_before
         per_weight = bits_per_weight(nbytes, shape)
         self._add(
             TensorReport(
-                name, shape, dtype.name, kind, bits, group_size, density, per_weight, before, nbytes, error, reason
+                name,
+                shape,
+                dtype.name,
+                kind,
+                bits,
+                group_size,
+                density,
+                per_weight,
+                before,
+                nbytes,
+                error,
+                reason,
+                param_bits=param_bits,
             )
         )
 
@@ -278,6 +294,7 @@ def measured(
         None if sums is None else sums.error(),
         reason,
         None if original is None or inputs is None else _output_error(tensor, original, inputs),
+        getattr(tensor, "param_bits", None),
     )
     return report, sums
 

@@ -65,7 +65,15 @@ def plan(weights: Mapping[str, Weight], recipe: Recipe) -> Report:
             two_levels = options.param_bits is not None and options.group_size == "auto"
             group_size = TWO_LEVEL_GROUP if two_levels else require_group_size(options.group_size, options.bits)
             reporter.add_planned(
-                name, shape, dtype, "quantized", nbytes, reason, bits=options.bits, group_size=group_size
+                name,
+                shape,
+                dtype,
+                "quantized",
+                nbytes,
+                reason,
+                bits=options.bits,
+                group_size=group_size,
+                param_bits=options.param_bits,
             )
         else:
             reporter.add_planned(name, shape, dtype, "dense", math.prod(shape) * dtype.itemsize, reason)

@@ -109,7 +109,7 @@ class PackedTensor(ABC):
         dense = self.size * self.dtype.itemsize
         rows = [
             ["shape", shape_text(self.shape)],
-            ["stored", storage_text(self.storage, self.bits, self.group_size)],
+            ["stored", storage_text(self.storage, self.bits, self.group_size, getattr(self, "param_bits", None))],
             ["weights stored", f"{self.density:.1%}"],
             ["bits per weight", f"{self.bits_per_weight:.2f}"],
             ["size", f"{size_text(self.nbytes)}, as {self.dtype}: {size_text(dense)}"],

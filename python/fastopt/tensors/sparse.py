@@ -375,6 +375,11 @@ class SparseTensor(PackedTensor):
         return self.values.bits if isinstance(self.values, QuantizedTensor) else None
 
     @property
+    def param_bits(self) -> int | None:
+        """The bits of the codes of scale and minimum, as in `QuantizedTensor`."""
+        return self.values.param_bits if isinstance(self.values, QuantizedTensor) else None
+
+    @property
     def group_size(self) -> int | None:
         """The number of values that share a scale and minimum; None if all do, or if they are not quantized."""
         return self.values.group_size if isinstance(self.values, QuantizedTensor) else None
