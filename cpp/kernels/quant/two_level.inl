@@ -19,7 +19,9 @@ void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::s
                    float* minimum) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
-  std::uint8_t scale_codes[kCodesAtOnce + lanes] = {}, minimum_codes[kCodesAtOnce + lanes] = {};
+  std::uint8_t scale_codes[kCodesAtOnce + lanes], minimum_codes[kCodesAtOnce + lanes];
+  std::memset(scale_codes + kCodesAtOnce, 0, lanes);  // vectors may end there
+  std::memset(minimum_codes + kCodesAtOnce, 0, lanes);
   const auto number = [&](std::size_t at) {
     return t.half ? float_of_half(static_cast<const std::uint16_t*>(t.floats)[at])
                   : static_cast<const float*>(t.floats)[at];
@@ -29,9 +31,9 @@ void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::s
     const std::size_t byte = row * t.row_bytes + packed_bytes(at, t.bits);
     unpack_any(t.bits, t.scale + byte, stop - at, scale_codes);
     unpack_any(t.bits, t.minimum + byte, stop - at, minimum_codes);
-    for (std::size_t g = at; g < stop;) {
-      const std::size_t part = g / t.part, last = (part + 1) * t.part < stop ? (part + 1) * t.part : stop;
-      const std::size_t place = (row * t.parts + part) * t.count;
+    std::size_t part = at / t.part, place = (row * t.parts + part) * t.count;
+    for (std::size_t g = at; g < stop; ++part, place += t.count) {
+      const std::size_t last = (part + 1) * t.part < stop ? (part + 1) * t.part : stop;
       const V d = broadcast(number(place)), dm = broadcast(number(place + 1));
       const V m0 = broadcast(t.count == 3 ? number(place + 2) : 0.0f);
       for (std::size_t i = g; i < last; i += lanes) {  // what is too much, the next part overwrites
