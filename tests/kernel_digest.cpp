@@ -548,8 +548,13 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
     const float scale = 0.01f, minimum = -1.0f;
     const Quantized q = {codes.data(), &scale, &minimum, false, 8, 1, count, count, count ? count : 1, 1, 0, 0};
     const std::vector<float> x = numbers<float>(c, batch * cols, plain);
-    std::vector<float> padded(3 * stride), tile(cols * 32), y(batch * rows);
-    for (std::size_t b = 0; b < 3; ++b) std::memcpy(&padded[b * stride], &x[b * cols], cols * sizeof(float));
+    std::vector<float> one(stride), few(kFewRows * stride), tile(cols * 32), y(batch * rows);
+    std::memcpy(one.data(), x.data(), cols * sizeof(float));
+    if (layout == Layout::index16 || layout == Layout::index8) {
+      k.sparse.transpose_tile(x.data(), 3, cols, 0, kFewRows, 0, cols, few.data());
+    } else {
+      for (std::size_t b = 0; b < 3; ++b) std::memcpy(&few[b * stride], &x[b * cols], cols * sizeof(float));
+    }
     k.sparse.transpose_tile(x.data(), batch, cols, 0, 32, 0, cols, tile.data());
     c.add(tile);
     const void* positions = layout == Layout::index16  ? static_cast<const void*>(columns.data())
@@ -562,7 +567,9 @@ void digest_linear_sparse(const Kernels& k, std::size_t cols) {
                                                 : static_cast<const void*>(halves.data());
       const Sparse w = {layout, positions, offsets.data(), numbers_of_kind, types[kind], kind == 3 ? &q : nullptr,
                         count,  rows,      cols,           row_bytes};
-      k.sparse.linear(w, padded.data(), stride, 3, bias.data(), y.data(), 0, rows);
+      k.sparse.linear(w, few.data(), stride, 3, bias.data(), y.data(), 0, rows);
+      c.add(y);
+      k.sparse.linear(w, one.data(), stride, 1, bias.data(), y.data(), 0, rows);
       c.add(y);
       k.sparse.linear_tile(w, tile.data(), 32, batch, 0, nullptr, y.data(), 0, rows);
       c.add(y);

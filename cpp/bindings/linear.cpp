@@ -326,11 +326,16 @@ class Shares {
 
 void multiply_few(const Sparse& w, const Linear& io, const Kernels& k) {
   const std::size_t stride = ceil_div(w.cols, kBlockLength) * kBlockLength;
-  const Scratch padded(io.batch * stride * sizeof(float));
+  const std::size_t together = io.batch > 1 ? kFewRows : 1;
+  const Scratch padded(together * stride * sizeof(float));
   float* const x = reinterpret_cast<float*>(padded.data());
-  for (std::size_t b = 0; b < io.batch; ++b) {
-    float* row = std::copy_n(io.x + b * w.cols, w.cols, x + b * stride);
-    std::fill_n(row, stride - w.cols, 0.0f);
+  if (together > 1 && !is_mask(w.layout)) {
+    k.sparse.transpose_tile(io.x, io.batch, w.cols, 0, together, 0, w.cols, x);
+  } else {
+    for (std::size_t b = 0; b < together; ++b) {
+      float* row = b < io.batch ? std::copy_n(io.x + b * w.cols, w.cols, x + b * stride) : x + b * stride;
+      std::fill(row, x + (b + 1) * stride, 0.0f);
+    }
   }
   const std::size_t parts = threads::kPieces * num_threads();
   const Shares shares(w, parts);

@@ -351,7 +351,8 @@ void run(std::vector<Tensor>& tensors) {
     chunks += ceil_div(t.size, kStepChunk);
     bytes += 16.0 * static_cast<double>(t.size);
   }
-  const py::gil_scoped_release released;
+  std::optional<py::gil_scoped_release> released;
+  if (bytes >= threads::kBytesPerThread) released.emplace();  // a small step would pay more for it than it gains
   parallel_for(chunks, bytes, [&](std::size_t begin, std::size_t end) {
     for_tensor_chunks(tensors, begin, end,
                       [](const Tensor& t, std::size_t from, std::size_t to) { t.kernel(*t.hyper, t.args, from, to); });

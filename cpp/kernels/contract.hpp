@@ -233,14 +233,15 @@ inline constexpr unsigned kBeyond = 4;      // codes stand for values beyond the
 // instruction set and for any number of threads. All orders follow one pattern. The products of a stretch go to
 // partial sums in turn, and partial sums are added as a tree: the upper half to the lower one, until one is left.
 // Python has these sizes as _core.SUMS; tests/reference.py says how each product uses them.
-inline constexpr std::size_t kPartials = 16;         // partial sums of a stretch
-inline constexpr std::size_t kFloatStretch = 512;    // columns, where quantized weights are multiplied as floats
-inline constexpr std::size_t kRunStretch = 32;       // runs, where few rows of x meet packed codes
-inline constexpr std::size_t kPanelStretch = 1024;   // columns, where panels of x meet packed codes
-inline constexpr std::size_t kSparseStretch = 1024;  // columns or entries, where few rows of x meet sparse rows
-inline constexpr std::size_t kTileNumbers = 8192;    // of a tile: a stretch has kTileNumbers / width columns
-inline constexpr std::size_t kTilePartials = 64;     // of all columns of a tile: each has kTilePartials / width
-inline constexpr std::size_t kLeastTile = 5;         // with fewer rows of x, sparse products do without tiles
+inline constexpr std::size_t kPartials = 16;             // partial sums of a stretch
+inline constexpr std::size_t kFloatStretch = 512;        // columns, where quantized weights are multiplied as floats
+inline constexpr std::size_t kRunStretch = 32;           // runs, where few rows of x meet packed codes
+inline constexpr std::size_t kPanelStretch = 1024;       // columns, where panels of x meet packed codes
+inline constexpr std::size_t kSparseStretch = 1024;      // columns or entries, where few rows of x meet sparse rows
+inline constexpr std::size_t kTileNumbers = 8192;        // of a tile: a stretch has kTileNumbers / width columns
+inline constexpr std::size_t kTilePartials = 64;         // of all columns of a tile: each has kTilePartials / width
+inline constexpr std::size_t kLeastTile = 5;             // with fewer rows of x, sparse products do without tiles
+inline constexpr std::size_t kFewRows = kLeastTile - 1;  // that many are multiplied at a time
 
 // Rows of x meet quantized rows in panels. A remainder of fewer than kLeastPanel rows is multiplied four rows or one
 // row at a time.
@@ -370,11 +371,13 @@ struct Products {
 };
 
 struct SparseKernels {
-  // y as above, for sparse weights; rows of x are `stride` apart and zero up to a multiple of kBlockLength columns.
+  // y as above, for sparse weights and at most kFewRows rows of x. These are `stride` apart and zero up to a multiple
+  // of kBlockLength columns. If there are more than one, kFewRows exist for Layout::mask, zero behind the last, and for
+  // columns and gaps x is [cols][kFewRows] instead, as transpose_tile() writes it.
   void (*linear)(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
                  std::size_t begin, std::size_t end);
-  // Writes columns [begin, end) of a tile: `width` (64, 32 or 16) rows of x from `first` on, transposed to
-  // [cols][width], zero behind the last row. linear_tile multiplies it with rows [begin, end) of a weight.
+  // Writes columns [begin, end) of a tile: `width` rows of x from `first` on, transposed to [cols][width], zero behind
+  // the last row. linear_tile multiplies one of 64, 32 or 16 rows with rows [begin, end) of a weight.
   void (*transpose_tile)(const float* x, std::size_t batch, std::size_t cols, std::size_t first, std::size_t width,
                          std::size_t begin, std::size_t end, float* tile);
   void (*linear_tile)(const Sparse& w, const float* tile, std::size_t width, std::size_t batch, std::size_t first,

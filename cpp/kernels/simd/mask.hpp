@@ -40,7 +40,7 @@ inline unsigned lane_bits(S lanes) {
   const __m128i v = bit_cast<__m128i>(lanes);
   return static_cast<unsigned>(wide ? _mm_movemask_pd(_mm_castsi128_pd(v)) : _mm_movemask_ps(_mm_castsi128_ps(v)));
 #else
-  const auto halves = bit_cast<Vec<std::uint64_t> >(lanes);
+  const auto halves = bit_cast<Vec<std::uint64_t>>(lanes);
   if ((halves[0] | halves[1]) == 0) return 0;
   unsigned bits = 0;
   for (unsigned j = 0; j < sizeof lanes / sizeof lanes[0]; ++j) bits |= (lanes[j] != 0 ? 1u : 0u) << j;
@@ -168,7 +168,7 @@ inline Columns widen_bytes(const std::uint8_t* from) {
   return bit_cast<Columns>(
       _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
 #else
-  return convert<std::uint16_t, 8>(load<Vec<std::uint8_t, 8> >(from));
+  return convert<std::uint16_t, 8>(load<Vec<std::uint8_t, 8>>(from));
 #endif
 }
 
@@ -203,7 +203,7 @@ inline Eight load_eight(const Brain* from) {
 #if defined(__AVX2__)
   return bit_cast<Eight>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16));
 #else
-  return bit_cast<Eight>(convert<std::uint32_t, 8>(load<Vec<std::uint16_t, 8> >(from)) << 16);
+  return bit_cast<Eight>(convert<std::uint32_t, 8>(load<Vec<std::uint16_t, 8>>(from)) << 16);
 #endif
 }
 
@@ -225,7 +225,7 @@ inline Four load_four(const Brain* from) {
   const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return bit_cast<Four>(_mm_unpacklo_epi16(_mm_setzero_si128(), words));
 #else
-  return bit_cast<Four>(convert<std::uint32_t, 4>(load<Vec<std::uint16_t, 4> >(from)) << 16);
+  return bit_cast<Four>(convert<std::uint32_t, 4>(load<Vec<std::uint16_t, 4>>(from)) << 16);
 #endif
 }
 
@@ -256,3 +256,59 @@ inline Spread spread_numbers(const T* from, unsigned bits) {
 }
 #endif
 constexpr std::size_t kSpread = sizeof(Spread) / sizeof(float);
+
+// Eight or more columns at a time: whether there is an instruction that loads sixteen numbers from anywhere, and
+// whether it is faster than sixteen loads here. It is on the cores since Sapphire Rapids, which AVX512-FP16 stands for;
+// those before are slowed down by the defence against GDS, and those of AMD split it.
+#if defined(__AVX512BW__)
+constexpr bool kHasGather = true;
+
+inline bool gathers_fast() { return __builtin_cpu_supports("avx512fp16"); }
+
+inline Vec<float> gather_sixteen(const float* x, const std::uint16_t* columns) {
+  const __m512i index = _mm512_cvtepu16_epi32(load<__m256i>(columns));
+  return bit_cast<Vec<float>>(_mm512_i32gather_ps(index, x, sizeof(float)));
+}
+inline Vec<float> load_sixteen(const float* from) { return load<Vec<float>>(from); }
+inline Vec<float> load_sixteen(const Half* from) { return bit_cast<Vec<float>>(_mm512_cvtph_ps(load<__m256i>(from))); }
+inline Vec<float> load_sixteen(const Brain* from) {
+  return bit_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
+}
+#else
+constexpr bool kHasGather = false;
+inline bool gathers_fast() { return false; }
+template <class T>  // declared for `if constexpr` alone
+Vec<float> gather_sixteen(const float*, const T*);
+template <class T>
+Vec<float> load_sixteen(const T*);
+#endif
+
+// As many vectors of four numbers of x as fit in one, each from its column: x is [cols][4].
+inline Vec<float> load_fours(const float* x, const std::uint16_t* columns) {
+  const auto four = [&](std::size_t i) { return x + 4 * std::size_t{columns[i]}; };
+#if defined(__AVX512BW__)
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(four(0)));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(four(1)), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(four(2)), 2);
+  return bit_cast<Vec<float>>(_mm512_insertf32x4(v, _mm_loadu_ps(four(3)), 3));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(
+      _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(four(0))), _mm_loadu_ps(four(1)), 1));
+#else
+  return load<Four>(four(0));
+#endif
+}
+
+// As many numbers as a vector has lanes / 4, each of them four times.
+inline Vec<float> repeat_fours(const float* numbers) {
+#if defined(__AVX512BW__)
+  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return bit_cast<Vec<float>>(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(numbers)), lane));
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m256 both = _mm256_castpd_ps(_mm256_set1_pd(load<double>(numbers)));
+  return bit_cast<Vec<float>>(_mm256_permutevar_ps(both, lane));
+#else
+  return broadcast(numbers[0]);
+#endif
+}

@@ -1,4 +1,4 @@
-// Products of few rows of x with sparse rows: one row of x after the other.
+// Products of few rows of x with sparse rows: of one, or of up to kFewRows at a time.
 //
 // The numbers of a row lie without gaps; its positions say which elements of x they meet. Under a mask:
 //
@@ -33,28 +33,34 @@ inline const T* numbers_of(const Sparse& w, std::size_t begin, std::size_t n, T*
   return scratch;
 }
 
-// Decodes codes [begin, begin + n) of the first row, with the bits of dequantize(). A group need not end with a vector,
-// so kSlack more numbers may be written.
-inline void decode_codes(const Quantized& q, std::size_t begin, std::size_t n, float* out) {
+// Decodes codes [begin, begin + n) of the first row into `out`, which holds n + 2 * kSlack numbers, with the bits of
+// dequantize(). Returns where the first of them is. Codes are decoded from a multiple of 16 on, as groups mostly are:
+// so few vectors are decoded twice because a group ends in them.
+inline const float* decode_codes(const Quantized& q, std::size_t begin, std::size_t n, float* out) {
   constexpr std::size_t lanes = kLanes<float>;
-  const std::size_t skip = begin % 8;
-  std::uint8_t buffer[kSparseStretch + 8 + kSlack];
-  const std::uint8_t* codes = q.codes + packed_bytes(begin - skip, q.bits);
-  if (q.bits < 8 || begin + n + kSlack > q.cols) {
-    unpack_any(q.bits, codes, skip + n, buffer);
+  const std::size_t skip = begin % 16, first = begin - skip, all = n + skip;
+  std::uint8_t buffer[kSparseStretch + 3 * kSlack];
+  const std::uint8_t* codes = q.codes + packed_bytes(first, q.bits);
+  if (q.bits < 8 || first + all + kSlack > q.cols) {
+    unpack_any(q.bits, codes, all, buffer);
     codes = buffer;
   }
-  codes += skip;
-  std::size_t g = begin / q.group, next = (g + 1) * q.group - begin;
-  for (std::size_t i = 0; i < n; ++g, next += q.group) {
-    const std::size_t end = next < n ? next : n;
+  std::size_t g = first / q.group, next = (g + 1) * q.group - first;
+  for (std::size_t i = 0; i < all; ++g, next += q.group) {
+    const std::size_t end = next < all ? next : all;
     const Decoder value(param_at(q, q.scale, g), param_at(q, q.minimum, g));
-    for (; i < end; i += lanes) store(out + i, value(float_of_bytes(codes + i)));
+    if (value.twice == 1.0f) {
+      for (; i < end; i += lanes) store(out + i, value.minimum + value.scale * float_of_bytes(codes + i));
+    } else {
+      for (; i < end; i += lanes) store(out + i, value(float_of_bytes(codes + i)));
+    }
     i = end;
   }
+  return out + skip;
 }
 
-// Returns numbers_of() as float: in place if they are stored so, otherwise decoded into `scratch`.
+// Returns numbers_of() as float: in place if they are stored so, otherwise decoded into `scratch`, which holds
+// n + 2 * kSlack.
 inline const float* values_of(const Sparse& w, std::size_t begin, std::size_t n, float* scratch) {
   const auto decode = [&](auto type) {
     decltype(type) last[kSparseStretch + kSlack];
@@ -62,13 +68,18 @@ inline const float* values_of(const Sparse& w, std::size_t begin, std::size_t n,
     for (std::size_t i = 0; i < n; i += 8) store(scratch + i, load_eight(numbers + i));
     return scratch;
   };
-  if (w.quantized) {
-    decode_codes(*w.quantized, begin, n, scratch);
-    return scratch;
-  }
+  if (w.quantized) return decode_codes(*w.quantized, begin, n, scratch);
   if (w.type == Float::f16) return decode(Half{});
   if (w.type == Float::bf16) return decode(Brain{});
   return numbers_of(w, begin, n, scratch);
+}
+
+inline std::size_t value_bits(const Sparse& w) {
+  return w.quantized ? static_cast<std::size_t>(w.quantized->bits) : w.type == Float::f32 ? 32 : 16;
+}
+
+inline const std::uint8_t* value_bytes(const Sparse& w) {
+  return w.quantized ? w.quantized->codes : static_cast<const std::uint8_t*>(w.values);
 }
 
 // Partial sums, in as many vectors as they fill.
@@ -102,24 +113,25 @@ class Prefetcher {
   std::size_t left_, lines_;
 };
 
-// The sums of `Rows` rows under masks. The rows share the loads of x, and their chains of additions overlap. T is the
-// type that numbers are loaded as: the stored one, or float where `Decoded`, for those that are decoded a stretch at a
-// time. The function is long because the pointers and sums of all rows must stay in registers across its loops.
-template <class T, bool Decoded, std::size_t Rows>
-void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
-  T scratch[Rows][kSparseStretch + kSlack];
+// The sums of `Rows` rows under masks with `Batch` rows of x, which are `stride` apart: sums[row][batch]. The rows
+// share the loads of x, the rows of x share the spread numbers, and the chains of additions overlap. T is the type that
+// numbers are loaded as: the stored one, or float where `Decoded`, for those that are decoded a stretch at a time. The
+// function is long because the pointers and sums of all rows must stay in registers across its loops.
+template <class T, bool Decoded, std::size_t Rows, std::size_t Batch>
+void dot_masks(const Sparse& w, std::size_t row, const float* x, std::size_t stride, float* sums) {
+  T scratch[Rows][kSparseStretch + 2 * kSlack];
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
   std::size_t at[Rows];
   for (std::size_t r = 0; r < Rows; ++r) at[r] = static_cast<std::size_t>(w.row_offsets[row + r]);
   // While these rows are multiplied, the next ones are prefetched.
   const std::size_t next = static_cast<std::size_t>(w.row_offsets[row + Rows]),
                     far = static_cast<std::size_t>(w.row_offsets[w.rows - row < 2 * Rows ? w.rows : row + 2 * Rows]);
-  const std::size_t width = Decoded ? static_cast<std::size_t>(w.quantized->bits) : 8 * sizeof(T);
-  const std::uint8_t* const values = Decoded ? w.quantized->codes : static_cast<const std::uint8_t*>(w.values);
+  const std::size_t width = value_bits(w);
+  const std::uint8_t* const values = value_bytes(w);
   Prefetcher next_values(values + next * width / 8, values + far * width / 8, w.cols / 64 + 1),
       next_masks(mask + Rows * w.row_bytes, mask + 2 * Rows * w.row_bytes, w.cols / 512 + 1);
 
-  Partials total[Rows];
+  Partials total[Rows][Batch];
   for (std::size_t begin = 0; begin < w.cols; begin += kSparseStretch) {
     const std::size_t n = w.cols - begin < kSparseStretch ? w.cols - begin : kSparseStretch;
     const T* numbers[Rows];
@@ -133,15 +145,17 @@ void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
     }
     const T* first[Rows];
     std::memcpy(first, numbers, sizeof first);
-    Partials partial[Rows];
+    Partials partial[Rows][Batch];
     const auto multiply = [&](std::size_t c, const std::uint64_t (&words)[Rows], std::size_t columns) {
       for (std::size_t p = 0; p < columns / kSpread; ++p) {
         const std::uint64_t below = (std::uint64_t{1} << (p * kSpread)) - 1;
-        const Spread xs = load<Spread>(x + c + p * kSpread);
+        Spread xs[Batch];
+        for (std::size_t b = 0; b < Batch; ++b) xs[b] = load<Spread>(x + b * stride + c + p * kSpread);
         for (std::size_t r = 0; r < Rows; ++r) {
           const unsigned bits = in_register(static_cast<unsigned>(words[r] >> (p * kSpread)) & ((1u << kSpread) - 1));
           const std::size_t before = static_cast<std::size_t>(__builtin_popcountll(words[r] & below));
-          partial[r].part[p % (kPartials / kSpread)] += spread_numbers(numbers[r] + before, bits) * xs;
+          const Spread spread = spread_numbers(numbers[r] + before, bits);
+          for (std::size_t b = 0; b < Batch; ++b) partial[r][b].part[p % (kPartials / kSpread)] += spread * xs[b];
         }
       }
       for (std::size_t r = 0; r < Rows; ++r) numbers[r] += __builtin_popcountll(words[r]);
@@ -164,16 +178,18 @@ void dot_masks(const Sparse& w, std::size_t row, const float* x, float* sums) {
     }
     for (std::size_t r = 0; r < Rows; ++r) {
       at[r] += static_cast<std::size_t>(numbers[r] - first[r]);
-      total[r].add(partial[r]);
+      for (std::size_t b = 0; b < Batch; ++b) total[r][b].add(partial[r][b]);
     }
   }
-  for (std::size_t r = 0; r < Rows; ++r) sums[r] = total[r].sum();
+  for (std::size_t r = 0; r < Rows; ++r) {
+    for (std::size_t b = 0; b < Batch; ++b) sums[r * Batch + b] = total[r][b].sum();
+  }
 }
 
 // The sum of one row of blocks. A stretch is one word of the mask: 64 blocks.
 inline float dot_blocks(const Sparse& w, std::size_t row, const float* x) {
   static_assert(kSparseStretch == 64 * kBlockLength);
-  float scratch[kSparseStretch + kSlack];
+  float scratch[kSparseStretch + 2 * kSlack];
   const std::uint8_t* mask = static_cast<const std::uint8_t*>(w.positions) + row * w.row_bytes;
   std::size_t at = kBlockLength * static_cast<std::size_t>(w.row_offsets[row]);
   Partials total;
@@ -195,11 +211,12 @@ inline float dot_blocks(const Sparse& w, std::size_t row, const float* x) {
 }
 
 // The sum of one row by columns or gaps: an Index of two bytes is a column, of one byte a gap. T and Decoded as above.
-// Numbers of x are loaded one by one, which is twice as fast as the gather instruction. The function is long because
-// its lambdas share the place that gaps count from and the partial sums, which must stay in registers.
+// Numbers of x are loaded one by one, which is twice as fast as the gather instruction, but for the CPUs that
+// gathers_fast() names. The function is long because its lambdas share the place that gaps count from and the partial
+// sums, which must stay in registers.
 template <class T, bool Decoded, class Index>
 float dot_columns(const Sparse& w, std::size_t row, const float* x) {
-  T scratch[kSparseStretch + kSlack];
+  T scratch[kSparseStretch + 2 * kSlack];
   const std::size_t first = static_cast<std::size_t>(w.row_offsets[row]),
                     end = static_cast<std::size_t>(w.row_offsets[row + 1]);
   Four total[4] = {};
@@ -233,6 +250,16 @@ float dot_columns(const Sparse& w, std::size_t row, const float* x) {
     };
     Four sum[4] = {};
     std::size_t i = 0;
+    if constexpr (kHasGather && sizeof(Index) == 2) {
+      if (gathers_fast()) {
+        Vec<float> sums = {};
+        for (; i + 16 <= n; i += 16) {
+          prefetch_entries(i);
+          sums += gather_sixteen(x, index + i) * load_sixteen(v + i);
+        }
+        std::memcpy(sum, &sums, sizeof sum);
+      }
+    }
     for (; i + 16 <= n; i += 16) {
       prefetch_entries(i);
       for (std::size_t j = 0; j < 4; ++j) sum[j] += gather(i + 4 * j, 4 * j) * load_four(v + i + 4 * j);
@@ -262,6 +289,58 @@ float dot_columns(const Sparse& w, std::size_t row, const float* x) {
   return tree<float>(total);
 }
 
+// The sums of one row by columns or gaps with kFewRows rows of x, which lie [cols][kFewRows]. So an entry loads its
+// number once, and one vector of x.
+//
+//   numbers   a a a a | b b b b | ...                     each one as often as there are rows of x
+//   x         x[3][0] .. x[3][3] | x[17][0] .. x[17][3] | ...
+//   partial   entry k goes to partial sum k % 16 of each row of x
+inline void dot_columns_of_few(const Sparse& w, std::size_t row, const float* x, float* sums) {
+  using V = Vec<float>;
+  static_assert(kFewRows == 4);
+  constexpr std::size_t at_once = kLanes<float> / kFewRows, vectors = kPartials / at_once;
+  float scratch[kSparseStretch + 2 * kSlack];
+  std::uint16_t memory[kSparseStretch + 8];
+  const std::size_t first = static_cast<std::size_t>(w.row_offsets[row]),
+                    end = static_cast<std::size_t>(w.row_offsets[row + 1]);
+  Four total[kPartials] = {};
+  std::uint16_t next = 0;
+  for (std::size_t at = first; at < end; at += kSparseStretch) {
+    const std::size_t n = end - at < kSparseStretch ? end - at : kSparseStretch;
+    const float* const values = values_of(w, at, n, scratch);
+    const std::uint16_t* columns = static_cast<const std::uint16_t*>(w.positions) + at;
+    if (w.layout == Layout::index8) {
+      gap_columns(static_cast<const std::uint8_t*>(w.positions) + at, n, next, memory);
+      columns = memory;
+      next = static_cast<std::uint16_t>(memory[n - 1] + 1);
+    }
+    V sum[vectors] = {};
+    std::size_t i = 0;
+    const auto add = [&](std::size_t j, std::size_t k) {
+      sum[j] += load_fours(x, columns + k) * repeat_fours(values + k);
+    };
+    for (; i + kPartials <= n; i += kPartials) {
+      __builtin_prefetch(reinterpret_cast<const char*>(values + i) + 8192, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(columns + i) + 4096, 0, 2);
+      for (std::size_t j = 0; j < vectors; ++j) add(j, i + j * at_once);
+    }
+    const std::size_t whole = i;
+    unroll<vectors>([&](auto j) {
+      if (i + at_once > n) return;
+      add(j.value, i);
+      i += at_once;
+    });
+    Four part[kPartials];
+    std::memcpy(part, sum, sizeof part);
+    for (; i < n; ++i) part[i - whole] += load<Four>(x + kFewRows * columns[i]) * values[i];
+    for (std::size_t p = 0; p < kPartials; ++p) total[p] += part[p];
+  }
+  for (std::size_t half = kPartials / 2; half > 0; half /= 2) {
+    for (std::size_t p = 0; p < half; ++p) total[p] += total[p + half];
+  }
+  store(sums, total[0]);
+}
+
 // Calls call(T{}, decoded) with the type that numbers are loaded as.
 template <class Call>
 inline void by_numbers(const Sparse& w, Call call) {
@@ -271,30 +350,51 @@ inline void by_numbers(const Sparse& w, Call call) {
   call(float{}, std::false_type{});
 }
 
+// One row of x: its products with rows [begin, end).
+template <class T, bool Decoded>
+void linear_one(const Sparse& w, const float* x, const float* bias, float* y, std::size_t begin, std::size_t end) {
+  constexpr std::size_t together = 4;  // rows under masks
+  for (std::size_t row = begin, rows; row < end; row += rows) {
+    rows = w.layout == Layout::mask && end - row >= together ? together : 1;
+    float sums[together];
+    if (rows == together) {
+      dot_masks<T, Decoded, together, 1>(w, row, x, 0, sums);
+    } else if (w.layout == Layout::mask) {
+      dot_masks<T, Decoded, 1, 1>(w, row, x, 0, sums);
+    } else {
+      sums[0] = w.layout == Layout::block     ? dot_blocks(w, row, x)
+                : w.layout == Layout::index16 ? dot_columns<T, Decoded, std::uint16_t>(w, row, x)
+                                              : dot_columns<T, Decoded, std::uint8_t>(w, row, x);
+    }
+    for (std::size_t r = 0; r < rows; ++r) y[row + r] = bias ? sums[r] + bias[row + r] : sums[r];
+  }
+}
+
 void linear_sparse(const Sparse& w, const float* x, std::size_t stride, std::size_t batch, const float* bias, float* y,
                    std::size_t begin, std::size_t end) {
-  constexpr std::size_t together = 4;  // rows under masks
-  by_numbers(w, [&](auto type, auto decoded) {
-    using T = decltype(type);
-    constexpr bool Decoded = decltype(decoded)::value;
-    for (std::size_t row = begin, rows; row < end; row += rows) {
-      rows = w.layout == Layout::mask && end - row >= together ? together : 1;
-      for (std::size_t b = 0; b < batch; ++b) {
-        const float* xs = x + b * stride;
-        float sums[together];
-        if (rows == together) {
-          dot_masks<T, Decoded, together>(w, row, xs, sums);
-        } else if (w.layout == Layout::mask) {
-          dot_masks<T, Decoded, 1>(w, row, xs, sums);
-        } else {
-          sums[0] = w.layout == Layout::block     ? dot_blocks(w, row, xs)
-                    : w.layout == Layout::index16 ? dot_columns<T, Decoded, std::uint16_t>(w, row, xs)
-                                                  : dot_columns<T, Decoded, std::uint8_t>(w, row, xs);
-        }
-        for (std::size_t r = 0; r < rows; ++r) {
-          y[b * w.rows + row + r] = bias ? sums[r] + bias[row + r] : sums[r];
-        }
+  if (batch == 1) {
+    return by_numbers(w, [&](auto type, auto decoded) {
+      linear_one<decltype(type), decltype(decoded)::value>(w, x, bias, y, begin, end);
+    });
+  }
+  // Two rows under masks share the loads of x, which is too large for L1, where there are registers for their sums.
+  constexpr std::size_t together = kSpread == 16 ? 2 : 1;
+  for (std::size_t row = begin, rows; row < end; row += rows) {
+    float sums[together][kFewRows];
+    rows = 1;
+    if (w.layout == Layout::block) {
+      for (std::size_t b = 0; b < batch; ++b) sums[0][b] = dot_blocks(w, row, x + b * stride);
+    } else if (w.layout == Layout::mask) {
+      rows = end - row < together ? 1 : together;
+      rows == 1 ? dot_masks<float, true, 1, kFewRows>(w, row, x, stride, sums[0])
+                : dot_masks<float, true, together, kFewRows>(w, row, x, stride, sums[0]);
+    } else {
+      dot_columns_of_few(w, row, x, sums[0]);
+    }
+    for (std::size_t b = 0; b < batch; ++b) {
+      for (std::size_t r = 0; r < rows; ++r) {
+        y[b * w.rows + row + r] = bias ? sums[r][b] + bias[row + r] : sums[r][b];
       }
     }
-  });
+  }
 }

@@ -162,8 +162,8 @@ struct BandPrefetcher {
   static BandPrefetcher of(const Sparse& w, std::size_t row, std::size_t end, std::size_t steps) {
     const std::size_t a = static_cast<std::size_t>(w.row_offsets[row]),
                       b = static_cast<std::size_t>(w.row_offsets[end]);
-    const void* base = w.quantized ? w.quantized->codes : w.values;
-    std::size_t bits = w.quantized ? static_cast<std::size_t>(w.quantized->bits) : w.type == Float::f32 ? 32 : 16;
+    const void* base = value_bytes(w);
+    std::size_t bits = value_bits(w);
     if (w.layout == Layout::block) bits *= kBlockLength;
     const Prefetcher values(at(base, a, bits), at(base, b, bits), steps);
     if (w.layout == Layout::mask || w.layout == Layout::block)
@@ -177,7 +177,7 @@ template <std::size_t Width>
 void linear_tile(const Sparse& w, const float* tile, std::size_t batch, std::size_t first, const float* bias, float* y,
                  std::size_t begin, std::size_t end) {
   constexpr std::size_t stretch = kTileNumbers / Width;
-  float scratch[stretch + kSlack], sums[kTileBand * Width];
+  float scratch[stretch + 2 * kSlack], sums[kTileBand * Width];
   std::uint16_t columns[stretch + kSlack];
   Cursor cursors[kTileBand];
   for (std::size_t top = begin; top < end; top += kTileBand) {

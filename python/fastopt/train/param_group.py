@@ -27,6 +27,7 @@ from fastopt.train.param_tree import (
 # Elements of an 8-bit state that share an exponent; kStateBlock in cpp/kernels/contract.hpp.
 STATE_BLOCK = 256
 
+_ARRAYS = {np.ndarray}
 # The largest exponent of a block, with and without a sign in its codes.
 _MOST_EXPONENT = {False: 240, True: 224}
 STATE_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
@@ -46,6 +47,7 @@ class ParamGroup:
         self.shape = shape_of(tree) if any(len(path) > 1 for path in self.paths) else None
         self.tree_keys = dict.fromkeys(tree) if isinstance(tree, Mapping) else None
         self._find_memory()
+        self.flat = isinstance(tree, list) and self.shape is None and not self.orders
         self.in_float32 = any(param.dtype != np.float64 for param in self.params if isinstance(param, np.ndarray))
         self.counts = [0] * len(found)  # steps that each has taken
         self.rule_states = keys
@@ -106,6 +108,8 @@ class ParamGroup:
 
         They come in the tree of the parameters, which may stand in a list of one entry, as with several groups.
         """
+        if type(tree) is list and self.flat and len(tree) == len(self.names) and {*map(type, tree)} == _ARRAYS:
+            return tree  # nearly always
         if self.single:
             if type(tree) is np.ndarray and not self.orders:
                 return [tree]
