@@ -59,14 +59,15 @@ def share_case(side: int, sparsity: float, with_torch: bool) -> Case:
     """Pruning to an exact share; torch takes seconds for a large weight."""
     case = prune_case(side, side, sparsity)
     torch = harness.peer("torch") if with_torch else None
-    if torch:
+    prune = harness.peer("torch.nn.utils.prune") if with_torch else None
+    if torch and prune:
         torch.set_num_threads(fo.get_num_threads())
         w = torch.from_numpy(normal(side, side))
 
         def torch_prune() -> None:
             module = torch.nn.Module()
             module.weight = torch.nn.Parameter(w)
-            torch.nn.utils.prune.l1_unstructured(module, "weight", amount=sparsity)
+            prune.l1_unstructured(module, "weight", amount=sparsity)
 
         case.contenders["torch.nn.utils.prune"] = [torch_prune]
     return case

@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def sections(quick: bool) -> dict[str, Iterable[Case]]:
         STEPS: step_cases(1_000_000 if quick else 20_000_000),
         PACKING: packing_cases(512 if quick else 2048),
         PRODUCTS: product_cases(512 if quick else 4096),
-        PRUNING: pruning_cases(512 if quick else 2048),
-        TORCH: torch_cases(quick),
+        PRUNING: pruning_cases(2048, quick),
+        TORCH: islice(torch_cases(quick), 4 if quick else None),
     }
 
 
@@ -99,14 +100,14 @@ def product_cases(side: int) -> Iterator[Case]:
     yield product_beside_peers(512, 4, 32, 1, cold=False)
 
 
-def pruning_cases(side: int) -> Iterator[Case]:
+def pruning_cases(side: int, quick: bool) -> Iterator[Case]:
     import bench_sparse as sparse
 
     from fastopt.cli.bench import normal
 
     yield sparse.share_case(side, 0.9, True)
     yield sparse.threshold_case(side, 0.67)
-    for sparsity in (0.5, 0.8, 0.9):
+    for sparsity in () if quick else (0.5, 0.8, 0.9):
         w = sparse.fo_pruned(normal(2 * side, 2 * side), sparsity=sparsity)
         for batch in (1, 16):
             yield sparse.product_case(f"{100 * sparsity:.0f} % sparse", w, batch)
@@ -162,7 +163,11 @@ def measured(seconds: float, quick: bool) -> dict[str, Any]:
     """Return all that is measured in this process, as JSON holds it."""
     found: dict[str, Any] = {}
     for name, cases in sections(quick).items():
-        answer = harness.measured(cases, seconds)
+        try:
+            answer = harness.measured(cases, seconds)
+        except Exception:  # of a peer: the other sections are worth having
+            traceback.print_exc()
+            answer = {"results": [], "warning": None}
         found[name] = {"results": answer["results"], "warning": answer["warning"]}
         print(f"{name}: {len(answer['results'])} results", file=sys.stderr)
     try:
@@ -172,7 +177,7 @@ def measured(seconds: float, quick: bool) -> dict[str, Any]:
         model = []
     torch, ort = harness.peer("torch"), harness.peer("onnxruntime")
     peers = {peer.__name__: str(peer.__version__) for peer in (torch, ort) if peer}
-    return {"machine": machine(), "peers": peers, "sections": found, "model": model}
+    return {"quick": quick, "machine": machine(), "peers": peers, "sections": found, "model": model}
 
 
 def rounded(value: Any) -> Any:
@@ -249,7 +254,10 @@ def doubt(found: Mapping[str, Any], *names: str) -> list[str]:
 def limit_chart(found: Mapping[str, Any]) -> str:
     panels = []
     for section, begin, title in LIMITS:
-        name, case = next(item for item in by_case(found["sections"][section]).items() if item[0].startswith(begin))
+        cases = by_case(found["sections"][section]).items()
+        name, case = next((item for item in cases if item[0].startswith(begin)), ("", {}))
+        if not name:
+            continue
         size = (
             name.removeprefix(begin)
             .removesuffix(", batch 1")
@@ -328,7 +336,12 @@ def table(cases: Mapping[str, Mapping[str, Result]]) -> str:
             for who in names
         ]
         lines.append([name.removesuffix(", batch 1"), *cells, ", ".join(shown(who) for who in names if who in lost)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table whose numbers keep their units in the same line."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" ms", "\u00a0ms").replace(" us", "\u00a0us")
 
 
 def model_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -336,7 +349,7 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         size = f"{row['nbytes'] / 1e6:.1f} MB"
         lines.append([row["model"], size, f"{row['score']:.3f}", time_text(row["seconds"])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -381,7 +394,7 @@ def variants_table(name: str, case: Mapping[str, Result]) -> str:
     lines = [[name, "time", "of plain fastopt"], ["---"] * 3]
     for who, r in case.items():
         lines.append([shown(who), time_text(r.seconds), f"{r.seconds / case[FASTOPT].seconds:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def wrapped(part: str) -> list[str]:
@@ -413,13 +426,15 @@ def draw(found: Mapping[str, Any]) -> None:
     for section, name in CHARTS.items():
         if found["sections"][section]["results"]:
             (folder / name).write_text(section_chart(found, section), encoding="utf-8")
-    (DOCS / "benchmarks.md").write_text(page(found), encoding="utf-8")
+    if not found["quick"]:  # small cases are no figures for a page
+        (DOCS / "benchmarks.md").write_text(page(found), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="measure bench/results.json anew")
     parser.add_argument("--quick", action="store_true", help="small cases, to try this script")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of fastopt and its rivals")
     parser.add_argument("--seconds", type=float, default=0.8, help="to measure each case (default 0.8)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # measure here, write results to this file
     options = parser.parse_args()
@@ -427,7 +442,7 @@ def main() -> None:
         options.child.write_text(json.dumps(measured(options.seconds, options.quick)))
         return
     if options.measure:
-        found = rounded(harness.measure_in_child(os.cpu_count() or 1))
+        found = rounded(harness.measure_in_child(options.threads))
         RESULTS.write_text(json.dumps(found, indent=0) + "\n")
     draw(json.loads(RESULTS.read_text()))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _WIDTH, _MARGIN, _GAP = 560, 16, 8
 _LINE, _BAR = 26, 17  # the height of a row and of its bar
-_LETTER = 7.6  # the width of a letter of 14 units, on the safe side
+_LETTER = 8  # the width of a letter of 14 units, on the safe side
 
 _STYLE = """
 svg { color-scheme: light dark; }
@@ -60,7 +60,7 @@ def chart(title: str, panels: Sequence[Panel], notes: Sequence[str] = ()) -> str
     """
     parts: list[str] = []
     y = _MARGIN + 16.0
-    for line in _wrapped(title, 56):
+    for line in _wrapped(title, 50):
         parts.append(_text(_MARGIN, y, "ink title", line))
         y += 23
     start = _MARGIN + _LETTER * max(len(bar.label) for panel in panels for bar in panel.bars) + _GAP
