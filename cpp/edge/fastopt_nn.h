@@ -116,25 +116,26 @@ extern "C" {
 
 /* ---- windows ------------------------------------------------------------------------------------ */
 
-/* The index of an element of x below the window at a position of y. Rows and columns in the padding are counted on
-   from below 0, which is above every size. */
-static size_t fo_nn__row(const fo_nn_window* v, size_t position, size_t ky) {
-  return position / v->out_width * v->stride_y + ky * v->dilation_y - v->top;
+/* Where the window begins at a position of y. Rows and columns in the padding are counted on from below 0, which is
+   above every size. */
+static size_t fo_nn__top(const fo_nn_window* v, size_t position) {
+  return position / v->out_width * v->stride_y - v->top;
 }
 
-static size_t fo_nn__column(const fo_nn_window* v, size_t position, size_t kx) {
-  return position % v->out_width * v->stride_x + kx * v->dilation_x - v->left;
+static size_t fo_nn__left(const fo_nn_window* v, size_t position) {
+  return position % v->out_width * v->stride_x - v->left;
 }
 
 static size_t fo_nn__positions(const fo_nn_window* v) { return (size_t)v->out_height * v->out_width; }
 
 /* Copies what the window covers, [channels, kernel]. */
 static void fo_nn__patch(const fo_nn_window* v, const float* x, size_t position, float* out) {
+  const size_t top = fo_nn__top(v, position), left = fo_nn__left(v, position);
   for (size_t c = 0; c < v->channels; ++c) {
     for (size_t ky = 0; ky < v->kernel_height; ++ky) {
-      const size_t row = fo_nn__row(v, position, ky);
+      const size_t row = top + ky * v->dilation_y;
       for (size_t kx = 0; kx < v->kernel_width; ++kx) {
-        const size_t column = fo_nn__column(v, position, kx);
+        const size_t column = left + kx * v->dilation_x;
         const int inside = row < v->height && column < v->width;
         *out++ = inside ? x[c * v->channel_step + (row * v->width + column) * v->pixel_step] : 0;
       }
@@ -163,12 +164,13 @@ void fo_nn_conv_grouped(const fo_tensor* w, const fo_tensor* bias, const fo_nn_w
     const float* first = x + o / out * in * v->channel_step;
     fo_dequantize_row(w, o, kernel, w->cols);
     for (size_t p = 0; p < positions; ++p) {
+      const size_t top = fo_nn__top(v, p), left = fo_nn__left(v, p);
       float sum = biases[o];
       for (size_t ky = 0; ky < v->kernel_height; ++ky) {
-        const size_t row = fo_nn__row(v, p, ky);
+        const size_t row = top + ky * v->dilation_y;
         if (row >= v->height) continue;
         for (size_t kx = 0; kx < v->kernel_width; ++kx) {
-          const size_t column = fo_nn__column(v, p, kx);
+          const size_t column = left + kx * v->dilation_x;
           if (column >= v->width) continue;
           const float* from = first + (row * v->width + column) * v->pixel_step;
           const float* weight = kernel + ky * v->kernel_width + kx;
@@ -186,13 +188,14 @@ void fo_nn_max_pool(const fo_nn_window* window, const float* x, float* y) {
   const fo_nn_window* v = window;
   const size_t positions = fo_nn__positions(v);
   for (size_t p = 0; p < positions; ++p) {
+    const size_t top = fo_nn__top(v, p), left = fo_nn__left(v, p);
     for (size_t c = 0; c < v->channels; ++c) {
       float largest = 0;
       int any = 0;
       for (size_t ky = 0; ky < v->kernel_height; ++ky) {
-        const size_t row = fo_nn__row(v, p, ky);
+        const size_t row = top + ky * v->dilation_y;
         for (size_t kx = 0; kx < v->kernel_width; ++kx) {
-          const size_t column = fo_nn__column(v, p, kx);
+          const size_t column = left + kx * v->dilation_x;
           if (row >= v->height || column >= v->width) continue;
           const float value = x[c * v->channel_step + (row * v->width + column) * v->pixel_step];
           if (!any || value > largest || value != value) largest = value;
@@ -208,13 +211,14 @@ void fo_nn_average_pool(const fo_nn_window* window, int count_padding, const flo
   const fo_nn_window* v = window;
   const size_t positions = fo_nn__positions(v);
   for (size_t p = 0; p < positions; ++p) {
+    const size_t top = fo_nn__top(v, p), left = fo_nn__left(v, p);
     for (size_t c = 0; c < v->channels; ++c) {
       float sum = 0;
       size_t count = 0;
       for (size_t ky = 0; ky < v->kernel_height; ++ky) {
-        const size_t row = fo_nn__row(v, p, ky);
+        const size_t row = top + ky * v->dilation_y;
         for (size_t kx = 0; kx < v->kernel_width; ++kx) {
-          const size_t column = fo_nn__column(v, p, kx);
+          const size_t column = left + kx * v->dilation_x;
           if (row >= v->height || column >= v->width) continue;
           sum += x[c * v->channel_step + (row * v->width + column) * v->pixel_step];
           ++count;

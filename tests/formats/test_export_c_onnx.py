@@ -102,7 +102,8 @@ def test_packed_weights_of_an_onnx_model(rng, tmp_path):
     assert "w3: QuantizedTensor(shape=(12, 16), bits=8" in (tmp_path / "small.h").read_text()
     x = rng.standard_normal((1, 4, 9, 8)).astype("f4")
     fo.pack_onnx(path, tmp_path / "packed.onnx", bits=8, min_size=30)  # the same codes
-    fo.export(tmp_path / "packed.onnx", tmp_path / "decoded.c", to="c")
+    with pytest.warns(UserWarning, match="packed.onnx: nodes decode weights, as 'w1', and C gets"):
+        fo.export(tmp_path / "packed.onnx", tmp_path / "decoded.c", to="c")
     (expected,) = session_of(tmp_path / "packed.onnx").run(None, {"x": x})
     found = run_of(tmp_path, "run", ["small", "decoded"], {n: (x, 5, f"{n}_run") for n in ("small", "decoded")})
     for y in found.values():
@@ -124,6 +125,13 @@ REFUSED = [
     ([("Conv", "x w", "y")], {"w": np.ones((2, 3, 1, 1), "f4")}, "Conv 'n0': 'w' of shape .2, 3, 1, 1. with 1 groups"),
     ([("MaxPool", "x", "y i", {"kernel_shape": [2, 2]}), ("Cast", "i", "z", {"to": 1})], {}, "expected one input and"),
     ([("Reshape", "x s", "y")], {"s": np.array([5, -1])}, "Reshape 'n0': cannot give a value of shape"),
+    ([("Relu", "x", "a"), ("Conv", "a", "y")], {}, "the node 'n1', a Conv, is not valid: "),
+    ([("ConstantOfShape", "s", "a"), ("Add", "x a", "y")], {"s": np.array([2**40])}, "a Add, needs more"),
+    (
+        [("Shape", "x", "s"), ("ConstantOfShape", "s", "a"), ("Tile", "a s", "b"), ("Add", "x b", "y")],
+        {},
+        "a Tile, can",
+    ),
     ([("Gemm", "x w", "y", {"alpha": 0.5})], {"w": np.ones((8, 2), "f4")}, "a Gemm, .*expected alpha and beta of 1"),
 ]
 

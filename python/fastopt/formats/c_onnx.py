@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 _PASSING = ("Transpose", "Identity", "Cast")  # between a weight and its product
 _UNARY = {"Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Softmax": "softmax", "LeakyRelu": "leaky_relu"}
+# Operators that compute shapes, and constants from shapes.
+_OF_SHAPES = {
+    "Abs", "Add", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Flatten", "Floor",
+    "Gather", "Identity", "Max", "Min", "Mod", "Mul", "Neg", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice",
+    "Split", "Squeeze", "Sqrt", "Sub", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+_LARGEST = 1 << 24
 _INTEGERS, _FLOATS = (6, 7), (1, 10, 11, 16)  # of TensorProto
 
 
@@ -53,6 +61,7 @@ class _Reader:
         self.names = {value: name for name, value in opened.values.items()}
         self.done: set[int] = set()  # nodes that another one has taken along
         self.opset = opset_version(opened.model)
+        self.warned = False
 
     def read(self, input_shape: Sequence[int] | None) -> Value:
         graph = self.root.graph
@@ -137,11 +146,25 @@ class _Reader:
         found = None if own is None else self.opened.found.get(own)
         if own is not None and found is not None and self.net.has(own):
             orders = [order for use, order in found.uses if use.node is node and use.place == at]
-            if orders and orders[0] == found.order and tuple(self.net.tensor(name, own).shape) == found.shape:
+            tensor = self.net.tensor(name, own)
+            if orders and orders[0] == found.order and tuple(tensor.shape) == found.shape:
+                if isinstance(tensor, np.ndarray):
+                    self._warn(base)
                 return own
         array = self._array(name)
         assert array is not None
+        self._warn(base)
         return self.net.added(name, np.ascontiguousarray(turn(array)))
+
+    def _warn(self, weight: Constant | None) -> None:
+        """Tell once that codes of an ONNX model become floats."""
+        if weight is not None and weight.node is not None and weight.tensor is None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{self.path}: nodes decode weights, as {weight.name!r}, and C gets the decoded floats. To keep codes, "
+                "pack the plain model into a .safetensors file, and export that with onnx (--onnx) of the plain model",
+                stacklevel=8,
+            )
 
     def _vector(self, name: str | None, size: int) -> str | None:
         """Return the name of a tensor for a bias of one axis; None if there is none."""
@@ -183,6 +206,12 @@ class _Reader:
             ) from None
         except ValueError as error:
             raise ValueError(f"{self.path}: {node.op_type} {error}") from error
+        except MemoryError:
+            raise ValueError(
+                f"{self.path}: the node {name!r}, a {node.op_type}, needs more memory than there is"
+            ) from None
+        except (ArithmeticError, AssertionError, IndexError, KeyError, StopIteration, TypeError) as error:
+            raise ValueError(f"{self.path}: the node {name!r}, a {node.op_type}, is not valid: {error}") from error
 
     def _compute(self, node: NodeProto) -> None:
         """Compute a node of constants, as of shapes."""
@@ -192,6 +221,13 @@ class _Reader:
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise _RefusedError("it has graphs of its own")
         feeds = {name: self._array(name) for name in node.input if name}
+        if node.op_type not in _OF_SHAPES:
+            raise _RefusedError("no function of fastopt_nn.h computes it")
+        if node.op_type in ("ConstantOfShape", "Expand", "Range"):  # the content of an input is the size of the output
+            wanted = feeds[node.input[-1 if node.op_type == "Expand" else 0]]
+            size = feeds[node.input[1]] if node.op_type == "Range" else wanted
+            if size is None or math.prod(max(int(n), 1) for n in size.reshape(-1)) > _LARGEST:
+                raise _RefusedError("its output is too large for a constant")
         inputs, outputs = ([helper.make_empty_tensor_value_info(n) for n in names if n]
                            for names in (list(dict.fromkeys(node.input)), node.output))  # fmt: skip
         part = helper.make_model(
