@@ -257,10 +257,10 @@ def pack(
     target_size : int or str, optional
         The same for the bytes of the saved model, as ``12_000_000`` or ``"12MB"``.
     **options
-        The fields of `Recipe`: `bits`, `group_size`, `param_dtype`, `fit`, `outliers` and `importance` as in
-        `quantize`; `threshold`, `sparsity` and `pattern` as in `prune`; `include`, `exclude`, `overrides` and
-        `min_size` select tensors by name and size. With `bits` and a pruning option the non-zeros are quantized.
-        `calibration` makes the errors of the outputs small instead of those of the weights.
+        The fields of `Recipe`: `bits`, `group_size`, `param_dtype`, `param_bits`, `param_group`, `fit`, `outliers` and
+        `importance` as in `quantize`; `threshold`, `sparsity` and `pattern` as in `prune`; `include`, `exclude`,
+        `overrides` and `min_size` select tensors by name and size. With `bits` and a pruning option the non-zeros are
+        quantized. `calibration` makes the errors of the outputs small instead of those of the weights.
 
     Returns
     -------
