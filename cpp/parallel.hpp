@@ -24,6 +24,8 @@ namespace fastopt {
 
 constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return a / b + (a % b != 0); }
 
+inline std::size_t num_threads();
+
 #if defined(FASTOPT_NO_THREADS)
 inline constexpr bool kThreads = false;
 #else
@@ -74,6 +76,14 @@ inline std::size_t default_count() noexcept {
   return std::clamp<std::size_t>(cores, 1, kMost);
 }
 
+// Functions of an OpenMP runtime whose threads do the work instead of the pool's own: the idle ones of torch would
+// otherwise spin on the cores that the pool needs. Null: the pool's own threads.
+struct OpenMP {
+  std::atomic<void (*)(void (*)(void*), void*, unsigned, unsigned)> parallel{nullptr};  // GOMP_parallel
+  std::atomic<int (*)()> max_threads{nullptr}, thread_num{nullptr};                     // omp_get_...
+};
+inline OpenMP openmp;
+
 // Threads that help the one which calls run(). They sleep between jobs.
 //
 //   share of the caller           share of helper 1             share of helper 2
@@ -89,13 +99,19 @@ class Pool {
   using Piece = void (*)(const void* body, std::size_t begin, std::size_t end);
   void run(std::size_t n, std::size_t pieces, std::size_t team, Piece piece, const void* body) noexcept {
     if (busy_.exchange(true, std::memory_order_acquire)) return piece(body, 0, n);
-    team = 1 + start(team - 1);
+    const auto parallel = openmp.parallel.load(std::memory_order_acquire);
+    team = parallel ? std::min(team, reserve(team)) : 1 + start(team - 1);
     if (team == 1) {
       piece(body, 0, n);
     } else {
       piece_ = piece;
       body_ = body;
       cut(n, pieces, team);
+      if (parallel) {
+        share(parallel, num_threads());
+        busy_.store(false, std::memory_order_release);
+        return;
+      }
       state_.store(next_job(state_.load(std::memory_order_relaxed)), std::memory_order_release);
       wake(team - 1);
       take(0);
@@ -114,14 +130,20 @@ class Pool {
   static constexpr std::uint64_t kHelpers = 0x3fff, kOpen = 0x4000, kJob = 0x8000;
   static std::uint64_t next_job(std::uint64_t state) { return (state / kJob + 1) * kJob | kOpen; }
 
+  // Makes room for the shares of a team. Returns its size, or 1 if there is no memory for it.
+  std::size_t reserve(std::size_t team) noexcept {
+    if (team > capacity_) {
+      Share* const shares = new (std::nothrow) Share[team];
+      if (shares == nullptr) return 1;
+      shares_.reset(shares);
+      capacity_ = team;
+    }
+    return team;
+  }
+
   // Starts helpers until there are `count`, or as many as the system allows. Returns the smaller number.
   std::size_t start(std::size_t count) noexcept {
-    if (count >= capacity_) {
-      Share* const shares = new (std::nothrow) Share[count + 1];
-      if (shares == nullptr) return 0;
-      shares_.reset(shares);
-      capacity_ = count + 1;
-    }
+    if (reserve(count + 1) == 1) return 0;
     if (helpers_ < count) {
       pthread_attr_t options;
       pthread_attr_init(&options);
@@ -145,6 +167,16 @@ class Pool {
       shares_[i].next.store(count * i / team, std::memory_order_relaxed);
       shares_[i].end = count * (i + 1) / team;
     }
+  }
+
+  // The threads of OpenMP take the pieces: always as many threads, since it ends those that a smaller team leaves over.
+  // In the middle of another parallel region the caller is alone, and takes all pieces.
+  template <class Parallel>
+  void share(Parallel parallel, std::size_t count) noexcept {
+    const auto take_pieces = [](void* pool) {
+      static_cast<Pool*>(pool)->take(static_cast<std::size_t>(openmp.thread_num.load(std::memory_order_relaxed)()));
+    };
+    parallel(take_pieces, this, static_cast<unsigned>(count), 0);
   }
 
   void take(std::size_t me) noexcept {
@@ -236,9 +268,25 @@ inline Pool* the_pool() noexcept {
   return made;
 }
 
-// A forked child has only the thread that called fork(), and starts helpers of its own.
+// A forked child has only the thread that called fork(), and starts helpers of its own. OpenMP's threads are gone too,
+// and it would wait for them.
 inline void watch_fork() {
-  pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+  pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr);
+    openmp.parallel.store(nullptr);
+  });
+}
+
+// Takes the threads of an OpenMP runtime, by the addresses of its functions; or those of the pool again, if they are 0.
+inline void use_openmp(std::uintptr_t parallel, std::uintptr_t max_threads, std::uintptr_t thread_num) {
+  const auto set = [](auto& to, std::uintptr_t address) {
+    to.store(reinterpret_cast<decltype(to.load())>(address), std::memory_order_release);
+  };
+  if (parallel != 0) {
+    set(openmp.max_threads, max_threads);
+    set(openmp.thread_num, thread_num);
+  }
+  set(openmp.parallel, parallel);
 }
 
 }  // namespace threads
@@ -247,7 +295,9 @@ inline std::size_t num_threads() {
   if (!kThreads) return 1;
   static const std::size_t count = threads::default_count();
   const std::size_t wanted = threads::wanted.load(std::memory_order_relaxed);
-  return wanted > 0 ? wanted : count;
+  if (wanted > 0) return wanted;
+  if (threads::openmp.parallel.load(std::memory_order_acquire) == nullptr) return count;
+  return static_cast<std::size_t>(std::max(threads::openmp.max_threads.load(std::memory_order_relaxed)(), 1));
 }
 
 inline void set_num_threads(std::size_t n) { threads::wanted.store(n); }

@@ -280,7 +280,9 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
     // Rows whose parameters are decoded together: few, for they take the place of other things in the cache, but enough
     // that the panels of x are not read again for each.
     const std::size_t at_once = io.batch < kLeastPanel ? 16 : 64;
-    parallel_for(q.rows, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
+    // Panels meet up to 32 rows of W at a time, so no range should begin in the middle of these.
+    const std::size_t chunk = panel_rows(io.batch) > 0 ? 32 : 1;
+    parallel_chunks(q.rows, chunk, products * (limbs == 3 ? 1.0 : 0.5), [&](std::size_t begin, std::size_t end) {
       weight.for_rows(k, begin, end, at_once, [&](const Quantized& w, std::size_t first, std::size_t last) {
         k.products.linear_quantized(w, io, first, last);
         if (narrow.count > 0) add_outliers(k, w, narrow, io, first, last);

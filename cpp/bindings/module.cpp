@@ -28,6 +28,7 @@ PYBIND11_MODULE(_core_main, m, py::mod_gil_not_used()) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("get_num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  m.def("use_openmp", &threads::use_openmp, py::arg("parallel"), py::arg("max_threads"), py::arg("thread_num"));
 
   bind_optim(m);
   bind_quant(m);

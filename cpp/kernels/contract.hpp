@@ -29,6 +29,7 @@
 //   word         32 bits of packed codes, or 8 codes of a width that does not divide 32: one lane multiplies them
 //   run          16 words
 //   panel        kPanelWidth rows of x that are multiplied together with quantized rows
+//   slice        the rows of a panel whose sums are in registers at the same time
 //   tile         16, 32 or 64 rows of x, transposed, that are multiplied together with sparse rows
 //   band         the rows of W that are multiplied together with panels, or with a tile
 //   stretch      the columns whose products are summed by themselves before their sum joins the total

@@ -1,32 +1,51 @@
-// Products for many rows of x: a panel of 16 rows of x against 8 rows of W.
+// Products for many rows of x: a panel of 16 rows of x against a band of 16 or 32 rows of W.
 //
-//                     panel of x: lane b is row b of x             totals
-//                     | 0 | 1 | 2 | ... | 15 |                     | 0 | 1 | ... | 15 |
-//   W row 0   word -> | broadcast to all lanes | dot product  ->   | row 0            |
-//   W row 1   word -> | broadcast to all lanes | dot product  ->   | row 1            |
-//   ...                                                              ...
-//   W row 7   word -> | broadcast to all lanes | dot product  ->   | row 7            |
+//                        band of W: lane r is row r of W               totals
+//                        | 0 | 1 | 2 | ... | 15 |                      | 0 | 1 | ... | 15 |
+//   row 0 of x   word -> | broadcast to all lanes | dot product   ->   | row 0 of y       |
+//   row 1 of x   word -> | broadcast to all lanes | dot product   ->   | row 1 of y       |
+//   ...                                                                ...
 //
-// Each lane has a row of x, and four codes of a row of W, unpacked to bytes, are broadcast to all lanes. So the sum of
-// a span is whole in its lane, and needs a scale only once. Codes are unpacked once for kPanels panels.
+// Codes are unpacked to bytes and transposed: each lane has four codes of a row of W. They are multiplied with four
+// numbers of a row of x, which are broadcast to all lanes. So the sum of a span is whole in its lane and needs a scale
+// only once. Codes are unpacked once for kPanels panels.
 //
 // The order of sums differs from rows.inl. The sums of a group's spans are added from left to right, and multiplied by
 // the scale of the group. The value in the middle of the group, times the sum of x, is added with its first span. The
 // groups of a stretch are added from left to right in float, and stretches in double.
 
-constexpr std::size_t kBand = 8;    // rows of W that are unpacked at a time, kPanelStretch columns of each
+// Rows of W that are unpacked at a time, kPanelStretch columns of each: two vectors, or more.
+constexpr std::size_t kBand = kVectorBytes == 64 ? 2 * kWords : kWords;
 constexpr std::size_t kPanels = 4;  // panels of x that use them
 constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
+
+// A slice is kSliceRows rows of a panel. Its sums with kSliceVectors vectors of rows of W fill the registers: a load of
+// codes, or of x, must serve several dot products, as there are no more loads than these in a cycle.
+constexpr std::size_t kSliceRows = 4, kSliceVectors = 2;
 constexpr int kUnrolled = kOneInstructionDot ? 8 : 1;
+
+// Numbers of x are multiplied as bytes, four columns in a lane of 32 bits; or as 16 bits, two columns in a lane, where
+// kWide. Their bytes then make planes: the upper two limbs are one plane, the lowest one is another.
+template <int Bits>
+constexpr std::size_t kHalves = kWide<Bits> ? 2 : 1;  // lanes for the columns of four bytes
+template <int Bits, int Limbs>
+constexpr std::size_t kPlanes = kWide<Bits> ? (Limbs + 1) / 2 : Limbs;
+
+// Lanes of 32 bits for the columns of a span.
+template <int Bits>
+constexpr std::size_t span_lanes(std::size_t words) {
+  return words * kParts<Bits> * kHalves<Bits>;
+}
 
 // A panel of x, in memory of the caller.
 template <int Bits, int Limbs, class Byte = const std::uint8_t>
 struct Panel {
-  Like<Byte, std::int8_t>* limbs;    // [span][part of a byte][word][limb][row]: 4 bytes of n, as codes are unpacked
+  // [slice][span][part of a byte][word][half][plane][row]: 4 bytes of n, in the order of the codes
+  Like<Byte, std::int8_t>* limbs;
   Like<Byte, float>* scale;          // [span][row], times the step in which codes count
   Like<Byte, std::int32_t>* offset;  // [span][sum][row], minus the sum of middle * n
   Like<Byte, float>* group_sum;      // [group][row]; or, where a row of W is one group, a double for each row
-  std::size_t bytes;
+  std::size_t slice_bytes, bytes;
 
   Panel(const Quantized& w, Byte* memory) {
     const std::size_t columns = runs_of<Bits>(w) * kRunColumns<Bits>;
@@ -37,7 +56,8 @@ struct Panel {
       at += size;
       return part;
     };
-    limbs = reinterpret_cast<decltype(limbs)>(take(columns * Limbs * kPanelWidth));
+    slice_bytes = columns * kHalves<Bits> * kPlanes<Bits, Limbs> * kSliceRows;
+    limbs = reinterpret_cast<decltype(limbs)>(take(slice_bytes * kPanelWidth / kSliceRows));
     scale = reinterpret_cast<decltype(scale)>(take(spans * sizeof(float) * kPanelWidth));
     offset = reinterpret_cast<decltype(offset)>(take(spans * kSums<Bits, Limbs> * sizeof(std::int32_t) * kPanelWidth));
     group_sum =
@@ -46,81 +66,187 @@ struct Panel {
   }
 };
 
+// Sixteen words of sixteen rows: words[w][i] has word w of the rows in vector i. One function for all widths, since it
+// is long.
+[[gnu::noinline]] void load_transposed(const std::uint8_t* const (&rows)[kWords],
+                                       Vec<std::uint32_t> (&words)[kWords][kWordVectors]) {
+  constexpr std::size_t lanes = kLanes<float>;
+  for (std::size_t i = 0; i < kWordVectors; ++i) {
+    for (std::size_t j = 0; j < kWordVectors; ++j) {
+      Vec<std::uint32_t> square[lanes];
+#pragma GCC unroll 16
+      for (std::size_t r = 0; r < lanes; ++r) {
+        square[r] = load<Vec<std::uint32_t>>(rows[i * lanes + r] + j * kVectorBytes);
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (std::size_t w = 0; w < lanes; ++w) words[j * lanes + w][i] = square[w];
+    }
+  }
+}
+
+// The bytes of lanes with even numbers, or with odd ones, as 16 bits.
+template <bool Signed>
+inline Pairs half_of(Vec<std::uint32_t> bytes, std::size_t odd) {
+  if constexpr (Signed) return (odd ? bit_cast<Pairs>(bytes) : bit_cast<Pairs>(bytes) << 8) >> 8;
+  const auto pairs = bit_cast<Vec<std::uint16_t>>(bytes);
+  return bit_cast<Pairs>(odd ? pairs >> 8 : pairs & std::uint16_t{0xff});
+}
+
 // Interleaves `count` rows that were prepared one by one; lanes behind them are zero.
 template <int Bits, int Limbs>
 void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                    std::uint8_t* memory) {
-  constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>;
+  constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
   const Panel<Bits, Limbs, std::uint8_t> to(w, memory);
-  if (count < kPanelWidth) std::memset(memory, 0, to.bytes);
   const std::size_t words = span_columns(w) / kWordColumns<Bits>, runs = runs_of<Bits>(w);
-  for (std::size_t b = 0; b < count; ++b) {
-    const Prepared<Bits, Limbs> source(w, rows + b * row_bytes);
-    std::int8_t* limbs = to.limbs + 4 * b;
-    std::size_t span = 0;
-    for (std::size_t run = 0; run < runs; ++run) {
-      const Run<Bits, Limbs>& x = source.runs[run];
-      for (std::size_t first = 0; first < kWords; first += words, ++span) {
-        to.scale[span * kPanelWidth + b] = x.scale[first];
-        for (std::size_t s = 0; s < sums; ++s) {
-          std::uint32_t offset = 0;  // modulo 2^32, like the sums that it joins
-          for (std::size_t i = 0; i < words; ++i) offset += static_cast<std::uint32_t>(x.offset[s][first + i]);
-          to.offset[(span * sums + s) * kPanelWidth + b] = static_cast<std::int32_t>(offset);
+  constexpr std::size_t run_bytes = span_lanes<Bits>(kWords) * planes * 4 * kSliceRows;
+  alignas(64) static constexpr std::uint8_t zeros[kPart] = {};
+  Prepared<Bits, Limbs> sources[kPanelWidth];
+  for (std::size_t b = 0; b < count; ++b) sources[b] = Prepared<Bits, Limbs>(w, rows + b * row_bytes);
+
+  for (std::size_t run = 0; run < runs; ++run) {
+    for (std::size_t p = 0; p < parts; ++p) {
+      Vec<std::uint32_t> limbs[Limbs][kWords][kWordVectors];
+      for (int l = 0; l < Limbs; ++l) {
+        const std::uint8_t* bytes[kPanelWidth];
+        for (std::size_t b = 0; b < kPanelWidth; ++b) {
+          bytes[b] = b < count ? reinterpret_cast<const std::uint8_t*>(sources[b].runs[run].limbs[l][p]) : zeros;
         }
-        for (std::size_t p = 0; p < parts; ++p) {
-          for (std::size_t i = first; i < first + words; ++i) {
-            for (int l = 0; l < Limbs; ++l, limbs += 4 * kPanelWidth) std::memcpy(limbs, &x.limbs[l][p][4 * i], 4);
+        load_transposed(bytes, limbs[l]);
+      }
+      for (std::size_t i = 0; i < kWords; ++i) {
+        alignas(64) std::uint8_t lanes[kHalves<Bits> * planes][4 * kPanelWidth];
+        for (std::size_t v = 0; v < kWordVectors; ++v) {
+          for (std::size_t half = 0; half < kHalves<Bits>; ++half) {
+            for (std::size_t plane = 0; plane < planes; ++plane) {
+              Vec<std::uint32_t> n = limbs[plane][i][v];
+              if constexpr (kWide<Bits>) {
+                Pairs wide = half_of<true>(limbs[Limbs == 3 ? 2 * plane : 0][i][v], half);
+                if constexpr (Limbs == 3) {
+                  if (plane == 0) wide = (wide << 8) + half_of<true>(limbs[1][i][v], half);
+                }
+                n = bit_cast<Vec<std::uint32_t>>(wide);
+              }
+              store(lanes[half * planes + plane] + v * kVectorBytes, n);
+            }
           }
+        }
+        const std::size_t in_span = i & (words - 1);  // words is a power of two
+        const std::size_t lane = (i - in_span) * parts + p * words + in_span;
+        std::int8_t* out = to.limbs + run * run_bytes + lane * (sizeof lanes / kPanelWidth * kSliceRows);
+        for (const auto& word : lanes) {
+          for (std::size_t b = 0; b < kPanelWidth; b += kSliceRows) {
+            std::memcpy(out + b / kSliceRows * to.slice_bytes, word + 4 * b, 4 * kSliceRows);
+          }
+          out += 4 * kSliceRows;
         }
       }
     }
+  }
+
+  for (std::size_t b = 0; b < kPanelWidth; ++b) {
+    std::size_t span = 0;
+    for (std::size_t run = 0; run < runs; ++run) {
+      for (std::size_t first = 0; first < kWords; first += words, ++span) {
+        const Run<Bits, Limbs>* x = b < count ? &sources[b].runs[run] : nullptr;
+        to.scale[span * kPanelWidth + b] = x ? x->scale[first] : 0.0f;
+        for (std::size_t s = 0; s < sums; ++s) {
+          std::uint32_t offset = 0;  // modulo 2^32, like the sums that it joins
+          for (std::size_t i = 0; x && i < words; ++i) offset += static_cast<std::uint32_t>(x->offset[s][first + i]);
+          to.offset[(span * sums + s) * kPanelWidth + b] = static_cast<std::int32_t>(offset);
+        }
+      }
+    }
+    const double zero = 0;
     if (w.groups == 1) {
-      std::memcpy(to.group_sum + 2 * b, source.group_sum, sizeof(double));
+      std::memcpy(to.group_sum + 2 * b, b < count ? sources[b].group_sum : reinterpret_cast<const float*>(&zero),
+                  sizeof zero);
     } else {
-      for (std::size_t g = 0; g < w.groups; ++g) to.group_sum[g * kPanelWidth + b] = source.group_sum[g];
+      for (std::size_t g = 0; g < w.groups; ++g) {
+        to.group_sum[g * kPanelWidth + b] = b < count ? sources[b].group_sum[g] : 0.0f;
+      }
     }
   }
 }
 
-// A stretch of kBand rows of W: codes of one byte each, in the order of split(), and the scale and the value in the
-// middle of each group that has some of these columns. Spans and groups are counted from the beginning of a row.
+// A stretch of a band of W: codes as they are multiplied, and the scale and the value in the middle of each group that
+// has some of these columns. Spans and groups are counted from the beginning of a row.
+template <int Bits>
 struct Unpacked {
-  alignas(64) std::uint8_t codes[kBand][kPanelStretch];
-  alignas(64) float scale[kBand][kMaxGroups], middle[kBand][kMaxGroups];
+  alignas(64) std::uint8_t codes[kPanelStretch * kBand * kHalves<Bits>];  // [span][part][word][half][row]
+  alignas(64) float scale[kMaxGroups][kBand], middle[kMaxGroups][kBand];
   std::size_t span, span_end, group, group_end;
   std::size_t group_spans;  // spans of a group; 0 where a row is one group, whose parameters are applied at the end
-  std::size_t runs, row_bytes;
-  const std::uint8_t* packed;  // codes of the first row, if only the first run of each row is unpacked yet; or null
 };
 
+// Unpacks a run of each of sixteen rows of a band. `words`: words of codes in a span.
 template <int Bits>
-inline void unpack_run(const std::uint8_t* from, std::uint8_t* to) {
-  for (std::size_t i = 0; i < kWordVectors; ++i) {
-    Vec<std::uint8_t> parts[kParts<Bits>];
-    split<Bits>(from, i, parts);
-    for (std::size_t p = 0; p < kParts<Bits>; ++p) store(to + p * kPart + i * kVectorBytes, parts[p]);
+inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t run, std::size_t words,
+                       std::uint8_t* codes) {
+  constexpr std::size_t parts = kParts<Bits>, halves = kHalves<Bits>;
+  const auto put = [&](std::size_t i, std::size_t p, std::size_t v, Vec<std::uint32_t> four) {
+    const std::size_t in_span = i & (words - 1);  // words is a power of two
+    const std::size_t lane = (run * kWords + i - in_span) * parts + p * words + in_span;
+    std::uint8_t* to = codes + lane * halves * kBand * 4 + v * kVectorBytes;
+    if constexpr (halves == 1) {
+      store(to, four);
+    } else {
+      for (std::size_t half = 0; half < 2; ++half) store(to + half * kBand * 4, half_of<false>(four, half));
+    }
+  };
+  Vec<std::uint32_t> rows[kWords][kWordVectors];
+  if constexpr (32 % Bits == 0) {
+    load_transposed(from, rows);
+    for (std::size_t i = 0; i < kWords; ++i) {
+      for (std::size_t v = 0; v < kWordVectors; ++v) {
+        Vec<std::uint8_t> split[parts];
+        split_words<Bits>(in_register(bit_cast<Vec<std::uint8_t>>(rows[i][v])), split);
+        for (std::size_t p = 0; p < parts; ++p) put(i, p, v, bit_cast<Vec<std::uint32_t>>(split[p]));
+      }
+    }
+  } else {
+    alignas(64) std::uint8_t bytes[kWords][parts][kPart];
+    for (std::size_t r = 0; r < kWords; ++r) {
+      for (std::size_t v = 0; v < kWordVectors; ++v) {
+        Vec<std::uint8_t> split_codes[parts];
+        split<Bits>(from[r], v, split_codes);
+        for (std::size_t p = 0; p < parts; ++p) store(bytes[r][p] + v * kVectorBytes, split_codes[p]);
+      }
+    }
+    for (std::size_t p = 0; p < parts; ++p) {
+      const std::uint8_t* of_part[kWords];
+      for (std::size_t r = 0; r < kWords; ++r) of_part[r] = bytes[r][p];
+      load_transposed(of_part, rows);
+      for (std::size_t i = 0; i < kWords; ++i) {
+        for (std::size_t v = 0; v < kWordVectors; ++v) put(i, p, v, rows[i][v]);
+      }
+    }
   }
 }
 
-// Loads the scales of `groups` groups from parameter `at` on, and the values in their middles.
-template <int Bits>
-inline void load_groups(const Quantized& w, std::size_t at, std::size_t groups, float* scales, float* middles) {
-  fetch_params(w, at + kBand * w.param_stride);
-  for (std::size_t g = 0; g < groups; g += kWords) {
-    const std::size_t n = groups - g < kWords ? groups - g : kWords;
-    Vec<float> scale[kWordVectors], middle[kWordVectors];
-    load_sixteen(w, w.scale, at + g, n, scale);
-    load_sixteen(w, w.minimum, at + g, n, middle);
-    for (std::size_t i = 0; i < kWordVectors; ++i) middle[i] += scale[i] * (kMiddle<Bits> * kStep<Bits>);
-    std::memcpy(scales + g, scale, sizeof scale);
-    std::memcpy(middles + g, middle, sizeof middle);
+// Loads sixteen parameters of each row of a band, of which `n` belong to it: out[g] has those of all rows for group g.
+[[gnu::noinline]] void load_band(const Quantized& w, const void* params, const std::size_t (&at)[kBand], std::size_t n,
+                                 float (*out)[kBand]) {
+  for (std::size_t first = 0; first < kBand; first += kWords) {
+    alignas(64) std::uint8_t bytes[kWords][kWords * sizeof(float)];
+    const std::uint8_t* rows[kWords];
+    for (std::size_t r = 0; r < kWords; ++r) {
+      Vec<float> of_row[kWordVectors];
+      load_sixteen(w, params, at[first + r], n, of_row);
+      std::memcpy(bytes[r], of_row, sizeof of_row);
+      rows[r] = bytes[r];
+    }
+    Vec<std::uint32_t> groups[kWords][kWordVectors];
+    load_transposed(rows, groups);
+    for (std::size_t g = 0; g < n; ++g) std::memcpy(out[g] + first, groups[g], sizeof *groups);
   }
 }
 
 // Unpacks the columns from `begin` on of rows [row, row + kBand) of W, which end at row `end`.
 template <int Bits>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
-                                      Unpacked* out) {
+                                      Unpacked<Bits>* out) {
   const std::size_t span = span_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
   const bool one_group = w.groups == 1;
   out->span = begin / span;
@@ -128,176 +254,209 @@ template <int Bits>
   out->group = one_group ? 0 : begin / w.group;
   out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
   out->group_spans = one_group ? 0 : w.group / span;
-  constexpr std::size_t bytes = kPanelStretch * Bits / 8;
-  const std::size_t left = w.row_bytes - begin * Bits / 8, exist = left < bytes ? left : bytes;
+  std::size_t rows[kBand];  // the last one again where there are fewer
+  for (std::size_t r = 0; r < kBand; ++r) rows[r] = row + r < end ? row + r : end - 1;
+
+  constexpr std::size_t run_bytes = kRunBytes<Bits>;
+  const std::size_t left = w.row_bytes - begin * Bits / 8;
+  const std::size_t exist = left < kPanelStretch * Bits / 8 ? left : kPanelStretch * Bits / 8;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
-  out->runs = (exist + kRunBytes<Bits> - 1) / kRunBytes<Bits>;
-  out->row_bytes = w.row_bytes;
-  const std::uint8_t* const first = w.codes + row * w.row_bytes + begin * Bits / 8;
-  const bool all_exist = static_cast<std::size_t>(codes_end - first) >= (kBand - 1) * w.row_bytes + bytes;
-  out->packed = kUnrolled > 1 && all_exist ? first : nullptr;
-  const std::size_t runs = out->packed ? 1 : out->runs;
-  for (std::size_t r = 0; r < kBand; ++r) {
-    const std::size_t from = row + r < end ? row + r : end - 1;  // the last one again where there are fewer
-    const std::uint8_t* codes = w.codes + from * w.row_bytes + begin * Bits / 8;
-    std::uint8_t copy[bytes];
-    if (static_cast<std::size_t>(codes_end - codes) < bytes) {
-      std::memset(copy, 0, sizeof copy);
-      std::memcpy(copy, codes, exist);
-      codes = copy;
+  for (std::size_t at = 0, run = 0; at < exist; at += run_bytes, ++run) {
+    const std::size_t from = begin * Bits / 8 + at;
+    for (std::size_t first = 0; first < kBand; first += kWords) {
+      const std::uint8_t* codes[kWords];
+      std::uint8_t copy[kWords][run_bytes];
+      for (std::size_t r = 0; r < kWords; ++r) {
+        codes[r] = w.codes + rows[first + r] * w.row_bytes + from;
+        if (static_cast<std::size_t>(codes_end - codes[r]) >= run_bytes) continue;
+        std::memset(copy[r], 0, run_bytes);
+        std::memcpy(copy[r], codes[r], exist - at);
+        codes[r] = copy[r];
+      }
+      unpack_run<Bits>(codes, run, span / kWordColumns<Bits>, out->codes + first * 4);
     }
-    for (std::size_t run = 0; run < runs; ++run) {
-      unpack_run<Bits>(codes + run * kRunBytes<Bits>, out->codes[r] + run * kRunColumns<Bits>);
+  }
+
+  if (one_group) {
+    for (std::size_t r = 0; r < kBand; ++r) {
+      out->scale[0][r] = 1.0f;
+      out->middle[0][r] = 0.0f;
     }
-    if (one_group) {
-      out->scale[r][0] = 1.0f;
-      out->middle[r][0] = 0.0f;
-      continue;
+    return;
+  }
+  for (std::size_t g = out->group; g < out->group_end; g += kWords) {
+    const std::size_t n = out->group_end - g < kWords ? out->group_end - g : kWords, to = g - out->group;
+    std::size_t at[kBand];
+    for (std::size_t r = 0; r < kBand; ++r) {
+      at[r] = rows[r] * w.param_stride + g;
+      fetch_params(w, at[r] + kBand * w.param_stride);
     }
-    load_groups<Bits>(w, from * w.param_stride + out->group, out->group_end - out->group, out->scale[r],
-                      out->middle[r]);
+    load_band(w, w.scale, at, n, out->scale + to);
+    load_band(w, w.minimum, at, n, out->middle + to);
+    for (std::size_t i = to; i < to + n; ++i) {
+      for (std::size_t r = 0; r < kBand; ++r) out->middle[i][r] += out->scale[i][r] * (kMiddle<Bits> * kStep<Bits>);
+    }
   }
 }
 
-// Totals are double, so adding many stretches loses no accuracy.
-inline void add_to(double* total, const float* sums) {
+inline void add_to(double* total, Vec<float> sums) {
   constexpr std::size_t lanes = kVectorBytes / sizeof(double);
-  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
-    store(total + i, load<Vec<double>>(total + i) + convert<double, lanes>(load<Vec<float, lanes>>(sums + i)));
+  Vec<float, lanes> halves[2];
+  std::memcpy(halves, &sums, sizeof halves);
+  for (std::size_t i = 0; i < 2; ++i) {
+    double* const to = total + i * lanes;
+    store(to, load<Vec<double>>(to) + convert<double, lanes>(halves[i]));
   }
 }
 
-// The cache lines of codes that kBand rows have in a span of 32 columns.
+// The cache lines of codes that a band has in a span of 32 columns.
 template <int Bits>
 constexpr std::size_t kSpanLines = (kBand * 2 * kGrain * Bits / 8 + 63) / 64;
 
-// Adds a stretch of `Rows` rows by a panel of x to the totals. `Words`: words of codes in a span. Codes
-// that are still packed are unpacked on the fly, one run ahead of the products, which leave those ports idle. The
-// function is long because its sums must stay in registers across the loops.
-template <int Bits, int Limbs, std::size_t Words, std::size_t Rows>
-[[gnu::noinline]] void add_stretch(Unpacked& w, std::size_t first_row, const Panel<Bits, Limbs>& x,
-                                   const std::uint8_t* next_codes, double (*total)[kPanelWidth]) {
+// Adds a stretch of a band, the first `rows` of which exist, by the first `count` rows of a panel to the totals, which
+// are double, so that adding many stretches loses no accuracy. `words`: words of codes in a span, or `Words` where the
+// loop over them is unrolled. `next_codes` are prefetched meanwhile, unless it is null. The function is long because
+// its sums must stay in registers across the loops.
+template <int Bits, int Limbs, std::size_t Words>
+[[gnu::noinline]] void add_stretch(const Unpacked<Bits>& w, std::size_t words, std::size_t rows,
+                                   const Panel<Bits, Limbs>& x, std::size_t count, const std::uint8_t* next_codes,
+                                   double (*total)[kBand]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   using Words32 = Vec<std::uint32_t>;
-  constexpr std::size_t lanes = kLanes<float>, parts = kParts<Bits>, sums = kSums<Bits, Limbs>;
-  constexpr std::size_t span_bytes = Words * parts * Limbs * 4 * kPanelWidth;
-  const auto horner = [](Ints high, Ints low) {  // modulo 2^32
-    return bit_cast<Ints>((bit_cast<Words32>(high) << 8) + bit_cast<Words32>(low));
+  constexpr std::size_t lanes = kLanes<float>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
+  constexpr std::size_t planes_at_once = kOneInstructionDot ? planes : 1;
+  const std::size_t span_words = span_lanes<Bits>(Words > 0 ? Words : words);
+  const auto each = [](const auto& body) {
+    unroll<kSliceRows * kSliceVectors>([&](auto i) {
+      constexpr std::size_t at = i.value;
+      body(std::integral_constant<std::size_t, at / kSliceVectors>{},
+           std::integral_constant<std::size_t, at % kSliceVectors>{});
+    });
   };
-  alignas(64) float stretch[Rows][kPanelWidth];
-  for (std::size_t i = 0; i < kPanelWidth; i += lanes) {
-    V sum[Rows] = {};
-    std::size_t span = w.span;
-    for (std::size_t group = w.group; group < w.group_end; ++group) {
-      const bool begins = w.group_spans > 0 && span == group * w.group_spans;
-      const std::size_t end = group + 1 < w.group_end ? (group + 1) * w.group_spans : w.span_end;
-      V group_sum[Rows] = {};
-      for (; span < end; ++span) {
-        const std::size_t at = (span - w.span) * Words;
-        const std::uint8_t* codes = w.codes[first_row] + at / kWords * kRunColumns<Bits> + at % kWords * 4;
-        const std::int8_t* limbs = x.limbs + span * span_bytes + 4 * i;
-        const Ints offset = load<Ints>(x.offset + span * sums * kPanelWidth + i);
-        if (i == 0) fetch_codes<kSpanLines<Bits>>(next_codes, span - w.span);
-        if constexpr (kUnrolled > 1) {
-          constexpr std::size_t rows = Words > 1 ? Words / 2 : 1;
-          const std::size_t next = at / kWords + 1, first = at % kWords / Words * rows;
-          if (w.packed && next < w.runs && first < kBand) {
-            for (std::size_t r = first; r < first + rows; ++r) {
-              unpack_run<Bits>(w.packed + r * w.row_bytes + next * kRunBytes<Bits>,
-                               w.codes[r] + next * kRunColumns<Bits>);
-            }
-          }
-        }
-        Ints part[Limbs][Rows] = {};
-#pragma GCC unroll 8
-        for (std::size_t r = 0; r < Rows; ++r) part[Limbs - sums][r] = offset;
-        if constexpr (sums == 2) {
-          const Ints low = load<Ints>(x.offset + (span * sums + 1) * kPanelWidth + i);
-#pragma GCC unroll 8
-          for (std::size_t r = 0; r < Rows; ++r) part[2][r] = low;
-        }
-        const auto add_words = [&](auto& to, auto add) {
+  for (std::size_t first = 0; first < count; first += kSliceRows) {
+    const std::int8_t* const slice = x.limbs + first / kSliceRows * x.slice_bytes;
+    for (std::size_t i = 0; i * lanes < rows; i += kSliceVectors) {
+      V sum[kSliceRows][kSliceVectors];
+      each([&](auto b, auto v) { sum[b][v] = V{}; });
+      std::size_t span = w.span;
+      for (std::size_t group = w.group; group < w.group_end; ++group) {
+        const bool begins = w.group_spans > 0 && span == group * w.group_spans;
+        const std::size_t end = group + 1 < w.group_end ? (group + 1) * w.group_spans : w.span_end;
+        V group_sum[kSliceRows][kSliceVectors];
+        each([&](auto b, auto v) { group_sum[b][v] = V{}; });
+        for (; span < end; ++span) {
+          const std::uint8_t* const codes = w.codes + (span - w.span) * span_words * kBand * 4 + i * kVectorBytes;
+          const std::int8_t* const n = slice + span * span_words * planes * 4 * kSliceRows;
+          const std::int32_t* const offset = x.offset + span * sums * kPanelWidth + first;
+          if (next_codes && first + i == 0) fetch_codes<kSpanLines<Bits>>(next_codes, span - w.span);
+          Ints upper[kSliceRows][kSliceVectors], last[kSliceRows][kSliceVectors];
+          each([&](auto b, auto v) { upper[b][v] = Ints{}; });
+          for (std::size_t first_plane = 0; first_plane < planes; first_plane += planes_at_once) {
+            const auto each_plane = [&](const auto& body) {
+              unroll<planes_at_once>([&](auto p) { each([&](auto b, auto v) { body(p, b, v); }); });
+            };
+            Ints part[planes_at_once][kSliceRows][kSliceVectors];
+            each_plane([&](auto p, auto b, auto v) {
+              const bool is_last = first_plane + p.value + 1 == planes;
+              part[p.value][b][v] = is_last ? broadcast(offset[(sums - 1) * kPanelWidth + b]) : Ints{};
+            });
+            const auto add_words = [&](const auto& add) {
 #pragma GCC unroll kUnrolled
-          for (std::size_t p = 0; p < parts; ++p) {
-#pragma GCC unroll kUnrolled
-            for (std::size_t j = 0; j < Words; ++j, limbs += Limbs * 4 * kPanelWidth) {
-#pragma GCC unroll 8
-              for (std::size_t r = 0; r < Rows; ++r) {
-                const Words32 four = Words32{} + load<std::uint32_t>(codes + r * kPanelStretch + p * kPart + 4 * j);
-                for (int l = 0; l < Limbs; ++l) {
-                  to[l][r] = add(to[l][r], bit_cast<Vec<std::uint8_t>>(four),
-                                 limbs + 4 * kPanelWidth * static_cast<std::size_t>(l));
+              for (std::size_t k = 0; k < span_words; ++k) {
+                Vec<std::uint8_t> four[kSliceVectors];
+                for (std::size_t v = 0; v < kSliceVectors; ++v) {
+                  four[v] = load<Vec<std::uint8_t>>(codes + k * kBand * 4 + v * kVectorBytes);
                 }
+                each_plane([&](auto p, auto b, auto v) {
+                  add(p, b, v, four[v],
+                      broadcast_word(n + ((k * planes + first_plane + p.value) * kSliceRows + b) * 4));
+                });
               }
+            };
+            if constexpr (kPairsFirst<Bits> && Bits < 5) {  // the pairs of a whole span stay below 2^15
+              static_assert(2 * kGrain / 4 * 2 * (15 * 128) < 1 << 15);
+              Pairs pairs[planes_at_once][kSliceRows][kSliceVectors];
+              each_plane([&](auto p, auto b, auto v) { pairs[p.value][b][v] = Pairs{}; });
+              add_words([&](auto p, auto b, auto v, Vec<std::uint8_t> four, Vec<std::int8_t> x4) {
+                pairs[p.value][b][v] += byte_pairs(four, x4);
+              });
+              each_plane([&](auto p, auto b, auto v) { part[p.value][b][v] += sum_pairs(pairs[p.value][b][v]); });
+            } else {
+              add_words([&](auto p, auto b, auto v, Vec<std::uint8_t> four, Vec<std::int8_t> x4) {
+                part[p.value][b][v] =
+                    kWide<Bits> ? dot_wide(part[p.value][b][v], four, x4) : dot<Bits>(part[p.value][b][v], four, x4);
+              });
             }
+            // Planes above the last one by Horner's rule, modulo 2^32; the last one apart, so that sums wait less for
+            // each other.
+            each_plane([&](auto p, auto b, auto v) {
+              if (first_plane + p.value + 1 == planes) {
+                last[b][v] = part[p.value][b][v];
+              } else {
+                upper[b][v] =
+                    bit_cast<Ints>((bit_cast<Words32>(upper[b][v]) << 8) + bit_cast<Words32>(part[p.value][b][v]));
+              }
+            });
           }
-        };
-        if constexpr (kPairsFirst<Bits> && Bits < 5) {  // the pairs of a whole span stay below 2^15
-          static_assert(Words * parts * 2 * (15 * 128) < 1 << 15);
-          Pairs pairs[Limbs][Rows] = {};
-          add_words(pairs,
-                    [](Pairs old, Vec<std::uint8_t> four, const std::int8_t* n) { return old + byte_pairs(four, n); });
-          for (int l = 0; l < Limbs; ++l) {
-#pragma GCC unroll 8
-            for (std::size_t r = 0; r < Rows; ++r) part[l][r] += sum_pairs(pairs[l][r]);
-          }
-        } else {
-          add_words(part,
-                    [](Ints old, Vec<std::uint8_t> four, const std::int8_t* n) { return dot<Bits>(old, four, n); });
+          const float* const scale = x.scale + span * kPanelWidth + first;
+          each([&](auto b, auto v) {
+            V product;
+            if constexpr (planes == 1) {
+              product = convert<float, lanes>(last[b][v]);
+            } else if constexpr (sums == 1) {
+              const Words32 whole = (bit_cast<Words32>(upper[b][v]) << 8) + bit_cast<Words32>(last[b][v]);
+              product = convert<float, lanes>(bit_cast<Ints>(whole));
+            } else {
+              const Words32 whole = bit_cast<Words32>(upper[b][v]) + static_cast<std::uint32_t>(offset[b]);
+              product = convert<float, lanes>(bit_cast<Ints>(whole)) * 256.0f + convert<float, lanes>(last[b][v]);
+            }
+            group_sum[b][v] += product * scale[b];
+          });
         }
-        const V scale = load<V>(x.scale + span * kPanelWidth + i);
-#pragma GCC unroll 8
-        for (std::size_t r = 0; r < Rows; ++r) {
-          Ints whole = part[0][r];
-          for (int l = 1; l < Limbs + 1 - static_cast<int>(sums); ++l) whole = horner(whole, part[l][r]);
-          V product = convert<float, lanes>(whole);
-          if constexpr (sums == 2) product = product * 256.0f + convert<float, lanes>(part[2][r]);
-          group_sum[r] += product * scale;
-        }
+        const std::size_t g = group - w.group;
+        const float* const x_sum = x.group_sum + group * kPanelWidth + first;
+        each([&](auto b, auto v) {
+          const V scale = load<V>(w.scale[g] + (i + v) * lanes), middle = load<V>(w.middle[g] + (i + v) * lanes);
+          sum[b][v] += group_sum[b][v] * scale + (begins ? x_sum[b] : 0.0f) * middle;
+        });
       }
-      const V x_sum = begins ? load<V>(x.group_sum + group * kPanelWidth + i) : V{};
-      const std::size_t g = group - w.group;
-#pragma GCC unroll 8
-      for (std::size_t r = 0; r < Rows; ++r) {
-        sum[r] += group_sum[r] * w.scale[first_row + r][g] + x_sum * w.middle[first_row + r][g];
-      }
+      each([&](auto b, auto v) { add_to(total[first + b] + (i + v) * lanes, sum[b][v]); });
     }
-    for (std::size_t r = 0; r < Rows; ++r) store(stretch[r] + i, sum[r]);
   }
-  for (std::size_t r = 0; r < Rows; ++r) add_to(total[r], stretch[r]);
 }
 
 // Turns totals into products where a row of W is one group: its scale and minimum are applied once, at the end.
 template <int Bits>
 [[gnu::noinline]] void one_group_products(const Quantized& w, std::size_t row, std::size_t end, const float* group_sum,
-                                          double (*total)[kPanelWidth]) {
+                                          double (*total)[kBand]) {
   for (std::size_t r = 0; row + r < end; ++r) {
     for (std::size_t b = 0; b < kPanelWidth; ++b) {
-      total[r][b] = one_group_product<Bits>(w, row + r, total[r][b], group_sum + 2 * b);
+      total[b][r] = one_group_product<Bits>(w, row + r, total[b][r], group_sum + 2 * b);
     }
   }
 }
 
 // The products of rows [row, end) of W with rows [first, last) of x.
 [[gnu::noinline]] void store_panel(const Quantized& w, const Linear& io, std::size_t first, std::size_t last,
-                                   std::size_t row, std::size_t end, const double (*total)[kPanelWidth]) {
-  using Row = Vec<float, kBand>;
-  float sums[kPanelWidth][kBand];
-  for (std::size_t r = 0; r < kBand; ++r) {
-    for (std::size_t b = 0; b < kPanelWidth; ++b) sums[b][r] = static_cast<float>(total[r][b]);
-  }
+                                   std::size_t row, std::size_t end, const double (*total)[kBand]) {
+  using Sixteen = Vec<float, kWords>;
   for (std::size_t b = 0; first + b < last; ++b) {
-    float* y = io.y + (first + b) * w.rows + row;
-    const Row sum = load<Row>(sums[b]);
-    const bool finite = fold_lanes<int, kBand>(sum - sum == 0.0f, bitwise_and) != 0;
-    if (finite && end - row == kBand) {
-      store(y, io.bias ? sum + load<Row>(io.bias + row) : sum);
-      continue;
-    }
-    for (std::size_t r = 0; row + r < end; ++r) {
-      y[r] = io.bias ? sum[r] + io.bias[row + r] : sum[r];
-      if (!(sum[r] - sum[r] == 0.0f)) linear_floats(w, io, first + b, 1, row + r, row + r + 1);
+    for (std::size_t begin = row, r = 0; begin < end; begin += kWords, r += kWords) {
+      const std::size_t exist = end - begin < kWords ? end - begin : kWords;
+      float* y = io.y + (first + b) * w.rows + begin;
+      float sums[kWords];
+      for (std::size_t i = 0; i < kWords; ++i) sums[i] = static_cast<float>(total[b][r + i]);
+      const Sixteen sum = load<Sixteen>(sums);
+      const bool finite = fold_lanes<int, kWords>(sum - sum == 0.0f, bitwise_and) != 0;
+      if (finite && exist == kWords) {
+        store(y, io.bias ? sum + load<Sixteen>(io.bias + begin) : sum);
+        continue;
+      }
+      for (std::size_t i = 0; i < exist; ++i) {
+        y[i] = io.bias ? sums[i] + io.bias[begin + i] : sums[i];
+        if (!(sums[i] - sums[i] == 0.0f)) linear_floats(w, io, first + b, 1, begin + i, begin + i + 1);
+      }
     }
   }
 }
@@ -306,32 +465,32 @@ template <int Bits>
 template <int Bits, int Limbs>
 void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
                    std::size_t row, std::size_t end) {
-  constexpr std::size_t rows_at_once = kUnrolled > 1 ? 8 : 2;  // fill the registers
-  double total[kPanels][kBand][kPanelWidth];
+  double total[kPanels][kPanelWidth][kBand];
   std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
     return Panel<Bits, Limbs>(w, io.panels + (batch / kPanelWidth + p) * io.panel_bytes);
   };
+  const auto rows_of = [&](std::size_t p) {
+    const std::size_t left = count - p * kPanelWidth;
+    return left < kPanelWidth ? left : kPanelWidth;
+  };
   const std::uint8_t* next_codes = w.codes + (row + kBand) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
-    Unpacked unpacked;
+    Unpacked<Bits> unpacked;
     unpack_stretch<Bits>(w, row, end, begin, &unpacked);
     for (std::size_t p = 0; p < panels; ++p) {
-      const Panel<Bits, Limbs> x = panel(p);
-      for (std::size_t r = 0; r < kBand && row + r < end; r += rows_at_once) {
-        const auto add = [&](auto words) {
-          add_stretch<Bits, Limbs, words.value, rows_at_once>(unpacked, r, x, next_codes, total[p] + r);
-        };
-        constexpr int words = kGrain / kWordColumns<Bits>;
-        span_columns(w) == 2 * kGrain ? add(Int<2 * words>{}) : add(Int<words>{});
-        if (p == 0) next_codes += (unpacked.span_end - unpacked.span) * kSpanLines<Bits> * 64;
-      }
-      unpacked.packed = nullptr;
+      const auto add = [&](auto fixed) {
+        add_stretch<Bits, Limbs, fixed.value>(unpacked, span_columns(w) / kWordColumns<Bits>, end - row, panel(p),
+                                              rows_of(p), p == 0 ? next_codes : nullptr, total[p]);
+      };
+      constexpr int words = kUnrolled > 1 ? kGrain / kWordColumns<Bits> : 0;
+      span_columns(w) == 2 * kGrain ? add(Int<2 * words>{}) : add(Int<words>{});
     }
+    next_codes += (unpacked.span_end - unpacked.span) * kSpanLines<Bits> * 64;
   }
   for (std::size_t p = 0; p < panels; ++p) {
-    const std::size_t first = batch + p * kPanelWidth, left = batch + count - first;
+    const std::size_t first = batch + p * kPanelWidth;
     if (w.groups == 1) one_group_products<Bits>(w, row, end, panel(p).group_sum, total[p]);
-    store_panel(w, io, first, first + (left < kPanelWidth ? left : kPanelWidth), row, end, total[p]);
+    store_panel(w, io, first, first + rows_of(p), row, end, total[p]);
   }
 }

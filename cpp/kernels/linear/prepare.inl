@@ -145,18 +145,23 @@ inline void split_units(const std::uint8_t* from, Vec<std::uint8_t> (&codes)[2])
   }
 }
 
-// Unpacks the words of vector i of a run to bytes, counted in steps: those of two bits are doubled.
+// Unpacks whole words of codes to bytes, counted in steps: those of two bits are doubled.
+template <int Bits>
+inline void split_words(Vec<std::uint8_t> packed, Vec<std::uint8_t> (&codes)[kParts<Bits>]) {
+  constexpr int up = Bits == 2 ? 1 : 0;  // doubled
+  constexpr std::uint8_t mask = static_cast<std::uint8_t>(((1 << Bits) - 1) << up);
+  const Vec<std::uint16_t> pairs = bit_cast<Vec<std::uint16_t>>(packed);  // no set shifts bytes
+  codes[0] = Bits == 8 ? packed : bit_cast<Vec<std::uint8_t>>(pairs << up) & mask;
+  for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> (p * Bits - up)) & mask;
+}
+
+// Unpacks the words of vector i of a run.
 template <int Bits>
 inline void split(const std::uint8_t* run, std::size_t i, Vec<std::uint8_t> (&codes)[kParts<Bits>]) {
   if constexpr (32 % Bits != 0) {
     split_units<Bits>(run + i * kLanes<float> * Bits, codes);
   } else {
-    constexpr int up = Bits == 2 ? 1 : 0;  // doubled
-    constexpr std::uint8_t mask = static_cast<std::uint8_t>(((1 << Bits) - 1) << up);
-    const auto packed = in_register(load<Vec<std::uint8_t>>(run + i * kVectorBytes));
-    const Vec<std::uint16_t> pairs = bit_cast<Vec<std::uint16_t>>(packed);  // no set shifts bytes
-    codes[0] = Bits == 8 ? packed : bit_cast<Vec<std::uint8_t>>(pairs << up) & mask;
-    for (int p = 1; p < 8 / Bits; ++p) codes[p] = bit_cast<Vec<std::uint8_t>>(pairs >> (p * Bits - up)) & mask;
+    split_words<Bits>(in_register(load<Vec<std::uint8_t>>(run + i * kVectorBytes)), codes);
   }
 }
 

@@ -73,3 +73,28 @@ inline Vec<std::uint8_t> alternate(Vec<std::uint32_t> a, Vec<std::uint32_t> b, s
   return bit_cast<Vec<std::uint8_t>>(
       __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + Odd + (I % 4 < 2 ? 0 : n))...));
 }
+
+// Lanes of `a` and `b` in turn: those of their lower halves, or of their upper halves.
+template <std::size_t First, class V, std::size_t... I>
+inline V zip(V a, V b, std::index_sequence<I...>) {
+  constexpr std::size_t n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * n)...);
+}
+
+// Transposes a square of lanes of 32 bits. Each round moves the highest bit of a lane's address to its end: after as
+// many rounds as a row has bits, row and column have changed places.
+inline void transpose(Vec<std::uint32_t> (&rows)[kLanes<float>]) {
+  constexpr std::size_t n = kLanes<float>;
+  constexpr auto lanes = std::make_index_sequence<n>{};
+#pragma GCC unroll 4
+  for (std::size_t round = 1; round < n; round *= 2) {
+    Vec<std::uint32_t> zipped[n];
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < n / 2; ++i) {
+      zipped[2 * i] = zip<0>(rows[i], rows[i + n / 2], lanes);
+      zipped[2 * i + 1] = zip<n / 2>(rows[i], rows[i + n / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < n; ++i) rows[i] = zipped[i];
+  }
+}

@@ -10,6 +10,7 @@ from fastopt.torch.modules import PackedModule
 from fastopt.torch.optimizer import Optimizer
 from fastopt.torch.optimizers import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 from fastopt.torch.packing import load_, pack_, save, unpack_
+from fastopt.torch.threads import share_threads
 
 __all__ = [
     "SGD",
@@ -26,3 +27,5 @@ __all__ = [
     "save",
     "unpack_",
 ]
+
+share_threads()
