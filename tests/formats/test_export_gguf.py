@@ -139,7 +139,7 @@ def test_ggml_reads_the_same(model, ggml, tmp_path):
 REFUSED = {
     "eight bits": (lambda w: fo.quantize(w, bits=8), "no 8-bit codes with a minimum; pack it to 4 bits"),
     "six bits": (lambda w: fo.quantize(w, bits=6), "no 6-bit codes with a minimum; pack it to 4 bits"),
-    "small groups": (lambda w: fo.quantize(w, bits=2), "got groups of 16; pack it in groups of 32"),
+    "small groups": (lambda w: fo.quantize(w, bits=2, group_size=16), "got groups of 16; pack it in groups of 32"),
     "uneven groups": (lambda w: fo.quantize(w, bits=4, group_size=48), "got groups of 48"),
     "short rows": (lambda w: fo.quantize(w[:, :40].copy(), bits=4), r"got shape \(8, 40\); leave it unpacked"),
     "float32": (lambda w: fo.quantize(1e5 * w, bits=4), "cannot hold these float32 ones"),

@@ -74,7 +74,7 @@ def test_float16_parameters(rng, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w: fo.quantize(w, bits=2), "group_size 16; pack it in groups of 32"),
+        (lambda w: fo.quantize(w, bits=2, group_size=16), "group_size 16; pack it in groups of 32"),
         (lambda w: fo.quantize(w[:, :40].copy(), bits=4), r"got shape \(8, 40\)"),
         (lambda w: fo.quantize(w[0], bits=4), "two or more axes"),
         (lambda w: fo.quantize(w.reshape(8, 32, 3), bits=4), r"got shape \(8, 32, 3\)"),

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import fastopt as fo
 from fastopt.models.choose import Sizes, make_to_fit, parse_size
-from fastopt.models.recipe import RecipeOptions
+from fastopt.models.recipe import PRESETS, RecipeOptions
 from fastopt.models.stream import plan
 from fastopt.tensors.quantization import quantized_nbytes
 
@@ -130,7 +130,8 @@ def test_what_is_wrong_is_named():
         fo.pack({}, bits=4, recipe=fo.Recipe())
     with pytest.raises(TypeError, match=r"unknown option 'bit', did you mean 'bits'.*options: bits, group_size"):
         fo.pack({}, bit=4)
-    assert [*RecipeOptions.__annotations__] == [f.name for f in dataclasses.fields(fo.Recipe) if f.name != "inputs"]
+    options = [f.name for f in dataclasses.fields(fo.Recipe) if f.name != "inputs"]
+    assert sorted(RecipeOptions.__annotations__) == sorted(["preset", *options])
     with pytest.raises(TypeError, match="recipe: expected a Recipe, got dict"):
         fo.pack({}, recipe={})
 
@@ -331,6 +332,44 @@ def test_no_other_choice_is_better(rng):
         assert report.nbytes * 8 <= target * total
         # Bytes are counted in 16384ths of the budget: what fits by less than that may be missed.
         assert mine <= min(e for n, e in every if n * 8 * (1 + 1e-3) <= target * total) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_options_in_one_word(preset, rng):
+    """What is given beside a preset counts, wherever it is named."""
+    weights = {name: rng.standard_normal((64, 96)).astype("f4") for name in ("a", "norm")}
+    recipe = fo.Recipe(**PRESETS[preset], exclude=["norm"])
+    packed = fo.pack(weights, preset=preset, exclude=["norm"])
+    assert packed.recipe == recipe
+    assert packed["norm"] is weights["norm"]
+    assert packed["a"] == fo.quantize(weights["a"], **PRESETS[preset])
+    assert fo.Recipe.from_dict({"preset": preset, "exclude": ["norm"]}) == recipe
+    assert fo.Recipe.from_dict(recipe.to_dict()) == recipe
+    assert fo.pack(weights, preset=preset, bits=6)["a"].bits == 6
+    with pytest.raises(ValueError, match="bits: expected None together with a target"):
+        fo.pack(weights, preset=preset, target_bits=4)
+
+
+def test_larger_presets_are_more_exact(rng):
+    w = {"w": rng.standard_normal((64, 384)).astype("f4")}
+    models = [fo.pack(w, preset=preset) for preset in ("small", "balanced", "safe")]
+    sizes, errors = [m.nbytes for m in models], [m["w"].error(w["w"]).relative for m in models]
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.08
+    for bad in ("tiny", 4, ["small"]):
+        with pytest.raises(ValueError, match=r"^preset: expected 'safe', 'balanced', 'small', got "):
+            fo.pack(w, preset=bad)
+
+
+def test_few_bits_are_fitted_by_least_squares(rng):
+    w = rng.standard_normal((8, 256)).astype("f4")
+    for bits, group_size in ((2, 64), (3, 32)):
+        assert fo.quantize(w, bits) == fo.quantize(w, bits, fit="lsq", group_size=group_size)
+    assert fo.quantize(w, 4) == fo.quantize(w, 4, fit="minmax", group_size=32)
+    old = fo.quantize(w, 2, fit="minmax", group_size=16)  # the default until there were 3 bits
+    assert fo.quantize(w, 2).nbytes < 0.65 * old.nbytes
+    assert fo.quantize(w, 2).error(w).rmse < 1.05 * old.error(w).rmse
 
 
 def test_a_choice_weighs_errors_by_importance(rng):

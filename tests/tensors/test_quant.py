@@ -75,7 +75,7 @@ def test_groups_that_fill_vectors_equal_reference(isa, bits, group_size, param_d
 def test_scales_are_correctly_rounded(isa, bits):
     width = np.arange(0x3F800000, 0x40000000, 61, np.uint32).view("f4")  # significands of all kinds
     w = np.stack([np.zeros_like(width), width], axis=1).reshape(1, -1)
-    scale = fo.quantize(w, bits, group_size=2, param_dtype="float32").scale
+    scale = fo.quantize(w, bits, group_size=2, param_dtype="float32", fit="minmax").scale
     assert same_bits(scale[0], width / np.float32((1 << bits) - 1))
 
 
@@ -106,7 +106,7 @@ def test_least_squares_on_gaussian_weights(bits, group_size, bound, rng):
     w = rng.standard_normal((64, 4096)).astype("f4")
     fitted = fo.quantize(w, bits, group_size=group_size, fit="lsq").error(w)
     assert fitted.rmse <= bound * np.sqrt(np.mean(w**2))
-    assert fitted.rmse < fo.quantize(w, bits, group_size=group_size).error(w).rmse
+    assert fitted.rmse < fo.quantize(w, bits, group_size=group_size, fit="minmax").error(w).rmse
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -205,7 +205,7 @@ def test_quotients_are_correctly_rounded(isa, bits, rng):
     for exponent in (-136, -110, -84, -82, -24, 0, 36, 38, 100):
         shift = np.float32(2.0 ** (exponent // 2))
         w = np.stack([0 * t, t, d], axis=1) * shift * np.float32(2.0 ** (exponent - exponent // 2))
-        q = fo.quantize(w, bits, group_size=-1, param_dtype="float32")
+        q = fo.quantize(w, bits, group_size=-1, param_dtype="float32", fit="minmax")
         want = np.rint(w / w[:, 2:] * np.float32(top)).astype(np.uint8)
         assert np.array_equal(q.codes, reference.pack(want, bits))
 
@@ -213,13 +213,13 @@ def test_quotients_are_correctly_rounded(isa, bits, rng):
 @pytest.mark.parametrize("bits", BITS)
 def test_values_at_ties(isa, bits, rng):
     """Values half way between two steps, and those up to two floats off, once more on the grid they were made with."""
-    first = fo.quantize(rng.standard_normal((40, 256)).astype("f4"), bits, group_size=64)
+    first = fo.quantize(rng.standard_normal((40, 256)).astype("f4"), bits, group_size=64, fit="minmax")
     top, scale, minimum = 2**bits - 1, first.scale.astype("f4"), first.minimum.astype("f4")
     k = rng.integers(0, top, (40, 4, 64)).astype("f4") + np.float32(0.5)
     w = k * scale[..., None] + minimum[..., None]
     w = (w.view("i4") + rng.integers(-2, 3, w.shape, dtype="i4")).view("f4")
     w[..., 0], w[..., 1] = minimum, minimum + scale * np.float32(top)
-    q = fo.quantize(w.reshape(40, 256), bits, group_size=64)
+    q = fo.quantize(w.reshape(40, 256), bits, group_size=64, fit="minmax")
     s, m = (p.astype("f4")[..., None] for p in (q.scale, q.minimum))
     want = np.clip(np.rint((w - m) / s), 0, top).astype(np.uint8).reshape(40, 256)
     assert np.array_equal(q.codes, reference.pack(want, bits))
@@ -244,7 +244,7 @@ EDGES = {
 @pytest.mark.parametrize("name", EDGES)
 def test_edges_stay_within_half_a_step(name, bits):
     w = EDGES[name].astype("f4")
-    q = fo.quantize(w, bits, group_size=32)
+    q = fo.quantize(w, bits, group_size=32, fit="minmax")
     scale = np.repeat(q.scale.astype("f8"), 32, axis=1)[0]
     error = np.abs(q.dequantize().astype("f8") - w)
     if name == "constant":

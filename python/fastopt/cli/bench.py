@@ -213,7 +213,7 @@ def quantize_cases(rows: int, cols: int, bits: int, group_size: int) -> Iterator
         size=w.size,
         nbytes=w.nbytes + q.nbytes,
         contenders={
-            FASTOPT: [lambda: fo.quantize(w, bits, group_size=group_size, out=q)],
+            FASTOPT: [lambda: fo.quantize(w, bits, group_size=group_size, fit="minmax", out=q)],
             NUMPY: [rival.quantize],
         },
         limit=limit(read=w.nbytes, write=q.nbytes),

@@ -25,6 +25,7 @@ from fastopt.cli.options import (
     Key,
     MinSize,
     Pattern,
+    Preset,
     Skip,
     Source,
     Sparsity,
@@ -53,7 +54,7 @@ from fastopt.models.examine import difference_by, facts_by
 from fastopt.models.examine import inspect as facts_of
 from fastopt.models.folders import file_to_write
 from fastopt.models.model import NOT_PACKED, PackedModel, load, open_model
-from fastopt.models.recipe import Recipe
+from fastopt.models.recipe import Recipe, with_preset
 from fastopt.models.report import Report
 from fastopt.models.stream import pack_file, unpack_file
 from fastopt.progress import Progress
@@ -110,19 +111,26 @@ def inspect(
 def pack(
     model: Source,
     output: Target,
-    bits: Annotated[int | None, typer.Option(metavar="8|4|2", help="Quantize to this bit width.")] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="Options in one word: safe takes some 8.5 bits a weight, balanced 5.4, small 4.4. Options that are "
+            "given beside it count.",
+        ),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(metavar="8|6|5|4|3|2", help="Quantize to this bit width.")] = None,
     group_size: Annotated[
         str | None,
         typer.Option(
             metavar="N|row|tensor",
-            help="Number of weights that share a scale and a minimum; by default a row at 8 bits, 32 at 4, 16 at 2.",
+            help="Number of weights that share a scale and a minimum; by default a row at 8 bits, 32 at 4, 64 at 2.",
         ),
     ] = None,
     fit: Annotated[
         Fit | None,
         typer.Option(
             help="minmax: cover the range of a group; lsq: minimize the squared error; gptq: minimize that of the "
-            "outputs, with --calibration of products. By default lsq with --calibration, otherwise minmax."
+            "outputs, with --calibration of products. By default lsq below 4 bits or with --calibration, else minmax."
         ),
     ] = None,
     calibration: Annotated[
@@ -250,6 +258,8 @@ def pack(
     )
     if group_size is not None:
         options["group_size"] = group_size_of(group_size)
+    if preset is not None:
+        options = with_preset({"preset": preset.value, **options})
     base = Recipe() if recipe is None else Recipe.from_toml(recipe)
     overrides = overrides_of(override or ())
     with usage():
@@ -280,7 +290,9 @@ def pack(
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
     # Packed tensors of another format, as GGUF has them, become those of a file of fastopt without any option.
     if not asked and not (weights is not None and any(is_packed(weights, name) for name in weights)):
-        raise typer.BadParameter("nothing to do: expected --bits, --sparsity, --target-size, --recipe or the like")
+        raise typer.BadParameter(
+            "nothing to do: expected --bits, --preset, --sparsity, --target-size, --recipe or the like"
+        )
     onnx = given_to_format(of_onnx)
     targets = {"target_bits": target_bits, "target_size": target_size}
     if output.suffix == ".onnx":

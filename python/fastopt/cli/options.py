@@ -29,6 +29,14 @@ class Fit(str, Enum):
     gptq = "gptq"
 
 
+class Preset(str, Enum):
+    """Sets of options."""
+
+    small = "small"
+    balanced = "balanced"
+    safe = "safe"
+
+
 Source = Annotated[
     Path,
     typer.Argument(

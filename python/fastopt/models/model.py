@@ -260,7 +260,9 @@ def pack(
         The fields of `Recipe`: `bits`, `group_size`, `param_dtype`, `param_bits`, `param_group`, `fit`, `outliers` and
         `importance` as in `quantize`; `threshold`, `sparsity` and `pattern` as in `prune`; `include`, `exclude`,
         `overrides` and `min_size` select tensors by name and size. With `bits` and a pruning option the non-zeros are
-        quantized. `calibration` makes the errors of the outputs small instead of those of the weights.
+        quantized. `calibration` makes the errors of the outputs small instead of those of the weights. `preset`,
+        "small", "balanced" or "safe", gives those of these options that are not given: docs/explanation/choosing-bits.md
+        shows what each costs.
 
     Returns
     -------

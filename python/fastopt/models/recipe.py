@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -30,6 +30,13 @@ from fastopt.tensors.pruning import check_selection, prune
 from fastopt.tensors.quantization import TWO_LEVEL_GROUP, quantize, require_fit
 from fastopt.tensors.quantized import QuantizedTensor, require_two_levels
 from fastopt.tensors.sparse import SparseTensor
+
+# Sets of options by one word. docs/explanation/choosing-bits.md shows what they cost real models.
+PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {"bits": 8, "group_size": 64, "fit": "lsq"},
+    "balanced": {"bits": 5, "group_size": 32, "param_bits": 6, "fit": "lsq"},
+    "small": {"bits": 4, "group_size": 32, "param_bits": 4, "fit": "lsq"},
+}
 
 _PRUNING = ("threshold", "sparsity", "pattern")
 
@@ -337,13 +344,13 @@ class Recipe(Options):
         TypeError, ValueError
             If an option is unknown or out of range.
         """
-        known = [f.name for f in fields(cls) if f.name not in _DATA]
+        known = [*(f.name for f in fields(cls) if f.name not in _DATA), "preset"]
         if not isinstance(raw, Mapping):
             raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
         unknown = sorted(set(map(str, raw)) - set(known))
         if unknown:
             raise ValueError(f"recipe: unknown options {unknown}; there are {known}")
-        return cls(**raw)
+        return cls(**with_preset(raw))
 
     @classmethod
     def from_toml(cls, path: PathLike) -> Recipe:
@@ -396,9 +403,13 @@ class Recipe(Options):
         return replace(self, **changes)
 
 
-class RecipeOptions(TypedDict, total=False):
-    """The fields of `Recipe` as keyword arguments."""
+Preset: TypeAlias = Literal["small", "balanced", "safe"]
 
+
+class RecipeOptions(TypedDict, total=False):
+    """The fields of `Recipe` as keyword arguments, and a preset that gives some of them."""
+
+    preset: Preset
     bits: int | None
     group_size: GroupSize
     param_dtype: DTypeLike
@@ -424,16 +435,27 @@ def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: R
     return recipe.of(name, shape, dtype)[0] == recipe.of(other, shape, dtype)[0]
 
 
+def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with those of their preset, if they name one; what is given beside it counts."""
+    given = {name: value for name, value in options.items() if name != "preset"}
+    preset = options.get("preset")
+    if preset is None:
+        return given
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"preset: expected {', '.join(map(repr, PRESETS))}, got {shown(preset)}")
+    return {**PRESETS[preset], **given}
+
+
 def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     """Return the given recipe, or one made of keyword arguments; an unknown keyword is a TypeError."""
-    known = [f.name for f in fields(Recipe) if f.name != "inputs"]
+    known = [*(f.name for f in fields(Recipe) if f.name != "inputs"), "preset"]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
     if recipe is None:
-        return Recipe(**options)
+        return Recipe(**with_preset(options))
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
     if options.keys() == {"calibration"}:

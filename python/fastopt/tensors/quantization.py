@@ -24,7 +24,7 @@ from fastopt._checks import (
     require_real,
 )
 from fastopt._text import proposal, shown
-from fastopt._types import FITS, Array, Fit, GroupSize
+from fastopt._types import FITS, LSQ_BELOW, Array, Fit, GroupSize
 from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.gptq import SWEEPS, plan_gptq
 from fastopt.tensors.packed import dense_array
@@ -95,8 +95,8 @@ def quantize(
     bits : 8, 6, 5, 4, 3 or 2
     group_size : int, -1, None or "auto"
         How many neighbours in a row share scale and minimum; the last group of a row may be shorter. -1: a row.
-        None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 64 for 6, 32 for 5, 4 and 3, 16
-        for 2.
+        None: the whole tensor, which suits few real weights. "auto": a row for 8 bits, 64 for 6 and 2, 32 for 5, 4 and
+        3.
     param_dtype : "float16" or "float32"
         The dtype of scale and minimum. Where float16 would overflow, be subnormal, or move a value by more than half a
         step, float32 is taken for the tensor.
@@ -110,7 +110,8 @@ def quantize(
     fit : "auto", "minmax", "lsq" or "gptq"
         "lsq" moves scale and minimum to where the squared error is least, without calibration data and in the same
         format. The fewer the bits, the more it gains. Values at the ends of their group may then be off by more than
-        half a step: see `outliers`. "auto" is "lsq" with `importance` or `calibration`, and otherwise "minmax".
+        half a step: see `outliers`. "auto" is "lsq" below 4 bits and with `importance` or `calibration`, and
+        otherwise "minmax".
         "gptq" takes the products of columns that `Calibration(products=True)` collects, and has each code make good
         for the errors of those before it: much smaller errors of the outputs in the same format (GPTQ, Frantar et
         al., 2022, with a fit of the parameters in each group, and a sweep of coordinate descent over all codes).
@@ -144,9 +145,9 @@ def quantize(
 
     Notes
     -----
-    A constant group has scale 0 and codes 0, and so comes back as its minimum. Every other value comes back
-    within half a step (with float16 parameters within .63 step at 8 bits, at the top of a group). Finite weights come
-    back finite in their own dtype: next to its largest number the scale is rounded down instead of to nearest, and
+    A constant group has scale 0 and codes 0, and so comes back as its minimum. With "minmax" every other value comes
+    back within half a step (with float16 parameters within .63 step at 8 bits, at the top of a group). Finite weights
+    come back finite in their own dtype: next to its largest number the scale is rounded down instead of to nearest, and
     "lsq" leaves groups that it would carry beyond it as "minmax" has them.
 
     The table shows how values that other quantizers lose come back:
@@ -190,6 +191,8 @@ def quantize(
         fit = "lsq"
     elif param_group != -1:
         raise ValueError(f"param_group: expected -1 without param_bits, got {shown(param_group)}")
+    if fit == "auto" and bits < LSQ_BELOW:
+        fit = "lsq"
     require_real(outliers, "outliers")
     require_real(max_error, "max_error")
     if outliers is not None and not 0 <= outliers <= 1:
