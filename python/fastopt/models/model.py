@@ -261,8 +261,8 @@ def pack(
         `importance` as in `quantize`; `threshold`, `sparsity` and `pattern` as in `prune`; `include`, `exclude`,
         `overrides` and `min_size` select tensors by name and size. With `bits` and a pruning option the non-zeros are
         quantized. `calibration` makes the errors of the outputs small instead of those of the weights. `preset`,
-        "small", "balanced" or "safe", gives those of these options that are not given: docs/explanation/choosing-bits.md
-        shows what each costs.
+        "small", "balanced" or "safe", gives those of these options that are not given; "Choosing bits" in the
+        documentation shows what each costs.
 
     Returns
     -------
