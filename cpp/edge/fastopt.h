@@ -128,10 +128,37 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale);
 #define FO__CLEAR(p, n) memset(p, 0, n)
 #endif
 
+#if defined(__GNUC__) && defined(__SSE2__)
+#define FO__IN_REGISTER(value) "+x"(value)
+#elif defined(__GNUC__) && (defined(__aarch64__) || (defined(__ARM_FP) && !defined(__SOFTFP__)))
+#define FO__IN_REGISTER(value) "+w"(value)
+#elif defined(__GNUC__)
+#define FO__IN_REGISTER(value) "+m"(value)
+#endif
+
+#if !defined(FO_PORTABLE) && defined(__GNUC__) && defined(__SSE2__)
+#define FO__SIMD
+#include <immintrin.h>
+#elif !defined(FO_PORTABLE) && defined(__GNUC__) && defined(__ARM_NEON)
+#define FO__SIMD
+#include <arm_neon.h>
+#endif
+
+/* Of dense products, on the stack: rows of x at a time, runs of columns, and columns. */
+#if defined(FO__SIMD)
+#define FO__TILE 4
+#define FO__RUNS 64
+#define FO__BYTES 3072 /* three for a float */
+#define FO__ROOM(kind) ((kind)->width == 1 ? (size_t)FO__BYTES : (size_t)FO__BYTES / 3)
+#else
+#define FO__TILE 1
+#define FO__RUNS 16
+#define FO__COLUMNS 128
+#define FO__ROOM(kind) ((kind)->width == 1 ? (size_t)-1 : (size_t)FO__COLUMNS)
+#endif
+
 #define FO__CHUNK 32 /* sparse entries at a time, on the stack */
 #define FO__BLOCK 16 /* columns of a block */
-#define FO__SUMS 64  /* sums over runs of x, on the stack */
-#define FO__TILE 4   /* rows of x at a time */
 #define FO__DEPTH 24 /* of JSON */
 #define FO__MAX_AXES 32
 #define FO__NAME 256 /* bytes of the name that a tied tensor is stored under, with the 0 behind it */
@@ -238,29 +265,30 @@ static unsigned fo__code_of_eight(const uint8_t* codes, unsigned bits, size_t in
   return (codes[0] | above << 8) >> below & ((1u << bits) - 1);
 }
 
-/* Bytes of so many codes of 8, 4 or 2 bits, where they fill them. */
-static size_t fo__code_bytes(unsigned bits, size_t codes) { return codes >> 4 / bits; }
+static unsigned fo__any_code(const uint8_t* codes, unsigned bits, size_t index) {
+  return fo__in_eights(bits) ? fo__code_of_eight(codes, bits, index) : fo__code(codes, bits, index);
+}
 
-/* minimum + scale * code, rounded twice: compilers may not make one FMA of it, as they do where they may. */
-static float fo__affine(float scale, unsigned code, float minimum) {
-  float product = scale * (float)(int)code;
-#if defined(__GNUC__) && defined(__SSE2__)
-  __asm__("" : "+x"(product));
-#elif defined(__GNUC__) && (defined(__aarch64__) || (defined(__ARM_FP) && !defined(__SOFTFP__)))
-  __asm__("" : "+w"(product));
-#elif defined(__GNUC__)
-  __asm__("" : "+m"(product));
+/* Bytes of so many codes, where they fill them; a part of a byte is not counted. */
+static size_t fo__code_bytes(unsigned bits, size_t codes) { return (codes >> 3) * bits + ((codes & 7) * bits >> 3); }
+
+/* A product, rounded: compilers may not make one FMA of it and a sum, as they do where they may. */
+static float fo__rounded(float product) {
+#if defined(FO__IN_REGISTER)
+  __asm__("" : FO__IN_REGISTER(product));
+  return product;
 #else
   volatile float rounded = product;
-  product = rounded;
+  return rounded;
 #endif
-  return minimum + product;
+}
+
+static float fo__affine(float scale, unsigned code, float minimum) {
+  return minimum + fo__rounded(scale * (float)(int)code);
 }
 
 static size_t fo__row_bytes(const fo_tensor* t) {
-  if (fo__in_eights(t->bits)) return (t->cols >> 3) * t->bits + (((t->cols & 7) * t->bits + 7) >> 3);
-  const size_t whole = fo__code_bytes(t->bits, t->cols);
-  return whole + ((whole << 4 / t->bits) != t->cols);
+  return (t->cols >> 3) * t->bits + (((t->cols & 7) * t->bits + 7) >> 3);
 }
 
 /* Values [begin, begin + count) of a row of dense values, or of the one row that sparse values are. */
@@ -281,9 +309,7 @@ static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t coun
     const float scale = fo__float(t->scale, t->param_type, row * t->groups + group);
     const float minimum = fo__float(t->minimum, t->param_type, row * t->groups + group);
     for (; i < end; ++i) {
-      const unsigned code =
-          fo__in_eights(t->bits) ? fo__code_of_eight(codes, t->bits, begin + i) : fo__code(codes, t->bits, begin + i);
-      out[i] = fo__affine(scale, code, minimum);
+      out[i] = fo__affine(scale, fo__any_code(codes, t->bits, begin + i), minimum);
     }
   }
 }
@@ -388,239 +414,25 @@ int fo_embedding(const fo_tensor* w, const uint32_t* ids, size_t count, float* o
   return FO_OK;
 }
 
-/* ---- what differs by CPU: sixteen codes times sixteen numbers ----------------------------------- */
+/* ---- products with dense codes ------------------------------------------------------------------- */
 
-/* Codes count from the middle of their range, so that they fit a signed byte and little cancels in floats. */
-#if !defined(FO_NO_SIMD) && defined(__SSE2__)
-#define FO__SIMD
-#include <immintrin.h>
+/* y = sum over runs of  scale * (sum of code * n) + (minimum + scale * middle) * (sum of n)
 
-typedef __m128i fo__bytes;
+   where n are whole numbers: x itself in 8 bits, or x in units of a power of two, which 24 bits hold. A run has the
+   columns of one group, FO__RUN at most. Codes count from the middle of their range, so that little cancels. The sums
+   of a run are exact. So every CPU may add them up in its own order, and all get the same bits: this text defines the
+   floats that are made of a run, and that runs are added from the first to the last. */
 
-static fo__bytes fo__codes16(unsigned bits, const uint8_t* codes) {
-  const __m128i nibble = _mm_set1_epi8(15), pair = _mm_set1_epi8(3);
-  __m128i c;
-  if (bits == 8) {
-    c = _mm_loadu_si128((const __m128i*)(const void*)codes);
-  } else if (bits == 4) {
-    c = _mm_loadl_epi64((const __m128i*)(const void*)codes);
-    c = _mm_unpacklo_epi8(_mm_and_si128(c, nibble), _mm_and_si128(_mm_srli_epi16(c, 4), nibble));
-  } else {
-    int word;
-    FO__COPY(&word, codes, 4);
-    c = _mm_cvtsi32_si128(word);
-    c = _mm_unpacklo_epi8(_mm_and_si128(c, nibble), _mm_and_si128(_mm_srli_epi16(c, 4), nibble));
-    c = _mm_unpacklo_epi8(_mm_and_si128(c, pair), _mm_and_si128(_mm_srli_epi16(c, 2), pair));
-  }
-  return _mm_sub_epi8(c, _mm_set1_epi8((char)(1 << (bits - 1))));
-}
-
-static __m128i fo__low16(__m128i c) { return _mm_srai_epi16(_mm_unpacklo_epi8(c, c), 8); }
-static __m128i fo__high16(__m128i c) { return _mm_srai_epi16(_mm_unpackhi_epi8(c, c), 8); }
-
-#if defined(__AVX2__)
-typedef struct {
-  __m256 low, high;
-} fo__floats;
-
-static fo__floats fo__add_floats(fo__floats sum, fo__bytes c, const float* x) {
-  const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c));
-  const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(c, 8)));
-#if defined(__FMA__)
-  sum.low = _mm256_fmadd_ps(low, _mm256_loadu_ps(x), sum.low);
-  sum.high = _mm256_fmadd_ps(high, _mm256_loadu_ps(x + 8), sum.high);
-#else
-  sum.low = _mm256_add_ps(sum.low, _mm256_mul_ps(low, _mm256_loadu_ps(x)));
-  sum.high = _mm256_add_ps(sum.high, _mm256_mul_ps(high, _mm256_loadu_ps(x + 8)));
-#endif
-  return sum;
-}
-
-static __m128 fo__fold(fo__floats sum) {
-  const __m256 both = _mm256_add_ps(sum.low, sum.high);
-  return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
-}
-
-#else
-typedef struct {
-  __m128 low, high;
-} fo__floats;
-
-static __m128 fo__products(__m128i words, const float* x) {
-  return _mm_mul_ps(_mm_cvtepi32_ps(_mm_srai_epi32(words, 16)), _mm_loadu_ps(x));
-}
-
-static fo__floats fo__add_floats(fo__floats sum, fo__bytes c, const float* x) {
-  const __m128i low = fo__low16(c), high = fo__high16(c);
-  sum.low = _mm_add_ps(sum.low, fo__products(_mm_unpacklo_epi16(low, low), x));
-  sum.high = _mm_add_ps(sum.high, fo__products(_mm_unpackhi_epi16(low, low), x + 4));
-  sum.low = _mm_add_ps(sum.low, fo__products(_mm_unpacklo_epi16(high, high), x + 8));
-  sum.high = _mm_add_ps(sum.high, fo__products(_mm_unpackhi_epi16(high, high), x + 12));
-  return sum;
-}
-
-static __m128 fo__fold(fo__floats sum) { return _mm_add_ps(sum.low, sum.high); }
-#endif
-
-static float fo__total_floats(fo__floats sum) {
-  __m128 four = fo__fold(sum);
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
-typedef __m128i fo__ints;
-
-static fo__ints fo__add_ints(fo__ints sum, fo__bytes c, const int8_t* x) {
-  const __m128i n = _mm_loadu_si128((const __m128i*)(const void*)x);
-  sum = _mm_add_epi32(sum, _mm_madd_epi16(fo__low16(c), fo__low16(n)));
-  return _mm_add_epi32(sum, _mm_madd_epi16(fo__high16(c), fo__high16(n)));
-}
-
-static int32_t fo__total_ints(fo__ints sum) {
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
-}
-
-#elif !defined(FO_NO_SIMD) && defined(__ARM_NEON)
-#define FO__SIMD
-#include <arm_neon.h>
-
-typedef int8x16_t fo__bytes;
-
-/* Low and high halves of bytes, of `bits` bits each, in turns. */
-static uint8x8x2_t fo__halves(uint8x8_t c, unsigned bits) {
-  const uint8x8_t mask = vdup_n_u8((uint8_t)((1u << bits) - 1));
-  return vzip_u8(vand_u8(c, mask), vand_u8(vshl_u8(c, vdup_n_s8((int8_t)-(int)bits)), mask));
-}
-
-static fo__bytes fo__codes16(unsigned bits, const uint8_t* codes) {
-  uint8x16_t c;
-  if (bits == 8) {
-    c = vld1q_u8(codes);
-  } else {
-    uint8x8x2_t two;
-    if (bits == 4) {
-      two = fo__halves(vld1_u8(codes), 4);
-    } else {
-      uint32_t word;
-      FO__COPY(&word, codes, 4);
-      two = fo__halves(fo__halves(vcreate_u8(word), 4).val[0], 2);
-    }
-    c = vcombine_u8(two.val[0], two.val[1]);
-  }
-  return vreinterpretq_s8_u8(vsubq_u8(c, vdupq_n_u8((uint8_t)(1u << (bits - 1)))));
-}
-
-typedef struct {
-  float32x4_t low, high;
-} fo__floats;
-
-static fo__floats fo__add_floats(fo__floats sum, fo__bytes c, const float* x) {
-  const int16x8_t low = vmovl_s8(vget_low_s8(c)), high = vmovl_s8(vget_high_s8(c));
-  sum.low = vmlaq_f32(sum.low, vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vld1q_f32(x));
-  sum.high = vmlaq_f32(sum.high, vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))), vld1q_f32(x + 4));
-  sum.low = vmlaq_f32(sum.low, vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vld1q_f32(x + 8));
-  sum.high = vmlaq_f32(sum.high, vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))), vld1q_f32(x + 12));
-  return sum;
-}
-
-static float fo__total_floats(fo__floats sum) {
-  const float32x4_t four = vaddq_f32(sum.low, sum.high);
-  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-  return vget_lane_f32(vpadd_f32(two, two), 0);
-}
-
-typedef int32x4_t fo__ints;
-
-static fo__ints fo__add_ints(fo__ints sum, fo__bytes c, const int8_t* x) {
-  const int8x16_t n = vld1q_s8(x);
-#if defined(__ARM_FEATURE_DOTPROD)
-  return vdotq_s32(sum, c, n);
-#else
-  sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(c), vget_low_s8(n)));
-  return vpadalq_s16(sum, vmull_s8(vget_high_s8(c), vget_high_s8(n)));
-#endif
-}
-
-static int32_t fo__total_ints(fo__ints sum) {
-  const int32x2_t two = vadd_s32(vget_low_s32(sum), vget_high_s32(sum));
-  return vget_lane_s32(vpadd_s32(two, two), 0);
-}
-
-#elif !defined(FO_NO_SIMD) && defined(__ARM_FEATURE_SIMD32)
-#define FO__DSP /* two products an instruction, of halves of a register */
-#include <arm_acle.h>
-
-/* The dot product of all whole fours; each width gets an instance. */
-static inline __attribute__((always_inline)) int32_t fo__dot_dsp(unsigned bits, const uint8_t* codes, const int8_t* x,
-                                                                 size_t n) {
-  const uint32_t mask = bits == 8 ? 0xff00ffu : bits == 4 ? 0xf000fu : 0x30003u;
-  int32_t sum = 0;
-  for (; n >= 4; n -= 4, x += 4, codes += bits / 2) {
-    uint32_t c = 0, four;
-    FO__COPY(&four, x, 4);
-    FO__COPY(&c, codes, bits / 2);
-    if (bits < 8) c |= c << (16 - 2 * bits); /* codes 0 and 2 in the halves of a register; 1 and 3 stand above them */
-    sum = __smlad((int16x2_t)(c & mask), __sxtb16((int8x4_t)four), sum);
-    sum = __smlad((int16x2_t)(c >> bits & mask), __sxtb16((int8x4_t)(four >> 8 | four << 24)), sum);
-  }
-  return sum;
-}
-#endif
-
-/* ---- products ----------------------------------------------------------------------------------- */
-
-/* The kind of x: floats, or whole numbers of 8 bits. Sums of codes times x count codes from the middle. */
+/* The kind of x: floats, or whole numbers of 8 bits. */
 typedef struct {
   size_t width; /* bytes of an element of x */
-  size_t run;   /* columns whose products are added up before they are scaled */
-  float (*sum)(const void* x, size_t n);
-  float (*dot)(unsigned bits, const uint8_t* codes, const void* x, size_t n, float sum_of_x);
-  /* The same with the columns that are given, and codes from number `at` on; and with weights in floats, in all columns
-     from the first on where none are given. */
+  size_t run;   /* columns of a run at most */
+  /* The sum of codes times x in the columns that are given, and codes from number `at` on; and with weights in floats,
+     in all columns from the first on where none are given. */
   float (*dot_at)(unsigned bits, const uint8_t* codes, size_t at, const void* x, const uint32_t* columns, size_t n,
                   float* sum_of_x);
   float (*dot_floats)(const float* w, const void* x, const uint32_t* columns, size_t n);
 } fo__kind;
-
-static float fo__sum_f32(const void* x, size_t n) {
-  const float* from = (const float*)x;
-  float sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += from[i];
-  return sum;
-}
-
-static float fo__dot_f32(unsigned bits, const uint8_t* codes, const void* x, size_t n, float sum_of_x) {
-  const float* from = (const float*)x;
-  const int middle = 1 << (bits - 1);
-  float sum = 0;
-  size_t i = 0;
-#if defined(FO__SIMD)
-  fo__floats sums;
-  FO__CLEAR(&sums, sizeof sums);
-  for (; i + 16 <= n; i += 16)
-    sums = fo__add_floats(sums, fo__codes16(bits, codes + fo__code_bytes(bits, i)), from + i);
-  sum = fo__total_floats(sums);
-#else
-  const size_t per_word = 32 / bits;
-  const uint32_t middles = bits == 8 ? 0x80808080u : bits == 4 ? 0x88888888u : 0xaaaaaaaau;
-  for (; i + per_word <= n; i += per_word) {
-    uint32_t word;
-    FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
-    word ^= middles; /* codes less their middle, in two's complement; the topmost first, shifted down with its sign */
-    for (const float* at = from + i + per_word; at > from + i; word <<= bits) {
-      float four = *--at * (float)((int32_t)word >> (32 - bits));
-      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
-      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
-      four += *--at * (float)((int32_t)(word <<= bits) >> (32 - bits));
-      sum += four;
-    }
-  }
-#endif
-  for (; i < n; ++i) sum += from[i] * (float)((int)fo__code(codes, bits, i) - middle);
-  (void)sum_of_x;
-  return sum;
-}
 
 static float fo__dot_at_f32(unsigned bits, const uint8_t* codes, size_t at, const void* x, const uint32_t* columns,
                             size_t n, float* sum_of_x) {
@@ -648,54 +460,6 @@ static float fo__dot_floats_f32(const float* w, const void* x, const uint32_t* c
   return (a + b) + (c + d);
 }
 
-static const fo__kind fo__kind_f32 = {4, 64, fo__sum_f32, fo__dot_f32, fo__dot_at_f32, fo__dot_floats_f32};
-
-/* 255 * 128 * 16384 fits 32 bits; and a float holds the sum of a run of x. */
-static float fo__sum_s8(const void* x, size_t n) {
-  const int8_t* from = (const int8_t*)x;
-  int32_t sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += from[i];
-  return (float)sum;
-}
-
-static float fo__dot_s8(unsigned bits, const uint8_t* codes, const void* x, size_t n, float sum_of_x) {
-  const int8_t* from = (const int8_t*)x;
-  int32_t sum = 0;
-  size_t i = 0;
-#if defined(FO__SIMD)
-  const int middle = 1 << (bits - 1);
-  fo__ints sums;
-  FO__CLEAR(&sums, sizeof sums);
-  for (; i + 16 <= n; i += 16) sums = fo__add_ints(sums, fo__codes16(bits, codes + fo__code_bytes(bits, i)), from + i);
-  sum = fo__total_ints(sums);
-  for (; i < n; ++i) sum += from[i] * ((int)fo__code(codes, bits, i) - middle);
-  (void)sum_of_x;
-  return (float)sum;
-#else
-#if defined(FO__DSP)
-  sum = bits == 8   ? fo__dot_dsp(8, codes, from, n)
-        : bits == 4 ? fo__dot_dsp(4, codes, from, n)
-                    : fo__dot_dsp(2, codes, from, n);
-  i = n & ~(size_t)3;
-#else
-  const size_t per_word = 32 / bits;
-  while (i + per_word <= n) {
-    const uint32_t mask = (1u << bits) - 1;
-    uint32_t word;
-    FO__COPY(&word, codes + fo__code_bytes(bits, i), 4);
-    for (const size_t end = i + per_word; i < end; i += 4, word >>= bits) {
-      sum += from[i] * (int)(word & mask);
-      sum += from[i + 1] * (int)((word >>= bits) & mask);
-      sum += from[i + 2] * (int)((word >>= bits) & mask);
-      sum += from[i + 3] * (int)((word >>= bits) & mask);
-    }
-  }
-#endif
-  for (; i < n; ++i) sum += from[i] * (int)fo__code(codes, bits, i);
-  return (float)(sum - (int32_t)sum_of_x * (1 << (bits - 1)));
-#endif
-}
-
 static float fo__dot_at_s8(unsigned bits, const uint8_t* codes, size_t at, const void* x, const uint32_t* columns,
                            size_t n, float* sum_of_x) {
   const int8_t* from = (const int8_t*)x;
@@ -717,7 +481,37 @@ static float fo__dot_floats_s8(const float* w, const void* x, const uint32_t* co
   return sum;
 }
 
-static const fo__kind fo__kind_s8 = {1, 16384, fo__sum_s8, fo__dot_s8, fo__dot_at_s8, fo__dot_floats_s8};
+static const fo__kind fo__kind_f32 = {4, 128, fo__dot_at_f32, fo__dot_floats_f32};
+static const fo__kind fo__kind_s8 = {1, 2048, fo__dot_at_s8, fo__dot_floats_s8};
+
+/* The power of two that x is counted in, so that its largest number is below 2^23; 0 where x has NaN or infinity, or
+   is so large or small that its products may leave the range of float. */
+static float fo__unit(const float* x, size_t n) {
+  uint32_t largest = 0, bits;
+  for (size_t i = 0; i < n; ++i) {
+    FO__COPY(&bits, x + i, 4);
+    bits &= 0x7fffffffu;
+    if (bits > largest) largest = bits;
+  }
+  if (largest == 0) return 1;
+  const float above = fo__from_bits(largest) * 1.0078125f; /* then n <= 0x7f7f7f: it has three signed bytes */
+  FO__COPY(&bits, &above, 4);
+  bits >>= 23;
+  return bits < 67 || bits > 187 ? 0.0f : fo__from_bits((bits - 22) << 23);
+}
+
+/* 1 / unit, which is a power of two. */
+static float fo__per_unit(float unit) {
+  uint32_t bits;
+  FO__COPY(&bits, &unit, 4);
+  return fo__from_bits(0x7f000000u - bits);
+}
+
+/* x in units, rounded half away from zero. */
+static int32_t fo__count_units(float x, float per_unit) {
+  const float units = x * per_unit;
+  return (int32_t)(units < 0 ? units - 0.5f : units + 0.5f);
+}
 
 /* Where a walk along the columns is: in which group, and how many of its columns are still to come. */
 typedef struct {
@@ -739,36 +533,660 @@ static size_t fo__step(const fo_tensor* w, fo__walk* walk, size_t most) {
   return n;
 }
 
-/* Dense codes whose groups start on bytes: y [batch, rows] += x @ w.T. */
-static void fo__multiply_codes(const fo_tensor* w, const fo__kind* kind, const uint8_t* x, size_t batch, float* y) {
-  enum { RUNS = FO__SUMS / FO__TILE };
-  const size_t row_bytes = fo__row_bytes(w), x_bytes = w->cols * kind->width;
-  float sums[FO__TILE][RUNS];
-  for (size_t tile; batch; batch -= tile, x += tile * x_bytes, y += tile * w->rows) {
-    tile = fo__min(batch, FO__TILE);
-    for (size_t begin = 0, end = 0; begin < w->cols; begin = end) {
-      const fo__walk start = fo__walk_from(w, begin);
-      fo__walk walk = start;
-      for (size_t run = 0, n; run < RUNS && end < w->cols; ++run, end += n) {
-        n = fo__step(w, &walk, fo__min(kind->run, w->cols - end));
-        for (size_t b = 0; b < tile; ++b) sums[b][run] = kind->sum(x + b * x_bytes + end * kind->width, n);
+/* Some runs of all rows. */
+typedef struct {
+  fo__walk start;
+  size_t begin, end; /* columns */
+} fo__stretch;
+
+/* The share of a run in y; `middle` is the value of the code in the middle. */
+static float fo__share(float scale, float middle, float dot, float sum) {
+  return fo__rounded(scale * dot) + fo__rounded(middle * sum);
+}
+
+static float fo__middle_value(const fo_tensor* w, float scale, size_t param) {
+  return fo__float(w->minimum, w->param_type, param) + fo__rounded(scale * (float)(1 << (w->bits - 1)));
+}
+
+/* Two groups of 16 codes of 2 bits share a block, in lanes of their own. */
+static int fo__two_a_block(const fo_tensor* w) { return w->bits == 2 && w->group == 16; }
+
+#if !defined(FO__SIMD)
+/* A row of x in the columns of a stretch. */
+typedef struct {
+  int32_t units[FO__COLUMNS]; /* of floats */
+  const int8_t* x;            /* of 8 bits */
+  float unit;
+  int32_t count[FO__RUNS]; /* of each run the sum, in units */
+  float sum[FO__RUNS];
+} fo__numbers;
+
+static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const void* x, float unit,
+                        fo__numbers* to) {
+  const float per_unit = fo__per_unit(unit);
+  fo__walk walk = at->start;
+  size_t i = at->begin;
+  to->x = (const int8_t*)x + i;
+  to->unit = unit;
+  for (size_t run = 0; i < at->end; ++run) {
+    int32_t sum = 0;
+    for (const size_t end = i + fo__step(w, &walk, fo__min(kind->run, at->end - i)); i < end; ++i) {
+      if (kind->width == 1) {
+        sum += ((const int8_t*)x)[i];
+      } else {
+        sum += to->units[i - at->begin] = fo__count_units(((const float*)x)[i], per_unit);
       }
-      for (size_t row = 0; row < w->rows; ++row) {
-        const uint8_t* codes = (const uint8_t*)w->values + row * row_bytes;
-        walk = start;
-        for (size_t run = 0, at = begin, n; at < end; ++run, at += n) {
-          const size_t param = row * w->groups + walk.group;
-          n = fo__step(w, &walk, fo__min(kind->run, end - at));
-          const float scale = fo__float(w->scale, w->param_type, param);
-          const float middle = fo__float(w->minimum, w->param_type, param) + scale * (float)(1 << (w->bits - 1));
-          for (size_t b = 0; b < tile; ++b) {
-            const uint8_t* from = x + b * x_bytes + at * kind->width;
-            const float sum = sums[b][run];
-            y[b * w->rows + row] +=
-                scale * kind->dot(w->bits, codes + fo__code_bytes(w->bits, at), from, n, sum) + middle * sum;
+    }
+    to->count[run] = sum;
+    to->sum[run] = (float)sum * unit;
+  }
+}
+
+#if defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
+#endif
+
+/* The dot products of codes with numbers. Codes are read four at a time where the tensor has four more bytes. */
+static float fo__dot_units(unsigned bits, const uint8_t* codes, const uint8_t* end, const int32_t* n, size_t count,
+                           int32_t sum, float unit) {
+  const uint32_t mask = (1u << bits) - 1;
+  int64_t dot = -(int64_t)sum * (1 << (bits - 1));
+  size_t i = 0;
+  for (size_t bit = 0; i + 4 <= count && end - (codes + (bit >> 3)) >= 4; i += 4, bit += 4 * bits) {
+    uint32_t word;
+    FO__COPY(&word, codes + (bit >> 3), 4);
+    word >>= bit & 7;
+    dot += (int64_t)n[i] * (int32_t)(word & mask);
+    dot += (int64_t)n[i + 1] * (int32_t)((word >>= bits) & mask);
+    dot += (int64_t)n[i + 2] * (int32_t)((word >>= bits) & mask);
+    dot += (int64_t)n[i + 3] * (int32_t)(word >> bits & mask);
+  }
+  for (; i < count; ++i) dot += (int64_t)n[i] * (int32_t)fo__any_code(codes, bits, i);
+  return (float)(int32_t)(dot >> 8) * (256.0f * unit) + (float)(int32_t)(dot & 255) * unit;
+}
+
+static float fo__dot_bytes(unsigned bits, const uint8_t* codes, const uint8_t* end, const int8_t* n, size_t count,
+                           int32_t sum) {
+  const uint32_t mask = (1u << bits) - 1;
+  int32_t dot = -sum * (1 << (bits - 1));
+  size_t i = 0;
+  for (size_t bit = 0; i + 4 <= count && end - (codes + (bit >> 3)) >= 4; i += 4, bit += 4 * bits) {
+    uint32_t word;
+    FO__COPY(&word, codes + (bit >> 3), 4);
+    word >>= bit & 7;
+#if defined(__ARM_FEATURE_SIMD32) /* two products an instruction, of halves of a register */
+    uint32_t four;
+    FO__COPY(&four, n + i, 4);
+    const uint32_t even = (word & mask) | (word >> 2 * bits & mask) << 16;
+    const uint32_t odd = (word >> bits & mask) | (word >> 3 * bits & mask) << 16;
+    dot = __smlad((int16x2_t)even, __sxtb16((int8x4_t)four), dot);
+    dot = __smlad((int16x2_t)odd, __sxtb16((int8x4_t)(four >> 8 | four << 24)), dot);
+#else
+    dot += n[i] * (int32_t)(word & mask);
+    dot += n[i + 1] * (int32_t)((word >>= bits) & mask);
+    dot += n[i + 2] * (int32_t)((word >>= bits) & mask);
+    dot += n[i + 3] * (int32_t)(word >> bits & mask);
+#endif
+  }
+  for (; i < count; ++i) dot += n[i] * (int32_t)fo__any_code(codes, bits, i);
+  return (float)dot;
+}
+
+/* y [rows] of each row of x += the products in a stretch. */
+static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const fo__numbers* x,
+                            size_t batch, float* y) {
+  const size_t row_bytes = fo__row_bytes(w);
+  const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
+  codes += fo__code_bytes(w->bits, at->begin);
+  for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
+    fo__walk walk = at->start;
+    for (size_t run = 0, i = at->begin, n; i < at->end; ++run, i += n) {
+      const size_t param = row * w->groups + walk.group, first = i - at->begin;
+      const uint8_t* from = codes + fo__code_bytes(w->bits, first);
+      const float scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
+      n = fo__step(w, &walk, fo__min(kind->run, at->end - i));
+      for (size_t b = 0; b < batch; ++b) {
+        const int32_t count = x[b].count[run];
+        const float dot = kind->width == 1 ? fo__dot_bytes(w->bits, from, end, x[b].x + first, n, count)
+                                           : fo__dot_units(w->bits, from, end, x[b].units + first, n, count, x[b].unit);
+        y[b * w->rows + row] += fo__share(scale, middle, dot, x[b].sum[run]);
+      }
+    }
+  }
+}
+
+#else /* FO__SIMD */
+
+/* ---- the same with vectors ----------------------------------------------------------------------- */
+
+/* Blocks of 32 codes are unpacked to bytes, and multiplied with bytes of x that stand in the same order. A number of x
+   is three signed bytes, 65536 * high + 256 * middle + low, and each of them has a dot product of its own. Where codes
+   end before a block does, x has zeros.
+
+   For each CPU:  fo__codes, fo__unpack      32 codes as bytes, below 128 but for those of 8 bits
+                  fo__ints, fo__dot          lanes of sums += products of 32 bytes
+                  fo__times256               of all lanes
+                  fo__totals                 the totals of four
+                  fo__half_totals            of two, those of bytes 0 to 3 and 4 to 7 of every eight */
+#define FO__INLINE static inline __attribute__((always_inline))
+
+typedef int32_t fo__int4 __attribute__((vector_size(16)));
+typedef uint32_t fo__uint4 __attribute__((vector_size(16)));
+typedef float fo__float4 __attribute__((vector_size(16)));
+
+/* Of 3, 5 and 6 bits, codes 2 * i and 2 * i + 1 of 16 start in this byte, and are raised to the top of 16 bits by this
+   factor. */
+static const uint8_t fo__pair_bytes[3][16] = {{0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6},
+                                              {0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9},
+                                              {0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11}};
+static const uint16_t fo__pair_factors[3][8] = {
+    {1024, 16, 64, 256, 1024, 16, 64, 256}, {64, 16, 4, 1, 64, 16, 4, 1}, {16, 1, 16, 1, 16, 1, 16, 1}};
+
+/* Where the second 16 codes of 3, 5 and 6 bits can be loaded, and how far behind they start. */
+#define FO__SECOND(bits) ((bits) == 3 ? 4 : 4 * (bits) - 16)
+#define FO__BEHIND(bits) (2 * (bits) - FO__SECOND(bits))
+
+#if defined(__SSE2__)
+#define FO__BASE(bits) \
+  (1 << ((bits) - 1)) /* codes are multiplied as they are; the middle is subtracted from the sums */
+
+FO__INLINE __m128i fo__load16(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+FO__INLINE __m128i fo__load8(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
+
+#if defined(__AVX2__)
+typedef __m256i fo__codes, fo__ints;
+
+FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
+  const __m256i mask = _mm256_set1_epi8((char)((1u << bits) - 1));
+  if (bits == 8) return _mm256_loadu_si256((const __m256i*)(const void*)codes);
+  if (bits == 4) {
+    const __m256i twice = _mm256_broadcastsi128_si256(fo__load16(codes));
+    return _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4)), mask);
+  }
+  if (bits == 2) {
+    const __m256i four_times = _mm256_broadcastq_epi64(fo__load8(codes));
+    return _mm256_and_si256(_mm256_srlv_epi64(four_times, _mm256_setr_epi64x(0, 2, 4, 6)), mask);
+  }
+  const size_t table = (bits >> 1) - 1;
+  const __m256i mask_low = _mm256_set1_epi16((int16_t)((1 << bits) - 1));
+  const __m128i first = bits == 3 ? fo__load8(codes) : fo__load16(codes),
+                behind = _mm_set1_epi8((char)FO__BEHIND(bits));
+  const __m128i second = bits == 3 ? fo__load8(codes + 4) : fo__load16(codes + FO__SECOND(bits));
+  const __m128i index = fo__load16(fo__pair_bytes[table]), factor = fo__load16(fo__pair_factors[table]);
+  __m256i c = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+  c = _mm256_shuffle_epi8(c, _mm256_inserti128_si256(_mm256_castsi128_si256(index), _mm_add_epi8(index, behind), 1));
+  c = _mm256_mullo_epi16(c, _mm256_broadcastsi128_si256(factor));
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(c, 16 - 2 * (int)bits), mask_low);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(c, 8 - (int)bits), _mm256_slli_epi16(mask_low, 8));
+  return _mm256_or_si256(low, high);
+}
+
+FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
+  const __m256i n = _mm256_loadu_si256((const __m256i*)(const void*)x);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  (void)bits;
+  return _mm256_dpbusd_epi32(sum, c, n);
+#elif defined(__AVXVNNI__)
+  (void)bits;
+  return _mm256_dpbusd_avx_epi32(sum, c, n);
+#else
+  if (bits < 8) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(c, n), _mm256_set1_epi16(1)));
+  const __m256i even = _mm256_and_si256(c, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(c, 8);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(n, 8), 8)));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(n, 8)));
+#endif
+}
+
+FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm256_slli_epi32(sum, 8); }
+
+FO__INLINE __m128i fo__fold(fo__ints sum) {
+  return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+}
+
+FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
+  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(sums[0], sums[1]), _mm256_unpackhi_epi32(sums[0], sums[1]));
+  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(sums[2], sums[3]), _mm256_unpackhi_epi32(sums[2], sums[3]));
+  return (fo__int4)fo__fold(_mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)));
+}
+
+#else
+typedef struct {
+  __m128i first, second; /* 16 codes each */
+} fo__codes;
+typedef __m128i fo__ints;
+
+#if !defined(__SSSE3__)
+/* Eight codes of 3, 5 or 6 bits as bytes: halves are moved apart, then quarters, then eighths. */
+FO__INLINE uint64_t fo__spread_eight(unsigned bits, const uint8_t* codes) {
+  uint64_t c = 0;
+  FO__COPY(&c, codes, bits);
+  c = (c & (((uint64_t)1 << 4 * bits) - 1)) | c >> 4 * bits << 32;
+  c = (c & ((1u << 2 * bits) - 1) * 0x100000001u) | (c >> 2 * bits & ((1u << 2 * bits) - 1) * 0x100000001u) << 16;
+  return (c & ((1u << bits) - 1) * 0x1000100010001u) | (c >> bits & ((1u << bits) - 1) * 0x1000100010001u) << 8;
+}
+#else
+FO__INLINE __m128i fo__unpack_pairs(unsigned bits, __m128i c, int behind) {
+  const size_t table = (bits >> 1) - 1;
+  c = _mm_shuffle_epi8(c, _mm_add_epi8(fo__load16(fo__pair_bytes[table]), _mm_set1_epi8((char)behind)));
+  c = _mm_mullo_epi16(c, fo__load16(fo__pair_factors[table]));
+  const __m128i mask = _mm_set1_epi16((int16_t)((1 << bits) - 1));
+  const __m128i low = _mm_and_si128(_mm_srli_epi16(c, 16 - 2 * (int)bits), mask);
+  return _mm_or_si128(low, _mm_and_si128(_mm_srli_epi16(c, 8 - (int)bits), _mm_slli_epi16(mask, 8)));
+}
+#endif
+
+FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
+  const __m128i mask = _mm_set1_epi8((char)((1u << bits) - 1));
+  fo__codes c;
+  if (bits == 8) {
+    c.first = fo__load16(codes), c.second = fo__load16(codes + 16);
+  } else if (bits == 4) {
+    const __m128i both = fo__load16(codes);
+    c.first = _mm_and_si128(both, mask), c.second = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+  } else if (bits == 2) {
+    const __m128i four = fo__load8(codes), two = _mm_unpacklo_epi64(four, _mm_srli_epi64(four, 2));
+    c.first = _mm_and_si128(two, mask), c.second = _mm_and_si128(_mm_srli_epi64(two, 4), mask);
+  } else {
+#if defined(__SSSE3__)
+    c.first = fo__unpack_pairs(bits, bits == 3 ? fo__load8(codes) : fo__load16(codes), 0);
+    c.second = fo__unpack_pairs(bits, bits == 3 ? fo__load8(codes + 4) : fo__load16(codes + FO__SECOND(bits)),
+                                (int)FO__BEHIND(bits));
+#else
+    uint64_t eights[4];
+    for (size_t i = 0; i < 4; ++i) eights[i] = fo__spread_eight(bits, codes + i * bits);
+    c.first = fo__load16(eights), c.second = fo__load16(eights + 2);
+#endif
+  }
+  return c;
+}
+
+FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
+  const __m128i n[2] = {fo__load16(x), fo__load16(x + 16)}, both[2] = {c.first, c.second};
+#if defined(__SSSE3__)
+  if (bits < 8) { /* four products fit 16 bits */
+    const __m128i fours = _mm_add_epi16(_mm_maddubs_epi16(both[0], n[0]), _mm_maddubs_epi16(both[1], n[1]));
+    return _mm_add_epi32(sum, _mm_madd_epi16(fours, _mm_set1_epi16(1)));
+  }
+#endif
+  (void)bits;
+  for (int i = 0; i < 2; ++i) {
+    const __m128i even = _mm_and_si128(both[i], _mm_set1_epi16(255)), odd = _mm_srli_epi16(both[i], 8);
+    sum = _mm_add_epi32(sum, _mm_madd_epi16(even, _mm_srai_epi16(_mm_slli_epi16(n[i], 8), 8)));
+    sum = _mm_add_epi32(sum, _mm_madd_epi16(odd, _mm_srai_epi16(n[i], 8)));
+  }
+  return sum;
+}
+
+FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm_slli_epi32(sum, 8); }
+FO__INLINE __m128i fo__fold(fo__ints sum) { return sum; }
+
+FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
+  const __m128i ab = _mm_add_epi32(_mm_unpacklo_epi32(sums[0], sums[1]), _mm_unpackhi_epi32(sums[0], sums[1]));
+  const __m128i cd = _mm_add_epi32(_mm_unpacklo_epi32(sums[2], sums[3]), _mm_unpackhi_epi32(sums[2], sums[3]));
+  return (fo__int4)_mm_add_epi32(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
+}
+#endif
+
+FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
+  const __m128i first = fo__fold(a), second = fo__fold(b);
+  return (fo__int4)_mm_add_epi32(_mm_unpacklo_epi64(first, second), _mm_unpackhi_epi64(first, second));
+}
+
+#else                                                        /* NEON */
+#define FO__BASE(bits) ((bits) == 8 ? 0 : 1 << ((bits) - 1)) /* of 8 bits, unpacked codes count from their middle */
+
+typedef struct {
+  uint8x16_t first, second; /* 16 codes each */
+} fo__codes;
+typedef int32x4_t fo__ints;
+
+/* Codes of 3, 5 and 6 bits: 16 bytes, or 8 of 3 bits, have 16 of them. */
+FO__INLINE uint8x16_t fo__unpack_pairs(unsigned bits, const uint8_t* codes, unsigned behind) {
+  const size_t table = (bits >> 1) - 1;
+  const uint8x16_t index = vaddq_u8(vld1q_u8(fo__pair_bytes[table]), vdupq_n_u8((uint8_t)behind));
+  const uint8x16_t mask = vdupq_n_u8((uint8_t)((1u << bits) - 1));
+  const uint8x16_t bytes = bits == 3 ? vcombine_u8(vld1_u8(codes), vdup_n_u8(0)) : vld1q_u8(codes);
+#if defined(__aarch64__)
+  const uint8x16_t pairs = vqtbl1q_u8(bytes, index);
+#else
+  const uint8x8x2_t both = {{vget_low_u8(bytes), vget_high_u8(bytes)}};
+  const uint8x16_t pairs = vcombine_u8(vtbl2_u8(both, vget_low_u8(index)), vtbl2_u8(both, vget_high_u8(index)));
+#endif
+  const uint16x8_t c = vmulq_u16(vreinterpretq_u16_u8(pairs), vld1q_u16(fo__pair_factors[table]));
+  const uint16x8_t low = vandq_u16(vshlq_u16(c, vdupq_n_s16((int16_t)(2 * (int)bits - 16))), vdupq_n_u16(255));
+  const uint16x8_t high = vandq_u16(vshlq_u16(c, vdupq_n_s16((int16_t)((int)bits - 8))), vdupq_n_u16(0xff00));
+  return vandq_u8(vreinterpretq_u8_u16(vorrq_u16(low, high)), mask);
+}
+
+FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
+  const uint8x16_t mask = vdupq_n_u8((uint8_t)((1u << bits) - 1));
+  fo__codes c;
+  if (bits == 8) {
+    c.first = veorq_u8(vld1q_u8(codes), vdupq_n_u8(128)), c.second = veorq_u8(vld1q_u8(codes + 16), vdupq_n_u8(128));
+  } else if (bits == 4) {
+    const uint8x16_t both = vld1q_u8(codes);
+    c.first = vandq_u8(both, mask), c.second = vshrq_n_u8(both, 4);
+  } else if (bits == 2) {
+    const uint8x8_t four = vld1_u8(codes);
+    c.first = vandq_u8(vcombine_u8(four, vshr_n_u8(four, 2)), mask);
+    c.second = vandq_u8(vcombine_u8(vshr_n_u8(four, 4), vshr_n_u8(four, 6)), mask);
+  } else {
+    c.first = fo__unpack_pairs(bits, codes, 0);
+    c.second = fo__unpack_pairs(bits, codes + FO__SECOND(bits), FO__BEHIND(bits));
+  }
+  return c;
+}
+
+FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
+  const int8x16_t a = vreinterpretq_s8_u8(c.first), b = vreinterpretq_s8_u8(c.second), n = vld1q_s8(x),
+                  m = vld1q_s8(x + 16);
+#if defined(__ARM_FEATURE_DOTPROD)
+  (void)bits;
+  return vdotq_s32(vdotq_s32(sum, a, n), b, m);
+#else
+  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(n)), high = vmull_s8(vget_low_s8(b), vget_low_s8(m));
+  if (bits < 8) { /* four products fit 16 bits */
+    low = vmlal_s8(low, vget_high_s8(a), vget_high_s8(n)), high = vmlal_s8(high, vget_high_s8(b), vget_high_s8(m));
+    return vpadalq_s16(sum, vaddq_s16(low, high));
+  }
+  sum = vpadalq_s16(vpadalq_s16(sum, low), high);
+  sum = vpadalq_s16(sum, vmull_s8(vget_high_s8(a), vget_high_s8(n)));
+  return vpadalq_s16(sum, vmull_s8(vget_high_s8(b), vget_high_s8(m)));
+#endif
+}
+
+FO__INLINE fo__ints fo__times256(fo__ints sum) { return vshlq_n_s32(sum, 8); }
+
+FO__INLINE int32x4_t fo__add_neighbours(int32x4_t a, int32x4_t b) {
+#if defined(__aarch64__)
+  return vpaddq_s32(a, b);
+#else
+  return vcombine_s32(vpadd_s32(vget_low_s32(a), vget_high_s32(a)), vpadd_s32(vget_low_s32(b), vget_high_s32(b)));
+#endif
+}
+
+FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
+  return (fo__int4)fo__add_neighbours(fo__add_neighbours(sums[0], sums[1]), fo__add_neighbours(sums[2], sums[3]));
+}
+
+FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return (fo__int4)vcombine_s32(vadd_s32(vget_low_s32(a), vget_high_s32(a)),
+                                vadd_s32(vget_low_s32(b), vget_high_s32(b)));
+#else
+  return (fo__int4)fo__add_neighbours(a, b);
+#endif
+}
+#endif
+
+/* A row of x in the columns of a stretch. */
+typedef struct {
+  int8_t blocks[FO__BYTES + 4 * 96]; /* of 32 columns; of floats 32 high bytes, 32 middle and 32 low ones */
+  /* Of each run: its sum, and minus the base times the sums of 256 * high + middle, and of low bytes. */
+  float unit, sum[FO__RUNS + 4];
+  int32_t high[FO__RUNS + 4], low[FO__RUNS + 4];
+} fo__numbers;
+
+/* Fills a block, and adds to the sums of its first and last 16 columns. */
+static void fo__fill_block(unsigned bits, const fo__kind* kind, const void* x, size_t count, float per_unit, int8_t* to,
+                           int32_t high[2], int32_t low[2]) {
+  int8_t bytes[3][32];
+  if (kind->width == 1) {
+    FO__CLEAR(bytes, sizeof bytes);
+    FO__COPY(bytes[2], x, count);
+  } else {
+    float from[32];
+    FO__CLEAR(from, sizeof from);
+    FO__COPY(from, x, count * sizeof(float));
+    for (size_t i = 0; i < 32; ++i) {
+      const int32_t n = fo__count_units(from[i], per_unit), above = (n + 128) >> 8;
+      bytes[2][i] = (int8_t)(uint8_t)n, bytes[1][i] = (int8_t)(uint8_t)above,
+      bytes[0][i] = (int8_t)((above + 128) >> 8);
+    }
+  }
+  for (size_t i = 0; i < 32; ++i) high[i >> 4] += bytes[0][i] * 256 + bytes[1][i], low[i >> 4] += bytes[2][i];
+  for (size_t limb = kind->width == 1 ? 2 : 0; limb < 3; ++limb) {
+    const int8_t* from = bytes[limb];
+    for (size_t i = 0; i < 32; ++i) { /* in the order of fo__unpack */
+      *to++ = from[bits == 4 ? (i & 15) * 2 + (i >> 4) : bits == 2 ? (i & 7) * 4 + (i >> 3) : i];
+    }
+  }
+}
+
+static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const void* x, float unit,
+                        fo__numbers* to) {
+  const float per_unit = fo__per_unit(unit);
+  const size_t size = kind->width == 1 ? 32 : 96;
+  const int32_t base = FO__BASE(w->bits);
+  fo__walk walk = at->start;
+  int8_t* blocks = to->blocks;
+  size_t run = 0;
+  to->unit = unit;
+  for (size_t i = at->begin; i < at->end;) {
+    size_t columns = fo__step(w, &walk, fo__min(kind->run, at->end - i)), runs = 1;
+    if (fo__two_a_block(w)) columns += fo__step(w, &walk, at->end - i - columns), runs = 2;
+    int32_t high[2] = {0, 0}, low[2] = {0, 0};
+    for (const size_t end = i + columns; i < end; blocks += size) {
+      const size_t count = fo__min(end - i, 32);
+      fo__fill_block(w->bits, kind, (const char*)x + i * kind->width, count, per_unit, blocks, high, low);
+      i += count;
+    }
+    if (runs == 1) high[0] += high[1], low[0] += low[1];
+    for (size_t r = 0; r < runs; ++r, ++run) {
+      to->sum[run] = (float)(256 * high[r] + low[r]) * unit;
+      to->high[run] = -base * high[r], to->low[run] = -base * low[r];
+    }
+  }
+  for (size_t i = 0; i < 4; ++i) to->sum[run + i] = 0, to->high[run + i] = to->low[run + i] = 0;
+  FO__CLEAR(blocks, 4 * size);
+}
+
+/* Adds the products of a block to the sums of its high and middle bytes, and of its low ones. */
+FO__INLINE void fo__dot_block(unsigned bits, int floats, const uint8_t* codes, const int8_t* x, fo__ints sums[3]) {
+  const fo__codes c = fo__unpack(bits, codes);
+  for (int limb = floats ? 0 : 2; limb < 3; ++limb, x += 32) sums[limb] = fo__dot(bits, sums[limb], c, x);
+}
+
+FO__INLINE fo__float4 fo__float4_of(fo__int4 n) { return __builtin_convertvector(n, fo__float4); }
+
+FO__INLINE fo__float4 fo__rounded4(fo__float4 product) {
+  __asm__("" : FO__IN_REGISTER(product));
+  return product;
+}
+
+/* 256 * high + low as fo__dot_units rounds it. */
+FO__INLINE fo__float4 fo__join(fo__int4 high, fo__int4 low, float unit) {
+  return fo__float4_of(high + (low >> 8)) * (256.0f * unit) + fo__float4_of(low & 255) * unit;
+}
+
+/* Four scales or minima of a row from `at` on, of which `n` are used. */
+FO__INLINE fo__float4 fo__four_params(const void* params, unsigned type, size_t at, size_t n) {
+  fo__float4 four = {0, 0, 0, 0};
+  if (n >= 4 && type == FO_F32) {
+    FO__COPY(&four, (const float*)params + at, 16);
+    return four;
+  }
+  if (n >= 4) {
+#if defined(__F16C__)
+    return (fo__float4)_mm_cvtph_ps(fo__load8((const uint16_t*)params + at));
+#elif defined(__aarch64__)
+    return (fo__float4)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)params + at)));
+#else
+    uint16_t halves[4];
+    FO__COPY(halves, (const uint16_t*)params + at, 8);
+    const fo__int4 half = {halves[0], halves[1], halves[2], halves[3]}, size = half & 0x7fff;
+    const fo__int4 number = (fo__int4)((fo__float4)(size << 13) * fo__from_bits(0x77800000u)), infinite = size > 0x7bff;
+    return (fo__float4)(number | (infinite & 0x7f800000) | (half & 0x8000) << 16);
+#endif
+  }
+  for (size_t i = 0; i < n; ++i) four[i] = fo__float(params, type, at + i);
+  return four;
+}
+
+/* Adds runs of one block, or two a block, to y: four at a time. */
+FO__INLINE float fo__add_short_runs(unsigned bits, int floats, const fo_tensor* w, size_t param, size_t runs,
+                                    const uint8_t* codes, const uint8_t* end, const fo__numbers* x, float y) {
+  const int two_a_block = bits == 2 && w->group == 16;
+  const size_t blocks = two_a_block ? 2 : 4, size = blocks * 4 * bits, x_size = floats ? 96 : 32;
+  const int8_t* from = x->blocks;
+  uint8_t copy[4 * 32];
+  for (size_t run = 0; run < runs; run += 4, codes += size) {
+    fo__ints high[4], low[4];
+    fo__int4 high_total, low_total;
+    fo__float4 dot, sum;
+    if ((size_t)(end - codes) < size) {
+      FO__CLEAR(copy, sizeof copy);
+      FO__COPY(copy, codes, (size_t)(end - codes));
+      codes = copy, end = copy + sizeof copy;
+    }
+    FO__CLEAR(high, sizeof high);
+    FO__CLEAR(low, sizeof low);
+    for (size_t i = 0; i < blocks; ++i, from += x_size) {
+      const fo__codes c = fo__unpack(bits, codes + i * 4 * bits);
+      if (!floats) {
+        low[i] = fo__dot(bits, low[i], c, from);
+        continue;
+      }
+      high[i] = fo__dot(bits, fo__times256(fo__dot(bits, high[i], c, from)), c, from + 32);
+      if (bits <= 4) { /* all of the number fits 32 bits */
+        low[i] = fo__dot(bits, fo__times256(high[i]), c, from + 64);
+      } else {
+        low[i] = fo__dot(bits, low[i], c, from + 64);
+      }
+    }
+    FO__COPY(&high_total, x->high + run, 16);
+    FO__COPY(&low_total, x->low + run, 16);
+    const fo__int4 low_dots = two_a_block ? fo__half_totals(low[0], low[1]) : fo__totals(low);
+    fo__uint4 total = (fo__uint4)low_dots + (fo__uint4)low_total; /* may overflow on its way to what fits */
+    if (!floats) {
+      dot = fo__float4_of((fo__int4)total);
+    } else if (bits <= 4) {
+      total += (fo__uint4)high_total << 8;
+      dot = fo__join((fo__int4)total >> 8, (fo__int4)total & 255, x->unit);
+    } else {
+      dot = fo__join(high_total + fo__totals(high), (fo__int4)total, x->unit);
+    }
+    FO__COPY(&sum, x->sum + run, 16);
+    const size_t n = fo__min(runs - run, 4);
+    const fo__float4 scale = fo__four_params(w->scale, w->param_type, param + run, n);
+    const fo__float4 minimum = fo__four_params(w->minimum, w->param_type, param + run, n);
+    const fo__float4 middle = minimum + fo__rounded4(scale * (float)(1 << (bits - 1)));
+    const fo__float4 share = fo__rounded4(scale * dot) + fo__rounded4(middle * sum);
+    for (size_t i = 0; i < n; ++i) y += share[i];
+  }
+  return y;
+}
+
+/* Adds a run of any length to y. */
+FO__INLINE float fo__add_run(unsigned bits, int floats, size_t n, const uint8_t* codes, const uint8_t* end,
+                             const int8_t* blocks, const fo__numbers* x, size_t run, float scale, float middle,
+                             float y) {
+  fo__ints sums[4];
+  uint8_t copy[32];
+  FO__CLEAR(sums, sizeof sums);
+  for (size_t i = 0; i < n; i += 32, codes += 4 * bits, blocks += floats ? 96 : 32) {
+    if ((size_t)(end - codes) < 4 * bits) {
+      FO__CLEAR(copy, sizeof copy);
+      FO__COPY(copy, codes, (size_t)(end - codes));
+      codes = copy, end = copy + sizeof copy;
+    }
+    fo__dot_block(bits, floats, codes, blocks, sums);
+  }
+  const fo__int4 totals = fo__totals(sums);
+  const int32_t low = totals[2] + x->low[run];
+  if (!floats) return y + fo__share(scale, middle, (float)low, x->sum[run]);
+  const int32_t high = totals[0] * 256 + totals[1] + x->high[run];
+  const float dot = (float)(high + (low >> 8)) * (256.0f * x->unit) + (float)(low & 255) * x->unit;
+  return y + fo__share(scale, middle, dot, x->sum[run]);
+}
+
+FO__INLINE void fo__add_rows(unsigned bits, int floats, const fo_tensor* w, const fo__stretch* at, const fo__numbers* x,
+                             size_t batch, float* y) {
+  const size_t row_bytes = fo__row_bytes(w), run_most = floats ? fo__kind_f32.run : fo__kind_s8.run;
+  const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
+  const int is_short = w->group == 32 || (bits == 2 && w->group == 16);
+  codes += fo__code_bytes(bits, at->begin);
+  for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
+    for (size_t b = 0; b < batch; ++b) {
+      const size_t param = row * w->groups + at->start.group;
+      float total = y[b * w->rows + row];
+      if (is_short) {
+        const size_t runs = (at->end - at->begin + w->group - 1) / w->group;
+        total = fo__add_short_runs(bits, floats, w, param, runs, codes, end, x + b, total);
+      } else {
+        fo__walk walk = at->start;
+        size_t group = (size_t)-1;
+        float scale = 0, middle = 0;
+        const int8_t* blocks = x[b].blocks;
+        for (size_t run = 0, i = at->begin, n; i < at->end; ++run, i += n) {
+          if (walk.group != group) {
+            group = walk.group;
+            scale = fo__float(w->scale, w->param_type, row * w->groups + group);
+            middle = fo__middle_value(w, scale, row * w->groups + group);
           }
+          n = fo__step(w, &walk, fo__min(run_most, at->end - i));
+          const uint8_t* from = codes + fo__code_bytes(bits, i - at->begin);
+          total = fo__add_run(bits, floats, n, from, end, blocks, x + b, run, scale, middle, total);
+          blocks += (n + 31) / 32 * (floats ? 96 : 32);
         }
       }
+      y[b * w->rows + row] = total;
+    }
+  }
+}
+
+/* y [rows] of each row of x += the products in a stretch. */
+static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const fo__numbers* x,
+                            size_t batch, float* y) {
+#define FO__CASE(bits)                           \
+  case bits:                                     \
+    if (kind->width == 1) {                      \
+      fo__add_rows(bits, 0, w, at, x, batch, y); \
+    } else {                                     \
+      fo__add_rows(bits, 1, w, at, x, batch, y); \
+    }                                            \
+    break
+  switch (w->bits) {
+    FO__CASE(8);
+    FO__CASE(6);
+    FO__CASE(5);
+    FO__CASE(4);
+    FO__CASE(3);
+    FO__CASE(2);
+    default:
+      break;
+  }
+#undef FO__CASE
+}
+#endif
+
+static void fo__multiply_entries(const fo_tensor* w, const fo__kind* kind, const uint8_t* x, size_t batch, float* y);
+
+/* Dense codes whose groups start on bytes: y [batch, rows] += x @ w.T, where y is zero. */
+static void fo__multiply_codes(const fo_tensor* w, const fo__kind* kind, const uint8_t* x, size_t batch, float* y) {
+  const size_t x_bytes = w->cols * kind->width;
+  fo__numbers numbers[FO__TILE];
+  float unit[FO__TILE];
+  for (size_t tile; batch; batch -= tile, x += tile * x_bytes, y += tile * w->rows) {
+    for (tile = 0; tile < fo__min(batch, FO__TILE); ++tile) {
+      unit[tile] = kind->width == 1 ? 1.0f : fo__unit((const float*)(const void*)(x + tile * x_bytes), w->cols);
+      if (unit[tile] == 0) break;
+    }
+    if (tile == 0) { /* no such row, or one that has no unit */
+      fo__multiply_entries(w, kind, x, tile = 1, y);
+      continue;
+    }
+    for (fo__stretch at = {{0, 0}, 0, 0}; at.end < w->cols; at.begin = at.end) {
+      fo__walk walk = at.start = fo__walk_from(w, at.begin);
+      for (size_t runs = 0, room = FO__ROOM(kind); runs < FO__RUNS && at.end < w->cols; ++runs) {
+        const size_t n = fo__min(fo__min(walk.left, kind->run), w->cols - at.end);
+        const size_t need = fo__two_a_block(w) ? n : (n + 31) & ~(size_t)31;
+        if (need > room) break;
+        room -= need;
+        at.end += fo__step(w, &walk, n);
+      }
+      for (size_t b = 0; b < tile; ++b) fo__prepare(w, kind, &at, x + b * x_bytes, unit[b], &numbers[b]);
+      fo__add_stretch(w, kind, &at, numbers, tile, y);
     }
   }
 }
@@ -816,7 +1234,7 @@ static int fo__linear(const fo_tensor* w, const fo_tensor* bias, const fo__kind*
   if (bias && (bias->layout != FO_DENSE || bias->rows != 1 || bias->cols != w->rows)) return FO_BAD_SIZE;
   if (bias && bias->outliers) return FO_UNSUPPORTED_OUTLIERS;
   FO__CLEAR(y, y_count * sizeof(float));
-  const int codes = w->layout == FO_DENSE && w->type == FO_CODES && !fo__in_eights(w->bits);
+  const int codes = w->layout == FO_DENSE && w->type == FO_CODES;
   if (codes && (w->groups <= 1 || w->group * w->bits % 8 == 0)) {
     fo__multiply_codes(w, kind, x, batch, y);
   } else {
