@@ -9,8 +9,9 @@
    come from a file in memory (fo_open, fo_find: everything is checked there, the bytes may come from anywhere and need
    no alignment) or from a .c file that `fastopt export --to c` wrote, which needs no parser.
 
-   The compiler's macros choose the code for the CPU: SSE2, AVX2, NEON, NEON with dot product, the DSP instructions
-   of Cortex-M. FO_NO_SIMD leaves this code out. */
+   The compiler's macros choose the code for the CPU: vectors of SSE2, SSSE3, AVX2, VNNI, NEON, or NEON with dot product
+   (-march=native, -march=armv8.2-a+dotprod), the DSP instructions of Cortex-M. FO_PORTABLE leaves this code out.
+   Products with dense codes whose groups start on bytes have the same bits in any case. */
 #ifndef FASTOPT_H
 #define FASTOPT_H
 
@@ -92,11 +93,11 @@ int fo_dequantize_row(const fo_tensor* w, size_t row, float* out, size_t out_cou
 int fo_embedding(const fo_tensor* w, const uint32_t* ids, size_t count, float* out, size_t out_count);
 
 /* y [batch, rows] = x [batch, cols] @ w.T + bias; the counts are those of floats in x and y. `bias` has `rows` values,
-   or is null. */
+   or is null. With dense codes the inner loops have integers alone: x is rounded to 23 bits of its largest number. */
 int fo_linear(const fo_tensor* w, const fo_tensor* bias, const float* x, size_t x_count, float* y, size_t y_count);
 
-/* The same with x ~ x_scale * whole numbers, a scale for each row of x: integers alone in the inner loops. Each group
-   of codes costs some operations on floats, so that few and large ones suit a CPU that has to emulate those. */
+/* The same with x ~ x_scale * whole numbers, a scale for each row of x. Each group of codes costs some operations on
+   floats, so that few and large ones suit a CPU that has to emulate those. */
 int fo_linear_int8(const fo_tensor* w, const fo_tensor* bias, const int8_t* x, const float* x_scale, size_t x_count,
                    float* y, size_t y_count);
 
@@ -196,7 +197,7 @@ const char* fo_message(int code) {
     case FO_BAD_SIZE:
       return "the sizes of x, y, bias or out do not fit the tensor";
     case FO_NOT_FINITE:
-      return "x has NaN or infinity, which int8 cannot tell";
+      return "x has NaN or infinity";
     default:
       return "unknown code";
   }
@@ -247,26 +248,11 @@ static uint32_t fo__index16(const uint8_t* positions, size_t index) {
   return positions[2 * index] | (uint32_t)positions[2 * index + 1] << 8;
 }
 
-/* A code of 8, 4 or 2 bits. */
 static unsigned fo__code(const uint8_t* codes, unsigned bits, size_t index) {
-  if (bits == 8) return codes[index];
-  if (bits == 4) return (unsigned)codes[index >> 1] >> (index & 1) * 4 & 15u;
-  return (unsigned)codes[index >> 2] >> (index & 3) * 2 & 3u;
-}
-
-/* Of 6, 5 and 3 bits 8 codes fill bytes together. */
-static int fo__in_eights(unsigned bits) { return bits == 6 || bits == 5 || bits == 3; }
-
-/* A code of 6, 5 or 3 bits. */
-static unsigned fo__code_of_eight(const uint8_t* codes, unsigned bits, size_t index) {
   const unsigned at = (unsigned)(index & 7) * bits, below = at & 7;
   codes += (index >> 3) * bits + (at >> 3);
   const unsigned above = below + bits > 8 ? codes[1] : 0u; /* the row may end with codes[0] */
   return (codes[0] | above << 8) >> below & ((1u << bits) - 1);
-}
-
-static unsigned fo__any_code(const uint8_t* codes, unsigned bits, size_t index) {
-  return fo__in_eights(bits) ? fo__code_of_eight(codes, bits, index) : fo__code(codes, bits, index);
 }
 
 /* Bytes of so many codes, where they fill them; a part of a byte is not counted. */
@@ -309,7 +295,7 @@ static void fo__decode(const fo_tensor* t, size_t row, size_t begin, size_t coun
     const float scale = fo__float(t->scale, t->param_type, row * t->groups + group);
     const float minimum = fo__float(t->minimum, t->param_type, row * t->groups + group);
     for (; i < end; ++i) {
-      out[i] = fo__affine(scale, fo__any_code(codes, t->bits, begin + i), minimum);
+      out[i] = fo__affine(scale, fo__code(codes, t->bits, begin + i), minimum);
     }
   }
 }
@@ -484,15 +470,22 @@ static float fo__dot_floats_s8(const float* w, const void* x, const uint32_t* co
 static const fo__kind fo__kind_f32 = {4, 128, fo__dot_at_f32, fo__dot_floats_f32};
 static const fo__kind fo__kind_s8 = {1, 2048, fo__dot_at_s8, fo__dot_floats_s8};
 
-/* The power of two that x is counted in, so that its largest number is below 2^23; 0 where x has NaN or infinity, or
-   is so large or small that its products may leave the range of float. */
-static float fo__unit(const float* x, size_t n) {
+/* The bits of the largest |x|; NaN is above infinity. */
+static uint32_t fo__largest(const float* x, size_t n) {
   uint32_t largest = 0, bits;
   for (size_t i = 0; i < n; ++i) {
     FO__COPY(&bits, x + i, 4);
     bits &= 0x7fffffffu;
     if (bits > largest) largest = bits;
   }
+  return largest;
+}
+
+/* The power of two that x is counted in, so that its largest number is below 2^23; 0 where x has NaN or infinity, or
+   is so large or small that its products may leave the range of float. */
+static float fo__unit(const float* x, size_t n) {
+  const uint32_t largest = fo__largest(x, n);
+  uint32_t bits;
   if (largest == 0) return 1;
   const float above = fo__from_bits(largest) * 1.0078125f; /* then n <= 0x7f7f7f: it has three signed bytes */
   FO__COPY(&bits, &above, 4);
@@ -548,17 +541,19 @@ static float fo__middle_value(const fo_tensor* w, float scale, size_t param) {
   return fo__float(w->minimum, w->param_type, param) + fo__rounded(scale * (float)(1 << (w->bits - 1)));
 }
 
-/* Two groups of 16 codes of 2 bits share a block, in lanes of their own. */
-static int fo__two_a_block(const fo_tensor* w) { return w->bits == 2 && w->group == 16; }
-
 #if !defined(FO__SIMD)
+/* The room that a run takes of FO__ROOM. */
+static size_t fo__room_of(const fo_tensor* w, size_t n) {
+  (void)w;
+  return n;
+}
+
 /* A row of x in the columns of a stretch. */
 typedef struct {
   int32_t units[FO__COLUMNS]; /* of floats */
   const int8_t* x;            /* of 8 bits */
   float unit;
-  int32_t count[FO__RUNS]; /* of each run the sum, in units */
-  float sum[FO__RUNS];
+  float sum[FO__RUNS]; /* of each run */
 } fo__numbers;
 
 static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const void* x, float unit,
@@ -577,7 +572,6 @@ static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stre
         sum += to->units[i - at->begin] = fo__count_units(((const float*)x)[i], per_unit);
       }
     }
-    to->count[run] = sum;
     to->sum[run] = (float)sum * unit;
   }
 }
@@ -586,31 +580,38 @@ static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stre
 #include <arm_acle.h>
 #endif
 
-/* The dot products of codes with numbers. Codes are read four at a time where the tensor has four more bytes. */
+/* Codes are read four at a time. The last of a tensor come one by one, as no byte behind them may be read. */
+static int fo__four_exist(const uint8_t* codes, const uint8_t* end, size_t bit) {
+  return end - codes >= (ptrdiff_t)(bit >> 3) + 4;
+}
+
+/* The sum of (code - middle) * n. Codes less their middle are in two's complement; the topmost is shifted down first.
+ */
 static float fo__dot_units(unsigned bits, const uint8_t* codes, const uint8_t* end, const int32_t* n, size_t count,
-                           int32_t sum, float unit) {
-  const uint32_t mask = (1u << bits) - 1;
-  int64_t dot = -(int64_t)sum * (1 << (bits - 1));
+                           float unit) {
+  const int middle = 1 << (bits - 1);
+  const uint32_t middles = ((1u << bits | 1u) << 2 * bits | 1u << bits | 1u) << (bits - 1);
+  int64_t dot = 0;
   size_t i = 0;
-  for (size_t bit = 0; i + 4 <= count && end - (codes + (bit >> 3)) >= 4; i += 4, bit += 4 * bits) {
+  for (size_t bit = 0; i + 4 <= count && fo__four_exist(codes, end, bit); i += 4, bit += 4 * bits) {
     uint32_t word;
     FO__COPY(&word, codes + (bit >> 3), 4);
-    word >>= bit & 7;
-    dot += (int64_t)n[i] * (int32_t)(word & mask);
-    dot += (int64_t)n[i + 1] * (int32_t)((word >>= bits) & mask);
-    dot += (int64_t)n[i + 2] * (int32_t)((word >>= bits) & mask);
-    dot += (int64_t)n[i + 3] * (int32_t)(word >> bits & mask);
+    word = ((word >> (bit & 7)) ^ middles) << (32 - 4 * bits);
+    dot += (int64_t)n[i + 3] * ((int32_t)word >> (32 - bits));
+    dot += (int64_t)n[i + 2] * ((int32_t)(word <<= bits) >> (32 - bits));
+    dot += (int64_t)n[i + 1] * ((int32_t)(word <<= bits) >> (32 - bits));
+    dot += (int64_t)n[i] * ((int32_t)(word << bits) >> (32 - bits));
   }
-  for (; i < count; ++i) dot += (int64_t)n[i] * (int32_t)fo__any_code(codes, bits, i);
-  return (float)(int32_t)(dot >> 8) * (256.0f * unit) + (float)(int32_t)(dot & 255) * unit;
+  for (; i < count; ++i) dot += (int64_t)n[i] * ((int)fo__code(codes, bits, i) - middle);
+  return ((float)(int32_t)(dot >> 8) * 256.0f + (float)(int32_t)(dot & 255)) * unit;
 }
 
 static float fo__dot_bytes(unsigned bits, const uint8_t* codes, const uint8_t* end, const int8_t* n, size_t count,
                            int32_t sum) {
   const uint32_t mask = (1u << bits) - 1;
-  int32_t dot = -sum * (1 << (bits - 1));
+  int32_t dot = 0;
   size_t i = 0;
-  for (size_t bit = 0; i + 4 <= count && end - (codes + (bit >> 3)) >= 4; i += 4, bit += 4 * bits) {
+  for (size_t bit = 0; i + 4 <= count && fo__four_exist(codes, end, bit); i += 4, bit += 4 * bits) {
     uint32_t word;
     FO__COPY(&word, codes + (bit >> 3), 4);
     word >>= bit & 7;
@@ -628,29 +629,28 @@ static float fo__dot_bytes(unsigned bits, const uint8_t* codes, const uint8_t* e
     dot += n[i + 3] * (int32_t)(word >> bits & mask);
 #endif
   }
-  for (; i < count; ++i) dot += n[i] * (int32_t)fo__any_code(codes, bits, i);
-  return (float)dot;
+  for (; i < count; ++i) dot += n[i] * (int32_t)fo__code(codes, bits, i);
+  return (float)(dot - sum * (1 << (bits - 1)));
 }
 
-/* y [rows] of each row of x += the products in a stretch. */
+/* y [rows] += the products in a stretch, for one row of x: a tile has no more. */
 static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const fo__numbers* x,
                             size_t batch, float* y) {
   const size_t row_bytes = fo__row_bytes(w);
   const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
   codes += fo__code_bytes(w->bits, at->begin);
+  (void)batch;
   for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
     fo__walk walk = at->start;
-    for (size_t run = 0, i = at->begin, n; i < at->end; ++run, i += n) {
-      const size_t param = row * w->groups + walk.group, first = i - at->begin;
-      const uint8_t* from = codes + fo__code_bytes(w->bits, first);
+    const uint8_t* from = codes;
+    for (size_t run = 0, first = 0, n; first < at->end - at->begin; ++run, first += n) {
+      const size_t param = row * w->groups + walk.group;
       const float scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
-      n = fo__step(w, &walk, fo__min(kind->run, at->end - i));
-      for (size_t b = 0; b < batch; ++b) {
-        const int32_t count = x[b].count[run];
-        const float dot = kind->width == 1 ? fo__dot_bytes(w->bits, from, end, x[b].x + first, n, count)
-                                           : fo__dot_units(w->bits, from, end, x[b].units + first, n, count, x[b].unit);
-        y[b * w->rows + row] += fo__share(scale, middle, dot, x[b].sum[run]);
-      }
+      n = fo__step(w, &walk, fo__min(kind->run, at->end - at->begin - first));
+      const float dot = kind->width == 1 ? fo__dot_bytes(w->bits, from, end, x->x + first, n, (int32_t)x->sum[run])
+                                         : fo__dot_units(w->bits, from, end, x->units + first, n, x->unit);
+      y[row] += fo__share(scale, middle, dot, x->sum[run]);
+      from += fo__code_bytes(w->bits, n);
     }
   }
 }
@@ -665,7 +665,7 @@ static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__
 
    For each CPU:  fo__codes, fo__unpack      32 codes as bytes, below 128 but for those of 8 bits
                   fo__ints, fo__dot          lanes of sums += products of 32 bytes
-                  fo__times256               of all lanes
+                  fo__add, fo__times256      of all lanes
                   fo__totals                 the totals of four
                   fo__half_totals            of two, those of bytes 0 to 3 and 4 to 7 of every eight */
 #define FO__INLINE static inline __attribute__((always_inline))
@@ -737,15 +737,16 @@ FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8
 #endif
 }
 
+FO__INLINE fo__ints fo__add(fo__ints a, fo__ints b) { return _mm256_add_epi32(a, b); }
 FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm256_slli_epi32(sum, 8); }
 
 FO__INLINE __m128i fo__fold(fo__ints sum) {
   return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
 }
 
-FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
-  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(sums[0], sums[1]), _mm256_unpackhi_epi32(sums[0], sums[1]));
-  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(sums[2], sums[3]), _mm256_unpackhi_epi32(sums[2], sums[3]));
+FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
+  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
   return (fo__int4)fo__fold(_mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)));
 }
 
@@ -757,12 +758,13 @@ typedef __m128i fo__ints;
 
 #if !defined(__SSSE3__)
 /* Eight codes of 3, 5 or 6 bits as bytes: halves are moved apart, then quarters, then eighths. */
-FO__INLINE uint64_t fo__spread_eight(unsigned bits, const uint8_t* codes) {
-  uint64_t c = 0;
-  FO__COPY(&c, codes, bits);
+FO__INLINE int64_t fo__spread_eight(unsigned bits, const uint8_t* codes) {
+  uint64_t c = codes[0] | (uint64_t)codes[1] << 8 | (uint64_t)codes[2] << 16;
+  for (unsigned i = 3; i < bits; ++i) c |= (uint64_t)codes[i] << 8 * i;
   c = (c & (((uint64_t)1 << 4 * bits) - 1)) | c >> 4 * bits << 32;
   c = (c & ((1u << 2 * bits) - 1) * 0x100000001u) | (c >> 2 * bits & ((1u << 2 * bits) - 1) * 0x100000001u) << 16;
-  return (c & ((1u << bits) - 1) * 0x1000100010001u) | (c >> bits & ((1u << bits) - 1) * 0x1000100010001u) << 8;
+  c = (c & ((1u << bits) - 1) * 0x1000100010001u) | (c >> bits & ((1u << bits) - 1) * 0x1000100010001u) << 8;
+  return (int64_t)c;
 }
 #else
 FO__INLINE __m128i fo__unpack_pairs(unsigned bits, __m128i c, int behind) {
@@ -792,37 +794,38 @@ FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
     c.second = fo__unpack_pairs(bits, bits == 3 ? fo__load8(codes + 4) : fo__load16(codes + FO__SECOND(bits)),
                                 (int)FO__BEHIND(bits));
 #else
-    uint64_t eights[4];
-    for (size_t i = 0; i < 4; ++i) eights[i] = fo__spread_eight(bits, codes + i * bits);
-    c.first = fo__load16(eights), c.second = fo__load16(eights + 2);
+    c.first = _mm_set_epi64x(fo__spread_eight(bits, codes + bits), fo__spread_eight(bits, codes));
+    c.second = _mm_set_epi64x(fo__spread_eight(bits, codes + 3 * bits), fo__spread_eight(bits, codes + 2 * bits));
 #endif
   }
   return c;
 }
 
+FO__INLINE __m128i fo__dot_wide(__m128i sum, __m128i c, __m128i n) {
+  const __m128i even = _mm_and_si128(c, _mm_set1_epi16(255)), odd = _mm_srli_epi16(c, 8);
+  sum = _mm_add_epi32(sum, _mm_madd_epi16(even, _mm_srai_epi16(_mm_slli_epi16(n, 8), 8)));
+  return _mm_add_epi32(sum, _mm_madd_epi16(odd, _mm_srai_epi16(n, 8)));
+}
+
 FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
-  const __m128i n[2] = {fo__load16(x), fo__load16(x + 16)}, both[2] = {c.first, c.second};
+  const __m128i n = fo__load16(x), m = fo__load16(x + 16);
 #if defined(__SSSE3__)
   if (bits < 8) { /* four products fit 16 bits */
-    const __m128i fours = _mm_add_epi16(_mm_maddubs_epi16(both[0], n[0]), _mm_maddubs_epi16(both[1], n[1]));
+    const __m128i fours = _mm_add_epi16(_mm_maddubs_epi16(c.first, n), _mm_maddubs_epi16(c.second, m));
     return _mm_add_epi32(sum, _mm_madd_epi16(fours, _mm_set1_epi16(1)));
   }
 #endif
   (void)bits;
-  for (int i = 0; i < 2; ++i) {
-    const __m128i even = _mm_and_si128(both[i], _mm_set1_epi16(255)), odd = _mm_srli_epi16(both[i], 8);
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(even, _mm_srai_epi16(_mm_slli_epi16(n[i], 8), 8)));
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(odd, _mm_srai_epi16(n[i], 8)));
-  }
-  return sum;
+  return fo__dot_wide(fo__dot_wide(sum, c.first, n), c.second, m);
 }
 
+FO__INLINE fo__ints fo__add(fo__ints a, fo__ints b) { return _mm_add_epi32(a, b); }
 FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm_slli_epi32(sum, 8); }
 FO__INLINE __m128i fo__fold(fo__ints sum) { return sum; }
 
-FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
-  const __m128i ab = _mm_add_epi32(_mm_unpacklo_epi32(sums[0], sums[1]), _mm_unpackhi_epi32(sums[0], sums[1]));
-  const __m128i cd = _mm_add_epi32(_mm_unpacklo_epi32(sums[2], sums[3]), _mm_unpackhi_epi32(sums[2], sums[3]));
+FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
+  const __m128i ab = _mm_add_epi32(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+  const __m128i cd = _mm_add_epi32(_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
   return (fo__int4)_mm_add_epi32(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
 }
 #endif
@@ -895,6 +898,7 @@ FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8
 #endif
 }
 
+FO__INLINE fo__ints fo__add(fo__ints a, fo__ints b) { return vaddq_s32(a, b); }
 FO__INLINE fo__ints fo__times256(fo__ints sum) { return vshlq_n_s32(sum, 8); }
 
 FO__INLINE int32x4_t fo__add_neighbours(int32x4_t a, int32x4_t b) {
@@ -905,8 +909,8 @@ FO__INLINE int32x4_t fo__add_neighbours(int32x4_t a, int32x4_t b) {
 #endif
 }
 
-FO__INLINE fo__int4 fo__totals(const fo__ints sums[4]) {
-  return (fo__int4)fo__add_neighbours(fo__add_neighbours(sums[0], sums[1]), fo__add_neighbours(sums[2], sums[3]));
+FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
+  return (fo__int4)fo__add_neighbours(fo__add_neighbours(a, b), fo__add_neighbours(c, d));
 }
 
 FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
@@ -926,6 +930,11 @@ typedef struct {
   float unit, sum[FO__RUNS + 4];
   int32_t high[FO__RUNS + 4], low[FO__RUNS + 4];
 } fo__numbers;
+
+/* Two groups of 16 codes of 2 bits share a block, in lanes of their own. */
+static int fo__two_a_block(const fo_tensor* w) { return w->bits == 2 && w->group == 16; }
+
+static size_t fo__room_of(const fo_tensor* w, size_t n) { return fo__two_a_block(w) ? n : (n + 31) & ~(size_t)31; }
 
 /* Fills a block, and adds to the sums of its first and last 16 columns. */
 static void fo__fill_block(unsigned bits, const fo__kind* kind, const void* x, size_t count, float per_unit, int8_t* to,
@@ -981,12 +990,6 @@ static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stre
   FO__CLEAR(blocks, 4 * size);
 }
 
-/* Adds the products of a block to the sums of its high and middle bytes, and of its low ones. */
-FO__INLINE void fo__dot_block(unsigned bits, int floats, const uint8_t* codes, const int8_t* x, fo__ints sums[3]) {
-  const fo__codes c = fo__unpack(bits, codes);
-  for (int limb = floats ? 0 : 2; limb < 3; ++limb, x += 32) sums[limb] = fo__dot(bits, sums[limb], c, x);
-}
-
 FO__INLINE fo__float4 fo__float4_of(fo__int4 n) { return __builtin_convertvector(n, fo__float4); }
 
 FO__INLINE fo__float4 fo__rounded4(fo__float4 product) {
@@ -1023,114 +1026,154 @@ FO__INLINE fo__float4 fo__four_params(const void* params, unsigned type, size_t 
   return four;
 }
 
-/* Adds runs of one block, or two a block, to y: four at a time. */
-FO__INLINE float fo__add_short_runs(unsigned bits, int floats, const fo_tensor* w, size_t param, size_t runs,
-                                    const uint8_t* codes, const uint8_t* end, const fo__numbers* x, float y) {
-  const int two_a_block = bits == 2 && w->group == 16;
-  const size_t blocks = two_a_block ? 2 : 4, size = blocks * 4 * bits, x_size = floats ? 96 : 32;
+/* The dot products of a run: `high` of 256 * high + middle bytes, and `low`. */
+typedef struct {
+  fo__ints high, low;
+} fo__dots;
+
+/* Of a run that has a block, and up to 4 bits: all of it fits `low`, though it may overflow on the way. */
+FO__INLINE int fo__fits(unsigned bits, size_t blocks) { return bits <= 4 && blocks == 1; }
+
+FO__INLINE fo__dots fo__dot_run(unsigned bits, int floats, size_t blocks, const uint8_t* codes, const int8_t* x) {
+  fo__dots dots;
+  FO__CLEAR(&dots, sizeof dots);
+  fo__ints middle = dots.high;
+  if (fo__fits(bits, blocks) && floats) {
+    const fo__codes c = fo__unpack(bits, codes);
+    dots.low = fo__times256(fo__dot(bits, fo__times256(fo__dot(bits, dots.low, c, x)), c, x + 32));
+    dots.low = fo__dot(bits, dots.low, c, x + 64);
+    return dots;
+  }
+  for (size_t i = 0; i < blocks; ++i, codes += 4 * bits, x += floats ? 96 : 32) {
+    const fo__codes c = fo__unpack(bits, codes);
+    if (floats) dots.high = fo__dot(bits, dots.high, c, x), middle = fo__dot(bits, middle, c, x + 32);
+    dots.low = fo__dot(bits, dots.low, c, floats ? x + 64 : x);
+  }
+  if (floats) dots.high = fo__add(fo__times256(dots.high), middle);
+  return dots;
+}
+
+/* Four runs as floats. They have some blocks each or, `paired`, half a block. */
+FO__INLINE fo__float4 fo__dot_runs(unsigned bits, int floats, int paired, size_t blocks, const uint8_t* codes,
+                                   const int8_t* x, const fo__numbers* numbers, size_t run) {
+  const size_t size = blocks * 4 * bits, x_size = blocks * (floats ? 96 : 32);
+  const fo__dots a = fo__dot_run(bits, floats, blocks, codes, x);
+  const fo__dots b = fo__dot_run(bits, floats, blocks, codes + size, x + x_size);
+  fo__dots c = a, d = b;
+  fo__int4 high, low;
+  FO__COPY(&high, numbers->high + run, 16);
+  FO__COPY(&low, numbers->low + run, 16);
+  if (!paired) {
+    c = fo__dot_run(bits, floats, blocks, codes + 2 * size, x + 2 * x_size);
+    d = fo__dot_run(bits, floats, blocks, codes + 3 * size, x + 3 * x_size);
+  }
+  const fo__int4 dots = paired ? fo__half_totals(a.low, b.low) : fo__totals(a.low, b.low, c.low, d.low);
+  fo__uint4 total = (fo__uint4)dots + (fo__uint4)low;
+  if (!floats) return fo__float4_of((fo__int4)total);
+  if (fo__fits(bits, blocks)) return fo__float4_of((fo__int4)(total + ((fo__uint4)high << 8))) * numbers->unit;
+  high += fo__totals(a.high, b.high, c.high, d.high);
+  return fo__join(high, (fo__int4)total, numbers->unit);
+}
+
+/* The shares of four runs that are groups, of which `n` are used. */
+FO__INLINE fo__float4 fo__shares(unsigned bits, const fo_tensor* w, size_t param, size_t n, fo__float4 dot,
+                                 const float* sums) {
+  const fo__float4 scale = fo__four_params(w->scale, w->param_type, param, n);
+  const fo__float4 minimum = fo__four_params(w->minimum, w->param_type, param, n);
+  const fo__float4 middle = minimum + fo__rounded4(scale * (float)(1 << (bits - 1)));
+  fo__float4 sum;
+  FO__COPY(&sum, sums, 16);
+  return fo__rounded4(scale * dot) + fo__rounded4(middle * sum);
+}
+
+/* Adds runs that are groups to y, four at a time. Those of one block, or paired, are all added; of longer ones those
+   that make four. Returns how many. */
+FO__INLINE size_t fo__add_groups(unsigned bits, int floats, int paired, size_t blocks, const fo_tensor* w, size_t param,
+                                 size_t columns, const uint8_t* codes, const uint8_t* end, const fo__numbers* x,
+                                 float* y) {
+  const size_t runs = blocks > 1 ? columns / w->group & ~(size_t)3 : (columns + w->group - 1) / w->group;
+  const size_t four_blocks = paired ? 2 : 4 * blocks, size = four_blocks * 4 * bits;
   const int8_t* from = x->blocks;
   uint8_t copy[4 * 32];
-  for (size_t run = 0; run < runs; run += 4, codes += size) {
-    fo__ints high[4], low[4];
-    fo__int4 high_total, low_total;
-    fo__float4 dot, sum;
-    if ((size_t)(end - codes) < size) {
+  float total = *y;
+  for (size_t run = 0; run < runs; run += 4, codes += size, from += four_blocks * (floats ? 96 : 32)) {
+    if (blocks == 1 && (size_t)(end - codes) < size) {
       FO__CLEAR(copy, sizeof copy);
       FO__COPY(copy, codes, (size_t)(end - codes));
       codes = copy, end = copy + sizeof copy;
     }
-    FO__CLEAR(high, sizeof high);
-    FO__CLEAR(low, sizeof low);
-    for (size_t i = 0; i < blocks; ++i, from += x_size) {
-      const fo__codes c = fo__unpack(bits, codes + i * 4 * bits);
-      if (!floats) {
-        low[i] = fo__dot(bits, low[i], c, from);
-        continue;
-      }
-      high[i] = fo__dot(bits, fo__times256(fo__dot(bits, high[i], c, from)), c, from + 32);
-      if (bits <= 4) { /* all of the number fits 32 bits */
-        low[i] = fo__dot(bits, fo__times256(high[i]), c, from + 64);
-      } else {
-        low[i] = fo__dot(bits, low[i], c, from + 64);
-      }
-    }
-    FO__COPY(&high_total, x->high + run, 16);
-    FO__COPY(&low_total, x->low + run, 16);
-    const fo__int4 low_dots = two_a_block ? fo__half_totals(low[0], low[1]) : fo__totals(low);
-    fo__uint4 total = (fo__uint4)low_dots + (fo__uint4)low_total; /* may overflow on its way to what fits */
-    if (!floats) {
-      dot = fo__float4_of((fo__int4)total);
-    } else if (bits <= 4) {
-      total += (fo__uint4)high_total << 8;
-      dot = fo__join((fo__int4)total >> 8, (fo__int4)total & 255, x->unit);
-    } else {
-      dot = fo__join(high_total + fo__totals(high), (fo__int4)total, x->unit);
-    }
-    FO__COPY(&sum, x->sum + run, 16);
     const size_t n = fo__min(runs - run, 4);
-    const fo__float4 scale = fo__four_params(w->scale, w->param_type, param + run, n);
-    const fo__float4 minimum = fo__four_params(w->minimum, w->param_type, param + run, n);
-    const fo__float4 middle = minimum + fo__rounded4(scale * (float)(1 << (bits - 1)));
-    const fo__float4 share = fo__rounded4(scale * dot) + fo__rounded4(middle * sum);
-    for (size_t i = 0; i < n; ++i) y += share[i];
+    const fo__float4 dot = fo__dot_runs(bits, floats, paired, blocks, codes, from, x, run);
+    const fo__float4 share = fo__shares(bits, w, param + run, n, dot, x->sum + run);
+    if (n == 4) {
+      total += share[0], total += share[1], total += share[2], total += share[3];
+    } else {
+      for (size_t i = 0; i < n; ++i) total += share[i];
+    }
   }
-  return y;
+  *y = total;
+  return runs;
 }
 
 /* Adds a run of any length to y. */
 FO__INLINE float fo__add_run(unsigned bits, int floats, size_t n, const uint8_t* codes, const uint8_t* end,
                              const int8_t* blocks, const fo__numbers* x, size_t run, float scale, float middle,
                              float y) {
-  fo__ints sums[4];
-  uint8_t copy[32];
-  FO__CLEAR(sums, sizeof sums);
-  for (size_t i = 0; i < n; i += 32, codes += 4 * bits, blocks += floats ? 96 : 32) {
-    if ((size_t)(end - codes) < 4 * bits) {
-      FO__CLEAR(copy, sizeof copy);
-      FO__COPY(copy, codes, (size_t)(end - codes));
-      codes = copy, end = copy + sizeof copy;
+  const size_t size = 4 * bits, whole = fo__min((n + 31) / 32, (size_t)(end - codes) / size);
+  fo__dots dots = fo__dot_run(bits, floats, whole, codes, blocks);
+  if (whole * 32 < n) { /* the tensor ends in the last block */
+    uint8_t copy[32];
+    FO__CLEAR(copy, sizeof copy);
+    FO__COPY(copy, codes + whole * size, (size_t)(end - codes) - whole * size);
+    const fo__codes c = fo__unpack(bits, copy);
+    fo__ints zero;
+    FO__CLEAR(&zero, sizeof zero);
+    blocks += whole * (floats ? 96 : 32);
+    if (floats) {
+      const fo__ints high = fo__times256(fo__dot(bits, zero, c, blocks));
+      dots.high = fo__add(dots.high, fo__dot(bits, high, c, blocks + 32));
     }
-    fo__dot_block(bits, floats, codes, blocks, sums);
+    dots.low = fo__dot(bits, dots.low, c, floats ? blocks + 64 : blocks);
   }
-  const fo__int4 totals = fo__totals(sums);
-  const int32_t low = totals[2] + x->low[run];
-  if (!floats) return y + fo__share(scale, middle, (float)low, x->sum[run]);
-  const int32_t high = totals[0] * 256 + totals[1] + x->high[run];
-  const float dot = (float)(high + (low >> 8)) * (256.0f * x->unit) + (float)(low & 255) * x->unit;
+  const fo__int4 totals = fo__totals(dots.high, dots.high, dots.low, dots.low);
+  const int32_t low = totals[2] + x->low[run], high = totals[0] + x->high[run] + (low >> 8);
+  const float dot = floats ? (float)high * (256.0f * x->unit) + (float)(low & 255) * x->unit : (float)low;
   return y + fo__share(scale, middle, dot, x->sum[run]);
 }
 
 FO__INLINE void fo__add_rows(unsigned bits, int floats, const fo_tensor* w, const fo__stretch* at, const fo__numbers* x,
                              size_t batch, float* y) {
   const size_t row_bytes = fo__row_bytes(w), run_most = floats ? fo__kind_f32.run : fo__kind_s8.run;
+  const size_t columns = at->end - at->begin, group = w->group;
   const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
-  const int is_short = w->group == 32 || (bits == 2 && w->group == 16);
   codes += fo__code_bytes(bits, at->begin);
   for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
     for (size_t b = 0; b < batch; ++b) {
-      const size_t param = row * w->groups + at->start.group;
-      float total = y[b * w->rows + row];
-      if (is_short) {
-        const size_t runs = (at->end - at->begin + w->group - 1) / w->group;
-        total = fo__add_short_runs(bits, floats, w, param, runs, codes, end, x + b, total);
-      } else {
-        fo__walk walk = at->start;
-        size_t group = (size_t)-1;
-        float scale = 0, middle = 0;
-        const int8_t* blocks = x[b].blocks;
-        for (size_t run = 0, i = at->begin, n; i < at->end; ++run, i += n) {
-          if (walk.group != group) {
-            group = walk.group;
-            scale = fo__float(w->scale, w->param_type, row * w->groups + group);
-            middle = fo__middle_value(w, scale, row * w->groups + group);
-          }
-          n = fo__step(w, &walk, fo__min(run_most, at->end - i));
-          const uint8_t* from = codes + fo__code_bytes(bits, i - at->begin);
-          total = fo__add_run(bits, floats, n, from, end, blocks, x + b, run, scale, middle, total);
-          blocks += (n + 31) / 32 * (floats ? 96 : 32);
-        }
+      float* to = y + b * w->rows + row;
+      size_t param = row * w->groups + at->start.group, run = 0;
+      if (group == 32) {
+        run = fo__add_groups(bits, floats, 0, 1, w, param, columns, codes, end, x + b, to);
+      } else if (bits == 2 && group == 16) {
+        run = fo__add_groups(bits, floats, 1, 1, w, param, columns, codes, end, x + b, to);
+      } else if (group % 32 == 0 && group && group <= run_most) {
+        run = fo__add_groups(bits, floats, 0, group / 32, w, param, columns, codes, end, x + b, to);
       }
-      y[b * w->rows + row] = total;
+      size_t i = run * group;
+      if (i >= columns) continue;
+      const int8_t* blocks = x[b].blocks + i * (floats ? 3 : 1);
+      fo__walk walk = fo__walk_from(w, at->begin + i);
+      float scale = 0, middle = 0;
+      param = (size_t)-1;
+      for (size_t n; i < columns; ++run, i += n) {
+        if (row * w->groups + walk.group != param) {
+          param = row * w->groups + walk.group;
+          scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
+        }
+        n = fo__step(w, &walk, fo__min(run_most, columns - i));
+        const uint8_t* from = codes + fo__code_bytes(bits, i);
+        *to = fo__add_run(bits, floats, n, from, end, blocks, x + b, run, scale, middle, *to);
+        blocks += (n + 31) / 32 * (floats ? 96 : 32);
+      }
     }
   }
 }
@@ -1180,7 +1223,7 @@ static void fo__multiply_codes(const fo_tensor* w, const fo__kind* kind, const u
       fo__walk walk = at.start = fo__walk_from(w, at.begin);
       for (size_t runs = 0, room = FO__ROOM(kind); runs < FO__RUNS && at.end < w->cols; ++runs) {
         const size_t n = fo__min(fo__min(walk.left, kind->run), w->cols - at.end);
-        const size_t need = fo__two_a_block(w) ? n : (n + 31) & ~(size_t)31;
+        const size_t need = fo__room_of(w, n);
         if (need > room) break;
         room -= need;
         at.end += fo__step(w, &walk, n);
@@ -1201,7 +1244,7 @@ static void fo__multiply_entries(const fo_tensor* w, const fo__kind* kind, const
     fo__entries e = fo__entries_of(w, row);
     size_t first, n;
     while ((n = fo__columns(&e, columns, &first)) != 0) {
-      if (w->type != FO_CODES || fo__in_eights(w->bits)) {
+      if (w->type != FO_CODES) {
         const uint32_t* given = w->layout == FO_DENSE ? NULL : columns;
         const uint8_t* from = x + (given ? 0 : first * kind->width);
         fo__decode(w, values_row, first, n, values);
@@ -1253,7 +1296,7 @@ static int fo__linear(const fo_tensor* w, const fo_tensor* bias, const fo__kind*
     if (bias) fo__decode(bias, 0, row, 1, &add);
     for (size_t b = 0; b < batch; ++b) {
       const float product = y[b * w->rows + row];
-      y[b * w->rows + row] = (x_scale ? product * x_scale[b] : product) + add;
+      y[b * w->rows + row] = (x_scale ? fo__rounded(product * x_scale[b]) : product) + add;
     }
   }
   return FO_OK;
@@ -1269,14 +1312,9 @@ int fo_linear_int8(const fo_tensor* w, const fo_tensor* bias, const int8_t* x, c
 }
 
 int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale) {
-  const float largest_float = fo__from_bits(0x7f7fffffu);
-  float largest = 0, step;
-  for (size_t i = 0; i < count; ++i) {
-    const float size = x[i] < 0 ? -x[i] : x[i];
-    if (!(size <= largest_float)) return FO_NOT_FINITE;
-    if (size > largest) largest = size;
-  }
-  step = largest / 127;
+  const uint32_t largest = fo__largest(x, count);
+  if (largest >= 0x7f800000u) return FO_NOT_FINITE;
+  float step = fo__from_bits(largest) / 127;
   if (step < fo__from_bits(0x00800000u)) step = fo__from_bits(0x00800000u); /* all are zero, or nearly */
   for (size_t i = 0; i < count; ++i) {
     const float number = x[i] / step;
