@@ -24,7 +24,7 @@ def python(q: fo.QuantizedTensor, x: np.ndarray, precision: str, seconds: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--options", nargs="*", default=["-march=native", "-march=x86-64-v3", "-msse4.1", ""])
+    parser.add_argument("--options", default="-march=native,-march=x86-64-v3,-msse4.1,", help="of compilers, by commas")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=0.3)
@@ -37,7 +37,7 @@ def main() -> None:
         folder = Path(name)
         loop = ["cc", "-O3", "-ffast-math", "-march=native", "-DNAIVE", "-c", str(SOURCE), "-o", f"{name}/loop.o"]
         subprocess.run(loop, check=True)
-        for option in options.options:
+        for option in options.options.split(","):
             flags = ["-O2", *option.split()]
             subprocess.run(["cc", *flags, str(SOURCE), f"{name}/loop.o", "-o", f"{name}/speed"], check=True)
             print(f"\n{' '.join(flags)}\nbits  fo_linear (Python)  fo_linear_int8 (Python)  loop over floats")
