@@ -199,8 +199,8 @@ def sdist(session):
 # CPython of a Debian suite, and what Debian and the rest call a machine: wheels are built for each pair.
 SUITES = {"3.11": "bookworm"}
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
-# What a new wheel must pass, emulated too.
-WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py", "tests/files/test_atomic.py"]
+# What a new wheel must pass, emulated too: nothing that an emulator is too slow for.
+WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py"]
 
 
 def debian_root(session, python, machine):
