@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +14,7 @@ import fastopt as fo
 SOURCE = Path(__file__).parent / "edge_speed.c"
 
 
-def python(q: fo.QuantizedTensor, x: np.ndarray, precision: str, seconds: float) -> float:
+def python(q: fo.QuantizedTensor, x: np.ndarray, precision: Literal["exact", "int8"], seconds: float) -> float:
     shortest, end = float("inf"), time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.thread_time_ns()
@@ -47,7 +48,7 @@ def main() -> None:
                 command = [f"{name}/speed", f"{name}/w.safetensors", str(options.batch), str(options.seconds)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 floats, int8, naive = map(float, done.stdout.split())
-                exact, whole = (python(q, x, precision, options.seconds) for precision in ("exact", "int8"))
+                exact, whole = python(q, x, "exact", options.seconds), python(q, x, "int8", options.seconds)
                 print(f"{bits:4} {floats:9.1f} ({exact:6.1f}) {int8:14.1f} ({whole:6.1f}) {naive:15.1f}")
 
 

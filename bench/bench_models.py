@@ -31,6 +31,7 @@ import tempfile
 import time
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def by_ggml(weights: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], int]
 
 def packed_by_preset(weights: Any, **options: Any) -> dict[str, Any]:
     """Return a model packed with each preset."""
-    return {f"preset {name}": fo.pack(weights, preset=name, **options) for name in PRESETS}
+    return {f"preset {name}": fo.pack(weights, **{"preset": name, **options}) for name in PRESETS}
 
 
 def by_torch(network: Any, x: Any) -> tuple[NDArray[np.int64], int]:
@@ -551,13 +552,17 @@ def vision(options: argparse.Namespace) -> Iterator[Row]:
     recipes: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (8, 4)}
     recipes["4 bits, least squares, .1 % outliers"] = {"bits": 4, **LSQ}
     recipes |= {f"preset {name}": {"preset": name} for name in PRESETS}
-    peers = {"ONNX Runtime dynamic int8": by_onnxruntime} if options.peers else {}
-    for name, recipe in {**recipes, **peers}.items():
+    packers: dict[str, Callable[[Path, Path], Any]] = {
+        name: partial(fo.pack_onnx, **recipe) for name, recipe in recipes.items()
+    }
+    if options.peers:
+        packers["ONNX Runtime dynamic int8"] = by_onnxruntime
+    for name, pack in packers.items():
         with tempfile.TemporaryDirectory() as folder:
             # The names are ch_PP-OCRv4_det_infer.onnx and the like.
             packed = {path.name.split("_")[-2]: Path(folder) / path.name for path in models}
             for source, target in zip(models, packed.values(), strict=True):
-                recipe(source, target) if callable(recipe) else fo.pack_onnx(source, target, **recipe)
+                pack(source, target)
             engine = RapidOCR(**{f"{part}_model_path": str(path) for part, path in packed.items()})
             nbytes = sum(path.stat().st_size for path in packed.values())
             yield Row(name, 8 * nbytes / count, nbytes, {"wrong characters": wrong_characters(engine, sizes)})

@@ -141,7 +141,7 @@ class Cnn:
         back = (grad @ self.weights["2.weight"]).reshape(x2.shape)
         for i, columns, outputs in ((1, columns1, x2), (0, columns0, x1)):
             back *= outputs > 0
-            rows = back.transpose(0, 2, 3, 1).reshape(-1, back.shape[1])
+            rows = back.transpose(0, 2, 3, 1).reshape(-1, outputs.shape[1])
             grads[f"{i}.weight"], grads[f"{i}.bias"] = rows.T @ columns, rows.sum(axis=0)
             if i > 0:
                 back = add_patches(rows @ self.weights[f"{i}.weight"], x1.shape)

@@ -280,6 +280,7 @@ inline void watch_fork() {
 // Takes the threads of an OpenMP runtime, by the addresses of its functions; or those of the pool again, if they are 0.
 inline void use_openmp(std::uintptr_t parallel, std::uintptr_t max_threads, std::uintptr_t thread_num) {
   const auto set = [](auto& to, std::uintptr_t address) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr)
     to.store(reinterpret_cast<decltype(to.load())>(address), std::memory_order_release);
   };
   if (parallel != 0) {

@@ -239,6 +239,7 @@ class StoredWeight {
   // moved back as integers, for there is no array before these parameters.
   Quantized with_params(const float* scale, const float* minimum, std::size_t first) const {
     const auto back = [&](const float* params) {
+      // NOLINTNEXTLINE(performance-no-int-to-ptr)
       return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(params) -
                                            first * q_.groups * sizeof(float));
     };

@@ -79,7 +79,9 @@ void prepare_x_any(const Quantized& w, const float* x, int limbs, std::uint8_t* 
 }
 
 std::size_t panel_bytes(const Quantized& w, int limbs) {
-  return by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { return Panel<b.value, l.value>(w, nullptr).bytes; });
+  return by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) {
+    return panel_of<b.value, l.value>(w, static_cast<const std::uint8_t*>(nullptr)).bytes;
+  });
 }
 
 void prepare_panel_any(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,

@@ -31,10 +31,16 @@ constexpr std::size_t kHalves = kWide<Bits> ? 2 : 1;  // lanes for the columns o
 template <int Bits, int Limbs>
 constexpr std::size_t kPlanes = kWide<Bits> ? (Limbs + 1) / 2 : Limbs;
 
+// A width whose unpacked codes are multiplied in the same way: one function multiplies all of them.
+template <int Bits>
+constexpr int kAlike = Bits == 8  ? 8
+                       : Bits > 4 ? 6
+                                  : 4;
+
 // Lanes of 32 bits for the columns of a span.
 template <int Bits>
-constexpr std::size_t span_lanes(std::size_t words) {
-  return words * kParts<Bits> * kHalves<Bits>;
+constexpr std::size_t span_lanes(std::size_t columns) {
+  return columns / 4 * kHalves<Bits>;
 }
 
 // A panel of x, in memory of the caller.
@@ -47,8 +53,7 @@ struct Panel {
   Like<Byte, float>* group_sum;      // [group][row]; or, where a row of W is one group, a double for each row
   std::size_t slice_bytes, bytes;
 
-  Panel(const Quantized& w, Byte* memory) {
-    const std::size_t columns = runs_of<Bits>(w) * kRunColumns<Bits>;
+  Panel(const Quantized& w, std::size_t columns, Byte* memory) {
     const std::size_t spans = columns / span_columns(w);
     std::size_t at = 0;
     const auto take = [&](std::size_t size) {
@@ -65,6 +70,11 @@ struct Panel {
     bytes = at;
   }
 };
+
+template <int Bits, int Limbs, class Byte>
+Panel<kAlike<Bits>, Limbs, Byte> panel_of(const Quantized& w, Byte* memory) {
+  return {w, runs_of<Bits>(w) * kRunColumns<Bits>, memory};
+}
 
 // Sixteen words of sixteen rows: words[w][i] has word w of the rows in vector i. One function for all widths, since it
 // is long.
@@ -98,9 +108,9 @@ template <int Bits, int Limbs>
 void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                    std::uint8_t* memory) {
   constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
-  const Panel<Bits, Limbs, std::uint8_t> to(w, memory);
+  const auto to = panel_of<Bits, Limbs>(w, memory);
   const std::size_t words = span_columns(w) / kWordColumns<Bits>, runs = runs_of<Bits>(w);
-  constexpr std::size_t run_bytes = span_lanes<Bits>(kWords) * planes * 4 * kSliceRows;
+  constexpr std::size_t run_bytes = span_lanes<Bits>(kRunColumns<Bits>) * planes * 4 * kSliceRows;
   alignas(64) static constexpr std::uint8_t zeros[kPart] = {};
   Prepared<Bits, Limbs> sources[kPanelWidth];
   for (std::size_t b = 0; b < count; ++b) sources[b] = Prepared<Bits, Limbs>(w, rows + b * row_bytes);
@@ -246,7 +256,7 @@ inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t ru
 // Unpacks the columns from `begin` on of rows [row, row + kBand) of W, which end at row `end`.
 template <int Bits>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
-                                      Unpacked<Bits>* out) {
+                                      Unpacked<kAlike<Bits>>* out) {
   const std::size_t span = span_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
   const bool one_group = w.groups == 1;
   out->span = begin / span;
@@ -310,23 +320,22 @@ inline void add_to(double* total, Vec<float> sums) {
 }
 
 // The cache lines of codes that a band has in a span of 32 columns.
-template <int Bits>
-constexpr std::size_t kSpanLines = (kBand * 2 * kGrain * Bits / 8 + 63) / 64;
+constexpr std::size_t span_lines(std::size_t bits) { return (kBand * 2 * kGrain * bits / 8 + 63) / 64; }
 
 // Adds a stretch of a band, the first `rows` of which exist, by the first `count` rows of a panel to the totals, which
-// are double, so that adding many stretches loses no accuracy. `words`: words of codes in a span, or `Words` where the
-// loop over them is unrolled. `next_codes` are prefetched meanwhile, unless it is null. The function is long because
-// its sums must stay in registers across the loops.
-template <int Bits, int Limbs, std::size_t Words>
-[[gnu::noinline]] void add_stretch(const Unpacked<Bits>& w, std::size_t words, std::size_t rows,
+// are double, so that adding many stretches loses no accuracy. A span has `columns`, or `Columns` where the loop over
+// them is unrolled. `lines` of `next_codes` are prefetched with each span meanwhile. The function is long because its
+// sums must stay in registers across the loops.
+template <int Bits, int Limbs, std::size_t Columns>
+[[gnu::noinline]] void add_stretch(const Unpacked<Bits>& w, std::size_t columns, std::size_t rows,
                                    const Panel<Bits, Limbs>& x, std::size_t count, const std::uint8_t* next_codes,
-                                   double (*total)[kBand]) {
+                                   std::size_t lines, double (*total)[kBand]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   using Words32 = Vec<std::uint32_t>;
   constexpr std::size_t lanes = kLanes<float>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
   constexpr std::size_t planes_at_once = kOneInstructionDot ? planes : 1;
-  const std::size_t span_words = span_lanes<Bits>(Words > 0 ? Words : words);
+  const std::size_t span_words = span_lanes<Bits>(Columns > 0 ? Columns : columns);
   const auto each = [](const auto& body) {
     unroll<kSliceRows * kSliceVectors>([&](auto i) {
       constexpr std::size_t at = i.value;
@@ -349,7 +358,9 @@ template <int Bits, int Limbs, std::size_t Words>
           const std::uint8_t* const codes = w.codes + (span - w.span) * span_words * kBand * 4 + i * kVectorBytes;
           const std::int8_t* const n = slice + span * span_words * planes * 4 * kSliceRows;
           const std::int32_t* const offset = x.offset + span * sums * kPanelWidth + first;
-          if (next_codes && first + i == 0) fetch_codes<kSpanLines<Bits>>(next_codes, span - w.span);
+          for (std::size_t line = first + i == 0 ? 0 : lines; line < lines; ++line) {
+            __builtin_prefetch(next_codes + ((span - w.span) * lines + line) * 64, 0, 2);
+          }
           Ints upper[kSliceRows][kSliceVectors], last[kSliceRows][kSliceVectors];
           each([&](auto b, auto v) { upper[b][v] = Ints{}; });
           for (std::size_t first_plane = 0; first_plane < planes; first_plane += planes_at_once) {
@@ -468,7 +479,7 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
   double total[kPanels][kPanelWidth][kBand];
   std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
-    return Panel<Bits, Limbs>(w, io.panels + (batch / kPanelWidth + p) * io.panel_bytes);
+    return panel_of<Bits, Limbs>(w, io.panels + (batch / kPanelWidth + p) * io.panel_bytes);
   };
   const auto rows_of = [&](std::size_t p) {
     const std::size_t left = count - p * kPanelWidth;
@@ -476,17 +487,17 @@ void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std:
   };
   const std::uint8_t* next_codes = w.codes + (row + kBand) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
-    Unpacked<Bits> unpacked;
+    Unpacked<kAlike<Bits>> unpacked;
     unpack_stretch<Bits>(w, row, end, begin, &unpacked);
     for (std::size_t p = 0; p < panels; ++p) {
-      const auto add = [&](auto fixed) {
-        add_stretch<Bits, Limbs, fixed.value>(unpacked, span_columns(w) / kWordColumns<Bits>, end - row, panel(p),
-                                              rows_of(p), p == 0 ? next_codes : nullptr, total[p]);
+      const auto add = [&](auto columns) {
+        add_stretch<kAlike<Bits>, Limbs, columns.value>(unpacked, span_columns(w), end - row, panel(p), rows_of(p),
+                                                        next_codes, p == 0 ? span_lines(Bits) : 0, total[p]);
       };
-      constexpr int words = kUnrolled > 1 ? kGrain / kWordColumns<Bits> : 0;
-      span_columns(w) == 2 * kGrain ? add(Int<2 * words>{}) : add(Int<words>{});
+      constexpr int unrolled = kUnrolled > 1 ? kGrain : 0;
+      span_columns(w) == 2 * kGrain ? add(Int<2 * unrolled>{}) : add(Int<unrolled>{});
     }
-    next_codes += (unpacked.span_end - unpacked.span) * kSpanLines<Bits> * 64;
+    next_codes += (unpacked.span_end - unpacked.span) * span_lines(Bits) * 64;
   }
   for (std::size_t p = 0; p < panels; ++p) {
     const std::size_t first = batch + p * kPanelWidth;
