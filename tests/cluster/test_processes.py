@@ -23,7 +23,7 @@ from fastopt.models import tasks
 @pytest.fixture
 def large(tmp_path):
     """A model that takes a second or two, and a target that exists."""
-    make_model(tmp_path / "model", shards=2, tensors=8, rows=2048, cols=2048)
+    make_model(tmp_path / "model", shards=2, tensors=8, rows=4096, cols=2048)
     fo.pack_file(tmp_path / "model", tmp_path / "packed", bits=8)
     return tmp_path
 
