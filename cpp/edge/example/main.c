@@ -1,7 +1,7 @@
 /* Classifies handwritten digits, once in floats, once in whole numbers of 8 bits, which suits a CPU without a
-   floating-point unit. The network is that of `fastopt demo`: three layers, four fifths of the weights pruned, the rest
-   in 4 bits. With VISION it is one of depthwise convolutions. `fastopt export --to c` wrote the functions that run
-   them; with FROM_FILE the layers are called here, with tensors of a safetensors file. */
+   floating-point unit. The network is that of `fastopt demo`, but narrower: three layers, four fifths of the weights
+   pruned, the rest in 4 bits. With VISION it is one of depthwise convolutions. `fastopt export --to c` wrote the
+   functions that run them; with FROM_FILE the layers are called here, with tensors of a safetensors file. */
 #include "board.h"
 #include "digits.h" /* images, their labels, and what Python takes them for */
 

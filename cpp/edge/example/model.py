@@ -1,6 +1,7 @@
-"""Train and pack the network of ``fastopt demo``, and write it and some test images as C."""
+"""Train and pack a smaller network than ``fastopt demo`` on its images, and write it and some of them as C."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ def main() -> None:
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
 
-    data, file = demo.load_digits(), folder / "fastopt-demo.safetensors"
+    data = dataclasses.replace(demo.load_digits(), hidden=(256, 128), batch=32, epochs=30)  # for little flash
+    file = folder / "fastopt-demo.safetensors"
     demo.run(data, file, epochs=arguments.epochs)
     model, layer = fo.load(file), fo.Layer
     graph = [layer("fc1", activation="relu"), layer("fc2", activation="relu"), layer("fc3")]
