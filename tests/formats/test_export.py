@@ -21,7 +21,7 @@ def test_npz(rng, tmp_path):
         "float": rng.standard_normal((3, 5)).astype("f4"),
         "bfloat16": rng.standard_normal((3, 5)).astype(ml_dtypes.bfloat16),
         "ids": np.arange(6),
-        "odd": fo.quantize(rng.standard_normal((3, 7, 3)).astype("f4"), bits=2, outliers=0.1),
+        "odd": fo.quantize(rng.standard_normal((3, 7, 3)).astype("f4"), bits=2, group_size=16, outliers=0.1),
         "row": fo.quantize(rng.standard_normal(9).astype("f4"), bits=4),
         "sparse": fo.prune(rng.standard_normal((8, 32)).astype("f4"), sparsity=0.5),
         "small": fo.prune(rng.standard_normal((8, 32)).astype("f4"), sparsity=0.5).quantize(bits=4),

@@ -301,6 +301,7 @@ def test_tasks_that_run_twice(source, tmp_path, threads):
     assert contents(alone) == contents(together)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_cancels_the_tasks(source, old):
     class Never:
         def __init__(self):

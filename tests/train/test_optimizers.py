@@ -259,13 +259,6 @@ def test_8_bit_states_are_refused_by_group_too():
         fo.Adam([{"params": np.zeros(2, "f4"), "amsgrad": True}], state_dtype="uint8")
 
 
-@pytest.fixture
-def interruptible():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where jobs run in the background
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_comes_before_a_step_or_after_it():
     """Weights, states, their counts and the number of steps go together, wherever the signal is raised."""
