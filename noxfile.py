@@ -199,7 +199,7 @@ def sdist(session):
 # CPython of a Debian suite, and what Debian and the rest call a machine: wheels are built for each pair.
 SUITES = {"3.11": "bookworm"}
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
-# What a new wheel must pass, emulated too: nothing that an emulator is too slow for.
+# A new wheel must pass these, emulated too: they do not depend on speed.
 WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py"]
 
 
@@ -213,7 +213,10 @@ def debian_root(session, python, machine):
         (state / name).mkdir(parents=True, exist_ok=True)
     (state / "status").touch()  # nothing is installed
     keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    source = f"deb [signed-by={keys}] http://deb.debian.org/debian {SUITES[python]} main\n"
+    # From where this system has its own packages.
+    main = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Label: Debian", "Component: main"]
+    mirror = session.run(*main, external=True, silent=True).split()[0]
+    source = f"deb [signed-by={keys}] {mirror} {SUITES[python]} main\n"
     (state / "sources.list").write_text(source)
     options = {
         "APT::Architecture": MACHINES[machine],

@@ -92,7 +92,8 @@ void dequantize(const py::array& codes, const py::object& scale, const py::array
   memory.check();
   const Kernels& k = kernels();
   const py::gil_scoped_release released;
-  if (q.rows == 1) {  // the threads share the columns of a single row
+  if (to.size == 0) return;  // rows without columns take no memory, so a file may claim any number of them
+  if (q.rows == 1) {         // the threads share the columns of a single row
     weight.for_one_row(k, [&](const Quantized& w) {
       parallel_chunks(w.cols, kQuantChunk, matrix_bytes(1, w.cols), [&](std::size_t begin, std::size_t end) {
         k.quant.dequantize(w, 0, begin, end, to.data + begin);

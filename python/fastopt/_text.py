@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 from html import escape
 from typing import Any
@@ -106,7 +106,16 @@ def storage_text(kind: str, bits: int | None, group_size: int | None, param_bits
     return f"{'sparse, ' if kind.startswith('sparse') else ''}{bits} bits, {group}{params}"
 
 
-# ---- tables for notebooks ----------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def text_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
+    """Return rows as lines whose columns begin at the same place, or, those of `right`, end there."""
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if i in right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def html_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

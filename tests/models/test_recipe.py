@@ -336,7 +336,7 @@ def test_no_other_choice_is_better(rng):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_options_in_one_word(preset, rng):
-    """What is given beside a preset counts, wherever it is named."""
+    """Options beside a preset count, wherever it is named."""
     weights = {name: rng.standard_normal((64, 96)).astype("f4") for name in ("a", "norm")}
     recipe = fo.Recipe(**PRESETS[preset], exclude=["norm"])
     packed = fo.pack(weights, preset=preset, exclude=["norm"])

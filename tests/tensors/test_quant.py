@@ -275,6 +275,13 @@ def test_dtypes(dtype, rng):
     assert np.array_equal(q.codes, fo.quantize(w.astype("f4"), 8).codes)
 
 
+def test_rows_without_columns_take_no_time():
+    """A file of a few bytes may claim any number of them."""
+    w = np.zeros((1 << 40, 0), np.float32)
+    for options in ({"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 8, "param_bits": 4, "param_group": 256}):
+        assert fo.quantize(w, **options).dequantize().shape == w.shape
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (3, 0), (0, 3), (4, 5), (4, 3, 2, 2)])
 @pytest.mark.parametrize("group_size", ["auto", None, -1, 7])
 def test_shapes(shape, group_size, rng):

@@ -18,7 +18,7 @@ from fastopt.files.sources import open_weights
 from fastopt.formats.onnx_pack import pack_onnx, weights_to_pack
 from fastopt.models.model import PackedModel, pack
 from fastopt.models.recipe import Recipe
-from fastopt.models.search import SearchResult, search
+from fastopt.models.search import SearchResult, require_matplotlib, search
 
 Eval = Annotated[
     str | None,
@@ -64,6 +64,8 @@ _FUNCTION = re.compile(r"[\w.]+:\w+")
 def searched(model: Path, output: Path, recipe: Recipe, code: str, chart: Path | None, **options: Any) -> Recipe:
     """Return the recipe that the search finds, and print its table to stderr."""
     is_onnx = output.suffix == ".onnx"
+    if chart is not None:
+        require_matplotlib()  # fail before the work, not after it
     with _candidates(is_onnx) as path, progress() as notify:
 
         def told(done: int, total: int, note: str) -> None:
@@ -80,16 +82,11 @@ def searched(model: Path, output: Path, recipe: Recipe, code: str, chart: Path |
         evaluate, takes_path = _evaluate_of(code)
         make: Callable[[Recipe], PackedModel | Path] | None = pack_for_path if takes_path or is_onnx else None
         found: SearchResult = search(weights, evaluate, recipe, pack=make, notify=told, **options)
-    say_table(found)
+    for line in str(found).splitlines():
+        say(line, err=True)  # stdout belongs to the report
     if chart is not None:
         found.chart(chart)
     return found.recipe
-
-
-def say_table(found: SearchResult) -> None:
-    """Print the table of a search to stderr: stdout belongs to the report."""
-    for line in str(found).splitlines():
-        say(line, err=True)
 
 
 @contextmanager

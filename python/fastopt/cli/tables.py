@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastopt._text import percent_text, printable, printable_json, shape_text, size_text, storage_text
+from fastopt._text import percent_text, printable, printable_json, shape_text, size_text, storage_text, text_table
 from fastopt.formats.c_net import Cost
 from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
@@ -309,15 +309,9 @@ def _error_text(error: Error) -> str:
 def cost_table(cost: Cost) -> str:
     """Return the cost of each operation of a network in C, and of all."""
     rows = [
-        [step.name, step.call, "x".join(map(str, step.shape[1:])), f"{step.flash:,}", f"{step.macs:,}"]
-        for step in cost.steps
+        [step.name, step.call, shape_text(step.shape[1:]), f"{step.flash:,}", f"{step.macs:,}"] for step in cost.steps
     ]
     rows.append(["all", "", "", f"{cost.flash:,}", f"{cost.macs:,}"])
     head = ["node", "function", "output", "flash bytes", "multiply-adds"]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        padded = [row[i].ljust(width) if i < 3 else row[i].rjust(width) for i, width in enumerate(widths)]
-        lines.append("  ".join(padded).rstrip())
     ram = f"scratch {cost.scratch:,} bytes, x {cost.input_bytes:,}, y {cost.output_bytes:,}"
-    return "\n".join([*lines, f"RAM: {ram}; the code comes on top of flash"])
+    return f"{text_table([head, *rows], right=(3, 4))}\nRAM: {ram}; the code comes on top of flash"

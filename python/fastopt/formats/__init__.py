@@ -84,7 +84,7 @@ def export(
     Returns
     -------
     Cost or None
-        Of a network in C: ``flash``, ``scratch`` and ``macs``, the bytes of its constants and of its scratch and the
+        For a network in C: ``flash``, ``scratch`` and ``macs``, the bytes of its constants and of its scratch and the
         multiply-adds of a run, ``input_bytes`` and ``output_bytes``, and ``steps`` with a name, function, shape, flash
         and macs of each operation.
 

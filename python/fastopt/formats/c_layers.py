@@ -7,7 +7,7 @@ from fastopt._checks import as_matrix
 from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.formats.c_net import Net, Value
-from fastopt.formats.layers import batch_norm, is_map, numbers_of, reads_map, reads_of
+from fastopt.formats.layers import batch_norm, numbers_of, outputs_of, reads_map, steps_of
 from fastopt.models.shrinking import Add, Concat, Kind, Layer, Node
 
 
@@ -24,22 +24,12 @@ def add_layers(net: Net, graph: Sequence[Node], input_shape: Sequence[int] | Non
     if not graph:
         raise ValueError("graph: expected one or more layers, got none")
     values: dict[str, Value] = {"x": _input_of(net, graph, input_shape)}
-    maps = {"x": len(values["x"].shape) == 4 or reads_map(graph)}
-    read: set[str] = set()
-    before: str | None = None
-    for node in graph:
-        if node.name in values:
-            raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
-        names = reads_of(node, before)
-        read.update(names)
-        for name in names:
-            if name not in values:
-                raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
-        inputs, of_maps = [values[name] for name in names], [maps[name] for name in names]
-        maps[node.name] = is_map(node, of_maps)
-        axis = 1 if maps[node.name] else -1
+    steps = steps_of(graph, len(values["x"].shape) == 4 or reads_map(graph))
+    for node, reads, reads_maps, gives_map in steps:
+        inputs = [values[name] for name in reads]
+        axis = 1 if gives_map else -1
         if isinstance(node, Layer):
-            if node.kind == "dense" and of_maps[0] and not node.flatten:
+            if node.kind == "dense" and reads_maps[0] and not node.flatten:
                 raise ValueError(
                     f"graph: {node.name!r} reads a feature map of shape {inputs[0].shape[1:]}; flatten=True makes it "
                     "a row"
@@ -53,8 +43,8 @@ def add_layers(net: Net, graph: Sequence[Node], input_shape: Sequence[int] | Non
             for other in inputs[1:]:
                 value = net.join(node.name, value, other)
             value = _activated(net, node, value, axis)
-        values[node.name], before = value, node.name
-    outputs = [name for name in values if name not in read and name != "x"]
+        values[node.name] = value
+    outputs = outputs_of(steps)
     if len(outputs) > 1:
         raise ValueError(f"graph: expected one output, got {', '.join(outputs)}, which no node reads")
     return values[outputs[0]]

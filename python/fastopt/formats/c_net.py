@@ -51,7 +51,7 @@ class Step(NamedTuple):
     call : str
         The function in C.
     shape : tuple of int
-        Of the output, with the batch of 1.
+        The shape of the output, with the batch of 1.
     flash : int
         Bytes of its constants; a tensor that several operations read counts once.
     macs : int
@@ -109,7 +109,7 @@ class _Buffer:
 
 
 class Value(NamedTuple):
-    """What an operation returns: a shape, whose first axis is the batch of 1, and where its floats are.
+    """The output of an operation: its shape, whose first axis is the batch of 1, and where its floats are.
 
     With `channels_last`, axis 1 is stored behind all others.
     """

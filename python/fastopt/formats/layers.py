@@ -1,6 +1,7 @@
 """Graphs of layers: what the formats that can write them share."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,51 @@ def reads_map(graph: Sequence[Node]) -> bool:
     """Return whether the input of a graph is a signal or a feature map."""
     first = graph[0]
     return isinstance(first, Layer) and (first.kind in _ON_MAPS or first.kind == "global_pool" or first.flatten)
+
+
+class Step(NamedTuple):
+    """A node of a graph.
+
+    Attributes
+    ----------
+    node : Layer, Add or Concat
+    reads : list of str
+        The names of the nodes that it reads; "x" is the input.
+    reads_maps : list of bool
+        Whether each of these is a signal or a feature map.
+    gives_map : bool
+        Whether its output is one.
+    """
+
+    node: Node
+    reads: list[str]
+    reads_maps: list[bool]
+    gives_map: bool
+
+
+def steps_of(graph: Sequence[Node], x_is_map: bool) -> list[Step]:
+    """Return the nodes of a graph in order; raise ValueError if one reads what does not come before it."""
+    maps = {"x": x_is_map}
+    before: str | None = None
+    steps = []
+    for node in graph:
+        if node.name in maps:
+            raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
+        reads = reads_of(node, before)
+        for name in reads:
+            if name not in maps:
+                raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
+        of_maps = [maps[name] for name in reads]
+        maps[node.name] = is_map(node, of_maps)
+        steps.append(Step(node, reads, of_maps, maps[node.name]))
+        before = node.name
+    return steps
+
+
+def outputs_of(steps: Sequence[Step]) -> list[str]:
+    """Return the names of the nodes that no node reads."""
+    read = {name for step in steps for name in step.reads}
+    return [step.node.name for step in steps if step.node.name not in read]
 
 
 def batch_norm(tensor: Callable[[str], Array | None], size: int, eps: float) -> tuple[Array, Array]:

@@ -19,7 +19,17 @@ from fastopt._checks import as_matrix, require_group_size
 from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.formats.common import Option, codes_matrix, regroup, require_package
-from fastopt.formats.layers import INPUT_SHAPE, LAYER, batch_norm, is_map, numbers_of, reads_map, reads_of
+from fastopt.formats.layers import (
+    INPUT_SHAPE,
+    LAYER,
+    batch_norm,
+    is_map,
+    numbers_of,
+    outputs_of,
+    reads_map,
+    reads_of,
+    steps_of,
+)
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.recipe import naming_tensor
 from fastopt.models.shrinking import Concat, Kind, Layer, Node
@@ -509,28 +519,18 @@ def _chain(
         raise ValueError("graph: expected one or more layers, got none")
     given = _shape_of_x(model, graph, input_shape)
     shapes: dict[str, Shape] = {"x": given}
-    maps = {"x": len(given) == 3 or reads_map(graph)}
-    read: set[str] = set()
-    before: str | None = None
-    for node in graph:
-        if node.name in shapes:
-            raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
-        reads = reads_of(node, before)
-        read.update(reads)
-        for name in reads:
-            if name not in shapes:
-                raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
-        of_maps = [maps[name] for name in reads]
-        maps[node.name] = is_map(node, of_maps)
+    x_is_map = len(given) == 3 or reads_map(graph)
+    steps = steps_of(graph, x_is_map)
+    for node, reads, reads_maps, gives_map in steps:
         if isinstance(node, Layer):
             progress.next(name) if (name := f"{node.name}.weight") in model else None
-            shapes[node.name] = _Layer(builder, model, node, reads[0], shapes[reads[0]], of_maps[0]).add()
+            shapes[node.name] = _Layer(builder, model, node, reads[0], shapes[reads[0]], reads_maps[0]).add()
         else:
-            shapes[node.name] = _join(builder, node, [(name, shapes[name]) for name in reads], maps[node.name])
-        before = node.name
-    outputs = [name for name in shapes if name not in read and name != "x"]
+            shapes[node.name] = _join(builder, node, [(name, shapes[name]) for name in reads], gives_map)
+    maps = {step.node.name: step.gives_map for step in steps}
+    outputs = outputs_of(steps)
     kind = np.int64 if isinstance(graph[0], Layer) and graph[0].kind == "embedding" else np.float32
-    return [_described("x", given, maps["x"], kind)], [_described(name, shapes[name], maps[name]) for name in outputs]
+    return [_described("x", given, x_is_map, kind)], [_described(name, shapes[name], maps[name]) for name in outputs]
 
 
 def _described(name: str, shape: Shape, is_map: bool, dtype: DTypeLike = np.float32) -> _Described:
@@ -577,7 +577,7 @@ class _Layer:
     shape : Shape
         The shape of that.
     of_map : bool
-        Whether that is a signal or a feature map.
+        True if that is a signal or a feature map.
     """
 
     builder: Builder

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastopt._text import html_table, percent_text, printable, shape_text, size_text, storage_text
+from fastopt._text import html_table, percent_text, printable, shape_text, size_text, storage_text, text_table
 from fastopt._types import FLOATS, Array
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.calibration import InputSums
@@ -119,11 +119,7 @@ class Report:
                 del columns[i], texts[i], widths[i]
         widths[0] = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
         texts[0] = [name if len(name) <= widths[0] else f"...{name[len(name) - widths[0] + 3 :]}" for name in texts[0]]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in zip(*texts, strict=True)
-        ]
-        return "\n".join([*lines, *wrap(repr(self), max(room, 40))])
+        return "\n".join([text_table(zip(*texts, strict=True)), *wrap(repr(self), max(room, 40))])
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), self._columns(), self._rows())

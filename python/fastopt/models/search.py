@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastopt._text import printable, shown
+from fastopt._text import printable, shown, text_table
 from fastopt._types import PathLike
 from fastopt.files.atomic import replacing, write_text
 from fastopt.files.sources import open_weights
@@ -102,7 +102,7 @@ class SearchResult:
         tensors = [["tensor", "bits", "loss alone"]]
         for name, loss in sorted(self.sensitivity.items(), key=lambda item: -item[1]):
             tensors.append([printable(name), str(self.bits[name]), f"{loss:.3g}"])
-        return "\n\n".join(map(_table, (rows, tensors)))
+        return "\n\n".join(map(text_table, (rows, tensors)))
 
     def chart(self, path: PathLike) -> None:
         """Draw the scores over the bytes, and the sensitivity of the tensors.
@@ -117,10 +117,7 @@ class SearchResult:
         ImportError
             If matplotlib is not installed.
         """
-        try:
-            figure = import_module("matplotlib.figure").Figure(figsize=(9, 4), layout="constrained")
-        except ImportError as error:
-            raise ImportError("a chart needs matplotlib: pip install 'fastopt[chart]'") from error
+        figure = require_matplotlib()(figsize=(9, 4), layout="constrained")
         scores, tensors = figure.subplots(1, 2)
         for color, label, those in (
             ("#9ca3af", "too far", [t for t in self.trials if t.loss > self.budget and t.loss < _WORST]),
@@ -468,7 +465,9 @@ def _parse_budget(budget: float | str, original: float) -> float:
     return value
 
 
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
+def require_matplotlib() -> Any:
+    """Return the class of matplotlib's figures; raise ImportError if it is not installed."""
+    try:
+        return import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise ImportError("a chart needs matplotlib: pip install matplotlib") from error

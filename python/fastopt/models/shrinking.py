@@ -64,14 +64,14 @@ class Layer:
     eps : float
         The epsilon of the normalization.
     stride, dilation : int or sequence of int
-        Of convolutions and pools, for all axes or for each. A pool has the stride `size` by default.
+        Those of convolutions and pools, for all axes or for each. A pool has the stride `size` by default.
     padding : int, sequence of int or "same"
         Zeros, or with "max_pool" nothing, before and after each axis. With "same" the length of an axis is divided by
         the stride and rounded up.
     groups : int
-        Of a convolution.
+        The groups of a convolution.
     size : int or sequence of int, optional
-        Of the window of a pool.
+        The size of the window of a pool.
     last : bool
         A recurrent layer that returns its last step alone.
     """

@@ -369,22 +369,23 @@ class Optimizer(abc.ABC):
         for group, options, grads_of_group in zip(groups, self.param_groups, gradients, strict=True):
             lr = self._ready(options, group)
             for taken, indices in group.jobs(grads_of_group):
-                # As `job` makes it, which costs as much as the step of a small tensor.
-                jobs.append((
-                    group.rule,
-                    self._hyper(options, lr, taken + 1),
-                    -scale if options["maximize"] else scale,
-                    lr * options["l1"],
-                    options["keep_zeros"],
-                    group.stochastic,
-                    mixed(self._seed, self._steps[0], len(jobs)) if group.chance else 0,
-                    group.names,
-                    group.params,
-                    grads_of_group,
-                    group.states,
-                    group.counts,
-                    indices,
-                ))  # fmt: skip
+                jobs.append(
+                    job(
+                        rule=group.rule,
+                        hyper=self._hyper(options, lr, taken + 1),
+                        grad_scale=-scale if options["maximize"] else scale,
+                        shrink=lr * options["l1"],
+                        keep_zeros=options["keep_zeros"],
+                        stochastic=group.stochastic,
+                        noise=mixed(self._seed, self._steps[0], len(jobs)) if group.chance else 0,
+                        names=group.names,
+                        params=group.params,
+                        grads=grads_of_group,
+                        states=group.states,
+                        counts=group.counts,
+                        indices=indices,
+                    )
+                )
         _core.step(jobs, self._steps)
         if self._has_tensors:
             self._tell_autograd(gradients)
