@@ -76,12 +76,13 @@ def by_ggml(weights: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], int]
 
     decoded, nbytes = {}, 0
     for name, w in weights.items():
-        if w.size < 4096 or w.ndim < 2 or w.shape[-1] % 32:
+        matrix = w.reshape(len(w), -1) if w.ndim > 1 else w  # a kernel of a convolution is a row for each output
+        if w.size < 4096 or w.ndim < 2 or matrix.shape[1] % 32:
             decoded[name] = w
             nbytes += w.nbytes
             continue
-        blocks = quantize(np.ascontiguousarray(w, np.float32), GGMLQuantizationType[kind])
-        decoded[name] = dequantize(blocks, GGMLQuantizationType[kind]).astype(w.dtype)
+        blocks = quantize(np.ascontiguousarray(matrix, np.float32), GGMLQuantizationType[kind])
+        decoded[name] = dequantize(blocks, GGMLQuantizationType[kind]).astype(w.dtype).reshape(w.shape)
         nbytes += blocks.nbytes
     return decoded, nbytes
 
@@ -535,9 +536,16 @@ def wrong_characters(engine: Any, sizes: tuple[int, ...]) -> float:
 
 def by_onnxruntime(source: Path, target: Path) -> None:
     """Quantize the weights of an ONNX model to 8 bits, and its activations while it runs."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
+    model = onnx.load(source)
+    graph = model.graph
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
+        node.attribute[0].t.name = node.output[0]  # the quantizer wants initializers
+        graph.initializer.append(node.attribute[0].t)
+        graph.node.remove(node)
+    quantize_dynamic(model, target, weight_type=QuantType.QUInt8)
 
 
 def vision(options: argparse.Namespace) -> Iterator[Row]:

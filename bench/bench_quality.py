@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
 import fastopt as fo
+from fastopt.models.recipe import PRESETS
 
 LONGEST = 128  # tokens of a text
 GGML = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -67,12 +68,13 @@ def recipes(calibration: fo.Calibration) -> dict[str, dict[str, Any]]:
         ("2 bits, two-level groups of 16", {"bits": 2, "group_size": 16, "param_bits": 4}),
     ):
         found |= {f"{name}, {fit}": {**of_size, **fits[fit]} for fit in ("least squares", "by magnitude of inputs")}
+    found |= {f"preset {name}": {"preset": name} for name in PRESETS}
     return {**found, **{f"ggml {kind}": {"ggml": kind} for kind in GGML}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="only rows whose name contains this")
+    parser.add_argument("--only", action="append", help="only rows whose name contains this; may be repeated")
     parser.add_argument("--documents", type=int, default=300, help="how many documents calibrate")
     parser.add_argument("--calibration", type=Path, help="read the calibration from this file, or write it if missing")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -104,7 +106,7 @@ def main() -> None:
     print(f"{'':44}{'bits/weight':>12}{'file':>10}", end="")
     print(f"{'WordSim353':>12}{'words':>8}{'texts':>8}{'outputs':>9}{'packed in':>11}", flush=True)
     for name, recipe in {"float32": {}, **recipes(calibration)}.items():
-        if options.only not in name:
+        if options.only and not any(part in name for part in options.only):
             continue
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.safetensors"
