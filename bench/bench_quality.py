@@ -67,7 +67,7 @@ def recipes(calibration: fo.Calibration) -> dict[str, dict[str, Any]]:
         ("3 bits, two-level groups of 16", {"bits": 3, "group_size": 16, "param_bits": 4}),
         ("2 bits, two-level groups of 16", {"bits": 2, "group_size": 16, "param_bits": 4}),
     ):
-        found |= {f"{name}, {fit}": {**of_size, **fits[fit]} for fit in ("least squares", "by magnitude of inputs")}
+        found |= {f"{name}, {fit}": {**of_size, **fits[fit]} for fit in fits if fit != "ranges"}
     found |= {f"preset {name}": {"preset": name} for name in PRESETS}
     return {**found, **{f"ggml {kind}": {"ggml": kind} for kind in GGML}}
 

@@ -370,8 +370,9 @@ void digest_gptq(const Kernels& k, int bits, std::size_t cols, std::size_t group
   std::vector<float> scale(rows * groups), minimum(rows * groups);
   const QuantizedOut q = {codes.data(), scale.data(), minimum.data(), false,  bits,   rows,
                           cols,         row_bytes,    group,          groups, groups, FLT_MAX};
-  const Gptq g = {x.data(), cols, group, order.data(), group_order.data(), h.data(), h.data(), importance.data(), 1};
-  std::vector<double> memory(k.gptq.bytes(g) / sizeof(double) + 1);
+  const Gptq g = {x.data(),          cols, group,  order.data(), group_order.data(), h.data(), h.data(),
+                  importance.data(), 1,    nullptr};
+  std::vector<double> memory(k.gptq.bytes(g, q) / sizeof(double) + 1);
   c.add(k.gptq.rows(g, q, 0, memory.data()));
   c.add(codes);
   c.add(scale);

@@ -507,8 +507,11 @@ def cholesky(a):
     return lower
 
 
-def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
+def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX, two_level=None):
     """Codes, scale and minimum by GPTQ (Frantar et al., 2022), for products X^T X of `count` rows.
+
+    For parameters in two levels, `two_level` is their bits, floats [rows, parts, 2 or 3], and the groups of a part.
+    Scale and minimum are then codes: those nearest to a pair that is free, or neighbours of them with less error.
 
     Groups are visited by falling mean square of their inputs, and so are the columns of a group. Each code is the
     nearest to its weight plus what makes good for the errors of the codes before it; pairs are fitted to the same.
@@ -533,20 +536,39 @@ def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
             start = start + error * factor
         return start
 
+    def fit_codes(v, h, g):
+        param_bits, floats, part = two_level
+        most, numbers = f(2**param_bits - 1), floats[:, g // part, :, None].astype(f)
+        d, dm, m0 = (numbers[:, i] if i < floats.shape[2] else np.zeros((rows, 1), f) for i in range(3))
+        down = np.where(d > 0, np.ldexp(f(1), 1 - np.frexp(d)[1]), f(1))
+        x = (v * down).T[..., None]
+        h = np.broadcast_to(h[:, None, None], x.shape)
+        s, b = _free_pairs(x, h, top)
+        b = np.minimum(b, f(0)) if floats.shape[2] == 2 else b
+        scaled = d * down, dm * down, m0 * down
+        q, k = _codes_of_pairs(s, b, *scaled, top, most)
+        for _ in range(2):
+            q, k = _best_neighbours(x, h, q, k, *scaled, top, most)
+        return q[:, 0], k[:, 0], (d * q)[:, 0], (m0 - dm * k)[:, 0]
+
     def nearest(v, g):
         inverse = np.divide(f(1), scale[:, g], out=np.zeros(rows, f), where=scale[:, g] > 0)
         return np.clip(np.rint((v - minimum[:, g]) * inverse), f(0), top)
 
     scale, minimum = np.zeros((rows, len(groups)), f), np.zeros((rows, len(groups)), f)
+    scale_codes, minimum_codes = np.zeros(scale.shape, np.uint8), np.zeros(scale.shape, np.uint8)
     codes, e = np.zeros((rows, cols), f), np.zeros((cols, rows), f)
     at = 0
     for g, part in zip(visited, parts, strict=True):
         start = np.stack([summed(w[:, c], m[:at, at + i], e[:at]) for i, c in enumerate(part)], axis=1)
-        weight = np.broadcast_to(h.diagonal()[at : at + len(part)], start.shape)
-        _, s, b = quantize(start, bits, -1, half, True, limit, weight)
-        if half and s.dtype != np.float16:
-            return gptq(w, products, count, bits, group_size, False, sweeps, limit)
-        scale[:, g], minimum[:, g] = s[:, 0], b[:, 0]
+        weight = h.diagonal()[at : at + len(part)]
+        if two_level is not None:
+            scale_codes[:, g], minimum_codes[:, g], scale[:, g], minimum[:, g] = fit_codes(start, weight, g)
+        else:
+            _, s, b = quantize(start, bits, -1, half, True, limit, np.broadcast_to(weight, start.shape))
+            if half and s.dtype != np.float16:
+                return gptq(w, products, count, bits, group_size, False, sweeps, limit)
+            scale[:, g], minimum[:, g] = s[:, 0], b[:, 0]
         for c in part:
             codes[:, c] = nearest(summed(w[:, c], m[:at, at], e[:at]), g)
             e[at] = w[:, c] - (minimum[:, g] + scale[:, g] * codes[:, c])
@@ -562,6 +584,8 @@ def gptq(w, products, count, bits, group_size, half, sweeps, limit=FLT_MAX):
                 e[at] = w[:, c] - (minimum[:, g] + scale[:, g] * codes[:, c])
                 for j in range(i + 1, len(slab)):
                     gradients[j] = gradients[j] + (e[at] - before) * h[at, slab[j][0]]
+    if two_level is not None:
+        return codes.astype(np.uint8), scale_codes, minimum_codes
     dtype = np.float16 if half else f
     return codes.astype(np.uint8), scale.astype(dtype), minimum.astype(dtype)
 
@@ -621,6 +645,72 @@ def quantize_two_level(w, bits, group_size=16, param_bits=4, param_group=-1, hal
     return codes, qs, qm, floats
 
 
+def _inverse(scale):
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale >= np.float32(2**-100))
+
+
+def _clamped(code, limit):
+    return np.clip(np.rint(code), np.float32(0), limit)
+
+
+def _line_sums(x, h, scale, minimum, top):
+    """Sums over the values of each group: x and their importance h are [size, rows, groups], pairs [rows, groups]."""
+    sums = np.zeros((5, *scale.shape), np.float32)
+    for value, v in zip(x, h, strict=True):
+        u = (value - minimum) * _inverse(scale)
+        code = _clamped(u, top)
+        d, r = code - top * np.float32(0.5), u - code
+        sums += np.stack([v, v * d, v * d * d, v * r, v * r * d])
+    return sums
+
+
+def _free_pairs(x, h, top):
+    """A pair for each group: that of its range, moved three times by least squares."""
+    f = np.float32
+    minimum = x.min(0) + f(0)
+    scale = (x.max(0) - x.min(0)) / top
+    for _ in range(3):
+        n, d, dd, r, rd = _line_sums(x, h, scale, minimum, top)
+        with np.errstate(all="ignore"):
+            spread = n * dd - d * d
+            b = (n * rd - d * r) / spread
+            a = (r - b * d) / n
+            better = scale + scale * b
+            good = (spread > n * dd * f(2**-16)) & (better >= scale * f(2**-10))
+            minimum = np.where(good, minimum + scale * (a - b * (top * f(0.5))), minimum)
+            scale = np.where(good, better, scale)
+    return scale, minimum
+
+
+def _codes_of_pairs(scale, minimum, d, dm, m0, top, most):
+    """The codes of pairs that are nearest under floats."""
+    q = np.maximum(np.minimum(np.rint(scale * _inverse(d)), most), np.float32(1))
+    moved = minimum + (scale - d * q) * (top * np.float32(0.5))
+    return q, _clamped((m0 - moved) * _inverse(dm), most)
+
+
+def _best_neighbours(x, h, q, k, d, dm, m0, top, most):
+    """The codes of pairs, or neighbours of them with less error."""
+    f = np.float32
+    scale, minimum, least, best_q, best_k = d * q, m0 - dm * k, np.full_like(q, np.inf), q, k
+    for step in (0, -1, 1):
+        new_q = np.clip(q + f(step), f(1), most)
+        new_scale = d * new_q
+        moved = minimum + (scale - new_scale) * (top * f(0.5))
+        near = _clamped((m0 - moved) * _inverse(dm), most) if step else k
+        for new_k in (near, np.maximum(near - f(1), f(0)), np.minimum(near + f(1), most)):
+            error, new_minimum = np.zeros_like(q), m0 - dm * new_k
+            for value, v in zip(x, h, strict=True):
+                u = (value - new_minimum) * _inverse(new_scale)
+                error += v * ((u - _clamped(u, top)) * (u - _clamped(u, top)))
+            error = error * (new_scale * new_scale)
+            better = error < least
+            least, best_q, best_k = (
+                np.where(better, t, o) for t, o in ((error, least), (new_q, best_q), (new_k, best_k))
+            )
+    return best_q, best_k
+
+
 def _fit_part(w, bits, group_size, most, half, count, importance):
     """The same for one part of all rows; None where float16 cannot hold its floats."""
     f = np.float32
@@ -639,21 +729,6 @@ def _fit_part(w, bits, group_size, most, half, count, importance):
     x = in_groups(w * down[:, None], w[:, [(groups - 1) * group_size]] * down[:, None])
     h = in_groups(1 if importance is None else importance, 0)
 
-    def inverse(scale):
-        return np.divide(f(1), scale, out=np.zeros_like(scale), where=scale >= f(2**-100))
-
-    def clamped(code, limit=top):
-        return np.clip(np.rint(code), f(0), limit)
-
-    def line_sums(scale, minimum):
-        sums = np.zeros((5, rows, groups), f)
-        for value, v in zip(x, h, strict=True):
-            u = (value - minimum) * inverse(scale)
-            code = clamped(u)
-            d, r = code - middle, u - code
-            sums += np.stack([v, v * d, v * d * d, v * r, v * r * d])
-        return sums
-
     def rounded(values):
         if not half:
             return values
@@ -661,18 +736,7 @@ def _fit_part(w, bits, group_size, most, half, count, importance):
             return np.float16(values * up[:, None]).astype(f) * down[:, None]
 
     # 1. a pair for each group
-    minimum = x.min(0) + f(0)
-    scale = (x.max(0) - x.min(0)) / top
-    for _ in range(3):
-        n, d, dd, r, rd = line_sums(scale, minimum)
-        with np.errstate(all="ignore"):
-            spread = n * dd - d * d
-            b = (n * rd - d * r) / spread
-            a = (r - b * d) / n
-            better = scale + scale * b
-            good = (spread > n * dd * f(2**-16)) & (better >= scale * f(2**-10))
-            minimum = np.where(good, minimum + scale * (a - b * middle), minimum)
-            scale = np.where(good, better, scale)
+    scale, minimum = _free_pairs(x, h, top)
 
     # 2. floats that span the pairs, and codes of these
     widest, high, low = (t[:, None] for t in (scale.max(1), minimum.max(1), minimum.min(1)))
@@ -687,11 +751,10 @@ def _fit_part(w, bits, group_size, most, half, count, importance):
     if not fits.all():
         return None
     d, dm = rounded(d), rounded(dm)
-    q = np.maximum(np.minimum(np.rint(scale * inverse(d)), most), f(1))
-    k = clamped((m0 - (minimum + (scale - d * q) * middle)) * inverse(dm), most)
+    q, k = _codes_of_pairs(scale, minimum, d, dm, m0, top, most)
 
     def refitted(d, dm, m0):
-        n, sd, sdd, sr, srd = (t.astype(float) for t in line_sums(d * q, m0 - dm * k))
+        n, sd, sdd, sr, srd = (t.astype(float) for t in _line_sums(x, h, d * q, m0 - dm * k, top))
         qq, kk, mid, unit = q.astype(float), k.astype(float), float(middle), d.astype(float)
         c = sd + mid * n
         cc = sdd + mid * (sd + c)
@@ -722,26 +785,11 @@ def _fit_part(w, bits, group_size, most, half, count, importance):
     # 3. floats by least squares, and neighbours of the codes
     for _ in range(2):
         d, dm, m0 = refitted(d, dm, m0)
-        scale, minimum, least, best_q, best_k = d * q, m0 - dm * k, np.full_like(q, np.inf), q, k
-        for step in (0, -1, 1):
-            new_q = np.clip(q + f(step), f(1), most)
-            new_scale = d * new_q
-            near = clamped((m0 - (minimum + (scale - new_scale) * middle)) * inverse(dm), most) if step else k
-            for new_k in (near, np.maximum(near - f(1), f(0)), np.minimum(near + f(1), most)):
-                error, new_minimum = np.zeros_like(q), m0 - dm * new_k
-                for value, v in zip(x, h, strict=True):
-                    u = (value - new_minimum) * inverse(new_scale)
-                    error += v * ((u - clamped(u)) * (u - clamped(u)))
-                error = error * (new_scale * new_scale)
-                better = error < least
-                least, best_q, best_k = (
-                    np.where(better, t, o) for t, o in ((error, least), (new_q, best_q), (new_k, best_k))
-                )
-        q, k = best_q, best_k
+        q, k = _best_neighbours(x, h, q, k, d, dm, m0, top, most)
 
     # 4. floats once more, and the codes
     d, dm, m0 = refitted(d, dm, m0)
-    codes = clamped((x - (m0 - dm * k)) * inverse(d * q))
+    codes = _clamped((x - (m0 - dm * k)) * _inverse(d * q), top)
     floats = np.concatenate([d, dm, m0][:count], axis=1) * up[:, None]
     return floats, q, k, np.moveaxis(codes, 0, -1).reshape(rows, -1)[:, :size]
 

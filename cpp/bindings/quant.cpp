@@ -148,22 +148,28 @@ const float* slabs_of(const py::array& array, std::size_t cols, const Label& lab
   return values.data;
 }
 
-// Quantizes by GPTQ: see Gptq. Returns kNonFinite and kHalfMisfit flags.
+// Quantizes by GPTQ: see Gptq. `scale` is an array or, for parameters in two levels, a tuple as StoredWeight takes it,
+// whose floats are read. Returns kNonFinite, kHalfMisfit and kBeyond flags.
 unsigned gptq(const py::array& x, const py::array& order, const py::array& group_order, const py::array& h,
-              const py::array& m, const py::array& importance, const py::array& codes, const py::array& scale,
+              const py::array& m, const py::array& importance, const py::array& codes, const py::object& scale,
               const py::array& minimum, int bits, std::size_t group_size, int sweeps, float limit) {
   require_2d(x, {"x"});
   const View<const float> from = view<const float>(x, {"x"}), weights = view<const float>(importance, {"importance"});
   const View<const std::uint32_t> columns = view<const std::uint32_t>(order, {"order"});
   const View<const std::uint32_t> groups = view<const std::uint32_t>(group_order, {"group_order"});
   const std::size_t rows = dimension(x, 0), cols = dimension(x, 1);
-  QuantizedOut q = quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
+  const bool in_two_levels = py::isinstance<py::tuple>(scale);
+  QuantizedOut q = in_two_levels ? codes_of<std::uint8_t>(codes, bits, cols, group_size)
+                                 : quantized_of<std::uint8_t>(codes, scale, minimum, bits, cols, group_size);
   q.limit = limit;
+  TwoLevelOut two_level{};
+  if (in_two_levels) two_level = two_level_of<std::uint8_t>(scale.cast<py::tuple>(), minimum, q);
   require_size(q.rows, rows, {"codes"});
   require_size(columns.size, cols, {"order"});
   require_size(groups.size, q.groups, {"group_order"});
   require_size(weights.size, cols, {"importance"});
-  Gptq g{from.data, cols, q.group, columns.data, groups.data, nullptr, nullptr, weights.data, sweeps};
+  Gptq g{from.data, cols,    q.group,      columns.data, groups.data,
+         nullptr,   nullptr, weights.data, sweeps,       in_two_levels ? &two_level : nullptr};
   g.h = slabs_of(h, cols, {"h"});
   g.m = slabs_of(m, cols, {"m"});
   for (std::size_t i = 0; i < cols; ++i) {
@@ -174,7 +180,7 @@ unsigned gptq(const py::array& x, const py::array& order, const py::array& group
   }
   if (from.size == 0) return 0;
   const Kernels& k = kernels();
-  const std::size_t bytes = ceil_div(k.gptq.bytes(g), 64) * 64;
+  const std::size_t bytes = ceil_div(k.gptq.bytes(g, q), 64) * 64;
   const std::size_t threads = num_threads();
   const Scratch memory(bytes * threads);
   std::vector<std::atomic<bool>> taken(threads);  // the parts of the memory that a strip uses now

@@ -146,11 +146,19 @@ auto two_level_of(py::handle scale, py::handle minimum, py::handle floats, int p
   return t;
 }
 
+// The same from a tuple: codes of scale, floats, bits and columns that share floats.
+template <class Byte, class Weight>
+auto two_level_of(const py::tuple& scale, py::handle minimum, const Weight& q) {
+  if (scale.size() != 4) throw py::value_error("scale: expected 4 parts, got " + std::to_string(scale.size()));
+  return two_level_of<Byte>(scale[0], minimum, scale[1], scale[2].cast<int>(), scale[3].cast<std::size_t>(), q.rows,
+                            q.groups, q.group);
+}
+
 // A weight that is read, with parameters of either kind. Kernels take floats: those of two levels are decoded into
 // memory of the call, some rows at a time.
 class StoredWeight {
  public:
-  // `scale` is an array; or, for two levels, a tuple: codes, floats, bits and columns as in two_level_of().
+  // `scale` is an array or, for two levels, a tuple as in two_level_of().
   StoredWeight(const py::array& codes, const py::object& scale, const py::array& minimum, int bits, std::size_t cols,
                std::size_t group_size)
       : two_level_(py::isinstance<py::tuple>(scale)) {
@@ -161,10 +169,7 @@ class StoredWeight {
     q_ = codes_of<const std::uint8_t>(codes, bits, cols, group_size);
     if (group_size == 0)
       throw py::value_error("group_size: expected a number of columns with parameters in two levels");
-    const auto parts = scale.cast<py::tuple>();
-    if (parts.size() != 4) throw py::value_error("scale: expected 4 parts, got " + std::to_string(parts.size()));
-    t_ = two_level_of<const std::uint8_t>(parts[0], minimum, parts[1], parts[2].cast<int>(),
-                                          parts[3].cast<std::size_t>(), q_.rows, q_.groups, q_.group);
+    t_ = two_level_of<const std::uint8_t>(scale.cast<py::tuple>(), minimum, q_);
   }
 
   // Without parameters, where these are in two levels.

@@ -204,13 +204,14 @@ inline constexpr unsigned kNonFinite = 1;  // NaN or infinity in the input
 // For GPTQ: a weight x of `cols` columns, and what is known of its inputs. Columns and groups are visited in the order
 // of `order` and `group_order`, one whole group after the other; `h`, `m` and `importance` are in that order. `h` holds
 // the products of the inputs and `m` their factor, as gptq.inl has it, both in slabs; `importance` is the diagonal of
-// h.
+// h. With `two_level`, the pair of a group is fitted under the floats that are there, and its codes are written.
 struct Gptq {
   const float* x;
   std::size_t cols, group;
   const std::uint32_t *order, *group_order;
   const float *h, *m, *importance;
-  int sweeps;  // over all codes, at the end
+  int sweeps;                    // over all codes, at the end
+  const TwoLevelOut* two_level;  // or null
 };
 inline constexpr std::size_t kStripRows = 64, kSlabColumns = 32;
 
@@ -349,7 +350,7 @@ struct TwoLevelKernels {
 
 struct GptqKernels {
   // The memory that `rows` needs.
-  std::size_t (*bytes)(const Gptq&);
+  std::size_t (*bytes)(const Gptq&, const QuantizedOut& q);
   // Quantizes the strip of rows from row `first` on. Returns flags.
   unsigned (*rows)(const Gptq&, const QuantizedOut& q, std::size_t first, void* memory);
   // Rows [begin, end) of a block; its own rows, in order, come before all others. Returns false if the matrix is not

@@ -97,6 +97,10 @@ def test_gptq(layers, tmp_path):
     some = fo.pack(weights, bits=2, calibration=calibrated({"a.weight": inputs["a.weight"]}, products=True), fit="gptq")
     assert some["a.weight"] == model["a.weight"]
     assert some["head.weight"] == fo.quantize(weights["head.weight"], 2, fit="lsq")
+    small = fo.pack(weights, preset="small", calibration=calib, fit="gptq")
+    assert small["a.weight"] == fo.quantize(
+        weights["a.weight"], 4, group_size=32, param_bits=4, fit="gptq", calibration=calib["a.weight"]
+    )
     assert fo.pack(weights, target_bits=3, calibration=calib, fit="gptq").report(weights).bits_per_weight <= 3
     with pytest.raises(ValueError, match=r"'a.weight': fit: 'gptq' needs the products of inputs"):
         fo.pack(weights, bits=2, calibration=calibrated(inputs), fit="gptq")

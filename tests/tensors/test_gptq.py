@@ -57,21 +57,46 @@ def test_gptq_equals_reference(isa, bits, group_size, param_dtype, rng):
         assert np.array_equal(q.codes, reference.pack(codes, bits))
 
 
-def test_the_same_bits_for_any_number_of_threads(threads, rng):
+@pytest.mark.parametrize(
+    ("rows", "cols", "group_size", "param_bits", "param_group"),
+    [(3, 1, 16, 4, -1), (67, 70, 16, 4, -1), (18, 300, 32, 6, 256), (5, 50, 20, 8, -1)],
+)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_two_levels_equal_reference(isa, bits, rows, cols, group_size, param_bits, param_group, rng):
+    w, x = rng.standard_normal((rows, cols)).astype("f4"), correlated(rng, 40, cols)
+    w[0] = 1.5
+    w[2] = abs(w[2]) * np.float32(1e-7 if cols == 50 else 1)  # 1e-7 needs float32 parameters
+    sums = inputs_of(x)
+    options = {"group_size": group_size, "param_bits": param_bits, "param_group": param_group}
+    q = fo.quantize(w, bits, fit="gptq", calibration=sums, **options)
+    floats = fo.quantize(w, bits, calibration=sums, **options).param_floats
+    assert same_bits(q.param_floats, floats)
+    per_part = -(-cols // group_size) if param_group == -1 else param_group // group_size
+    two_level = param_bits, floats, per_part
+    found = reference.gptq(w, sums.products, sums.rows, bits, group_size, True, 1, two_level=two_level)
+    for ours, theirs, width in zip((q.codes, q.scale, q.minimum), found, (bits, param_bits, param_bits), strict=True):
+        assert np.array_equal(ours, reference.pack(theirs, width))
+
+
+@pytest.mark.parametrize("options", [{}, {"param_bits": 4}])
+def test_the_same_bits_for_any_number_of_threads(threads, options, rng):
     w, x = rng.standard_normal((200, 96)).astype("f4"), correlated(rng, 300, 96)
     sums = inputs_of(x)
-    q = fo.quantize(w, 4, fit="gptq", calibration=sums)
+    q = fo.quantize(w, 4, fit="gptq", calibration=sums, **options)
     fo.set_num_threads(1)
-    assert q == fo.quantize(w, 4, fit="gptq", calibration=sums)
+    assert q == fo.quantize(w, 4, fit="gptq", calibration=sums, **options)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (2, 16), (2, 64), (4, -1)])
-def test_errors_of_outputs_are_much_smaller(bits, group_size, rng):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "param_bits"),
+    [(4, 32, None), (2, 16, None), (2, 64, None), (4, -1, None), (3, 16, 4), (2, 16, 4)],
+)
+def test_errors_of_outputs_are_much_smaller(bits, group_size, param_bits, rng):
     w, x = rng.standard_normal((128, 192)).astype("f4"), correlated(rng, 4000, 192)
     seen, others = x[:3000], x[3000:]
     sums = inputs_of(seen)
     plain, diagonal, gptq = (
-        output_error(fo.quantize(w, bits, group_size=group_size, **options), w, others)
+        output_error(fo.quantize(w, bits, group_size=group_size, param_bits=param_bits, **options), w, others)
         for options in ({"fit": "lsq"}, {"calibration": sums}, {"calibration": sums, "fit": "gptq"})
     )
     assert gptq < 0.8 * diagonal < 0.8 * plain
@@ -81,10 +106,14 @@ def test_columns_that_are_always_zero(rng):
     w, x = rng.standard_normal((64, 64)).astype("f4"), correlated(rng, 500, 64)
     x[:, 10:20] = 0
     q = fo.quantize(w, 4, fit="gptq", calibration=inputs_of(x))
+    two = fo.quantize(w, 4, fit="gptq", param_bits=6, calibration=inputs_of(x))
+    assert output_error(two, w, x) < output_error(fo.quantize(w, 4, fit="lsq"), w, x)
     assert np.abs(q.dequantize() - w)[:, 10:20].max() < 1
     assert output_error(q, w, x) < output_error(fo.quantize(w, 4, fit="lsq"), w, x)
     nothing = inputs_of(np.zeros((5, 64), "f4"))
-    assert fo.quantize(w, 4, fit="gptq", calibration=nothing) == fo.quantize(w, 4, fit="lsq")
+    for params in ({}, {"param_bits": 4}):
+        plain = fo.quantize(w, 4, fit="lsq", **params)
+        assert fo.quantize(w, 4, fit="gptq", calibration=nothing, **params) == plain
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

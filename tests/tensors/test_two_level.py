@@ -152,8 +152,8 @@ def test_no_rows_or_columns():
         ({"param_group": 256}, "param_group: expected -1 without param_bits"),
         ({"param_bits": 4, "group_size": None}, "group_size: expected a number of columns with param_bits"),
         ({"param_bits": 4, "group_size": 24, "param_group": 256}, "group_size: expected a divisor of param_group"),
-        ({"param_bits": 4, "fit": "minmax"}, "fit: expected 'auto' or 'lsq' with param_bits"),
-        ({"param_bits": 4, "fit": "gptq"}, "fit: expected 'auto' or 'lsq' with param_bits"),
+        ({"param_bits": 4, "fit": "minmax"}, "fit: expected 'auto', 'lsq' or 'gptq' with param_bits"),
+        ({"param_bits": 4, "fit": "gptq"}, "fit: 'gptq' needs calibration"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -7,7 +7,8 @@
 //   e H e^T = sum over p of D[p] * (e[p] + sum over i < p of e[i] * M[i][p])^2
 //
 // and each term is smallest where code p is the nearest to v[p] = w[p] + sum over i < p of e[i] * M[i][p]: every column
-// makes good for the errors of those before it. The pair of a group is fitted to v, once all groups before it are done.
+// makes good for the errors of those before it. The pair of a group is fitted to v, once all groups before it are done;
+// with parameters in two levels by their codes, under floats that were fitted to w.
 // Sweeps follow that give each code the value which is best beside all other codes.
 //
 // kStripRows rows go side by side, each in a lane of its own:
@@ -91,6 +92,33 @@ struct StripPairs {
   Strip scale, minimum, inverse;
 };
 
+// Memory for one strip.
+struct StripMemory {
+  Strip *w, *e, *v;  // v for one group
+  StripPairs* pairs;
+  std::uint8_t *codes, *scale_codes, *minimum_codes;  // [position or visit][row]
+  FitMemory fit;                                      // for kGroupsAtOnce rows of one group
+  std::size_t bytes;
+
+  StripMemory(const Gptq& g, const QuantizedOut& q, std::uint8_t* memory)
+      : w(reinterpret_cast<Strip*>(memory)),
+        e(w + g.cols),
+        v(e + g.cols),
+        pairs(reinterpret_cast<StripPairs*>(v + g.group)),
+        codes(reinterpret_cast<std::uint8_t*>(pairs + q.groups)),
+        scale_codes(codes + g.cols * kStripRows),
+        minimum_codes(scale_codes + q.groups * kStripRows),
+        fit(q, one_group(), minimum_codes + q.groups * kStripRows),
+        bytes(static_cast<std::size_t>(minimum_codes - memory) + q.groups * kStripRows + fit.bytes) {}
+
+ private:
+  static TwoLevelOut one_group() {
+    TwoLevelOut t{};
+    t.part = t.parts = 1;
+    return t;
+  }
+};
+
 // Fits the pairs of a group of n columns to v. `values` has room for kGroupsAtOnce rows of them and `importance` holds
 // theirs.
 inline void fit_strip(const Strip* v, std::size_t n, const QuantizedOut& q, float* values, const float* importance,
@@ -110,6 +138,61 @@ inline void fit_strip(const Strip* v, std::size_t n, const QuantizedOut& q, floa
   }
   *magnitude = larger(ranges.magnitude, *magnitude);
   for (std::size_t r = 0; r < kStripRows; ++r) pairs->inverse[r] = pairs->scale[r] > 0 ? 1.0f / pairs->scale[r] : 0.0f;
+}
+
+// Chooses the codes of the pairs of group `group` of n columns, the k-th that is visited: first those nearest to pairs
+// that are free, then neighbours. Each row is scaled by a power of two that brings its d near 1.
+inline void fit_strip_codes(const TwoLevelOut& t, const Strip* v, std::size_t n, const QuantizedOut& q,
+                            std::size_t first, std::size_t group, std::size_t k, const float* importance, float top,
+                            const StripMemory& memory, unsigned* flags, Vec<std::int32_t>* magnitude) {
+  using V = Vec<float>;
+  const FitMemory& m = memory.fit;
+  StripPairs* const pairs = memory.pairs + k;
+  const float most = static_cast<float>((1 << t.bits) - 1);
+  const Block block = {m.x, m.h, n, 0};
+  for (std::size_t i = 0; i < n * kGroupsAtOnce; ++i) m.h[i] = importance[i / kGroupsAtOnce];
+  for (std::size_t r = 0; r < kStripRows; r += kGroupsAtOnce) {
+    BlockFloats own, scaled;
+    alignas(64) float down[kGroupsAtOnce];
+    for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+      const std::size_t row = first + r + i < q.rows ? first + r + i : q.rows - 1;
+      const std::size_t place = (row * t.parts + group / t.part) * t.count;
+      own.d[i] = number_of(t, place);
+      own.dm[i] = number_of(t, place + 1);
+      own.m0[i] = t.count == 3 ? number_of(t, place + 2) : 0.0f;
+      const std::int32_t exponent = bit_cast<std::int32_t>(own.d[i]) >> 23;  // from 1 to 253 in the power below
+      down[i] = own.d[i] > 0 ? bit_cast<float>((254 - (exponent < 1     ? 1
+                                                       : exponent > 253 ? 253
+                                                                        : exponent))
+                                               << 23)
+                             : 1.0f;
+      scaled.d[i] = own.d[i] * down[i];
+      scaled.dm[i] = own.dm[i] * down[i];
+      scaled.m0[i] = own.m0[i] * down[i];
+    }
+    for (std::size_t p = 0; p < n; ++p) {
+      for (std::size_t j = 0; j < kGroupsAtOnce; j += kLanes<float>) {
+        const V value = load<V>(v[p] + r + j);
+        *magnitude = larger(magnitude_bits(value), *magnitude);
+        store(m.x + p * kGroupsAtOnce + j, value * load<V>(down + j));
+      }
+    }
+    first_pairs<true>(block, top, m);
+    code_pairs(block, top, most, t.count == 3, scaled, m);
+    for (int round = 0; round < kRounds; ++round) try_neighbours<true>(block, top, most, scaled, m);
+    for (std::size_t j = 0; j < kGroupsAtOnce; j += kLanes<float>) {
+      const V scale_code = load<V>(m.q + j), minimum_code = load<V>(m.k + j);
+      store(pairs->scale + r + j, load<V>(own.d + j) * scale_code);
+      store(pairs->minimum + r + j, load<V>(own.m0 + j) - load<V>(own.dm + j) * minimum_code);
+      store_bytes(memory.scale_codes + k * kStripRows + r + j, round_to_int(scale_code));
+      store_bytes(memory.minimum_codes + k * kStripRows + r + j, round_to_int(minimum_code));
+    }
+  }
+  for (std::size_t r = 0; r < kStripRows; ++r) {
+    const float scale = pairs->scale[r];
+    pairs->inverse[r] = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
+    if (!within({scale, pairs->minimum[r]}, top, q.limit) && first + r < q.rows) *flags |= kBeyond;
+  }
 }
 
 // The codes that are nearest to v; e = w - what they stand for.
@@ -140,26 +223,20 @@ inline std::size_t gptq_group_size(const Gptq& g, std::size_t group) {
   return left < g.group ? left : g.group;
 }
 
-std::size_t gptq_bytes(const Gptq& g) {
-  const std::size_t groups = (g.cols + g.group - 1) / g.group;
-  return sizeof(Strip) * (2 * g.cols + g.group) + sizeof(StripPairs) * groups + kStripRows * g.cols +
-         2 * kGroupsAtOnce * g.group * sizeof(float) + g.cols + 64;
-}
+std::size_t gptq_bytes(const Gptq& g, const QuantizedOut& q) { return StripMemory(g, q, nullptr).bytes; }
 
 unsigned gptq_rows(const Gptq& g, const QuantizedOut& q, std::size_t first, void* memory) {
-  const std::size_t groups = (g.cols + g.group - 1) / g.group, cols = g.cols;
+  const std::size_t groups = q.groups, cols = g.cols;
   const std::size_t rows = q.rows - first < kStripRows ? q.rows - first : kStripRows;
   const float top = static_cast<float>((1 << q.bits) - 1);
   bool misfit = false;
+  unsigned flags = 0;
   Vec<std::int32_t> magnitude = {};
 
-  Strip* const w = static_cast<Strip*>(memory);
-  Strip *const e = w + cols, *const v = e + cols;
-  StripPairs* const pairs = reinterpret_cast<StripPairs*>(v + g.group);
-  float* const values = reinterpret_cast<float*>(pairs + groups);
-  float* const importance = values + kGroupsAtOnce * g.group;
-  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(importance + kGroupsAtOnce * g.group);
-  std::uint8_t* const row_codes = codes + kStripRows * cols;
+  const StripMemory m(g, q, static_cast<std::uint8_t*>(memory));
+  Strip *const w = m.w, *const e = m.e, *const v = m.v;
+  StripPairs* const pairs = m.pairs;
+  std::uint8_t* const codes = m.codes;
 
   for (std::size_t p = 0; p < cols; ++p) {
     for (std::size_t r = 0; r < kStripRows; ++r) w[p][r] = r < rows ? g.x[(first + r) * cols + g.order[p]] : 0.0f;
@@ -169,9 +246,15 @@ unsigned gptq_rows(const Gptq& g, const QuantizedOut& q, std::size_t first, void
     const std::size_t n = gptq_group_size(g, g.group_order[k]), end = begin + n;
     std::memcpy(v, w[begin], n * sizeof(Strip));
     add_feedback(g, g.m, e, 0, begin, begin, end, v);
-    for (std::size_t i = 0; i < kGroupsAtOnce; ++i)
-      std::memcpy(importance + i * n, g.importance + begin, n * sizeof(float));
-    fit_strip(v, n, q, values, importance, top, &pairs[k], &misfit, &magnitude);
+    if (g.two_level) {
+      fit_strip_codes(*g.two_level, v, n, q, first, g.group_order[k], k, g.importance + begin, top, m, &flags,
+                      &magnitude);
+    } else {
+      for (std::size_t i = 0; i < kGroupsAtOnce; ++i) {
+        std::memcpy(m.fit.h + i * n, g.importance + begin, n * sizeof(float));
+      }
+      fit_strip(v, n, q, m.fit.x, m.fit.h, top, &pairs[k], &misfit, &magnitude);
+    }
     for_slabs(begin, end, [&](std::size_t from, std::size_t to) {
       add_feedback(g, g.m, e, begin, from, from, to, v + (from - begin));
       for (std::size_t p = from; p < to; ++p) {
@@ -203,8 +286,17 @@ unsigned gptq_rows(const Gptq& g, const QuantizedOut& q, std::size_t first, void
     }
   }
   for (std::size_t r = 0; r < rows; ++r) {
-    for (std::size_t p = 0; p < cols; ++p) row_codes[g.order[p]] = codes[p * kStripRows + r];
-    pack_any(q.bits, row_codes, cols, q.codes + (first + r) * q.row_bytes);
+    for (std::size_t p = 0; p < cols; ++p) m.fit.codes[g.order[p]] = codes[p * kStripRows + r];
+    pack_any(q.bits, m.fit.codes, cols, q.codes + (first + r) * q.row_bytes);
+    if (g.two_level) {
+      const auto pack_params = [&](const std::uint8_t* from, std::uint8_t* to) {
+        for (std::size_t k = 0; k < groups; ++k) m.fit.codes[g.group_order[k]] = from[k * kStripRows + r];
+        pack_any(g.two_level->bits, m.fit.codes, groups, to + (first + r) * g.two_level->row_bytes);
+      };
+      pack_params(m.scale_codes, g.two_level->scale);
+      pack_params(m.minimum_codes, g.two_level->minimum);
+      continue;
+    }
     for (std::size_t k = 0; k < groups; ++k) {
       const std::size_t at = (first + r) * q.param_stride + g.group_order[k];
       const float scale = pairs[k].scale[r], minimum = pairs[k].minimum[r];
@@ -217,7 +309,7 @@ unsigned gptq_rows(const Gptq& g, const QuantizedOut& q, std::size_t first, void
       }
     }
   }
-  return non_finite(magnitude) | (misfit ? kHalfMisfit : 0);
+  return flags | non_finite(magnitude) | (misfit ? kHalfMisfit : 0);
 }
 
 // ---- the Cholesky factor -----------------------------------------------------------------------------------------

@@ -15,6 +15,13 @@
 
 constexpr int kPairSteps = 3, kRounds = 2;
 
+// Number `at` of the floats.
+template <class Arrays>
+inline float number_of(const Arrays& t, std::size_t at) {
+  return t.half ? float_of_half(static_cast<const std::uint16_t*>(t.floats)[at])
+                : static_cast<const float*>(t.floats)[at];
+}
+
 void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::size_t end, float* scale,
                    float* minimum) {
   using V = Vec<float>;
@@ -22,10 +29,6 @@ void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::s
   std::uint8_t scale_codes[kCodesAtOnce + lanes], minimum_codes[kCodesAtOnce + lanes];
   std::memset(scale_codes + kCodesAtOnce, 0, lanes);  // vectors may end there
   std::memset(minimum_codes + kCodesAtOnce, 0, lanes);
-  const auto number = [&](std::size_t at) {
-    return t.half ? float_of_half(static_cast<const std::uint16_t*>(t.floats)[at])
-                  : static_cast<const float*>(t.floats)[at];
-  };
   for (std::size_t at = begin; at < end;) {
     const std::size_t stop = end - at < kCodesAtOnce ? end : at + kCodesAtOnce;
     const std::size_t byte = row * t.row_bytes + packed_bytes(at, t.bits);
@@ -34,8 +37,8 @@ void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::s
     std::size_t part = at / t.part, place = (row * t.parts + part) * t.count;
     for (std::size_t g = at; g < stop; ++part, place += t.count) {
       const std::size_t last = (part + 1) * t.part < stop ? (part + 1) * t.part : stop;
-      const V d = broadcast(number(place)), dm = broadcast(number(place + 1));
-      const V m0 = broadcast(t.count == 3 ? number(place + 2) : 0.0f);
+      const V d = broadcast(number_of(t, place)), dm = broadcast(number_of(t, place + 1));
+      const V m0 = broadcast(t.count == 3 ? number_of(t, place + 2) : 0.0f);
       for (std::size_t i = g; i < last; i += lanes) {  // what is too much, the next part overwrites
         store(scale + (i - begin), d * float_of_bytes(scale_codes + (i - at)));
         store(minimum + (i - begin), m0 - dm * float_of_bytes(minimum_codes + (i - at)));
@@ -56,6 +59,11 @@ inline Vec<float> clamped(Vec<float> code, Vec<float> top) { return positive_par
 // The floats of a part, scaled as its values.
 struct Floats {
   float d, dm, m0;
+};
+
+// The floats of the groups of a block, each in the lane of its group.
+struct BlockFloats {
+  alignas(64) float d[kGroupsAtOnce], dm[kGroupsAtOnce], m0[kGroupsAtOnce];
 };
 
 // Memory for the fit of one part, and for the codes of one row.
@@ -163,28 +171,45 @@ template <bool Weighted>
   }
 }
 
+// The codes of the pairs of a block that are nearest under its floats, in a form where minima are `free` or not above
+// 0.
+inline void code_pairs(const Block& block, float top, float most, bool free, const BlockFloats& f, const FitMemory& m) {
+  using V = Vec<float>;
+  const V mosts = broadcast(most), one = broadcast(1.0f);
+  for (std::size_t j = 0; j < kGroupsAtOnce; j += kLanes<float>) {
+    const std::size_t g = block.first + j;
+    const V d = load<V>(f.d + j), scale = load<V>(m.scale + g), own = load<V>(m.minimum + g);
+    const V minimum = free ? own : smaller(own, V{});
+    const V q = larger(smaller(round_even(scale * inverse_of(d)), mosts), one);
+    const V moved = minimum + (scale - d * q) * (top * 0.5f);
+    store(m.q + g, q);
+    store(m.k + g, clamped((load<V>(f.m0 + j) - moved) * inverse_of(load<V>(f.dm + j)), mosts));
+  }
+}
+
 // The second half of step 3 for a block: tries the neighbours of the codes of scale and minimum. Where the scale
 // changes, the minimum moves so that the middle of the codes stays.
 template <bool Weighted>
-[[gnu::noinline]] void try_neighbours(const Block& block, float top, float most, const Floats& f, const FitMemory& m) {
+[[gnu::noinline]] void try_neighbours(const Block& block, float top, float most, const BlockFloats& f,
+                                      const FitMemory& m) {
   using V = Vec<float>;
   const V tops = broadcast(top), mosts = broadcast(most), one = broadcast(1.0f);
-  const V inverse_dm = inverse_of(broadcast(f.dm));
   const float middle = top * 0.5f;
   for (std::size_t j = 0; j < kGroupsAtOnce; j += kLanes<float>) {
     const std::size_t g = block.first + j;
+    const V d = load<V>(f.d + j), dm = load<V>(f.dm + j), m0 = load<V>(f.m0 + j), inverse_dm = inverse_of(dm);
     const V q = load<V>(m.q + g), k = load<V>(m.k + g);
-    const V scale = f.d * q, minimum = f.m0 - f.dm * k;
+    const V scale = d * q, minimum = m0 - dm * k;
     V best_q = q, best_k = k, least = broadcast(__builtin_inff());
     const float steps[] = {0.0f, -1.0f, 1.0f};
     for (const float step : steps) {
-      const V new_q = larger(smaller(q + step, mosts), one), new_scale = f.d * new_q;
-      const V moved = (f.m0 - (minimum + (scale - new_scale) * middle)) * inverse_dm;
+      const V new_q = larger(smaller(q + step, mosts), one), new_scale = d * new_q;
+      const V moved = (m0 - (minimum + (scale - new_scale) * middle)) * inverse_dm;
       const V near = step == 0.0f ? k : clamped(moved, mosts);
       const V new_k[3] = {near, positive_part(near - 1.0f), smaller(near + 1.0f, mosts)};
       const V inverse = inverse_of(new_scale);
       V low[3], error[3] = {};
-      unroll<3>([&](auto c) { low[c.value] = f.m0 - f.dm * new_k[c.value]; });
+      unroll<3>([&](auto c) { low[c.value] = m0 - dm * new_k[c.value]; });
       for (std::size_t i = 0; i < block.size; ++i) {
         const V v = load<V>(block.x + i * kGroupsAtOnce + j);
         unroll<3>([&](auto c) {
@@ -237,8 +262,9 @@ class PartFit {
     if (!first_floats_and_codes()) return kHalfMisfit;
     for (int round = 0; round < kRounds; ++round) {
       refit();
+      const BlockFloats floats = of_block();
       for_blocks(
-          [&](auto weighted, const Block& block) { try_neighbours<weighted.value>(block, top_, most_, floats_, m_); });
+          [&](auto weighted, const Block& block) { try_neighbours<weighted.value>(block, top_, most_, floats, m_); });
     }
     refit();
     decode_pairs();
@@ -295,7 +321,6 @@ class PartFit {
 
   // Step 2. Returns false if float16 cannot hold the floats closely enough.
   bool first_floats_and_codes() {
-    using V = Vec<float>;
     float scale = 0.0f, high = m_.minimum[0], low = m_.minimum[0];
     for (std::size_t g = 0; g < groups_; ++g) {
       scale = m_.scale[g] > scale ? m_.scale[g] : scale;
@@ -317,17 +342,19 @@ class PartFit {
     const bool fits = size_of(floats_.d - d) <= d * 0x1p-8f && size_of(floats_.m0 - high) <= room &&
                       size_of(floats_.dm - dm) * most_ <= room;
     if (!fits) return false;
-    const V mosts = broadcast(most_), one = broadcast(1.0f);
-    const V inverse_d = inverse_of(broadcast(floats_.d)), inverse_dm = inverse_of(broadcast(floats_.dm));
-    for (std::size_t g = 0; g < blocks_ * kGroupsAtOnce; g += kLanes<float>) {
-      const V pair_scale = load<V>(m_.scale + g), own = load<V>(m_.minimum + g);
-      const V minimum = t_.count == 2 ? smaller(own, V{}) : own;
-      const V q = larger(smaller(round_even(pair_scale * inverse_d), mosts), one);
-      const V moved = minimum + (pair_scale - floats_.d * q) * (top_ * 0.5f);
-      store(m_.q + g, q);
-      store(m_.k + g, clamped((floats_.m0 - moved) * inverse_dm, mosts));
-    }
+    const BlockFloats floats = of_block();
+    for_blocks([&](auto, const Block& block) { code_pairs(block, top_, most_, t_.count == 3, floats, m_); });
     return true;
+  }
+
+  BlockFloats of_block() const {
+    BlockFloats f;
+    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
+      f.d[g] = floats_.d;
+      f.dm[g] = floats_.dm;
+      f.m0[g] = floats_.m0;
+    }
+    return f;
   }
 
   void decode_pairs() const {

@@ -80,8 +80,8 @@ class Options:
         if self.param_bits is not None:
             auto = isinstance(self.group_size, str)
             require_two_levels(self.param_bits, self.param_group, TWO_LEVEL_GROUP if auto else group_size)
-            if self.fit not in ("auto", "lsq"):
-                raise ValueError(f"fit: expected 'auto' or 'lsq' with param_bits, got {shown(self.fit)}")
+            if self.fit == "minmax":
+                raise ValueError("fit: expected 'auto', 'lsq' or 'gptq' with param_bits, got 'minmax'")
         elif self.param_group != -1:
             raise ValueError(f"param_group: expected -1 without param_bits, got {shown(self.param_group)}")
         object.__setattr__(self, "param_dtype", require_param_dtype(self.param_dtype).name)

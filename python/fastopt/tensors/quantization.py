@@ -26,7 +26,7 @@ from fastopt._checks import (
 from fastopt._text import proposal, shown
 from fastopt._types import FITS, LSQ_BELOW, Array, Fit, GroupSize
 from fastopt.tensors.calibration import InputSums
-from fastopt.tensors.gptq import SWEEPS, plan_gptq
+from fastopt.tensors.gptq import SWEEPS, GptqPlan, plan_gptq
 from fastopt.tensors.packed import dense_array
 from fastopt.tensors.quantized import (
     Outliers,
@@ -103,7 +103,7 @@ def quantize(
     param_bits : 8, 6, 4 or None
         Store scale and minimum of each group as codes of so many bits under a few floats of `param_dtype` for each
         row: ``scale = d * code`` and ``minimum = m0 - dm * code``. Groups then cost little and may be small. They are
-        fitted by least squares, and "auto" is a `group_size` of 16.
+        fitted by least squares, or by "gptq" under floats that least squares found; "auto" is a `group_size` of 16.
     param_group : -1 or 256
         The columns that share these floats: a row, or 256 with m0 = 0, the form of ggml's K-quants, which suits
         groups whose minimum is not above 0.
@@ -186,9 +186,9 @@ def quantize(
     require_fit(fit)
     if param_bits is not None:
         require_two_levels(param_bits, param_group, group)
-        if fit not in ("auto", "lsq"):
-            raise ValueError(f"fit: expected 'auto' or 'lsq' with param_bits, got {fit!r}")
-        fit = "lsq"
+        if fit == "minmax":
+            raise ValueError("fit: expected 'auto', 'lsq' or 'gptq' with param_bits, got 'minmax'")
+        fit = "lsq" if fit == "auto" else fit
     elif param_group != -1:
         raise ValueError(f"param_group: expected -1 without param_bits, got {shown(param_group)}")
     if fit == "auto" and bits < LSQ_BELOW:
@@ -227,10 +227,15 @@ def quantize(
             flags |= _core.quantize(x, codes[part], s, m, bits, kernel_group, fit == "lsq", limit, v)
         return flags, scale, minimum, None
 
+    inputs = calibration if fit == "gptq" else None
+    if fit == "gptq" and inputs is None:
+        raise ValueError("fit: 'gptq' needs calibration")
     if param_bits is not None and group is not None:
-        fill = partial(_fill_two_levels, fitted, weight, codes, bits, group, param_bits, param_group, limit, out)
-    elif fit == "gptq":
-        fill = partial(_fill_by_gptq, fitted, calibration, codes, bits, group, limit, out)
+        fill = partial(
+            _fill_two_levels, fitted, weight, inputs, codes, bits, group, param_bits, param_group, limit, out
+        )
+    elif inputs is not None:
+        fill = partial(_fill_by_gptq, fitted, inputs, codes, bits, group, limit, out)
     flags, scale, minimum, floats = fill(params)
     if flags & _core.NON_FINITE:
         with np.errstate(over="ignore"):
@@ -253,6 +258,7 @@ def quantize(
 def _fill_two_levels(
     w: Array,
     importance: Array | None,
+    inputs: InputSums | None,
     codes: Array,
     bits: int,
     group: int,
@@ -262,7 +268,7 @@ def _fill_two_levels(
     out: QuantizedTensor | None,
     dtype: np.dtype[Any],
 ) -> tuple[int, Array, Array, Array | None]:
-    """Write codes, and return flags, the codes of scale and minimum, and their floats."""
+    """Write codes; return flags, the codes of scale and minimum, and their floats. If `inputs` are given, by GPTQ."""
     rows, cols = as_matrix(w.shape)
     row_bytes = -(-_param_shape(group, rows, cols)[1] * param_bits // 8)
     parts, count = two_level_parts(param_group, cols), 3 if param_group == -1 else 2
@@ -282,12 +288,18 @@ def _fill_two_levels(
             _float_rows(w, begin, end), codes[part], scale[part], minimum[part], found,
             bits, group, param_bits, max(param_group, 0), limit, v,
         )  # fmt: skip
+    if inputs is None or flags & (_core.NON_FINITE | _core.HALF_MISFIT):
+        return flags, scale, minimum, floats
+    plan = plan_gptq(inputs, _kernel_group_size(group, cols))
+    if plan is not None:
+        params = scale, floats.reshape(rows, parts * count), param_bits, max(param_group, 0)
+        flags = _by_gptq(_float_rows(w, 0, rows), plan, codes, params, minimum, bits, group, limit)
     return flags, scale, minimum, floats
 
 
 def _fill_by_gptq(
     w: Array,
-    inputs: InputSums | None,
+    inputs: InputSums,
     codes: Array,
     bits: int,
     group: int | None,
@@ -296,8 +308,6 @@ def _fill_by_gptq(
     dtype: np.dtype[Any],
 ) -> tuple[int, Array, Array, None]:
     """Write codes, and return flags, scale and minimum."""
-    if inputs is None:
-        raise ValueError("fit: 'gptq' needs calibration")
     if group is None:
         raise ValueError("group_size: expected a number of columns or -1 with fit='gptq', got None")
     rows, cols = as_matrix(w.shape)
@@ -311,10 +321,18 @@ def _fill_by_gptq(
     if plan is None:
         flags = _core.quantize(x, codes, scale, minimum, bits, group, True, limit)
     else:
-        flags = _core.gptq(x, *plan, codes, scale, minimum, bits, group, SWEEPS, limit)
+        flags = _by_gptq(x, plan, codes, scale, minimum, bits, group, limit)
+    return flags, scale, minimum, None
+
+
+def _by_gptq(
+    x: Array, plan: GptqPlan, codes: Array, scale: Any, minimum: Array, bits: int, group: int, limit: float
+) -> int:
+    """Write codes and parameters, and return flags; `scale` is an array or a tuple of two levels."""
+    flags = _core.gptq(x, *plan, codes, scale, minimum, bits, group, SWEEPS, limit)
     if flags & _core.NON_FINITE:
         raise ValueError("w: has values that are too large for fit='gptq'")
-    return flags, scale, minimum, None
+    return flags
 
 
 def require_fit(fit: str) -> None:
