@@ -23,7 +23,7 @@ namespace {
 using namespace fastopt;
 using Bytes = std::vector<std::uint8_t>;
 
-constexpr std::size_t kSizes[] = {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 100003};
+constexpr std::size_t kSizes[] = {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 10007};
 constexpr std::size_t kOffsets[] = {0, 3};
 constexpr std::size_t kGuard = 16;  // elements behind the range; hashed too, as none may be written
 
@@ -45,9 +45,14 @@ class Case {
     return random_;
   }
 
-  void add(const void* data, std::size_t size) {  // FNV-1a
+  void add(const void* data, std::size_t size) {
     const auto* bytes = static_cast<const std::uint8_t*>(data);
-    for (std::size_t i = 0; i < size; ++i) hash_ = (hash_ ^ bytes[i]) * 0x100000001b3;
+    for (; size >= 8; bytes += 8, size -= 8) {
+      std::uint64_t word;
+      std::memcpy(&word, bytes, 8);
+      mix(word);
+    }
+    for (std::size_t i = 0; i < size; ++i) mix(bytes[i]);
   }
   template <class T>
   void add(T value) {
@@ -55,14 +60,25 @@ class Case {
     if constexpr (std::is_floating_point_v<T>) {
       if (value != value) value = std::numeric_limits<T>::quiet_NaN();
     }
-    add(&value, sizeof value);
+    std::uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof value);
+    mix(word);
   }
   template <class T>
   void add(const std::vector<T>& values) {
-    for (const T& value : values) add(value);
+    if constexpr (std::is_floating_point_v<T>) {
+      for (const T& value : values) add(value);
+    } else {
+      add(values.data(), values.size() * sizeof(T));
+    }
   }
 
  private:
+  void mix(std::uint64_t word) {  // FNV-1a by words; the shift lets high bits count too
+    hash_ = (hash_ ^ word) * 0x100000001b3;
+    hash_ ^= hash_ >> 32;
+  }
+
   std::string name_;
   std::uint64_t hash_ = 0xcbf29ce484222325, random_ = 0;
 };
