@@ -2,8 +2,11 @@
 
 The networks are plain NumPy, forward and backward, and are stepped by fastopt or by Adam in NumPy without temporaries.
 torch trains the same networks by its own operations, with its fused Adam or with that of `fastopt.torch`. All start
-from the same weights and see the same batches. Testing does not count. Without the data set (Debian's package
+from the same weights and see the same batches. Testing does not count. Times of one thread are those of its CPU, which
+other programs hardly disturb; times of several threads are those of the clock. Without the data set (Debian's package
 dataset-fashion-mnist, or any folder of idx files) the digits of scikit-learn stand in for it.
+
+``--json bench/training.json`` writes what ``bench/charts.py`` shows in docs/benchmarks.md.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 
 import fastopt as fo
@@ -175,6 +179,9 @@ class NumpyAdam:
             np.subtract(w, b, out=w)
 
 
+clock = time.perf_counter  # that of the process, where it has one thread
+
+
 # ---- trainers: a function that trains on a batch and returns the time of its step, and one that predicts -----------
 
 Train = Callable[[Array, Array], float]
@@ -184,9 +191,9 @@ Predict = Callable[[Array], Array]
 def with_numpy(network: Any, optimizer: Any) -> tuple[Train, Predict]:
     def train(x: Array, labels: Array) -> float:
         grads = network.gradients(x, labels)
-        start = time.perf_counter()
+        start = clock()
         optimizer.step(grads)
-        return time.perf_counter() - start
+        return clock() - start
 
     return train, lambda x: network.forward(x)[-1].argmax(axis=1)
 
@@ -217,9 +224,9 @@ def with_torch(network: Any, own: bool) -> tuple[Train, Predict]:
 
     def train(x: Array, labels: Array) -> float:
         functions.cross_entropy(scores(torch.from_numpy(x)), torch.from_numpy(labels)).backward()
-        start = time.perf_counter()
+        start = clock()
         optimizer.step()
-        used = time.perf_counter() - start
+        used = clock() - start
         optimizer.zero_grad(set_to_none=True)
         return used
 
@@ -249,9 +256,9 @@ def measure(network: Any, trainer: str, data: Dataset, goal: float, most: int) -
         for first in range(0, len(order) - BATCH + 1, BATCH):
             chosen = order[first : first + BATCH]
             x, labels = data.train_images[chosen], data.train_labels[chosen]
-            start = time.perf_counter()
+            start = clock()
             in_steps += train(x, labels)
-            total += time.perf_counter() - start
+            total += clock() - start
             batches += 1
             if batches % 50 == 0 or batches == most:
                 accuracy = float((predict(data.test_images) == data.test_labels).mean())
@@ -261,17 +268,28 @@ def measure(network: Any, trainer: str, data: Dataset, goal: float, most: int) -
 
 
 def child(options: argparse.Namespace) -> None:
+    global clock
+    if os.environ["OMP_NUM_THREADS"] == "1":
+        clock = time.process_time
     data, fashion = load(options.data)
+    print(f"{data.name}, threads: {os.environ['OMP_NUM_THREADS']}")
+    print(f"{'':5} {'':16} {'seconds':>8} {'in steps':>9} {'batches':>8} {'accuracy':>9}  ms a batch, a step")
     most = 100 if options.quick else 5000
     results = []
     for name, make in (("MLP", Mlp), ("CNN", Cnn)):
         for trainer in TRAINERS:
             try:
-                found = measure(make(data), trainer, data, GOALS[name, fashion], most)
+                r = measure(make(data), trainer, data, GOALS[name, fashion], most)
             except ImportError as error:
                 print(f"{trainer}: left out ({error})", file=sys.stderr)
                 continue
-            results.append({"data": data.name, "network": name, "trainer": trainer, **found})
+            each = [1e3 * r[key] / r["batches"] for key in ("seconds", "step_seconds")]
+            print(
+                f"{name:5} {trainer:16} {r['seconds']:8.2f} {r['step_seconds']:9.2f} {r['batches']:8} "
+                f"{r['accuracy']:9.4f}  {each[0]:.2f}, {each[1]:.3f}",
+                flush=True,
+            )
+            results.append({"data": data.name, "network": name, "trainer": trainer, **r})
     options.child.write_text(json.dumps({"machine": machine(), "results": results}))
 
 
@@ -292,18 +310,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
             subprocess.run([sys.executable, *sys.argv, "--child", str(result)], env=env, check=True)
-            run = json.loads(result.read_text())
-        runs.append(run)
-        print(f"{run['results'][0]['data']}, {threads} thread(s)")
-        print(f"{'':5} {'':16} {'seconds':>8} {'in steps':>9} {'batches':>8} {'accuracy':>9}  ms a batch, a step")
-        for r in run["results"]:
-            each = [1e3 * r[key] / r["batches"] for key in ("seconds", "step_seconds")]
-            print(
-                f"{r['network']:5} {r['trainer']:16} {r['seconds']:8.2f} {r['step_seconds']:9.2f} {r['batches']:8} "
-                f"{r['accuracy']:9.4f}  {each[0]:.2f}, {each[1]:.3f}"
-            )
-    if options.json:
-        options.json.write_text(json.dumps(runs, indent=1))
+            runs.append(json.loads(result.read_text()))
+        if options.json:  # what is measured is kept, though the rest be interrupted
+            options.json.write_text(json.dumps(harness.rounded(runs), indent=0) + "\n")
 
 
 if __name__ == "__main__":

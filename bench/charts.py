@@ -180,15 +180,6 @@ def measured(seconds: float, quick: bool) -> dict[str, Any]:
     return {"quick": quick, "machine": machine(), "peers": peers, "sections": found, "model": model}
 
 
-def rounded(value: Any) -> Any:
-    """Return what JSON holds with four digits a number, which is more than a measurement has."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 # ---- draw --------------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +433,7 @@ def main() -> None:
         options.child.write_text(json.dumps(measured(options.seconds, options.quick)))
         return
     if options.measure:
-        found = rounded(harness.measure_in_child(options.threads))
+        found = harness.rounded(harness.measure_in_child(options.threads))
         RESULTS.write_text(json.dumps(found, indent=0) + "\n")
     draw(json.loads(RESULTS.read_text()))
 

@@ -157,3 +157,12 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     caption = f"{facts['cpu']} ({facts['isa']}), fastopt {facts['fastopt']}, numpy {facts['numpy']}"
     figure.suptitle(f"Share of the memory limit, longer is faster\n{caption}", fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def rounded(value: Any) -> Any:
+    """Return what JSON holds with four digits a number, which is more than a measurement has."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

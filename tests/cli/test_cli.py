@@ -208,8 +208,8 @@ def test_pack_json_is_stable(model, tmp_path):
 
 def test_pack_prints_what_was_kept_and_why(model, tmp_path):
     text = run("pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--exclude", "*norm*").stdout
-    assert "kept as they are: 1 tensors, 256 B (fewer than min_size 4096)" in text
-    assert "kept as they are: 1 tensors, 20.00 kB (excluded by '*norm*')" in text
+    assert "kept as they are: 1 tensor, 256 B (fewer than min_size 4096)" in text
+    assert "kept as they are: 1 tensor, 20.00 kB (excluded by '*norm*')" in text
     assert re.search(r"embed\.weight .*4 bits, g32 .*5\.00", text)
 
 
@@ -357,13 +357,14 @@ def test_prune(model, tmp_path):
     assert np.abs(fo.load(path)["embed.weight"].values).min() > 1
 
 
+@pytest.mark.filterwarnings("default:overrides")
 def test_patterns_that_match_nothing_are_told(model, tmp_path):
     result = run(
         "pack", model, "-o", tmp_path / "a.safetensors", "--bits", 4, "--exclude", "nrm*", "--override", "x:bits=2"
     )
     assert result.stderr == (
+        "fastopt: warning: --override: no tensor matches 'x'; there are 'ids', 'embed.weight', 'layers.0.bias' ...\n"
         "fastopt: warning: no tensor matches 'nrm*', did you mean '*norm*'?\n"
-        "fastopt: warning: no tensor matches 'x'; there are 'ids', 'embed.weight', 'layers.0.bias' ...\n"
     )
 
 
@@ -379,6 +380,7 @@ def test_the_closest_choice_is_proposed(model, tmp_path, given, got, proposed):
     assert "Value error" not in text
 
 
+@pytest.mark.filterwarnings("default:overrides")
 def test_an_override_comes_before_the_recipes_even_with_its_pattern(model, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('bits = 4\n[overrides]\n"*.weight" = {bits = 2}\n"embed*" = {bits = 4}\n')

@@ -47,7 +47,7 @@ def test_names_are_no_markup(capsys):
 
 def test_report_tells_totals_and_reasons():
     lines = tables.report_lines(PACKED.report(model()))
-    assert lines[0] == "kept as they are: 1 tensors, 36 B (fewer than min_size 4096)"
+    assert lines[0] == "kept as they are: 1 tensor, 36 B (fewer than min_size 4096)"
     told = PACKED.report(model())
     assert f"{told.bits_per_weight:.2f} bits per weight" in lines[1]
     assert f"SNR {told.error.snr:.1f} dB" in lines[2]

@@ -191,6 +191,12 @@ def test_export_refuses(rng, tmp_path):
         fo.export(bad, tmp_path / "n.weights.h5", to="keras")
 
 
+def test_a_missing_package_is_named_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastopt.formats.common.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"m\.keras: this needs h5py: pip install h5py"):
+        fo.open_weights(tmp_path / "m.keras")
+
+
 def link(file):
     file["layers/dense/vars/0"] = h5py.ExternalLink("/etc/passwd", "/x")
 

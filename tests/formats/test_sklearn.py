@@ -137,3 +137,9 @@ def test_refused(digits):
             fo.pack(estimator, bits=8)
     with pytest.raises(TypeError, match="a path, a Keras model or an estimator of scikit-learn, got int"):
         fo.pack(3, bits=8)
+
+
+def test_a_report_takes_the_estimator():
+    x = np.random.default_rng(0).standard_normal((50, 64))
+    ridge = linear_model.Ridge().fit(x, x @ np.arange(64.0))
+    assert 0 < fo.pack(ridge, bits=4).report(ridge).error.relative < 0.1

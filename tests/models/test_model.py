@@ -235,6 +235,23 @@ def test_what_packs_nothing_says_so(options, message, weights, tmp_path):
     fo.pack(weights, bits=4, include=[])  # nothing is what was asked for
 
 
+def test_overrides_that_match_nothing_are_told(weights, tmp_path):
+    fo.PackedModel(weights).save(tmp_path / "m.safetensors")
+    recipe = fo.Recipe(bits=4, min_size=1, overrides={"*.wieght": {"bits": 8}, "[nothing": {"bits": 2}})
+    for call in (
+        lambda: fo.pack(weights, recipe),
+        lambda: fo.pack_file(tmp_path / "m.safetensors", tmp_path / "o.safetensors", recipe),
+    ):
+        with pytest.warns(UserWarning, match="^overrides: no tensor matches ") as caught:
+            call()
+        assert [str(warning.message).partition(" matches ")[2][:30] for warning in caught] == [
+            "'*.wieght', did you mean '*wei",
+            "'[nothing'; there are 'embed',",
+        ]
+        assert caught[0].filename == __file__
+    fo.pack(weights, bits=4, min_size=1, overrides={next(iter(weights)): {"bits": 8}})
+
+
 @pytest.mark.parametrize("weights", [[np.ones((64, 64))], None, object()])
 def test_what_is_no_mapping_is_named(weights):
     with pytest.raises(TypeError, match=f"weights: expected a mapping .* got {type(weights).__name__}"):
@@ -259,6 +276,15 @@ def test_a_report_is_read_in_python(rng, monkeypatch):
         assert max(map(len, lines)) <= columns
         assert [line.split()[0][-17:] for line in lines[1:3]] == ["self.query.weight"] * 2
         assert "4 bits, g32" in lines[1]
+
+
+def test_a_narrow_table_has_a_line_for_each_reason(rng, monkeypatch):
+    weights = {"w": rng.standard_normal((64, 128), np.float32), "a": np.ones(3, np.float32), "b": np.ones(2)}
+    report = fo.pack(weights, bits=4).report(weights)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "kept as they are: 2 tensors, 28 B (fewer than min_size 4096)" in str(report).splitlines()
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "kept as they are" not in str(report)
 
 
 def test_notebooks_show_tables_with_escaped_names(rng):
@@ -289,3 +315,9 @@ def test_the_model_of_a_folder(weights, tmp_path):
     with pytest.raises(ValueError, match="holds no safetensors file; open_weights reads other formats"):
         fo.load(tmp_path)
     assert list(fo.open_weights(tmp_path)) == ["extra"]
+
+
+def test_a_target_of_another_format_is_refused(weights, tmp_path):
+    fo.PackedModel(weights).save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"a\.onnx would be a safetensors file; fastopt\.pack_onnx writes"):
+        fo.pack_file(tmp_path / "m.safetensors", tmp_path / "a.onnx", bits=4)

@@ -114,7 +114,11 @@ def test_what_is_wrong_is_named():
         ({"exclude": {"*"}}, TypeError, "exclude: expected glob patterns"),
         ({"overrides": ["*"]}, TypeError, "overrides: expected a mapping, got list"),
         ({"overrides": {"*": 8}}, TypeError, r"overrides: expected options for a pattern, got 8 for '\*'"),
-        ({"overrides": {"*": {"bit": 8}}}, ValueError, r"overrides: '\*' has unknown options \['bit'\]; there are"),
+        (
+            {"overrides": {"*": {"bit": 8}}},
+            ValueError,
+            r"overrides: '\*' has unknown options \['bit'\], did you mean 'bits'\?",
+        ),
         ({"overrides": {"*": {"min_size": 8}}}, ValueError, r"overrides: '\*' has unknown options \['min_size'\]"),
         ({"overrides": {"*": {"bits": 7}}}, ValueError, r"overrides: '\*': bits: expected 8, 6, 5, 4, 3 or 2, got 7"),
         ({"min_size": -1}, ValueError, "min_size: expected a number, 0 or more, got -1"),
@@ -122,7 +126,7 @@ def test_what_is_wrong_is_named():
     ]:
         with pytest.raises(error, match=message):
             fo.Recipe(**options)
-    with pytest.raises(ValueError, match=r"recipe: unknown options \['bit'\]; there are \['bits', "):
+    with pytest.raises(ValueError, match=r"recipe: unknown options \['bit'\], did you mean 'bits'\? \(options: bits, "):
         fo.Recipe.from_dict({"bit": 4})
     with pytest.raises(TypeError, match="recipe: expected a mapping, got list"):
         fo.Recipe.from_dict([])
@@ -358,7 +362,7 @@ def test_larger_presets_are_more_exact(rng):
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 0.08
     for bad in ("tiny", 4, ["small"]):
-        with pytest.raises(ValueError, match=r"^preset: expected 'safe', 'balanced', 'small', got "):
+        with pytest.raises(ValueError, match=r"^preset: expected one of 'safe', 'balanced', 'small', got "):
             fo.pack(w, preset=bad)
 
 

@@ -285,6 +285,20 @@ def test_a_module_without_memory(tmp_path, packed):
     assert empty.norm.weight.requires_grad
 
 
+def test_pack_takes_a_state_dict():
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 64).bfloat16())
+    model[1].other = model[2].weight
+    state = model.state_dict()
+    packed = fo.pack(state, bits=4, min_size=4096)
+    assert packed["0.weight"] == fo.quantize(model[0].weight.detach().numpy(), 4)
+    assert packed["2.weight"].dtype.name == "bfloat16"
+    assert packed["1.other"] is packed["2.weight"]
+    assert packed["1.num_batches_tracked"].shape == ()
+    assert packed.report(state).error.relative < 0.1
+    with pytest.raises(TypeError, match=r"got Sequential; fastopt\.torch\.pack_ packs modules of torch"):
+        fo.pack(model, bits=4)
+
+
 def test_what_stays():
     attention = nn.MultiheadAttention(64, 4)
     embed = nn.Embedding(100, 64, max_norm=1.0)

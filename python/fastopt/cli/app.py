@@ -116,13 +116,21 @@ def _one_line(error: Exception) -> str:
 def as_options(message: str) -> str:
     """Let a message of a Python function that begins with the name of an argument name the option."""
     name, colon, rest = message.partition(": ")
-    if not colon or name not in (*_ARGUMENTS, "target_bits", "target_size", "eval", "budget", "state"):
+    if not colon or name not in (
+        *_ARGUMENTS,
+        "target_bits",
+        "target_size",
+        "eval",
+        "budget",
+        "state",
+        "accuracy_level",
+    ):
         return message
     return f"--{name.replace('_', '-').removesuffix('s') if name == 'overrides' else name.replace('_', '-')}: {rest}"
 
 
 def _show_warning(message: Warning | str, *args: Any, **options: Any) -> None:
-    say(f"fastopt: warning: {' '.join(str(message).split())}", err=True)
+    say(f"fastopt: warning: {as_options(' '.join(str(message).split()))}", err=True)
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from fastopt.cli.app import progress, say
+from fastopt.cli.options import SCORING
 from fastopt.files.sources import open_weights
 from fastopt.formats.onnx_pack import pack_onnx, weights_to_pack
 from fastopt.models.model import PackedModel, pack
@@ -25,6 +26,7 @@ Eval = Annotated[
     typer.Option(
         "--eval",
         metavar="CODE",
+        rich_help_panel=SCORING,
         help="Search the bits of each tensor for the smallest model whose score stays within --budget. "
         "MODULE:FUNCTION is called with a PackedModel, or with the path of an .onnx model; a command with {}, such as "
         "'python score.py {}', is run with the path of a packed file. The score is the number that the function "
@@ -34,17 +36,26 @@ Eval = Annotated[
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(metavar="LOSS", help="With --eval: how much of the score may be lost, as 0.01 or 1%."),
+    typer.Option(
+        metavar="LOSS", rich_help_panel=SCORING, help="With --eval: how much of the score may be lost, as 0.01 or 1%."
+    ),
 ]
-Minimize = Annotated[bool, typer.Option("--minimize", help="With --eval: a smaller score is better.")]
+Minimize = Annotated[
+    bool, typer.Option("--minimize", rich_help_panel=SCORING, help="With --eval: a smaller score is better.")
+]
 Evaluations = Annotated[
     int | None,
-    typer.Option(min=1, help="With --eval: the most whole models to score, after one for each tensor; 8 by default."),
+    typer.Option(
+        min=1,
+        rich_help_panel=SCORING,
+        help="With --eval: the most whole models to score, after one for each tensor; 8 by default.",
+    ),
 ]
 State = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
+        rich_help_panel=SCORING,
         help="With --eval: keep the scores in this JSON file; an interrupted search goes on where it was.",
         show_default=False,
     ),
@@ -53,6 +64,7 @@ Chart = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
+        rich_help_panel=SCORING,
         help="With --eval: draw the scores to a .svg or .png file (needs matplotlib).",
         show_default=False,
     ),

@@ -17,6 +17,10 @@ from fastopt.cli import page, tables
 from fastopt.cli.app import Json, byte_progress, command, say
 from fastopt.cli.evaluate import Budget, Chart, Eval, Evaluations, Minimize, State, searched
 from fastopt.cli.options import (
+    BUDGETS,
+    CHOOSING,
+    ONNX,
+    QUANTIZING,
     DryRun,
     Exclude,
     Fit,
@@ -107,64 +111,88 @@ def inspect(
     "fastopt pack model.onnx -o small.onnx --bits 4 --fast\n\n"
     "fastopt pack model.onnx -o small.onnx --eval 'python score.py {}' --budget 1% --state search.json"
 )
-@with_options(*(p for p in of_format("onnx") if p.name != "graph"))
+@with_options(*(p for p in of_format("onnx", panel=ONNX) if p.name != "graph"))
 def pack(
     model: Source,
     output: Target,
     preset: Annotated[
         Preset | None,
         typer.Option(
+            rich_help_panel=QUANTIZING,
             help="Options in one word: safe takes some 8.5 bits a weight, balanced 5.4, small 4.4. Options that are "
             "given beside it count.",
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(metavar="8|6|5|4|3|2", help="Quantize to this bit width.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(metavar="8|6|5|4|3|2", rich_help_panel=QUANTIZING, help="Quantize to this bit width.")
+    ] = None,
     group_size: Annotated[
         str | None,
         typer.Option(
             metavar="N|row|tensor",
+            rich_help_panel=QUANTIZING,
             help="Number of weights that share a scale and a minimum; by default a row at 8 bits, 32 at 4, 64 at 2.",
         ),
     ] = None,
     fit: Annotated[
         Fit | None,
         typer.Option(
+            rich_help_panel=QUANTIZING,
             help="minmax: cover the range of a group; lsq: minimize the squared error; gptq: minimize that of the "
-            "outputs, with --calibration of products. By default lsq below 4 bits or with --calibration, else minmax."
+            "outputs, with --calibration of products. By default lsq below 4 bits or with --calibration, else minmax.",
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Make the errors of outputs small for the inputs that `fastopt calibrate` saw."),
+        typer.Option(
+            rich_help_panel=QUANTIZING,
+            help="Make the errors of outputs small for the inputs that `fastopt calibrate` saw.",
+        ),
     ] = None,
     bias_correction: Annotated[
         bool,
         typer.Option(
             "--bias-correction",
+            rich_help_panel=QUANTIZING,
             help="With --calibration, not for ONNX: add to each bias what its weight loses on average.",
         ),
     ] = False,
     outliers: Annotated[
-        float | None, typer.Option(help="Fraction of the weights, those with the largest error, to store exactly.")
+        float | None,
+        typer.Option(
+            rich_help_panel=QUANTIZING, help="Fraction of the weights, those with the largest error, to store exactly."
+        ),
     ] = None,
     importance: Annotated[
         str | None,
-        typer.Option(metavar="magnitude", help="Count errors of large weights more; needs no data. Implies --fit lsq."),
+        typer.Option(
+            metavar="magnitude",
+            rich_help_panel=QUANTIZING,
+            help="Count errors of large weights more; needs no data. Implies --fit lsq.",
+        ),
     ] = None,
     param_dtype: Annotated[
-        str | None, typer.Option(metavar="float16|float32", help="Dtype of scale and minimum.")
+        str | None,
+        typer.Option(
+            metavar="DTYPE", rich_help_panel=QUANTIZING, help="float16 or float32: the dtype of scale and minimum."
+        ),
     ] = None,
     param_bits: Annotated[
         int | None,
         typer.Option(
             metavar="4|6|8",
+            rich_help_panel=QUANTIZING,
             help="Store scale and minimum of a group as codes of so many bits, under a few floats for a row: less "
             "error at equal bytes. Groups are then 16 weights by default.",
         ),
     ] = None,
     param_group: Annotated[
         int | None,
-        typer.Option(metavar="256", help="With --param-bits: these floats for 256 weights, as GGUF's K-quants have."),
+        typer.Option(
+            metavar="256",
+            rich_help_panel=QUANTIZING,
+            help="With --param-bits: these floats for 256 weights, as GGUF's K-quants have.",
+        ),
     ] = None,
     sparsity: Sparsity = None,
     threshold: Threshold = None,
@@ -174,10 +202,11 @@ def pack(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB:OPTION=VALUE,...",
-            help="Other options for tensors whose names match: bits, group_size, param_dtype, param_bits, "
-            "param_group, fit, outliers, importance, sparsity, threshold, pattern. May be repeated; the first pattern "
-            "that matches counts.",
+            metavar="GLOB:...",
+            rich_help_panel=CHOOSING,
+            help="Other options for tensors whose names match, as GLOB:OPTION=VALUE,...: bits, group_size, "
+            "param_dtype, param_bits, param_group, fit, outliers, importance, sparsity, threshold, pattern. May be "
+            "repeated; the first pattern that matches counts.",
         ),
     ] = None,
     min_size: MinSize = None,
@@ -193,12 +222,17 @@ def pack(
     target_bits: Annotated[
         float | None,
         typer.Option(
-            help="Choose the bits of each tensor by measured error, to reach this average number of bits per weight."
+            rich_help_panel=BUDGETS,
+            help="Choose the bits of each tensor by measured error, to reach this average number of bits per weight.",
         ),
     ] = None,
     target_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB."),
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=BUDGETS,
+            help="Choose bits likewise, to reach this file size, such as 12MB or 11.5MiB.",
+        ),
     ] = None,
     evaluate: Eval = None,
     budget: Budget = None,
@@ -208,11 +242,16 @@ def pack(
     chart: Chart = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="onnx: run both models in ONNX Runtime and show how far their outputs are apart."),
+        typer.Option(
+            "--check",
+            rich_help_panel=ONNX,
+            help="onnx: run both models in ONNX Runtime and show how far their outputs are apart.",
+        ),
     ] = False,
     check_inputs: Annotated[
         Path | None,
         typer.Option(
+            rich_help_panel=ONNX,
             help="onnx, with --check: a .npz file with an array for each input; random ones by default.",
             show_default=False,
         ),
@@ -618,7 +657,7 @@ def _tell(
     outputs: Sequence[OutputReport] | None = None,
 ) -> None:
     """Print the report, the patterns that match no tensor, and how far outputs are apart."""
-    for pattern in (*recipe.include, *recipe.exclude, *recipe.overrides):
+    for pattern in (*recipe.include, *recipe.exclude):  # of the others packing has warned
         if packed.tensors and not any(fnmatchcase(t.name, pattern) for t in packed.tensors):
             proposed = pattern_proposal(pattern, [t.name for t in packed.tensors])
             say(f"fastopt: warning: no tensor matches {pattern!r}{proposed}", err=True)

@@ -20,6 +20,11 @@ from fastopt.models.recipe import Options
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+# Panels of --help: options in a narrow terminal have room for their texts where long names stand apart.
+QUANTIZING, PRUNING, CHOOSING = "Quantizing", "Pruning", "Which tensors"
+BUDGETS, SCORING, ONNX = "Bits for a budget", "Bits by your own score", "ONNX models"
+
+
 class Fit(str, Enum):
     """Ways to find scale and minimum."""
 
@@ -71,16 +76,34 @@ Skip = Annotated[
     typer.Option(metavar="GLOB", help="Leave out tensors whose names match, even unreadable ones; may be repeated."),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Pack only tensors whose names match; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", rich_help_panel=CHOOSING, help="Pack only tensors whose names match; may be repeated."
+    ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors whose names match unchanged; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", rich_help_panel=CHOOSING, help="Keep tensors whose names match unchanged; may be repeated."
+    ),
 ]
-MinSize = Annotated[int | None, typer.Option(help="Keep tensors with fewer weights unchanged; 4096 by default.")]
-Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights of each tensor to prune.")]
-Threshold = Annotated[float | None, typer.Option(help="Prune weights of at most this magnitude.")]
+MinSize = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=CHOOSING, help="Keep tensors with fewer weights unchanged; 4096 by default."),
+]
+Sparsity = Annotated[
+    float | None, typer.Option(rich_help_panel=PRUNING, help="Fraction of the weights of each tensor to prune.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(rich_help_panel=PRUNING, help="Prune weights of at most this magnitude.")
+]
 Pattern = Annotated[
-    str | None, typer.Option(metavar="N:M|1x16", help="Keep N of every M weights, such as 2:4, or whole blocks of 16.")
+    str | None,
+    typer.Option(
+        metavar="N:M|1x16",
+        rich_help_panel=PRUNING,
+        help="Keep N of every M weights, such as 2:4, or whole blocks of 16.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and the sizes without writing anything.")]
 Html = Annotated[
@@ -89,7 +112,7 @@ Html = Annotated[
 ]
 
 
-def of_format(*names: str) -> list[Parameter]:
+def of_format(*names: str, panel: str | None = None) -> list[Parameter]:
     """Return the options that formats declare, as parameters of a command; one that several share is one."""
     told: dict[str, list[str]] = {}
     declared: dict[str, Option] = {}
@@ -97,13 +120,15 @@ def of_format(*names: str) -> list[Parameter]:
         for keyword, option in FORMATS[name].OPTIONS.items():
             told.setdefault(keyword, []).append(f"{name}: {option.help}")
             declared.setdefault(keyword, option)
-    return [_parameter(keyword, option, " ".join(told[keyword])) for keyword, option in declared.items()]
+    return [_parameter(keyword, option, " ".join(told[keyword]), panel) for keyword, option in declared.items()]
 
 
-def _parameter(keyword: str, option: Option, text: str) -> Parameter:
+def _parameter(keyword: str, option: Option, text: str, panel: str | None) -> Parameter:
     flag = option.flag or f"--{keyword.replace('_', '-')}"
     kind: Any = {bool: bool, list: list[str] | None}.get(option.kind, option.kind | None)
-    annotation = Annotated[kind, typer.Option(flag, metavar=option.metavar, help=text, show_default=False)]
+    annotation = Annotated[
+        kind, typer.Option(flag, metavar=option.metavar, help=text, show_default=False, rich_help_panel=panel)
+    ]
     default = False if option.kind is bool else None
     return Parameter(keyword, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -215,16 +215,14 @@ def print_report(report: Report) -> None:
 
 def report_lines(report: Report) -> list[str]:
     """Return the summary: which tensors were kept and why, and the size and error of all."""
-    kept: dict[str, list[int]] = {}
-    for t in report.tensors:
-        if t.kind == "dense":
-            kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
-    lines = [f"kept as they are: {len(n)} tensors, {size_text(sum(n))} ({reason})" for reason, n in kept.items()]
+    lines = report.kept_lines()
     calibrated = [t.output_error is not None for t in report.tensors if t.kind != "dense"]
     if any(calibrated) and not all(calibrated):
         lines.append(f"packed without calibration: {calibrated.count(False)} tensors")
     if before := sum(t.reason.endswith(PACKED_BEFORE) for t in report.tensors):
-        lines.append(f"packed before: {before} tensors; sizes and errors are relative to what they were")
+        lines.append(
+            f"packed before: {before} tensor{'s' * (before != 1)}; sizes and errors are relative to what they were"
+        )
     total = f"{size_text(report.nbytes_before)} -> {size_text(report.nbytes)} ({ratio_text(report)})"
     lines.append(f"{total}, {report.bits_per_weight:.2f} bits per weight")
     if report.error:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -104,6 +105,17 @@ def _loaded(torch: Any, path: Path, *, mapped: bool) -> Any:
             kind = f" ({found[1]})" if found else ""
             reason = f"it holds objects of Python{kind} that are not read, as they could run code; save the state_dict"
         raise ValueError(f"{path}: not a state dict of torch: {reason:.200}") from error
+
+
+def without_tensors(weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a dict whose tensors of torch, if it has any, are arrays over the same memory; torch is not imported."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(weights, dict):
+        return weights
+    return {
+        name: _of_tensor(torch, weight, f"weights: {name!r}").read() if isinstance(weight, torch.Tensor) else weight
+        for name, weight in weights.items()
+    }
 
 
 def _chosen(state: Any, key: str | None, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:

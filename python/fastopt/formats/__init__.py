@@ -17,10 +17,10 @@ from fastopt.files.weights import Weights
 from fastopt.formats import c, gguf, keras, mlx, npz, onnx
 from fastopt.formats.c_net import Cost
 from fastopt.formats.gguf_weights import gguf_sources
-from fastopt.formats.keras_weights import MEMBER, import_keras, keras_sources
+from fastopt.formats.keras_weights import MEMBER, METADATA, import_keras, keras_sources, restore_keras
 from fastopt.formats.onnx_weights import onnx_sources
 from fastopt.formats.sklearn import import_sklearn
-from fastopt.models.model import IMPORTERS, PackedModel, open_model
+from fastopt.models.model import IMPORTERS, RESTORERS, PackedModel, open_model
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight
 
@@ -32,6 +32,7 @@ READERS[gguf.SUFFIX] = Reader(gguf_sources, b"GGUF")
 READERS[".keras"] = Reader(keras_sources, member=MEMBER)
 READERS[".h5"] = READERS[".hdf5"] = Reader(keras_sources, b"\x89HDF\r\n\x1a\n")
 IMPORTERS += [import_keras, import_sklearn]
+RESTORERS[METADATA] = restore_keras
 
 
 def export(

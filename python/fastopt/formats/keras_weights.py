@@ -183,7 +183,10 @@ def keras_sources(
     ValueError
         If it is not such a file, or not sound, or has links to other files.
     """
-    require_package("h5py")
+    try:
+        require_package("h5py")
+    except ImportError as error:
+        raise ImportError(f"{path}: {error}") from error
     import h5py
 
     what = f"{path}: not a sound file of Keras"
@@ -430,10 +433,11 @@ def import_keras(model: Any) -> Imported | None:
             layout.turned[name] = axes
             array = np.ascontiguousarray(array.transpose(axes))
         arrays[name] = array
-    return Imported(PackedModel(arrays, metadata={METADATA: layout.to_json()}), {}, _packed_keras)
+    return Imported(PackedModel(arrays, metadata={METADATA: layout.to_json()}), {}, restore_keras)
 
 
-def _packed_keras(model: PackedModel) -> PackedModel:
+def restore_keras(model: PackedModel) -> PackedModel:
+    """Return a packed model with the method `PackedKeras.assign`."""
     return PackedKeras(dict(model), model.recipe, model.metadata)
 
 

@@ -36,6 +36,7 @@ from fastopt.models.recipe import (
     recipe_of,
     require_no_correction,
     warn_if_nothing_is_packed,
+    warn_of_overrides,
 )
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
@@ -127,6 +128,7 @@ def pack_onnx(
     model = inlined(file.model, file.payloads)
     found, _ = weights_of(constants_of(scope_of(model)))
     weights = _weights(file, found)
+    warn_of_overrides(recipe, weights)
     sizes = _Sizes(fast, size_of(model, file.payloads) - sum(weights.sizes.values()))
 
     def make(chosen: Recipe, check: Check) -> tuple[ModelProto, Report]:

@@ -20,6 +20,7 @@ from fastopt.files.container import CHECKPOINT, assemble, describe, disassemble,
 from fastopt.files.safetensors_file import Part, file_nbytes, part_of, read_arrays, write
 from fastopt.files.shards import is_placed_in, opened_shards
 from fastopt.files.sources import READERS, is_safetensors, model_files, naming_formats, open_weights
+from fastopt.files.torch_files import without_tensors
 from fastopt.files.weights import Weights, stored_of, tied_in
 from fastopt.models.bias import BiasCorrection
 from fastopt.models.calibration import CALIBRATION
@@ -32,6 +33,7 @@ from fastopt.models.recipe import (
     recipe_of,
     same_options,
     warn_if_nothing_is_packed,
+    warn_of_overrides,
 )
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Weight, storage_of, unpacked
@@ -110,12 +112,12 @@ class PackedModel(Mapping[str, Weight]):
         """
         return {name: unpacked(tensor) for name, tensor in self._tensors.items()}
 
-    def report(self, weights: Mapping[str, Weight] | None = None) -> Report:
+    def report(self, weights: Any = None) -> Report:
         """Return how each tensor is stored, its size, and its error.
 
         Parameters
         ----------
-        weights : mapping from name to array or packed tensor, optional
+        weights : mapping from name to array or packed tensor, or what `pack` takes beside these, optional
             The originals. Errors are measured for the names that it has.
 
         Returns
@@ -124,8 +126,8 @@ class PackedModel(Mapping[str, Weight]):
 
         Raises
         ------
-        ValueError
-            If an original has another shape.
+        TypeError, ValueError
+            If `weights` is nothing that `pack` takes, or an original has another shape.
 
         Examples
         --------
@@ -137,6 +139,12 @@ class PackedModel(Mapping[str, Weight]):
         w quantized 2560 0.0 for all
         b dense 256 0.0 64 weights, fewer than min_size 4096
         """
+        if isinstance(weights, str | os.PathLike):
+            weights = open_weights(weights)
+        elif isinstance(weights, Mapping):
+            weights = without_tensors(weights)
+        elif weights is not None:
+            weights = _imported(weights).weights
         reporter, tied = Reporter(self.recipe), self._tied()
         for name, tensor in self._tensors.items():
             reason = self.recipe.of(name, tensor.shape, tensor.dtype)[1] if self.recipe else ""
@@ -210,6 +218,10 @@ class Imported(NamedTuple):
 # Each returns None for an object that it does not know. The layer above fills it.
 IMPORTERS: list[Callable[[Any], Imported | None]] = []
 
+# Metadata that say that a file holds the packed weights of such an object, and the function that makes `pack`'s result
+# of the model that was loaded.
+RESTORERS: dict[str, Callable[[PackedModel], PackedModel]] = {}
+
 
 @overload
 def pack(
@@ -246,9 +258,10 @@ def pack(
     Parameters
     ----------
     weights : mapping from name to array or packed tensor, path-like, Keras model or estimator of scikit-learn
-        A dict, a `PackedModel`, the result of `open_weights`, or the path of a file that `open_weights` opens. A Keras
-        model is packed by the paths of its variables, and the result has the method ``assign(model)``. An estimator
-        of scikit-learn with ``coef_`` or ``coefs_`` gives a model that predicts, see Notes.
+        A dict, also a state dict of torch, a `PackedModel`, the result of `open_weights`, or the path of a file that
+        `open_weights` opens. A Keras model is packed by the paths of its variables, and the result has the method
+        ``assign(model)``. An estimator of scikit-learn with ``coef_`` or ``coefs_`` gives a model that predicts, see
+        Notes.
     recipe : Recipe, optional
         All options in one object, instead of the keywords below.
     target_bits : float, optional
@@ -276,7 +289,8 @@ def pack(
     Warns
     -----
     UserWarning
-        If no tensor is packed: because nothing is asked for, or all are too small or excluded.
+        If no tensor is packed: because nothing is asked for, or all are too small or excluded. If a pattern of
+        `overrides` matches no tensor.
 
     Notes
     -----
@@ -298,10 +312,13 @@ def pack(
     finish: Callable[[PackedModel], PackedModel] | None = None
     if isinstance(weights, str | os.PathLike):
         weights = open_weights(weights)
-    elif not isinstance(weights, Mapping):
+    elif isinstance(weights, Mapping):
+        weights = without_tensors(weights)
+    else:
         weights, defaults, finish = _imported(weights)
         options = options if recipe is not None else {**defaults, **options}  # type: ignore[typeddict-item]
     recipe = recipe_of(recipe, options)
+    warn_of_overrides(recipe, weights)
     source: Mapping[str, Weight] = weights
     tied = tied_in(source._tensors if isinstance(source, PackedModel) else source, source)
 
@@ -333,9 +350,10 @@ def _imported(model: Any) -> Imported:
         found = importer(model)
         if found is not None:
             return found
+    torch = any(cls.__module__.partition(".")[0] == "torch" for cls in type(model).__mro__)
     raise TypeError(
         "weights: expected a mapping from name to array, a path, a Keras model or an estimator of scikit-learn, "
-        f"got {type(model).__name__}"
+        f"got {type(model).__name__}{'; fastopt.torch.pack_ packs modules of torch' * torch}"
     )
 
 
@@ -380,7 +398,7 @@ def load(path: PathLike) -> PackedModel:
     path = found
     if not path.name.endswith(".index.json"):
         try:
-            return _model_of(path, *read_arrays(path))
+            return _restored(_model_of(path, *read_arrays(path)))
         except ValueError as error:
             if path.suffix in READERS and "not a safetensors file" in str(error):
                 raise ValueError(f"{error}; fastopt.open_weights and fastopt.pack read it") from error
@@ -402,7 +420,14 @@ def load(path: PathLike) -> PackedModel:
                 tensors[name] = tensor
         recipe = recipe or model.recipe
         others = {**model.metadata, **others}
-    return PackedModel(tensors, recipe, others)
+    return _restored(PackedModel(tensors, recipe, others))
+
+
+def _restored(model: PackedModel) -> PackedModel:
+    for name, restore in RESTORERS.items():
+        if name in model.metadata:
+            return restore(model)
+    return model
 
 
 def _model_of(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> PackedModel:

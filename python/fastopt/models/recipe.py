@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
-from fastopt._text import shown
+from fastopt._text import pattern_proposal, proposal, shown
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Array, Fit, GroupSize, PathLike
 from fastopt.files.weights import require_weight, spec_of
 from fastopt.models.calibration import Calibration
@@ -244,7 +244,10 @@ class Recipe(Options):
                 raise TypeError(f"overrides: expected options for a pattern, got {shown(options)} for {shown(pattern)}")
             unknown = sorted(set(map(str, options)) - set(_OPTIONS))
             if unknown:
-                raise ValueError(f"overrides: {pattern!r} has unknown options {unknown}; there are {list(_OPTIONS)}")
+                raise ValueError(
+                    f"overrides: {pattern!r} has unknown options {unknown}{proposal(unknown[0], _OPTIONS)} "
+                    f"(options: {', '.join(_OPTIONS)})"
+                )
             try:
                 checked = self.changed(options)
             except (TypeError, ValueError) as error:
@@ -349,7 +352,9 @@ class Recipe(Options):
             raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
         unknown = sorted(set(map(str, raw)) - set(known))
         if unknown:
-            raise ValueError(f"recipe: unknown options {unknown}; there are {known}")
+            raise ValueError(
+                f"recipe: unknown options {unknown}{proposal(unknown[0], known)} (options: {', '.join(known)})"
+            )
         return cls(**with_preset(raw))
 
     @classmethod
@@ -442,7 +447,8 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return given
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"preset: expected {', '.join(map(repr, PRESETS))}, got {shown(preset)}")
+        names = ", ".join(map(repr, PRESETS))
+        raise ValueError(f"preset: expected one of {names}, got {shown(preset)}{proposal(preset, PRESETS)}")
     return {**PRESETS[preset], **given}
 
 
@@ -485,6 +491,15 @@ def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]
         return tensor, reason
     with naming_tensor(name):
         return options.apply(tensor), reason
+
+
+def warn_of_overrides(recipe: Recipe, names: Iterable[str]) -> None:
+    """Warn of each pattern of the overrides that matches none of the names."""
+    names = dict.fromkeys(names)
+    for pattern in recipe.overrides:
+        if names and pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
+            proposed = pattern_proposal(pattern, names)
+            warnings.warn(f"overrides: no tensor matches {pattern!r}{proposed}", stacklevel=_outside())
 
 
 def warn_if_nothing_is_packed(recipe: Recipe, tensors: Iterable[tuple[bool, str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -107,7 +108,10 @@ class Report:
         )
 
     def __str__(self) -> str:
-        """Return a table of the tensors that fits the terminal, and the totals in its last line."""
+        """Return a table of the tensors that fits the terminal, and the totals in its last line.
+
+        Where the table has no room for the reasons, a line for each reason follows it.
+        """
         columns, rows = self._columns(), self._rows()
         texts = [[head, *(row[i] for row in rows)] for i, head in enumerate(columns)]
         widths = [max(map(len, column)) for column in texts]
@@ -119,10 +123,23 @@ class Report:
                 del columns[i], texts[i], widths[i]
         widths[0] = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
         texts[0] = [name if len(name) <= widths[0] else f"...{name[len(name) - widths[0] + 3 :]}" for name in texts[0]]
-        return "\n".join([text_table(zip(*texts, strict=True)), *wrap(repr(self), max(room, 40))])
+        kept = [] if "why" in columns else self.kept_lines()
+        lines = [line for text in [*kept, repr(self)] for line in wrap(text, max(room, 40))]
+        return "\n".join([text_table(zip(*texts, strict=True)), *lines])
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), self._columns(), self._rows())
+
+    def kept_lines(self) -> list[str]:
+        """Return a line for each reason why tensors were not packed."""
+        kept: dict[str, list[int]] = {}
+        for t in self.tensors:
+            if t.kind == "dense" and t.reason:
+                kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
+        return [
+            f"kept as they are: {len(n)} tensor{'s' * (len(n) != 1)}, {size_text(sum(n))} ({printable(reason)})"
+            for reason, n in kept.items()
+        ]
 
     def _columns(self) -> list[str]:
         outputs = any(t.output_error is not None for t in self.tensors)

@@ -29,6 +29,7 @@ from fastopt.models.recipe import (
     recipe_of,
     same_options,
     warn_if_nothing_is_packed,
+    warn_of_overrides,
 )
 from fastopt.models.report import Report, Reporter
 from fastopt.progress import Progress
@@ -153,7 +154,10 @@ def pack_file(
     recipe = recipe_of(recipe, options)
     if target is None and not dry_run:
         raise TypeError("target: expected a path, got None; only a dry run needs none")
+    if target is not None and Path(target).suffix == ".onnx":
+        raise ValueError(f"target: {target} would be a safetensors file; fastopt.pack_onnx writes an ONNX model")
     weights = source if isinstance(source, Weights) else open_weights(source)
+    warn_of_overrides(recipe, weights)
     searches = target_bits is not None or target_size is not None
     progress = Progress(weights.sizes, notify, passes=searches + (not dry_run))
     file = None if target is None else file_to_write(weights, target)

@@ -12,7 +12,7 @@ from fastopt._types import PathLike
 from fastopt.models.calibration import Calibration
 from fastopt.models.choose import choose_bits
 from fastopt.models.model import PackedModel, load
-from fastopt.models.recipe import Recipe, pack_tensor, recipe_of, require_no_correction
+from fastopt.models.recipe import Recipe, pack_tensor, recipe_of, require_no_correction, warn_of_overrides
 from fastopt.models.report import Report, Reporter
 from fastopt.tensors.packed import PackedTensor, Precision, Weight, unpacked
 from fastopt.tensors.quantized import QuantizedTensor
@@ -145,6 +145,7 @@ def pack_(
     recipe = recipe_of(recipe, given)
     require_no_correction(recipe, "for a module")
     places = list(places_of(module))
+    warn_of_overrides(recipe, [place.name for place in places])
     if recipe.calibration is not None:
         recipe.require_fitting({place.name: place.array() for place in places})
     if targeted:

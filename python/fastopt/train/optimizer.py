@@ -161,7 +161,7 @@ class Optimizer(abc.ABC):
         known = [*defaults, *Common.__annotations__]
         for name in common:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
+                close = ["lr"] if name == "learning_rate" else difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{type(self).__name__}: unexpected options {[name]}{hint} (options: {sorted(known)})")
         self.max_norm = common.get("max_norm")
