@@ -237,17 +237,15 @@ def test_what_packs_nothing_says_so(options, message, weights, tmp_path):
 
 def test_overrides_that_match_nothing_are_told(weights, tmp_path):
     fo.PackedModel(weights).save(tmp_path / "m.safetensors")
-    recipe = fo.Recipe(bits=4, min_size=1, overrides={"*.wieght": {"bits": 8}, "[nothing": {"bits": 2}})
+    recipe = fo.Recipe(bits=4, min_size=1, overrides={"*.nothing": {"bits": 8}, "[nothing": {"bits": 2}})
     for call in (
         lambda: fo.pack(weights, recipe),
         lambda: fo.pack_file(tmp_path / "m.safetensors", tmp_path / "o.safetensors", recipe),
     ):
         with pytest.warns(UserWarning, match="^overrides: no tensor matches ") as caught:
             call()
-        assert [str(warning.message).partition(" matches ")[2][:30] for warning in caught] == [
-            "'*.wieght', did you mean '*wei",
-            "'[nothing'; there are 'embed',",
-        ]
+        texts = [str(warning.message).partition(" matches ")[2] for warning in caught]
+        assert [text.partition(";")[0] for text in texts] == ["'*.nothing'", "'[nothing'"]
         assert caught[0].filename == __file__
     fo.pack(weights, bits=4, min_size=1, overrides={next(iter(weights)): {"bits": 8}})
 
