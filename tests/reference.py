@@ -409,7 +409,9 @@ def grid(low, high, bits, half, limit=FLT_MAX):
 
 
 def fit(x, scale, minimum, bits, importance=None):
-    """Least squares, eight times: codes of the pair, then the pair that fits these codes best (after Lloyd, 1982).
+    """Least squares, at most eight times: codes of the pair, then the pair that fits these codes best (Lloyd, 1982).
+
+    Codes with the spread that they had a step before are the same codes, and the pair is their best.
 
     With u = (x - minimum) / scale, the pair is changed by the line a + b * (code - middle) that fits u - code. The
     squared error of each value is multiplied by its importance.
@@ -421,7 +423,7 @@ def fit(x, scale, minimum, bits, importance=None):
     def total(values):
         return float(tree(partial_sums(values, SUMS["partials"])))
 
-    n, least, noise, v = float(len(x)), scale * f(2**-20), 0.0, f(1)
+    n, least, noise, v, spread = float(len(x)), scale * f(2**-20), 0.0, f(1), -1.0
     if importance is not None:
         n, noise, v = total(importance), 2.0**-20, importance
     for _ in range(8):
@@ -429,8 +431,8 @@ def fit(x, scale, minimum, bits, importance=None):
         code = np.clip(np.rint(u), f(0), top)
         d, r = code - middle, u - code
         sd, sdd, sr, srd = total(v * d), total(v * d * d), total(v * r), total(v * r * d)
-        spread = n * sdd - sd * sd
-        if not spread > n * sdd * noise:
+        spread, last = n * sdd - sd * sd, spread
+        if spread == last or not spread > n * sdd * noise:
             break
         b = (n * srd - sd * sr) / spread
         a = (sr - b * sd) * (1 / n)
