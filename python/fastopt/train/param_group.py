@@ -49,6 +49,7 @@ class ParamGroup:
         self._find_memory()
         self.flat = isinstance(tree, list) and self.shape is None and not self.orders
         self.in_float32 = any(param.dtype != np.float64 for param in self.params if isinstance(param, np.ndarray))
+        self.size = len(found)
         self.counts = [0] * len(found)  # steps that each has taken
         self.rule_states = keys
         self.keys = keys
@@ -90,6 +91,8 @@ class ParamGroup:
 
     def replaced(self) -> bool:
         """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
+        if self.flat and self.size == 1:
+            return not self.tree or self.tree[0] is not self.leaves[0]
         if self.shape is not None:
             try:
                 return any(
@@ -108,7 +111,12 @@ class ParamGroup:
 
         They come in the tree of the parameters, which may stand in a list of one entry, as with several groups.
         """
-        if type(tree) is list and self.flat and len(tree) == len(self.names) and {*map(type, tree)} == _ARRAYS:
+        if (
+            type(tree) is list
+            and self.flat
+            and len(tree) == self.size
+            and (type(tree[0]) is np.ndarray if self.size == 1 else {*map(type, tree)} == _ARRAYS)
+        ):
             return tree  # nearly always
         if self.single:
             if type(tree) is np.ndarray and not self.orders:
@@ -168,7 +176,7 @@ class ParamGroup:
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return the step counts of the tensors to step, each with the indices of those that have it (None: all)."""
         counts = self.counts
-        if len(counts) == 1 and grads[0] is not None:
+        if self.size == 1 and grads[0] is not None:
             return ((counts[0], None),)
         for grad in grads:
             if grad is None:
