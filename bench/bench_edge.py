@@ -36,10 +36,10 @@ def main() -> None:
     x = rng.standard_normal((options.batch, options.side)).astype("f4")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        loop = ["cc", "-O3", "-ffast-math", "-march=native", "-DNAIVE", "-c", str(SOURCE), "-o", f"{name}/loop.o"]
-        subprocess.run(loop, check=True)
         for option in options.options.split(","):
             flags = ["-O2", *option.split()]
+            loop = ["cc", "-O3", "-ffast-math", *option.split(), "-DNAIVE", "-c", str(SOURCE), "-o", f"{name}/loop.o"]
+            subprocess.run(loop, check=True)
             subprocess.run(["cc", *flags, str(SOURCE), f"{name}/loop.o", "-o", f"{name}/speed"], check=True)
             print(f"\n{' '.join(flags)}\nbits  fo_linear (Python)  fo_linear_int8 (Python)  loop over floats")
             for bits in (8, 6, 5, 4, 3, 2):

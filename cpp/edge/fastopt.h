@@ -149,8 +149,8 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale);
 #if defined(FO__SIMD)
 #define FO__TILE 4
 #define FO__RUNS 64
-#define FO__BYTES 3072 /* three for a float */
-#define FO__ROOM(kind) ((kind)->width == 1 ? (size_t)FO__BYTES : (size_t)FO__BYTES / 3)
+#define FO__COLUMNS 1024
+#define FO__ROOM(kind) ((kind)->width == 1 ? (size_t)FO__COLUMNS * 2 : (size_t)FO__COLUMNS)
 #else
 #define FO__TILE 1
 #define FO__RUNS 16
@@ -661,11 +661,12 @@ static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__
 
 /* Blocks of 32 codes are unpacked to bytes, and multiplied with bytes of x that stand in the same order. A number of x
    is three signed bytes, 65536 * high + 256 * middle + low, and each of them has a dot product of its own. Where codes
-   end before a block does, x has zeros.
+   end before a block does, x has zeros. A CPU that cannot multiply such bytes, FO__WORDS, has words of 16 bits: a
+   number is two of them, 4096 * high + low.
 
-   For each CPU:  fo__codes, fo__unpack      32 codes as bytes, below 128 but for those of 8 bits
-                  fo__ints, fo__dot          lanes of sums += products of 32 bytes
-                  fo__add, fo__times256      of all lanes
+   For each CPU:  fo__codes, fo__unpack      32 codes, as bytes below 128 but for those of 8 bits, or as words
+                  fo__ints, fo__dot          lanes of sums += products of 32 bytes or words
+                  fo__add, fo__times256      of all lanes; fo__times16 with words
                   fo__totals                 the totals of four
                   fo__half_totals            of two, those of bytes 0 to 3 and 4 to 7 of every eight */
 #define FO__INLINE static inline __attribute__((always_inline))
@@ -693,6 +694,14 @@ static const uint16_t fo__pair_factors[3][8] = {
 FO__INLINE __m128i fo__load16(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
 FO__INLINE __m128i fo__load8(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
 
+#if !defined(__SSSE3__)
+#define FO__WORDS(bits) 1
+#elif (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || (defined(__AVX2__) && defined(__AVXVNNI__))
+#define FO__WORDS(bits) 0
+#else
+#define FO__WORDS(bits) ((bits) == 8) /* the sum of two products is more than 16 bits */
+#endif
+
 #if defined(__AVX2__)
 typedef __m256i fo__codes, fo__ints;
 
@@ -707,6 +716,13 @@ FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
     const __m256i four_times = _mm256_broadcastq_epi64(fo__load8(codes));
     return _mm256_and_si256(_mm256_srlv_epi64(four_times, _mm256_setr_epi64x(0, 2, 4, 6)), mask);
   }
+#if defined(__AVX512VBMI__) && defined(__AVX512VL__)
+  /* Eight codes to 64 bits, of which each byte takes its own. */
+  const int64_t order = 0x0706050403020100, step = (int64_t)(bits * 0x0101010101010101u);
+  const __m256i index = _mm256_setr_epi64x(order, order + step, order + 2 * step, order + 3 * step);
+  const __m256i eights = _mm256_permutexvar_epi8(index, _mm256_maskz_loadu_epi8((1u << 4 * bits) - 1, codes));
+  return _mm256_and_si256(_mm256_multishift_epi64_epi8(_mm256_set1_epi64x(order * (int64_t)bits), eights), mask);
+#else
   const size_t table = (bits >> 1) - 1;
   const __m256i mask_low = _mm256_set1_epi16((int16_t)((1 << bits) - 1));
   const __m128i first = bits == 3 ? fo__load8(codes) : fo__load16(codes),
@@ -719,6 +735,7 @@ FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
   const __m256i low = _mm256_and_si256(_mm256_srli_epi16(c, 16 - 2 * (int)bits), mask_low);
   const __m256i high = _mm256_and_si256(_mm256_srli_epi16(c, 8 - (int)bits), _mm256_slli_epi16(mask_low, 8));
   return _mm256_or_si256(low, high);
+#endif
 }
 
 FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
@@ -732,12 +749,13 @@ FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8
 #else
   if (bits < 8) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(c, n), _mm256_set1_epi16(1)));
   const __m256i even = _mm256_and_si256(c, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(c, 8);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(n, 8), 8)));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(n, 8)));
+  const __m256i m = _mm256_loadu_si256((const __m256i*)(const void*)(x + 32));
+  return _mm256_add_epi32(_mm256_add_epi32(sum, _mm256_madd_epi16(even, n)), _mm256_madd_epi16(odd, m));
 #endif
 }
 
 FO__INLINE fo__ints fo__add(fo__ints a, fo__ints b) { return _mm256_add_epi32(a, b); }
+FO__INLINE fo__ints fo__times16(fo__ints sum) { return _mm256_slli_epi32(sum, 4); }
 FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm256_slli_epi32(sum, 8); }
 
 FO__INLINE __m128i fo__fold(fo__ints sum) {
@@ -751,22 +769,13 @@ FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
 }
 
 #else
+typedef __m128i fo__ints;
+
+#if defined(__SSSE3__)
 typedef struct {
   __m128i first, second; /* 16 codes each */
 } fo__codes;
-typedef __m128i fo__ints;
 
-#if !defined(__SSSE3__)
-/* Eight codes of 3, 5 or 6 bits as bytes: halves are moved apart, then quarters, then eighths. */
-FO__INLINE int64_t fo__spread_eight(unsigned bits, const uint8_t* codes) {
-  uint64_t c = codes[0] | (uint64_t)codes[1] << 8 | (uint64_t)codes[2] << 16;
-  for (unsigned i = 3; i < bits; ++i) c |= (uint64_t)codes[i] << 8 * i;
-  c = (c & (((uint64_t)1 << 4 * bits) - 1)) | c >> 4 * bits << 32;
-  c = (c & ((1u << 2 * bits) - 1) * 0x100000001u) | (c >> 2 * bits & ((1u << 2 * bits) - 1) * 0x100000001u) << 16;
-  c = (c & ((1u << bits) - 1) * 0x1000100010001u) | (c >> bits & ((1u << bits) - 1) * 0x1000100010001u) << 8;
-  return (int64_t)c;
-}
-#else
 FO__INLINE __m128i fo__unpack_pairs(unsigned bits, __m128i c, int behind) {
   const size_t table = (bits >> 1) - 1;
   c = _mm_shuffle_epi8(c, _mm_add_epi8(fo__load16(fo__pair_bytes[table]), _mm_set1_epi8((char)behind)));
@@ -775,7 +784,6 @@ FO__INLINE __m128i fo__unpack_pairs(unsigned bits, __m128i c, int behind) {
   const __m128i low = _mm_and_si128(_mm_srli_epi16(c, 16 - 2 * (int)bits), mask);
   return _mm_or_si128(low, _mm_and_si128(_mm_srli_epi16(c, 8 - (int)bits), _mm_slli_epi16(mask, 8)));
 }
-#endif
 
 FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
   const __m128i mask = _mm_set1_epi8((char)((1u << bits) - 1));
@@ -789,36 +797,75 @@ FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
     const __m128i four = fo__load8(codes), two = _mm_unpacklo_epi64(four, _mm_srli_epi64(four, 2));
     c.first = _mm_and_si128(two, mask), c.second = _mm_and_si128(_mm_srli_epi64(two, 4), mask);
   } else {
-#if defined(__SSSE3__)
     c.first = fo__unpack_pairs(bits, bits == 3 ? fo__load8(codes) : fo__load16(codes), 0);
     c.second = fo__unpack_pairs(bits, bits == 3 ? fo__load8(codes + 4) : fo__load16(codes + FO__SECOND(bits)),
                                 (int)FO__BEHIND(bits));
-#else
-    c.first = _mm_set_epi64x(fo__spread_eight(bits, codes + bits), fo__spread_eight(bits, codes));
-    c.second = _mm_set_epi64x(fo__spread_eight(bits, codes + 3 * bits), fo__spread_eight(bits, codes + 2 * bits));
-#endif
   }
   return c;
 }
 
-FO__INLINE __m128i fo__dot_wide(__m128i sum, __m128i c, __m128i n) {
-  const __m128i even = _mm_and_si128(c, _mm_set1_epi16(255)), odd = _mm_srli_epi16(c, 8);
-  sum = _mm_add_epi32(sum, _mm_madd_epi16(even, _mm_srai_epi16(_mm_slli_epi16(n, 8), 8)));
-  return _mm_add_epi32(sum, _mm_madd_epi16(odd, _mm_srai_epi16(n, 8)));
-}
-
 FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
   const __m128i n = fo__load16(x), m = fo__load16(x + 16);
-#if defined(__SSSE3__)
   if (bits < 8) { /* four products fit 16 bits */
     const __m128i fours = _mm_add_epi16(_mm_maddubs_epi16(c.first, n), _mm_maddubs_epi16(c.second, m));
     return _mm_add_epi32(sum, _mm_madd_epi16(fours, _mm_set1_epi16(1)));
   }
-#endif
-  (void)bits;
-  return fo__dot_wide(fo__dot_wide(sum, c.first, n), c.second, m);
+  const __m128i mask = _mm_set1_epi16(255);
+  sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_and_si128(c.first, mask), n));
+  sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_and_si128(c.second, mask), m));
+  sum = _mm_add_epi32(sum, _mm_madd_epi16(_mm_srli_epi16(c.first, 8), fo__load16(x + 32)));
+  return _mm_add_epi32(sum, _mm_madd_epi16(_mm_srli_epi16(c.second, 8), fo__load16(x + 48)));
 }
 
+#else
+typedef struct {
+  __m128i words[4]; /* 8 codes each */
+} fo__codes;
+
+/* Four codes of 3, 5 or 6 bits, the k-th four of a block. */
+FO__INLINE __m128i fo__load_four(unsigned bits, const uint8_t* codes, unsigned k) {
+  const unsigned at = 4 * bits * k, byte = at / 8 + 4 > 4 * bits ? 4 * bits - 4 : at / 8;
+  uint32_t word;
+  FO__COPY(&word, codes + byte, 4);
+  return _mm_cvtsi32_si128((int)(word >> (at - 8 * byte)));
+}
+
+FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
+  const __m128i mask = _mm_set1_epi16((int16_t)((1u << bits) - 1));
+  fo__codes c;
+  if (bits == 8) {
+    for (int i = 0; i < 2; ++i) {
+      const __m128i both = fo__load16(codes + 16 * i);
+      c.words[i] = _mm_and_si128(both, mask), c.words[2 + i] = _mm_srli_epi16(both, 8);
+    }
+  } else if (bits == 4 || bits == 2) {
+    __m128i fours = bits == 4 ? fo__load16(codes) : fo__load8(codes);
+    if (bits == 2) fours = _mm_unpacklo_epi64(fours, _mm_srli_epi16(fours, 8));
+    for (int i = 0; i < 4; ++i) c.words[i] = _mm_and_si128(_mm_srli_epi16(fours, i * (int)bits), mask);
+  } else {
+    const int b = (int)bits;
+    const __m128i low = _mm_set1_epi32((1 << bits) - 1), high = _mm_slli_epi32(low, 16);
+    for (unsigned i = 0; i < 2; ++i) {
+      const __m128i even = _mm_unpacklo_epi32(fo__load_four(bits, codes, 4 * i), fo__load_four(bits, codes, 4 * i + 1));
+      const __m128i odd =
+          _mm_unpacklo_epi32(fo__load_four(bits, codes, 4 * i + 2), fo__load_four(bits, codes, 4 * i + 3));
+      const __m128i fours = _mm_unpacklo_epi64(even, odd);
+      const __m128i last = b > 5 ? _mm_srli_epi32(fours, 3 * b - 16) : _mm_slli_epi32(fours, 16 - 3 * b);
+      c.words[2 * i] = _mm_or_si128(_mm_and_si128(fours, low), _mm_and_si128(_mm_slli_epi32(fours, 16 - b), high));
+      c.words[2 * i + 1] = _mm_or_si128(_mm_and_si128(_mm_srli_epi32(fours, 2 * b), low), _mm_and_si128(last, high));
+    }
+  }
+  return c;
+}
+
+FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
+  (void)bits;
+  for (int i = 0; i < 4; ++i) sum = _mm_add_epi32(sum, _mm_madd_epi16(c.words[i], fo__load16(x + 16 * i)));
+  return sum;
+}
+#endif
+
+FO__INLINE fo__ints fo__times16(fo__ints sum) { return _mm_slli_epi32(sum, 4); }
 FO__INLINE fo__ints fo__add(fo__ints a, fo__ints b) { return _mm_add_epi32(a, b); }
 FO__INLINE fo__ints fo__times256(fo__ints sum) { return _mm_slli_epi32(sum, 8); }
 FO__INLINE __m128i fo__fold(fo__ints sum) { return sum; }
@@ -837,6 +884,8 @@ FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
 
 #else                                                        /* NEON */
 #define FO__BASE(bits) ((bits) == 8 ? 0 : 1 << ((bits) - 1)) /* of 8 bits, unpacked codes count from their middle */
+#define FO__WORDS(bits) 0
+#define fo__times16(sum) (sum)
 
 typedef struct {
   uint8x16_t first, second; /* 16 codes each */
@@ -923,10 +972,14 @@ FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
 }
 #endif
 
+#define FO__LIMB(bits) (FO__WORDS(bits) ? 64 : 32) /* bytes of the high, middle or low parts of a block */
+#define FO__BLOCK_BYTES(bits, floats) ((size_t)(floats ? FO__WORDS(bits) ? 128 : 96 : FO__LIMB(bits)))
+
 /* A row of x in the columns of a stretch. */
 typedef struct {
-  int8_t blocks[FO__BYTES + 4 * 96]; /* of 32 columns; of floats 32 high bytes, 32 middle and 32 low ones */
-  /* Of each run: its sum, and minus the base times the sums of 256 * high + middle, and of low bytes. */
+  int8_t blocks[4 * FO__COLUMNS + 4 * 128]; /* of 32 columns; of floats 32 high parts, 32 middle and 32 low ones */
+  /* Of each run: its sum, and minus the base times the sums of high and middle parts, in units of 256, and of low ones.
+   */
   float unit, sum[FO__RUNS + 4];
   int32_t high[FO__RUNS + 4], low[FO__RUNS + 4];
 } fo__numbers;
@@ -936,28 +989,35 @@ static int fo__two_a_block(const fo_tensor* w) { return w->bits == 2 && w->group
 
 static size_t fo__room_of(const fo_tensor* w, size_t n) { return fo__two_a_block(w) ? n : (n + 31) & ~(size_t)31; }
 
+/* The column of a block whose code is the i-th of fo__unpack. */
+static size_t fo__column_of(unsigned bits, size_t i) {
+  if (FO__WORDS(bits) && bits == 8) return 2 * (i & 15) + (i >> 4);
+  if (FO__WORDS(bits) && bits == 4) return 4 * (i & 7) + (i >> 3);
+  if (FO__WORDS(bits) && bits == 2) return 8 * (i & 3) + (i & 4) + (i >> 3);
+  if (FO__WORDS(bits)) return (i & 16) + 2 * (i & 6) + (i >> 2 & 2) + (i & 1);
+  return bits == 4 ? 2 * (i & 15) + (i >> 4) : bits == 2 ? 4 * (i & 7) + (i >> 3) : i;
+}
+
 /* Fills a block, and adds to the sums of its first and last 16 columns. */
 static void fo__fill_block(unsigned bits, const fo__kind* kind, const void* x, size_t count, float per_unit, int8_t* to,
                            int32_t high[2], int32_t low[2]) {
-  int8_t bytes[3][32];
-  if (kind->width == 1) {
-    FO__CLEAR(bytes, sizeof bytes);
-    FO__COPY(bytes[2], x, count);
-  } else {
-    float from[32];
-    FO__CLEAR(from, sizeof from);
-    FO__COPY(from, x, count * sizeof(float));
-    for (size_t i = 0; i < 32; ++i) {
-      const int32_t n = fo__count_units(from[i], per_unit), above = (n + 128) >> 8;
-      bytes[2][i] = (int8_t)(uint8_t)n, bytes[1][i] = (int8_t)(uint8_t)above,
-      bytes[0][i] = (int8_t)((above + 128) >> 8);
-    }
+  int32_t n[32] = {0}; /* in the order of fo__unpack */
+  for (size_t i = 0; i < 32; ++i) {
+    const size_t column = fo__column_of(bits, i);
+    if (column >= count) continue;
+    n[i] = kind->width == 1 ? ((const int8_t*)x)[column] : fo__count_units(((const float*)x)[column], per_unit);
+    const int32_t low_part = FO__WORDS(bits) ? ((n[i] + 2048) & 4095) - 2048 : ((n[i] + 128) & 255) - 128;
+    high[column >> 4] += (n[i] - low_part) / 256, low[column >> 4] += low_part;
   }
-  for (size_t i = 0; i < 32; ++i) high[i >> 4] += bytes[0][i] * 256 + bytes[1][i], low[i >> 4] += bytes[2][i];
-  for (size_t limb = kind->width == 1 ? 2 : 0; limb < 3; ++limb) {
-    const int8_t* from = bytes[limb];
-    for (size_t i = 0; i < 32; ++i) { /* in the order of fo__unpack */
-      *to++ = from[bits == 4 ? (i & 15) * 2 + (i >> 4) : bits == 2 ? (i & 7) * 4 + (i >> 3) : i];
+  for (size_t i = 0; i < 32; ++i) {
+    const int32_t above = FO__WORDS(bits) ? (n[i] + 2048) >> 12 : (n[i] + 128) >> 8;
+    if (FO__WORDS(bits)) {
+      const int16_t parts[2] = {(int16_t)above, (int16_t)(n[i] - above * 4096)};
+      if (kind->width != 1) FO__COPY(to + 2 * i, parts, 2);
+      FO__COPY(to + (kind->width == 1 ? 0 : 64) + 2 * i, parts + 1, 2);
+    } else {
+      if (kind->width != 1) to[i] = (int8_t)((above + 128) >> 8), to[32 + i] = (int8_t)(uint8_t)above;
+      to[(kind->width == 1 ? 0 : 64) + i] = (int8_t)(uint8_t)n[i];
     }
   }
 }
@@ -965,7 +1025,7 @@ static void fo__fill_block(unsigned bits, const fo__kind* kind, const void* x, s
 static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const void* x, float unit,
                         fo__numbers* to) {
   const float per_unit = fo__per_unit(unit);
-  const size_t size = kind->width == 1 ? 32 : 96;
+  const size_t size = FO__BLOCK_BYTES(w->bits, kind->width != 1);
   const int32_t base = FO__BASE(w->bits);
   fo__walk walk = at->start;
   int8_t* blocks = to->blocks;
@@ -1026,51 +1086,61 @@ FO__INLINE fo__float4 fo__four_params(const void* params, unsigned type, size_t 
   return four;
 }
 
-/* The dot products of a run: `high` of 256 * high + middle bytes, and `low`. */
+/* The dot products of a run: `high` of high and middle parts, in units of 256, and `low`. */
 typedef struct {
   fo__ints high, low;
 } fo__dots;
 
-/* Of a run that has a block, and up to 4 bits: all of it fits `low`, though it may overflow on the way. */
-FO__INLINE int fo__fits(unsigned bits, size_t blocks) { return bits <= 4 && blocks == 1; }
+/* Of a run of few blocks and few bits: all of it fits `low`, though it may overflow on the way. */
+FO__INLINE int fo__fits(unsigned bits, size_t blocks) { return blocks <= 16u >> bits; }
 
-FO__INLINE fo__dots fo__dot_run(unsigned bits, int floats, size_t blocks, const uint8_t* codes, const int8_t* x) {
+FO__INLINE void fo__add_block(unsigned bits, int floats, const uint8_t* codes, const int8_t* x, fo__dots* dots,
+                              fo__ints* middle) {
+  const fo__codes c = fo__unpack(bits, codes);
+  if (floats) dots->high = fo__dot(bits, dots->high, c, x), x += FO__LIMB(bits);
+  if (floats && !FO__WORDS(bits)) *middle = fo__dot(bits, *middle, c, x), x += FO__LIMB(bits);
+  dots->low = fo__dot(bits, dots->low, c, x);
+}
+
+/* All of it in `low`, if it `fits`. */
+FO__INLINE fo__dots fo__dot_run(unsigned bits, int floats, int fits, size_t blocks, const uint8_t* codes,
+                                const int8_t* x) {
   fo__dots dots;
   FO__CLEAR(&dots, sizeof dots);
   fo__ints middle = dots.high;
-  if (fo__fits(bits, blocks) && floats) {
-    const fo__codes c = fo__unpack(bits, codes);
-    dots.low = fo__times256(fo__dot(bits, fo__times256(fo__dot(bits, dots.low, c, x)), c, x + 32));
-    dots.low = fo__dot(bits, dots.low, c, x + 64);
-    return dots;
+  if (blocks == 2) { /* a constant: no loop */
+    fo__add_block(bits, floats, codes, x, &dots, &middle);
+    fo__add_block(bits, floats, codes + 4 * bits, x + FO__BLOCK_BYTES(bits, floats), &dots, &middle);
+  } else {
+    for (size_t i = 0; i < blocks; ++i, codes += 4 * bits, x += FO__BLOCK_BYTES(bits, floats)) {
+      fo__add_block(bits, floats, codes, x, &dots, &middle);
+    }
   }
-  for (size_t i = 0; i < blocks; ++i, codes += 4 * bits, x += floats ? 96 : 32) {
-    const fo__codes c = fo__unpack(bits, codes);
-    if (floats) dots.high = fo__dot(bits, dots.high, c, x), middle = fo__dot(bits, middle, c, x + 32);
-    dots.low = fo__dot(bits, dots.low, c, floats ? x + 64 : x);
-  }
-  if (floats) dots.high = fo__add(fo__times256(dots.high), middle);
+  if (!floats) return dots;
+  dots.high = FO__WORDS(bits) ? fo__times16(dots.high) : fo__add(fo__times256(dots.high), middle);
+  if (fits) dots.low = fo__add(fo__times256(dots.high), dots.low);
   return dots;
 }
 
 /* Four runs as floats. They have some blocks each or, `paired`, half a block. */
 FO__INLINE fo__float4 fo__dot_runs(unsigned bits, int floats, int paired, size_t blocks, const uint8_t* codes,
                                    const int8_t* x, const fo__numbers* numbers, size_t run) {
-  const size_t size = blocks * 4 * bits, x_size = blocks * (floats ? 96 : 32);
-  const fo__dots a = fo__dot_run(bits, floats, blocks, codes, x);
-  const fo__dots b = fo__dot_run(bits, floats, blocks, codes + size, x + x_size);
+  const size_t size = blocks * 4 * bits, x_size = blocks * FO__BLOCK_BYTES(bits, floats);
+  const int fits = fo__fits(bits, blocks);
+  const fo__dots a = fo__dot_run(bits, floats, fits, blocks, codes, x);
+  const fo__dots b = fo__dot_run(bits, floats, fits, blocks, codes + size, x + x_size);
   fo__dots c = a, d = b;
   fo__int4 high, low;
   FO__COPY(&high, numbers->high + run, 16);
   FO__COPY(&low, numbers->low + run, 16);
   if (!paired) {
-    c = fo__dot_run(bits, floats, blocks, codes + 2 * size, x + 2 * x_size);
-    d = fo__dot_run(bits, floats, blocks, codes + 3 * size, x + 3 * x_size);
+    c = fo__dot_run(bits, floats, fits, blocks, codes + 2 * size, x + 2 * x_size);
+    d = fo__dot_run(bits, floats, fits, blocks, codes + 3 * size, x + 3 * x_size);
   }
   const fo__int4 dots = paired ? fo__half_totals(a.low, b.low) : fo__totals(a.low, b.low, c.low, d.low);
   fo__uint4 total = (fo__uint4)dots + (fo__uint4)low;
   if (!floats) return fo__float4_of((fo__int4)total);
-  if (fo__fits(bits, blocks)) return fo__float4_of((fo__int4)(total + ((fo__uint4)high << 8))) * numbers->unit;
+  if (fits) return fo__float4_of((fo__int4)(total + ((fo__uint4)high << 8))) * numbers->unit;
   high += fo__totals(a.high, b.high, c.high, d.high);
   return fo__join(high, (fo__int4)total, numbers->unit);
 }
@@ -1096,7 +1166,7 @@ FO__INLINE size_t fo__add_groups(unsigned bits, int floats, int paired, size_t b
   const int8_t* from = x->blocks;
   uint8_t copy[4 * 32];
   float total = *y;
-  for (size_t run = 0; run < runs; run += 4, codes += size, from += four_blocks * (floats ? 96 : 32)) {
+  for (size_t run = 0; run < runs; run += 4, codes += size, from += four_blocks * FO__BLOCK_BYTES(bits, floats)) {
     if (blocks == 1 && (size_t)(end - codes) < size) {
       FO__CLEAR(copy, sizeof copy);
       FO__COPY(copy, codes, (size_t)(end - codes));
@@ -1120,20 +1190,13 @@ FO__INLINE float fo__add_run(unsigned bits, int floats, size_t n, const uint8_t*
                              const int8_t* blocks, const fo__numbers* x, size_t run, float scale, float middle,
                              float y) {
   const size_t size = 4 * bits, whole = fo__min((n + 31) / 32, (size_t)(end - codes) / size);
-  fo__dots dots = fo__dot_run(bits, floats, whole, codes, blocks);
+  fo__dots dots = fo__dot_run(bits, floats, 0, whole, codes, blocks);
   if (whole * 32 < n) { /* the tensor ends in the last block */
     uint8_t copy[32];
     FO__CLEAR(copy, sizeof copy);
     FO__COPY(copy, codes + whole * size, (size_t)(end - codes) - whole * size);
-    const fo__codes c = fo__unpack(bits, copy);
-    fo__ints zero;
-    FO__CLEAR(&zero, sizeof zero);
-    blocks += whole * (floats ? 96 : 32);
-    if (floats) {
-      const fo__ints high = fo__times256(fo__dot(bits, zero, c, blocks));
-      dots.high = fo__add(dots.high, fo__dot(bits, high, c, blocks + 32));
-    }
-    dots.low = fo__dot(bits, dots.low, c, floats ? blocks + 64 : blocks);
+    const fo__dots last = fo__dot_run(bits, floats, 0, 1, copy, blocks + whole * FO__BLOCK_BYTES(bits, floats));
+    dots.high = fo__add(dots.high, last.high), dots.low = fo__add(dots.low, last.low);
   }
   const fo__int4 totals = fo__totals(dots.high, dots.high, dots.low, dots.low);
   const int32_t low = totals[2] + x->low[run], high = totals[0] + x->high[run] + (low >> 8);
@@ -1155,12 +1218,14 @@ FO__INLINE void fo__add_rows(unsigned bits, int floats, const fo_tensor* w, cons
         run = fo__add_groups(bits, floats, 0, 1, w, param, columns, codes, end, x + b, to);
       } else if (bits == 2 && group == 16) {
         run = fo__add_groups(bits, floats, 1, 1, w, param, columns, codes, end, x + b, to);
+      } else if (bits == 2 && group == 64) {
+        run = fo__add_groups(bits, floats, 0, 2, w, param, columns, codes, end, x + b, to);
       } else if (group % 32 == 0 && group && group <= run_most) {
         run = fo__add_groups(bits, floats, 0, group / 32, w, param, columns, codes, end, x + b, to);
       }
       size_t i = run * group;
       if (i >= columns) continue;
-      const int8_t* blocks = x[b].blocks + i * (floats ? 3 : 1);
+      const int8_t* blocks = x[b].blocks + i / 32 * FO__BLOCK_BYTES(bits, floats);
       fo__walk walk = fo__walk_from(w, at->begin + i);
       float scale = 0, middle = 0;
       param = (size_t)-1;
@@ -1172,7 +1237,7 @@ FO__INLINE void fo__add_rows(unsigned bits, int floats, const fo_tensor* w, cons
         n = fo__step(w, &walk, fo__min(run_most, columns - i));
         const uint8_t* from = codes + fo__code_bytes(bits, i);
         *to = fo__add_run(bits, floats, n, from, end, blocks, x + b, run, scale, middle, *to);
-        blocks += (n + 31) / 32 * (floats ? 96 : 32);
+        blocks += (n + 31) / 32 * FO__BLOCK_BYTES(bits, floats);
       }
     }
   }

@@ -134,10 +134,14 @@ def tensors(rng):
     result, params = {}, itertools.cycle(["float16", "float32", "float32", "float16", "float32"])
     for (rows, cols), bits in itertools.product([(1, 1), (3, 17), (5, 130), (7, 333), (2, 1100)], BITS):
         w = rng.standard_normal((rows, cols)).astype("f4")
-        for group in (-1, None, 32, 16, 20, 7):
+        for group in (-1, None, 64, 32, 16, 20, 7):
             q = fo.quantize(w, bits, group_size=group, param_dtype=next(params))
             result[f"{rows}x{cols} {bits} bits, groups of {group}, {q.scale.dtype}"] = q
         result[f"{rows}x{cols} {bits} bits, outliers"] = fo.quantize(w, bits, outliers=0.02)
+    largest = np.ones((2, 192), "f4")
+    largest[:, ::8] = -1
+    for bits, group in itertools.product(BITS, (64, 32, 24, 16)):
+        result[f"2x192 {bits} bits, groups of {group}, largest codes"] = fo.quantize(largest, bits, group_size=group)
     result["tiny"] = fo.quantize(w * np.float32(1e-9), 4)
     bits = itertools.cycle(BITS)
     for share, (rows, cols) in itertools.product([0.3, 0.95, 1.0], [(1, 5), (4, 64), (9, 333)]):
@@ -194,6 +198,8 @@ def cases(tmp_path_factory):
         requests.ask(DEQUANTIZE, file, name, size=w.size, offset=i % 4)
         expected[name] = w
         x = rng.standard_normal(([1, 2, 6][i % 3], w.shape[1])).astype("f4")
+        if "largest" in name:
+            x = np.ones_like(x)
         for operation, number in ((LINEAR, x.astype("f8")), (LINEAR_INT8, rounded(x))):
             requests, expected = result[operation]
             options = {"bias": f"bias of {name}" if i % 3 else "", "offset": i % 4}
