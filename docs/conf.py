@@ -4,9 +4,12 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from docutils.utils.math.latex2mathml import tex2mathml
 
 project = "fastopt"
 release = importlib.metadata.version(project)
@@ -14,6 +17,9 @@ copyright = "the fastopt developers"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["formulas.css"]
 suppress_warnings = ["myst.xref_missing", "ref.python"]  # of links to sources, and of attributes that share a name
 autodoc_mock_imports = ["transformers"]
 autodoc_typehints = "none"  # the docstrings have them
@@ -36,6 +42,13 @@ class Help(Directive):
         return [nodes.literal_block(text, "\n".join(line.rstrip() for line in text.splitlines()), language="text")]
 
 
-def setup(app: object) -> None:
-    """Add the directive to Sphinx."""
-    app.add_directive("help", Help)  # type: ignore[attr-defined]
+def formula(translator: Any, node: nodes.Element, block: bool) -> None:
+    """Write a formula as MathML, which browsers show without a script from elsewhere."""
+    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> None:
+    """Add the directive and the formulas to Sphinx."""
+    app.add_directive("help", Help)
+    app.add_html_math_renderer("mathml", (partial(formula, block=False), None), (partial(formula, block=True), None))

@@ -23,7 +23,7 @@ from fastopt.formats.c_net import Cost
 from fastopt.formats.onnx_check import OutputReport
 from fastopt.models.examine import Difference, TensorFacts
 from fastopt.models.recipe import PACKED_BEFORE, Recipe
-from fastopt.models.report import Report
+from fastopt.models.report import Report, kept_lines
 from fastopt.tensors.error import Error
 
 # ---- numbers as texts --------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def print_report(report: Report) -> None:
 
 def report_lines(report: Report) -> list[str]:
     """Return the summary: which tensors were kept and why, and the size and error of all."""
-    lines = report.kept_lines()
+    lines = kept_lines(report)
     calibrated = [t.output_error is not None for t in report.tensors if t.kind != "dense"]
     if any(calibrated) and not all(calibrated):
         lines.append(f"packed without calibration: {calibrated.count(False)} tensors")

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from fastopt._checks import as_matrix
-from fastopt._text import shown
+from fastopt._text import proposal, shown
 from fastopt._types import Array
 from fastopt.tensors.packed import Weight
 
@@ -420,9 +420,9 @@ class Net:
         if kind == "leaky_relu":
             return self._unary(name, x, "fo_nn_leaky_relu", f"{count}, {_float(slope)}")
         if kind not in _IN_PLACE:
+            known = sorted([*_IN_PLACE, "leaky_relu", "softmax"])
             raise ValueError(
-                f"{name!r}: expected an activation of {', '.join(sorted([*_IN_PLACE, 'leaky_relu', 'softmax']))}, "
-                f"got {shown(kind)}"
+                f"{name!r}: expected an activation of {', '.join(known)}, got {shown(kind)}{proposal(kind, known)}"
             )
         return self._unary(name, x, _IN_PLACE[kind], str(count))
 

@@ -123,23 +123,12 @@ class Report:
                 del columns[i], texts[i], widths[i]
         widths[0] = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
         texts[0] = [name if len(name) <= widths[0] else f"...{name[len(name) - widths[0] + 3 :]}" for name in texts[0]]
-        kept = [] if "why" in columns else self.kept_lines()
+        kept = [] if "why" in columns else kept_lines(self)
         lines = [line for text in [*kept, repr(self)] for line in wrap(text, max(room, 40))]
         return "\n".join([text_table(zip(*texts, strict=True)), *lines])
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), self._columns(), self._rows())
-
-    def kept_lines(self) -> list[str]:
-        """Return a line for each reason why tensors were not packed."""
-        kept: dict[str, list[int]] = {}
-        for t in self.tensors:
-            if t.kind == "dense" and t.reason:
-                kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
-        return [
-            f"kept as they are: {len(n)} tensor{'s' * (len(n) != 1)}, {size_text(sum(n))} ({printable(reason)})"
-            for reason, n in kept.items()
-        ]
 
     def _columns(self) -> list[str]:
         outputs = any(t.output_error is not None for t in self.tensors)
@@ -178,6 +167,18 @@ class Report:
                 for tensor in self.tensors
             ],
         }
+
+
+def kept_lines(report: Report) -> list[str]:
+    """Return a line for each reason why tensors were not packed."""
+    kept: dict[str, list[int]] = {}
+    for t in report.tensors:
+        if t.kind == "dense" and t.reason:
+            kept.setdefault(re.sub(r"^\d+ weights, ", "", t.reason), []).append(t.nbytes)
+    return [
+        f"kept as they are: {len(n)} tensor{'s' * (len(n) != 1)}, {size_text(sum(n))} ({printable(reason)})"
+        for reason, n in kept.items()
+    ]
 
 
 def _plain_error(error: Error | None) -> dict[str, float | None] | None:
