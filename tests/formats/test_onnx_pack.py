@@ -13,6 +13,7 @@ from test_export_onnx import distance, random, run
 
 import fastopt as fo
 from fastopt.formats import onnx_file
+from fastopt.formats.onnx_weights import onnx_sources
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -103,6 +104,7 @@ RECIPES = {
     "four": fo.Recipe(bits=4, fit="lsq", min_size=1),
     "two": fo.Recipe(bits=2, group_size=32, min_size=1),
     "outliers": fo.Recipe(bits=4, outliers=0.02, min_size=1),
+    "two levels": fo.Recipe(bits=4, group_size=16, param_bits=6, min_size=1),
     "sparse": fo.Recipe(sparsity=0.5, min_size=1),
     "both": fo.Recipe(bits=8, sparsity=0.5, min_size=1),
     "mixed": fo.Recipe(bits=4, exclude=["gemm"], overrides={"conv": {"bits": 2}, "shared": {"bits": 8}}, min_size=500),
@@ -188,6 +190,18 @@ def layers(rng, tmp_path, shapes):
 
 
 @pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("param_group", [-1, 256])
+def test_parameters_in_two_levels_decode_to_the_same_bits(param_group, fast, rng, tmp_path):
+    options = {"bits": 5, "group_size": 16, "param_bits": 6, "param_group": param_group}
+    source = layers(rng, tmp_path, [(9, 100), (64, 9)])  # 7 groups a row, and 1
+    report = fo.pack_onnx(source, tmp_path / "p.onnx", **options, min_size=1, fast=fast)
+    found = onnx_sources(tmp_path / "p.onnx")
+    for name, w in onnx_sources(source).items():
+        assert np.array_equal(found[name].read(), fo.quantize(w.read(), **options).dequantize())
+    assert [t.param_bits for t in report.tensors] == [6, 6]
+
+
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -196,6 +210,10 @@ def layers(rng, tmp_path, shapes):
         {"bits": 2},
         {"bits": 4, "outliers": 0.01},
         {"bits": 4, "group_size": 48},
+        {"bits": 4, "param_bits": 4},
+        {"bits": 4, "param_bits": 6, "group_size": 32},
+        {"bits": 4, "param_bits": 4, "param_group": 256},
+        {"preset": "balanced"},
         {"sparsity": 0.5},
         {"sparsity": 0.99},
         {"sparsity": 0.01},

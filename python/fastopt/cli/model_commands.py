@@ -298,7 +298,7 @@ def pack(
     if group_size is not None:
         options["group_size"] = group_size_of(group_size)
     if preset is not None:
-        options = with_preset({"preset": preset.value, **options})
+        options = with_preset({"preset": preset.value, **options}, onnx=output.suffix == ".onnx")
     base = Recipe() if recipe is None else Recipe.from_toml(recipe)
     overrides = overrides_of(override or ())
     with usage():

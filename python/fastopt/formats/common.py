@@ -69,12 +69,16 @@ def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
 
 def codes_matrix(q: QuantizedTensor) -> NDArray[np.uint8]:
     """Return the codes, one a byte, as a matrix of rows and columns."""
-    rows, cols = as_matrix(q.shape)
-    packed = q.codes
-    if packed.shape[1] * 8 % q.bits:  # the last byte of a row ends within a code
-        packed = np.pad(packed, ((0, 0), (0, -(-cols // 8) * q.bits - packed.shape[1])))
-    stored = packed.shape[1] * 8 // q.bits  # with those that fill the last bytes of a row
-    return unpack_bits(packed, q.bits, rows * stored).reshape(rows, stored)[:, :cols]
+    return unpacked_rows(q.codes, q.bits, as_matrix(q.shape)[1])
+
+
+def unpacked_rows(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]:
+    """Return packed rows of `cols` codes, each of which starts on a byte, as a matrix with one code a byte."""
+    rows = len(packed)
+    if packed.shape[1] * 8 % bits:  # the last byte of a row ends within a code
+        packed = np.pad(packed, ((0, 0), (0, -(-cols // 8) * bits - packed.shape[1])))
+    stored = packed.shape[1] * 8 // bits  # with those that fill the last bytes of a row
+    return unpack_bits(packed, bits, rows * stored).reshape(rows, stored)[:, :cols]
 
 
 def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:

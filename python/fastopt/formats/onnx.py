@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from fastopt._checks import as_matrix, require_group_size
 from fastopt._text import shown
 from fastopt._types import Array, GroupSize
-from fastopt.formats.common import Option, codes_matrix, regroup, require_package
+from fastopt.formats.common import Option, codes_matrix, regroup, require_package, unpacked_rows
 from fastopt.formats.layers import (
     INPUT_SHAPE,
     LAYER,
@@ -35,7 +35,7 @@ from fastopt.models.recipe import naming_tensor
 from fastopt.models.shrinking import Concat, Kind, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
-from fastopt.tensors.quantization import pack_bits
+from fastopt.tensors.quantization import TWO_LEVEL_GROUP, pack_bits
 from fastopt.tensors.quantized import QuantizedTensor
 from fastopt.tensors.sparse import SparseTensor
 
@@ -152,17 +152,34 @@ def _stored_bits(bits: int) -> int:
     return min(width for width in _CODES if width >= bits)
 
 
+def _has_two_levels(q: QuantizedTensor) -> bool:
+    """Return whether scale and minimum stay codes in ONNX: where several groups share the floats of a row."""
+    cols = as_matrix(q.shape)[1]
+    return q.param_bits is not None and q.param_group == -1 and q.group_size is not None and -1 < q.group_size < cols
+
+
 def _zero_codes(groups: int, bits: int) -> int:
     """Return how many zero points a row has: one for each group, and those that fill the last byte."""
     return -(-groups * bits // 8) * 8 // bits
 
 
 def quantized_nbytes(
-    shape: tuple[int, ...], bits: int, group_size: GroupSize, param_dtype: DTypeLike, outliers: float | None, fast: bool
+    shape: tuple[int, ...],
+    bits: int,
+    group_size: GroupSize,
+    param_dtype: DTypeLike,
+    outliers: float | None,
+    fast: bool,
+    param_bits: int | None = None,
+    param_group: int = -1,
 ) -> int:
     """Return the bytes of a quantized tensor in ONNX, where rows are padded to whole groups or blocks."""
     rows, cols = as_matrix(shape)
+    if param_bits is not None and group_size == "auto":
+        group_size = TWO_LEVEL_GROUP
     size = require_group_size(group_size, bits)
+    if param_bits is not None and param_group != -1:
+        param_bits, param_dtype = None, np.float32  # pairs
     own = cols if size in (None, -1) else min(size, cols)
     groups = 1 if size is None else -(-cols // max(own, 1))
     if fast:
@@ -175,7 +192,13 @@ def quantized_nbytes(
     codes = rows * -(-groups * own * stored // 8) if fast else -(-rows * groups * own * stored // 8)
     if fast and stored != bits:
         codes += rows * _zero_codes(groups, stored) * stored // 8
-    return codes + 2 * params * np.dtype(param_dtype).itemsize + round((outliers or 0) * rows * cols) * entry
+    param_nbytes = 2 * params * np.dtype(param_dtype).itemsize
+    if param_bits is not None:
+        if own == size and groups > 1:
+            param_nbytes = 2 * -(-params * _stored_bits(param_bits) // 8) + 3 * rows * np.dtype(param_dtype).itemsize
+        else:
+            param_nbytes = 2 * params * 4
+    return codes + param_nbytes + round((outliers or 0) * rows * cols) * entry
 
 
 def tag(node: "NodeProto", weight: str, parts: Mapping[str, str] | None = None) -> None:
@@ -304,11 +327,12 @@ class Builder:
 
         if q.size == 0:
             return self.constant(f"{name}.value", q.dequantize(dtype=np.float32))
-        q = q.one_level()
         with naming_tensor(name):
             self.opset = max(self.opset, opset_of_bits(q.bits))
         rows, cols = as_matrix(q.shape)
-        groups = q.scale.shape[1]
+        two_levels = _has_two_levels(q)
+        q = q if two_levels else q.one_level()
+        groups = -(-cols // q.group_size) if two_levels and q.group_size else q.scale.shape[1]
         size = q.group_size if groups > 1 and q.group_size is not None else cols
         wide = groups * size  # the last group of a row is padded with codes of 0
         codes = self.fresh(f"{name}.codes")
@@ -320,10 +344,15 @@ class Builder:
             scaled = self.node("DequantizeLinear", codes, scale, axis=0)
             value = self.node("Add", scaled, self._float32(f"{name}.minimum", q.minimum))
         else:
-            scale = self._float32(f"{name}.scale", q.scale)
+            if two_levels:
+                scale, minimum = self._two_levels(name, q)
+                minimum = self.node("Reshape", minimum, self.numbers(rows, groups, 1))
+            else:
+                scale = self._float32(f"{name}.scale", q.scale)
+                minimum = self._float32(f"{name}.minimum", q.minimum[..., None])
             scaled = self.node("DequantizeLinear", codes, scale, axis=1, block_size=size)
             parted = self.node("Reshape", scaled, self.numbers(rows, groups, size))
-            value = self.node("Add", parted, self._float32(f"{name}.minimum", q.minimum[..., None]))
+            value = self.node("Add", parted, minimum)
         if wide != cols:
             value = self.node("Reshape", value, self.numbers(rows, wide))
             value = self.node("Slice", value, self.numbers(0), self.numbers(cols), self.numbers(1))
@@ -333,6 +362,32 @@ class Builder:
             added = self.constant(f"{name}.outlier_value", q.outliers.values)
             value = self.node("ScatterElements", flat, index, added, axis=0, reduction="add")
         return self.node("Reshape", value, self.numbers(*q.shape))
+
+    def _two_levels(self, name: str, q: QuantizedTensor) -> tuple[str, str]:
+        """Add scale and minimum of each group, in float32, as codes and the floats of a row."""
+        assert q.param_floats is not None
+        floats = [q.param_floats[:, 0, i] for i in range(3)]
+        d, dm, m0 = (self._float32(f"{name}.{part}", f) for part, f in zip(("d", "dm", "m0"), floats, strict=True))
+        scale, below = (
+            self.node("DequantizeLinear", self._param_codes(f"{name}.{part}", packed, q), unit, axis=0)
+            for part, packed, unit in (("scale", q.scale, d), ("minimum", q.minimum, dm))
+        )
+        return scale, self.node("Sub", self.node("Reshape", m0, self.numbers(-1, 1)), below)
+
+    def _param_codes(self, name: str, packed: NDArray[np.uint8], q: QuantizedTensor) -> str:
+        """Add the codes of scale or minimum, in a width that ONNX has."""
+        from onnx import TensorProto
+
+        assert q.param_bits is not None
+        assert q.group_size is not None
+        rows, cols = as_matrix(q.shape)
+        groups, bits = -(-cols // q.group_size), _stored_bits(q.param_bits)
+        name, nbytes = self.fresh(name), -(-rows * groups * bits // 8)
+
+        kind = TensorProto.DataType.Value(_CODES[bits][0])
+        content = partial(_repacked, packed, q.param_bits, groups, bits)
+        self.constants.append(Constant(name, kind, (rows, groups), nbytes, content))
+        return name
 
     def _scattered(self, name: str, tensor: SparseTensor) -> str:
         """Add nodes that scatter the stored values over zeros.
@@ -398,12 +453,18 @@ class Builder:
         if name not in self._blocks:
             size, scale, minimum = _blocks(name, q)
             bits, (rows, groups) = _stored_bits(q.bits), scale.shape
-            scale_name = self._float32(f"{name}.scale", scale)
+            if _has_two_levels(q) and q.group_size == size:
+                scale_name, minimum_name = self._two_levels(name, q)
+            else:
+                scale_name, minimum_name = (
+                    self._float32(f"{name}.scale", scale),
+                    self._float32(f"{name}.minimum", minimum),
+                )
             # Codes count from their middle; so smaller numbers cancel. Without zero points, MatMulNBits counts from the
             # middle of its own codes.
             middle = self.constant(f"{name}.middle", np.array(1 << (q.bits - 1), np.float32), auxiliary=True)
             offset = self.node("Mul", scale_name, middle)
-            parts = {"minimum": self._float32(f"{name}.minimum", minimum)}
+            parts = {"minimum": minimum_name}
             offset = self.node("Add", parts["minimum"], offset)
             codes, nbytes = self.fresh(f"{name}.codes"), groups * size * bits // 8
             content = partial(_codes, q, groups * size)
@@ -491,6 +552,11 @@ def _codes(q: QuantizedTensor, wide: int) -> NDArray[np.uint8]:
     if bits == q.bits and wide * bits % 8 == 0:
         return _padded(q.codes, wide * bits // 8)
     return pack_bits(np.pad(codes_matrix(q), ((0, 0), (0, wide - cols))), bits)
+
+
+def _repacked(packed: NDArray[np.uint8], bits: int, cols: int, stored: int) -> NDArray[np.uint8]:
+    """Return rows of codes in another width, as one stream."""
+    return pack_bits(unpacked_rows(packed, bits, cols), stored)
 
 
 def _blocks(name: str, q: QuantizedTensor) -> tuple[int, Array, Array]:

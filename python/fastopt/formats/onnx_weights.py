@@ -63,7 +63,7 @@ def onnx_sources(path: Path, skipped: Callable[[str], bool] = lambda name: False
     sources = {name: _source(file, model, value, found.get(name)) for name, value in values.items()}
     for scope, node, _ in opened.products:
         name = _tag(node) or node.input[1].removesuffix(".codes")
-        sources.setdefault(name, _source_of_product(file, scope, node))
+        sources.setdefault(name, _source_of_product(file, model, scope, node))
     return {name: source for name, source in sources.items() if not skipped(name)}
 
 
@@ -103,9 +103,9 @@ class OpenedOnnx:
 def _values_of(
     model: ModelProto, root: Scope, products: list[tuple[Scope, NodeProto, list[Value]]]
 ) -> dict[str, Value]:
-    decoded, parts = _decoded(root), set[Value]()
-    for steps in (*decoded.values(), *(steps for _, _, steps in products)):
-        parts.update(steps)
+    parts = {step for _, _, steps in products for step in steps}
+    decoded = {value: steps for value, steps in _decoded(root).items() if value not in parts}
+    parts.update(step for steps in decoded.values() for step in steps)
     _infer(model, root, decoded)
     constants = [
         value
@@ -252,16 +252,15 @@ def _parts(scope: Scope, node: NodeProto) -> dict[str, Value] | None:
     return parts if whole and parts["codes"].tensor is not None else None
 
 
-def _source_of_product(file: OnnxFile, scope: Scope, node: NodeProto) -> Source:
+def _source_of_product(file: OnnxFile, model: ModelProto, scope: Scope, node: NodeProto) -> Source:
     rows, cols, bits = (int(attribute(node, name, 0)) for name in ("N", "K", "bits"))
     size = int(attribute(node, "block_size", 0))
     parts = _parts(scope, node)
     assert parts is not None
 
     def constant(part: str) -> Array:
-        step = next(value for value in _steps(parts[part]) or [] if value.tensor is not None)
-        assert step.tensor is not None
-        return file.array(step.tensor)
+        value = parts[part]
+        return _evaluated(file, model, value) if value.tensor is None else file.array(value.tensor)
 
     def read() -> Array:
         try:

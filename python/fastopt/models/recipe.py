@@ -38,6 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"bits": 4, "group_size": 32, "param_bits": 4, "fit": "lsq"},
 }
 
+# In ONNX, codes of 5 bits are stored in 8, and parameters of 6 too; so these take the place of some options there.
+ONNX_PRESETS: dict[str, dict[str, Any]] = {"balanced": {"bits": 4, "group_size": 16, "param_bits": 8}}
+
 _PRUNING = ("threshold", "sparsity", "pattern")
 
 
@@ -440,8 +443,8 @@ def same_options(weights: Mapping[str, Weight], name: str, other: str, recipe: R
     return recipe.of(name, shape, dtype)[0] == recipe.of(other, shape, dtype)[0]
 
 
-def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with those of their preset, if they name one; what is given beside it counts."""
+def with_preset(options: Mapping[str, Any], *, onnx: bool = False) -> dict[str, Any]:
+    """Return options with those of their preset, if they name one; those that are given beside it replace its own."""
     given = {name: value for name, value in options.items() if name != "preset"}
     preset = options.get("preset")
     if preset is None:
@@ -449,10 +452,10 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(preset, str) or preset not in PRESETS:
         names = ", ".join(map(repr, PRESETS))
         raise ValueError(f"preset: expected one of {names}, got {shown(preset)}{proposal(preset, PRESETS)}")
-    return {**PRESETS[preset], **given}
+    return {**PRESETS[preset], **(ONNX_PRESETS.get(preset, {}) if onnx else {}), **given}
 
 
-def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
+def recipe_of(recipe: Recipe | None, options: Mapping[str, Any], *, onnx: bool = False) -> Recipe:
     """Return the given recipe, or one made of keyword arguments; an unknown keyword is a TypeError."""
     known = [*(f.name for f in fields(Recipe) if f.name != "inputs"), "preset"]
     for name in options:
@@ -461,7 +464,7 @@ def recipe_of(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
     if recipe is None:
-        return Recipe(**with_preset(options))
+        return Recipe(**with_preset(options, onnx=onnx))
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
     if options.keys() == {"calibration"}:
