@@ -25,6 +25,7 @@ from fastopt.cli.timing import FASTOPT, LIMIT, NUMPY, Case, Result, header, limi
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results.json"
+TRAINING = ROOT / "bench/training.json"  # by bench_training.py
 DOCS = ROOT / "docs"
 TIE = 1.02  # a rival that is faster by less than this is as fast
 
@@ -343,6 +344,35 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(lines)
 
 
+TRAINING_NOTE = """`python bench/bench_training.py --json bench/training.json` trains a perceptron and a convolutional
+network on {data}, from the same weights on the same batches, until they classify {goal} of the test images. Testing
+does not count. The networks are plain NumPy, or operations of torch. A step is that of Adam: fastopt's, NumPy's without
+temporaries, `fastopt.torch`'s, or torch's fused. {times} **Bold** marks a rival whose step or whole batch is faster
+than with fastopt by more than 2 %."""
+RIVALS = {"numpy": "numpy + fastopt", "torch fused": "torch + fastopt"}  # and ours, which has the same network
+
+
+def training_parts(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the paragraphs and tables of training, a table for each number of threads."""
+    first = runs[0]["results"][0]
+    clocks = [f"{run['machine']['threads']} thread{'s' * (run['machine']['threads'] != 1)}" for run in runs]
+    times = "Times of one thread are those of its CPU, others those of the clock."
+    yield "## Training"
+    yield TRAINING_NOTE.format(data=first["data"], goal=f"{100 * first['goal']:.0f} %", times=times)
+    for run, threads in zip(runs, clocks, strict=True):
+        rows = {(r["network"], r["trainer"]): r for r in run["results"]}
+        lines = [[threads, "batches", "accuracy", "a batch", "its step", "in all"], ["---"] * 6]
+        for (network, trainer), r in rows.items():
+            mine = rows.get((network, RIVALS.get(trainer, trainer)), r)
+            each = [(row["seconds"] / row["batches"], row["step_seconds"] / row["batches"]) for row in (r, mine)]
+            cells = [
+                f"**{time_text(a)}**" if TIE * a < b else time_text(a) for a, b in zip(each[0], each[1], strict=True)
+            ]
+            total = f"{r['seconds']:.1f} s"
+            lines.append([f"{network}, {shown(trainer)}", str(r["batches"]), f"{r['accuracy']:.3f}", *cells, total])
+        yield markdown(lines)
+
+
 def page(found: Mapping[str, Any]) -> str:
     """Return docs/benchmarks.md."""
     peers = ", ".join(f"{shown(name)} {version}" for name, version in found["peers"].items())
@@ -376,6 +406,8 @@ def page(found: Mapping[str, Any]) -> str:
             parts.append(f"![{name}: times of fastopt and its rivals](charts/{CHARTS[name]})")
         parts.append(table(plain))
         parts += [variants_table(case, by) for case, by in cases.items() if case not in plain]
+    if TRAINING.exists():
+        parts += training_parts(json.loads(TRAINING.read_text()))
     parts.append(QUALITY)
     return "\n\n".join("\n".join(wrapped(part)) for part in parts) + "\n"
 

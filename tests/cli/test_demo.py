@@ -10,6 +10,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import fastopt as fo
+from fastopt.cli import timing
 from fastopt.cli.show_commands import app
 from fastopt.demo import run as demo
 
@@ -43,7 +44,7 @@ def write_folder(folder, zipped=False, test="t10k"):
 
 def test_demo_on_digits(tmp_path):
     result = run("demo", "--json", "--epochs", 4, "--out", tmp_path)
-    assert result.stderr == ""  # no progress where there is no terminal
+    assert result.stderr == ""  # no progress where there is no terminal, and in JSON no warning beside it
     summary = json.loads(result.stdout)
 
     plain, full, packed, pruned = summary["variants"]
@@ -73,6 +74,18 @@ def test_demo_on_digits(tmp_path):
     assert page.count("data:image/png;base64,") == 12
     assert page.count("fastopt 4-bit, pruned</text>") == 5  # in all panels
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("others", "busy"), [(None, False), (0.0, False), (999.0, True)])
+def test_a_busy_machine_gives_one_thread(others, busy, monkeypatch):
+    monkeypatch.setattr(timing.Disturbance, "cores", lambda self: others)
+    before = fo.get_num_threads()
+    with timing.calm() as found:
+        assert found is busy
+        assert fo.get_num_threads() == (1 if busy else before)
+    assert fo.get_num_threads() == before
+    doubt = timing.doubts([], others, 1)
+    assert ("other programs kept 999.0 of" in doubt) if busy else doubt is None
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastopt.cli import model_commands as model_commands
-from fastopt.cli import tables
+from fastopt.cli import tables, timing
 from fastopt.cli.app import Json, command, progress, say
 from fastopt.cli.app import app as app
 
@@ -34,17 +34,23 @@ def demo(
 
     dataset = run.load_digits() if data is None else run.load_idx_folder(data)
     out.mkdir(parents=True, exist_ok=True)
-    with progress() as notify:
+    with timing.calm() as busy, progress() as notify:
+        others = timing.Disturbance()
         result = run.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
+        doubt = timing.doubts([], others.cores(), result.summary.threads)
     page = out / "fastopt-demo.html"
     show.draw(result, page)
     if as_json:
-        typer.echo(tables.to_json({**dataclasses.asdict(result.summary), "page": str(page)}))
+        typer.echo(tables.to_json({**dataclasses.asdict(result.summary), "page": str(page), "warning": doubt}))
     else:
         show.print_table(result.summary)
         say("")
         say(f"model    {result.summary.file}")
         say(f"page     {page}")
+        if busy:
+            doubt = "other programs keep this machine busy: NumPy and fastopt had one thread. Trust no ratio below 2."
+        if doubt:
+            say(f"warning: {doubt}", err=True)
 
 
 @command(epilog="Examples:\n\nfastopt bench\n\nfastopt bench --only linear --threads 1 --svg linear.svg")

@@ -4,6 +4,7 @@ Contenders run interleaved, A B A B, in one process, next to loops that only mov
 this minute. Trust ratios of neighbours alone, since the speed of a machine drifts.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -312,6 +313,31 @@ class Disturbance:
         return max(0.0, (busy - own) / wall)
 
 
+@contextlib.contextmanager
+def calm() -> Iterator[bool]:
+    """Let fastopt and NumPy use one thread meanwhile if other programs keep half of the cores busy; yield whether so.
+
+    On busy cores the threads of a BLAS wait for each other, so that its calls take a hundred times as long.
+    """
+    others = Disturbance()
+    time.sleep(0.2)
+    found = others.cores()
+    if found is None or found < (os.cpu_count() or 1) / 2:
+        yield False
+        return
+    before = fo.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):  # scikit-learn brings it
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(1))
+        fo.set_num_threads(1)
+        try:
+            yield True
+        finally:
+            fo.set_num_threads(before)
+
+
 def doubts(results: Sequence[Result], others: float | None, threads: int) -> str | None:
     """Return why the results should not be believed, or None.
 
@@ -325,7 +351,7 @@ def doubts(results: Sequence[Result], others: float | None, threads: int) -> str
     cores, reasons = os.cpu_count() or 1, []
     if others is not None and others + threads > cores + 0.25:
         reasons.append(f"other programs kept {others:.1f} of {cores} cores busy")
-    spread = statistics.median(r.spread / 2 for r in results)
+    spread = statistics.median(r.spread / 2 for r in results) if results else 0.0
     if spread > 0.1:
         reasons.append(f"equal calls differ by \u00b1{100 * spread:.0f} %")
     if not reasons:

@@ -46,9 +46,10 @@ def rows_explained(summary: Summary) -> list[str]:
 def network_text(summary: Summary) -> str:
     """Return the network and its training in a line."""
     layers = "-".join(map(str, summary.layers))
+    threads = f"{summary.threads} thread{'s' * (summary.threads != 1)}"
     return (
         f"network {layers}, {summary.parameters:,} weights; {summary.train_images:,} images to train, "
-        f"{summary.test_images:,} to test; {summary.epochs} epochs, {summary.threads} threads"
+        f"{summary.test_images:,} to test; {summary.epochs} epochs, {threads}"
     )
 
 
@@ -87,7 +88,11 @@ def print_table(summary: Summary) -> None:
     for line in rows_explained(summary):
         console.print(Text(line, "dim"))
     console.print(
-        Text("Times are medians of calls in turns. Batches and small layers are where NumPy's BLAS is strong.", "dim")
+        Text(
+            "Times are those of the fastest of many calls in turns. Batches and small layers are where NumPy's BLAS is "
+            "strong.",
+            "dim",
+        )
     )
 
 
@@ -196,7 +201,7 @@ def _charts(summary: Summary) -> str:
         times.append(Panel(title, bars))
     return chart(
         "Accuracy and size", [Panel("Test images that are recognized", accuracy), Panel("File", sizes)]
-    ) + chart("Time", times, ["Medians of calls in turns; shorter is faster."])
+    ) + chart("Time", times, ["The fastest of many calls in turns; shorter is faster."])
 
 
 def _png(image: NDArray[np.float32]) -> bytes:
