@@ -366,7 +366,8 @@ class Optimizer(abc.ABC):
                 return norm
 
         jobs: list[Job] = []
-        for group, options, grads_of_group in zip(groups, self.param_groups, gradients, strict=True):
+        for i, group in enumerate(groups):
+            options, grads_of_group = self.param_groups[i], gradients[i]
             lr = self._ready(options, group)
             for taken, indices in group.jobs(grads_of_group):
                 jobs.append(
