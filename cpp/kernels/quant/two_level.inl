@@ -22,23 +22,44 @@ inline float number_of(const Arrays& t, std::size_t at) {
                 : static_cast<const float*>(t.floats)[at];
 }
 
+// Loads n of the floats, from number `at` on, and some zeros behind them.
+inline void load_numbers(const TwoLevel& t, std::size_t at, std::size_t n, float* out) {
+  constexpr std::size_t lanes = kLanes<float>;
+  for (std::size_t i = 0; i < n; i += lanes) {
+    const std::size_t left = n - i < lanes ? n - i : lanes;
+    store(out + i, t.half ? first_halves(static_cast<const std::uint16_t*>(t.floats) + at + i, left)
+                          : first_floats(static_cast<const float*>(t.floats) + at + i, left));
+  }
+}
+
 void decode_params(const TwoLevel& t, std::size_t row, std::size_t begin, std::size_t end, float* scale,
                    float* minimum) {
   using V = Vec<float>;
   constexpr std::size_t lanes = kLanes<float>;
   std::uint8_t scale_codes[kCodesAtOnce + lanes], minimum_codes[kCodesAtOnce + lanes];
+  float numbers[3 * kCodesAtOnce + lanes];
   std::memset(scale_codes + kCodesAtOnce, 0, lanes);  // vectors may end there
   std::memset(minimum_codes + kCodesAtOnce, 0, lanes);
+  // Parts of half a vector are decoded in pairs; `begin` is where one begins then.
+  const bool pairs = 2 * t.part == lanes;
+  const std::size_t at_once = pairs ? 2 : 1;
   for (std::size_t at = begin; at < end;) {
     const std::size_t stop = end - at < kCodesAtOnce ? end : at + kCodesAtOnce;
     const std::size_t byte = row * t.row_bytes + packed_bytes(at, t.bits);
     unpack_any(t.bits, t.scale + byte, stop - at, scale_codes);
     unpack_any(t.bits, t.minimum + byte, stop - at, minimum_codes);
-    std::size_t part = at / t.part, place = (row * t.parts + part) * t.count;
-    for (std::size_t g = at; g < stop; ++part, place += t.count) {
-      const std::size_t last = (part + 1) * t.part < stop ? (part + 1) * t.part : stop;
-      const V d = broadcast(number_of(t, place)), dm = broadcast(number_of(t, place + 1));
-      const V m0 = broadcast(t.count == 3 ? number_of(t, place + 2) : 0.0f);
+    std::size_t part = at / t.part;
+    load_numbers(t, (row * t.parts + part) * t.count, ((stop - 1) / t.part - part + 1) * t.count, numbers);
+    const float* of_part = numbers;
+    for (std::size_t g = at; g < stop; of_part += at_once * t.count) {
+      part += at_once;
+      const std::size_t last = part * t.part < stop ? part * t.part : stop;
+      const float* const of_next = g + t.part < stop ? of_part + t.count : of_part;
+      const auto number = [&](std::size_t i) {
+        const V first = broadcast(of_part[i]);
+        return pairs ? lane_numbers() < static_cast<std::int32_t>(lanes / 2) ? first : broadcast(of_next[i]) : first;
+      };
+      const V d = number(0), dm = number(1), m0 = t.count == 3 ? number(2) : V{};
       for (std::size_t i = g; i < last; i += lanes) {  // what is too much, the next part overwrites
         store(scale + (i - begin), d * float_of_bytes(scale_codes + (i - at)));
         store(minimum + (i - begin), m0 - dm * float_of_bytes(minimum_codes + (i - at)));
