@@ -14,7 +14,7 @@ from fastopt._types import Array
 from fastopt.cli.bench import linear_case, normal, prune_case
 from fastopt.cli.timing import FASTOPT, NUMPY, Case, copies, limit
 
-SCIPY, TORCH, TORCH_CSR, CT = "scipy", "torch dense", "torch csr int32", "compressed-tensors"
+SCIPY, MKL, TORCH, TORCH_CSR, CT = "scipy", "mkl csr", "torch dense", "torch csr int32", "compressed-tensors"
 OWN = "fastopt dense 8 bits"
 
 
@@ -169,6 +169,11 @@ def product_case(what: str, w: Array, batch: int, layout: str = "auto", bits: in
         blocks = layout == "1x16"
         matrix = scipy.bsr_array(wide, blocksize=(1, 16)) if blocks else scipy.csr_array(wide)
         case.contenders[SCIPY] = copies(lambda: partial(matrix.copy().__matmul__, columns), 8 * packed.nnz, True)
+        mkl = harness.peer("sparse_dot_mkl")
+        if mkl and not blocks:  # takes x transposed, as scipy does
+            case.contenders[MKL] = copies(
+                lambda: partial(mkl.dot_product_mkl, matrix.copy(), columns), 8 * packed.nnz, True
+            )
     return case
 
 
