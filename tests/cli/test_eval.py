@@ -64,6 +64,34 @@ def test_eval_on_the_command_line(weights, tmp_path, monkeypatch):
     assert fo.load("small.safetensors")["second"].bits > 4
 
 
+ONNX_SCORE = """
+import numpy as np
+import onnxruntime
+
+def score(path):
+    x = np.random.default_rng(1).standard_normal((50, 128), dtype=np.float32)
+    ours, theirs = (onnxruntime.InferenceSession(str(p)).run(None, {"x": x})[0] for p in (path, "model.onnx"))
+    return -float(np.abs(ours - theirs).mean() / np.abs(theirs).mean())
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--fast",)])
+def test_eval_of_an_onnx_model(options, tmp_path, monkeypatch, rng):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    weights = {name: rng.standard_normal((128, 128)).astype("f4") for name in ("a.weight", "b.weight")}
+    fo.export(weights, "model.onnx", to="onnx", graph=[fo.Layer("a", activation="relu"), fo.Layer("b")])
+    (tmp_path / "onnx_score.py").write_text(ONNX_SCORE)
+    args = ["pack", "model.onnx", "-o", "small.onnx", "--eval", "onnx_score:score", "--budget", ".03", "--json"]
+    result = CliRunner().invoke(app, [*args, *options])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert {t["bits"] for t in told["tensors"]} <= {8, 4, 2}  # others take no fewer bytes in ONNX
+    names = {}
+    exec(ONNX_SCORE, names)
+    assert names["score"]("small.onnx") >= -0.03
+
+
 def test_bad_eval_on_the_command_line(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fo.PackedModel(weights).save("model.safetensors")

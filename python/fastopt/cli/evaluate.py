@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +17,12 @@ import typer
 from fastopt.cli.app import progress, say
 from fastopt.cli.options import SCORING
 from fastopt.files.sources import open_weights
+from fastopt.files.weights import Weights
 from fastopt.formats.onnx_pack import pack_onnx, weights_to_pack
+from fastopt.models.choose import Sizes
 from fastopt.models.model import PackedModel, pack
 from fastopt.models.recipe import Recipe
-from fastopt.models.search import SearchResult, require_matplotlib, search
+from fastopt.models.search import require_matplotlib, search_sized
 
 Eval = Annotated[
     str | None,
@@ -73,8 +76,10 @@ Chart = Annotated[
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
-def searched(model: Path, output: Path, recipe: Recipe, code: str, chart: Path | None, **options: Any) -> Recipe:
-    """Return the recipe that the search finds, and print its table to stderr."""
+def searched(
+    model: Path, output: Path, recipe: Recipe, code: str, chart: Path | None, onnx: dict[str, Any], **options: Any
+) -> Recipe:
+    """Return the recipe that the search finds, and print its table to stderr. `onnx` has options of `pack_onnx`."""
     is_onnx = output.suffix == ".onnx"
     if chart is not None:
         require_matplotlib()  # fail before the work, not after it
@@ -85,15 +90,18 @@ def searched(model: Path, output: Path, recipe: Recipe, code: str, chart: Path |
 
         def pack_for_path(chosen: Recipe) -> Path:
             if is_onnx:
-                pack_onnx(model, path, chosen)
+                pack_onnx(model, path, chosen, **onnx)
             else:
                 pack(weights, chosen).save(path)
             return path
 
-        weights = weights_to_pack(model) if is_onnx else open_weights(model)
+        weights: Weights
+        weights, sizes = weights_to_pack(model, **onnx) if is_onnx else (open_weights(model), Sizes())
         evaluate, takes_path = _evaluate_of(code)
-        make: Callable[[Recipe], PackedModel | Path] | None = pack_for_path if takes_path or is_onnx else None
-        found: SearchResult = search(weights, evaluate, recipe, pack=make, notify=told, **options)
+        make: Callable[[Recipe], PackedModel | Path] = partial(pack, weights)
+        if takes_path or is_onnx:
+            make = pack_for_path
+        found = search_sized(weights, evaluate, recipe, make, sizes, notify=told, **options)
     for line in str(found).splitlines():
         say(line, err=True)  # stdout belongs to the report
     if chart is not None:

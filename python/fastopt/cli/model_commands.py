@@ -310,6 +310,7 @@ def pack(
         raise typer.BadParameter("--target-bits and --target-size: expected one of them")
     if evaluate is None and (budget is not None or minimize or evaluations or state or chart):
         raise typer.BadParameter("--budget, --minimize, --evaluations, --state, --chart: expected together with --eval")
+    onnx = given_to_format(of_onnx)
     if evaluate is not None:
         if budget is None:
             raise typer.BadParameter("--eval: expected --budget beside it")
@@ -321,7 +322,7 @@ def pack(
         _check_folders(output, chart)
         extra = {"evaluations": evaluations} if evaluations else {}
         wanted = searched(
-            model, output, wanted, evaluate, chart, budget=budget, minimize=minimize, state=state, **extra
+            model, output, wanted, evaluate, chart, onnx, budget=budget, minimize=minimize, state=state, **extra
         )
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
         raise typer.BadParameter("--bits: chosen by --target-bits or --target-size, not given beside it")
@@ -332,7 +333,6 @@ def pack(
         raise typer.BadParameter(
             "nothing to do: expected --bits, --preset, --sparsity, --target-size, --recipe or the like"
         )
-    onnx = given_to_format(of_onnx)
     targets = {"target_bits": target_bits, "target_size": target_size}
     if output.suffix == ".onnx":
         if check_inputs is not None and not check:

@@ -146,12 +146,14 @@ def pack_onnx(
     return report
 
 
-def weights_to_pack(source: PathLike) -> Weights:
-    """Return the weights of an ONNX model that `pack_onnx` packs, [out, in, ...] as it packs them."""
+def weights_to_pack(source: PathLike, *, fast: bool = False, accuracy_level: int = 0) -> tuple[Weights, Sizes]:
+    """Return the weights of an ONNX model, [out, in, ...], and their bytes, as `pack_onnx` packs them."""
     require_package("onnx")
     file = OnnxFile(Path(source))
-    found, _ = weights_of(constants_of(scope_of(inlined(file.model, file.payloads))))
-    return _weights(file, found)
+    model = inlined(file.model, file.payloads)
+    found, _ = weights_of(constants_of(scope_of(model)))
+    weights = _weights(file, found)
+    return weights, _Sizes(fast, size_of(model, file.payloads) - sum(weights.sizes.values()))
 
 
 class _Sizes(Sizes):

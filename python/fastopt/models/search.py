@@ -216,15 +216,34 @@ def search(
     >>> small = fo.pack(weights, found.recipe)
     """
     given = open_weights(weights) if isinstance(weights, str | os.PathLike) else weights
-    wanted = recipe_of(recipe, options)
+    make: Callable[[Recipe], Any] = pack or (lambda chosen: pack_model(given, chosen))
+    return search_sized(
+        given, evaluate, recipe_of(recipe, options), make, Sizes(),
+        budget=budget, minimize=minimize, evaluations=evaluations, state=state, notify=notify,
+    )  # fmt: skip
+
+
+def search_sized(
+    given: Mapping[str, Weight],
+    evaluate: Callable[[Any], float],
+    wanted: Recipe,
+    make: Callable[[Recipe], Any],
+    sizes: Sizes,
+    *,
+    budget: float | str,
+    minimize: bool = False,
+    evaluations: int = 8,
+    state: PathLike | None = None,
+    notify: NotifySearch | None = None,
+) -> SearchResult:
+    """Search for the smallest model as `search` does, by the bytes that tensors take in any format."""
     wanted.require_fitting(given)
     if wanted.bits is not None:
         raise ValueError(f"bits: expected None, as the search chooses them, got {wanted.bits}")
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise ValueError(f"evaluations: expected a number, 1 or more, got {shown(evaluations)}")
     _parse_budget(budget, 1.0)
-    make: Callable[[Recipe], Any] = pack or (lambda chosen: pack_model(given, chosen))
-    tensors = _Tensors(given, wanted)
+    tensors = _Tensors(given, wanted, sizes)
     if not tensors.choices:
         raise ValueError("weights: expected tensors whose bits are open; all are kept or have their bits")
     scores = _Scores(tensors, evaluate, make, minimize, state, notify, 1 + len(tensors.choices) + evaluations)
@@ -292,11 +311,11 @@ def _smallest(path: _Path, try_step: Callable[[int], Trial], budget: float, eval
 class _Tensors:
     """The settings of each tensor whose bits are open, by rising bytes and falling error."""
 
-    def __init__(self, weights: Mapping[str, Weight], recipe: Recipe) -> None:
+    def __init__(self, weights: Mapping[str, Weight], recipe: Recipe, sizes: Sizes) -> None:
         self._recipe, self._open = recipe, recipe.replace(bits=8)
         self.choices: dict[str, list[Choice]] = {}
         self._tied: dict[str, list[str]] = {}
-        self.fixed, self.count, sizes = 0, 0, Sizes()
+        self.fixed, self.count = 0, 0
         self.sizes: dict[str, int] = {}
         tied = tied_in(dict(weights) if isinstance(weights, PackedModel) else weights, weights)
         for name in weights:
