@@ -118,6 +118,25 @@ def text_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
+def fitted_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], room: int, omitted: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Return a table that fits `room` columns, and its heads; a name in the first column loses its beginning.
+
+    A table that is too wide loses the columns of `omitted`, the first of them first.
+    """
+    heads = list(heads)
+    texts = [list(column) for column in zip(heads, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in texts]
+    for head in omitted:
+        if sum(widths) + 2 * (len(widths) - 1) > room and head in heads:
+            i = heads.index(head)
+            del heads[i], texts[i], widths[i]
+    width = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    texts[0] = [name if len(name) <= width else f"...{name[len(name) - width + 3 :]}" for name in texts[0]]
+    return text_table(zip(*texts, strict=True)), heads
+
+
 def html_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in the colours of the notebook, under its title; long ones scroll. All texts are escaped."""
     cells = ["".join(f'<td style="text-align:left">{escape(printable(cell))}</td>' for cell in row) for row in rows]

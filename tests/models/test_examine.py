@@ -198,3 +198,20 @@ def test_diff_reads_each_tensor_once():
     first, second = (Weights({name: source(name) for name in names}) for names in ("ab", "bc"))
     assert fo.diff(first, second).missing == ("a",)
     assert read == ["b", "b"]
+
+
+def test_a_difference_is_a_table(monkeypatch, rng):
+    first = {"a.weight": rng.standard_normal((64, 64), np.float32), "b": np.ones(3), "c": np.ones(2), "<d>": np.ones(2)}
+    second = {**fo.pack(first, bits=4, min_size=4096), "c": np.ones(3), "e": np.ones(1)}
+    del second["<d>"]
+    found = fo.diff(first, second)
+    monkeypatch.setenv("COLUMNS", "80")
+    head, weight, b, *rest = str(found).splitlines()
+    assert head.split() == ["tensor", "shape", "error", "largest", "SNR", "dB"]
+    assert weight.split()[:2] == ["a.weight", "64x64"]
+    assert b.split() == ["b", "3", "0", "exact"]
+    assert rest[0].startswith("1 of 2 tensors are equal; relative error of all ")
+    assert rest[1:] == ["only in the first: <d>", "only in the second: e", "of other shapes: c"]
+    monkeypatch.setenv("COLUMNS", "30")
+    assert str(found).splitlines()[0].split() == ["tensor", "error", "SNR", "dB"]
+    assert "&lt;d&gt;" in found._repr_html_()

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastopt._checks import as_matrix
+from fastopt._text import fitted_table, html_table, percent_text, printable, shape_text
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, Notify, PathLike
 from fastopt.files.sources import open_weights
 from fastopt.files.weights import Origin, Weights, stored_of
@@ -335,6 +338,39 @@ class Difference:
     extra: tuple[str, ...]
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     total: Error
+
+    def __str__(self) -> str:
+        """Return a table of the tensors that fits the terminal, and the totals."""
+        room = get_terminal_size().columns
+        table, _ = fitted_table(_HEADS, self._rows(), room, ("largest", "shape"))
+        return "\n".join([table, *(line for text in self._lines() for line in wrap(text, max(room, 40)))])
+
+    def _repr_html_(self) -> str:
+        return html_table("; ".join(self._lines()), _HEADS, self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                printable(t.name),
+                shape_text(t.shape),
+                percent_text(t.relative),
+                "" if t.different == 0 else f"{t.max:.2g}",
+                "exact" if t.snr == math.inf else f"{t.snr:.1f}",
+            ]
+            for t in self.tensors
+        ]
+
+    def _lines(self) -> list[str]:
+        names = {"only in the first": self.missing, "only in the second": self.extra}
+        names["of other shapes"] = tuple(name for name, *_ in self.reshaped)
+        equal, error = sum(t.different == 0 for t in self.tensors), percent_text(self.total.relative)
+        return [
+            f"{equal} of {len(self.tensors)} tensors are equal; relative error of all {error}",
+            *(f"{what}: {', '.join(map(printable, found))}" for what, found in names.items() if found),
+        ]
+
+
+_HEADS = ("tensor", "shape", "error", "largest", "SNR dB")
 
 
 def diff(

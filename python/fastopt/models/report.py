@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastopt._text import html_table, percent_text, printable, shape_text, size_text, storage_text, text_table
+from fastopt._text import fitted_table, html_table, percent_text, printable, shape_text, size_text, storage_text
 from fastopt._types import FLOATS, Array
 from fastopt.models.recipe import Recipe
 from fastopt.tensors.calibration import InputSums
@@ -112,20 +112,10 @@ class Report:
 
         Where the table has no room for the reasons, a line for each reason follows it.
         """
-        columns, rows = self._columns(), self._rows()
-        texts = [[head, *(row[i] for row in rows)] for i, head in enumerate(columns)]
-        widths = [max(map(len, column)) for column in texts]
         room = get_terminal_size().columns
-        # A narrow terminal omits the reasons first, and then the shapes; long names lose their beginning.
-        for name in ("why", "shape", "output error"):
-            if sum(widths) + 2 * (len(widths) - 1) > room and name in columns:
-                i = columns.index(name)
-                del columns[i], texts[i], widths[i]
-        widths[0] = max(8, min(widths[0], room - sum(widths[1:]) - 2 * (len(widths) - 1)))
-        texts[0] = [name if len(name) <= widths[0] else f"...{name[len(name) - widths[0] + 3 :]}" for name in texts[0]]
+        table, columns = fitted_table(self._columns(), self._rows(), room, ("why", "shape", "output error"))
         kept = [] if "why" in columns else kept_lines(self)
-        lines = [line for text in [*kept, repr(self)] for line in wrap(text, max(room, 40))]
-        return "\n".join([text_table(zip(*texts, strict=True)), *lines])
+        return "\n".join([table, *(line for text in [*kept, repr(self)] for line in wrap(text, max(room, 40)))])
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), self._columns(), self._rows())
