@@ -31,6 +31,7 @@ from fastopt.cli.timing import (
     copies,
     doubts,
     header,
+    is_busy,
     limit,
     machine,
     measure_all,
@@ -350,7 +351,7 @@ def run(
     seconds : float
         The time to spend on each case.
     threads : int, optional
-        How many threads fastopt and NumPy use; by default as many as they would.
+        How many threads fastopt and NumPy use; by default as many as they would, or one on a busy machine.
     svg : Path, optional
         Where a chart goes.
 
@@ -361,6 +362,8 @@ def run(
     OSError
         If the chart cannot be written.
     """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and is_busy():
+        threads = 1  # threads that wait for each other on busy cores say nothing, and take minutes
     answer = measured(only, seconds) if threads is None else measured_by_child(only, seconds, threads)
     facts, results = answer["machine"], [Result(**result) for result in answer["results"]]
     if svg is not None:

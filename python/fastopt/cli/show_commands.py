@@ -59,7 +59,9 @@ def bench(
         list[str] | None,
         typer.Option(metavar="TEXT", help="Measure only cases with this in their names; may be repeated."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of fastopt and of NumPy.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of fastopt and of NumPy; one on a busy machine.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each case.")] = 0.35,
     svg: Annotated[Path | None, typer.Option(help="Also draw a chart into this file.")] = None,
     as_json: Json = False,

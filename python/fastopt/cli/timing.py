@@ -313,16 +313,21 @@ class Disturbance:
         return max(0.0, (busy - own) / wall)
 
 
+def is_busy() -> bool:
+    """Return whether other programs keep half of the cores busy, or more."""
+    others = Disturbance()
+    time.sleep(0.2)
+    found = others.cores()
+    return found is not None and found >= (os.cpu_count() or 1) / 2
+
+
 @contextlib.contextmanager
 def calm() -> Iterator[bool]:
     """Let fastopt and NumPy use one thread meanwhile if other programs keep half of the cores busy; yield whether so.
 
     On busy cores the threads of a BLAS wait for each other, so that its calls take a hundred times as long.
     """
-    others = Disturbance()
-    time.sleep(0.2)
-    found = others.cores()
-    if found is None or found < (os.cpu_count() or 1) / 2:
+    if not is_busy():
         yield False
         return
     before = fo.get_num_threads()
