@@ -655,7 +655,7 @@ static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__
   }
 }
 
-#else /* FO__SIMD */
+#else                    /* FO__SIMD */
 
 /* ---- the same with vectors ----------------------------------------------------------------------- */
 
