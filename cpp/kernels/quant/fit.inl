@@ -156,8 +156,9 @@ inline void fit_groups(const float* x, const float* importance, std::size_t n, s
   for (int step = 0; step < 8 && fits.fitted != 0; ++step) {
     importance ? sum_groups<true>(x, importance, n, size, top, fits, &sums)
                : sum_groups<false>(x, nullptr, n, size, top, fits, &sums);
-    // Whole vectors of groups are folded fast; those behind the last are of groups that have left.
-    const std::size_t whole = (fits.fitted + lanes - 1) / lanes * lanes, folded = whole < groups ? whole : groups;
+    // Vectors of groups are folded fast, with some behind the last that have left; a few groups by themselves.
+    const std::size_t whole = (fits.fitted + lanes - 1) / lanes * lanes, most = whole < groups ? whole : groups;
+    const std::size_t folded = fits.fitted <= lanes / 4 ? fits.fitted : most;
     if (importance && step == 0) {
       fold_groups(sums.n, folded, &total, plus);
       fits.count_importance(total);
@@ -167,7 +168,7 @@ inline void fit_groups(const float* x, const float* importance, std::size_t n, s
     fold_groups(sums.r, folded, &r, plus);
     fold_groups(sums.rd, folded, &rd, plus);
     fits.move(d, dd, r, rd, middle, noise);
-    fits.leave(scale, minima);
+    if (step > 0) fits.leave(scale, minima);  // no codes are the same before
   }
   for (std::size_t g = 0; g < groups; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
 }
