@@ -56,7 +56,7 @@ def recipes(calibration: fo.Calibration) -> dict[str, dict[str, Any]]:
         "4 bits, groups of 32": {"bits": 4},
         "4 bits, groups of 64": {"bits": 4, "group_size": 64},
         "4 bits, rows": {"bits": 4, "group_size": -1},
-        "3 bits": {"bits": None, "target_bits": 3.0},
+        "3 bits, groups of 32": {"bits": 3, "group_size": 32},
         "2 bits, groups of 16": {"bits": 2, "group_size": 16},
         "2 bits, groups of 64": {"bits": 2, "group_size": 64},
         "2 bits, rows": {"bits": 2, "group_size": -1},
@@ -68,6 +68,7 @@ def recipes(calibration: fo.Calibration) -> dict[str, dict[str, Any]]:
         ("2 bits, two-level groups of 16", {"bits": 2, "group_size": 16, "param_bits": 4}),
     ):
         found |= {f"{name}, {fit}": {**of_size, **fits[fit]} for fit in fits if fit != "ranges"}
+    found["bits chosen for 3, least squares"] = {"bits": None, "target_bits": 3.0, "fit": "lsq"}
     found |= {f"preset {name}": {"preset": name} for name in PRESETS}
     return {**found, **{f"ggml {kind}": {"ggml": kind} for kind in GGML}}
 

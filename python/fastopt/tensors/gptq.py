@@ -12,8 +12,8 @@ from fastopt import _core
 from fastopt._types import Array
 from fastopt.tensors.calibration import InputSums
 
-# The share of the mean of E[x^2] that is added to the diagonal of the products. With 1 %, as published, 2 bits fit the
-# calibration too closely: MiniLM, calibrated by documents, was worse for single words than without products.
+# The share of the mean of E[x^2] that is added to the diagonal of the products. Of 0.2 % to 20 %, this has the least
+# errors of outputs at 2 bits on documents that did not calibrate (MiniLM), and nearly the least at 4 bits.
 DAMPING = 0.05
 SWEEPS = 1  # over all codes, after the first pass: each takes a product of W and X^T X
 
