@@ -199,6 +199,8 @@ def sdist(session):
 # CPython of a Debian suite, and what Debian and the rest call a machine: wheels are built for each pair.
 SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+# Hypothesis takes no folder for writable there, and warns.
+PYTEST_IN_ROOT = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:The database setting"]
 # A new wheel must pass these, emulated too: they do not depend on speed.
 WHEEL_TESTS = ["tests/tensors/test_packed.py", "tests/train/test_schedules.py"]
 
@@ -316,7 +318,7 @@ def wheels(session):
             root = debian_root(session, python, machine)
             install_into_root(session, root, python, machine, *PYTEST, str(wheel))
             run_in_root(session, root, python, machine, "-c", "import fastopt; fastopt.show_config()")
-            run_in_root(session, root, python, machine, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WHEEL_TESTS)
+            run_in_root(session, root, python, machine, *PYTEST_IN_ROOT, *WHEEL_TESTS)
 
 
 @nox.session
@@ -329,4 +331,4 @@ def aarch64(session):
         packages += ["typer>=0.16", "rich>=13.9", "gguf>=0.17", "onnx>=1.20", "onnxruntime>=1.24", "h5py>=3.11"]
         packages += ["scikit-learn>=1.5", "matplotlib>=3.9"]
     install_into_root(session, root, "3.11", "aarch64", *packages, str(wheel))
-    run_in_root(session, root, "3.11", "aarch64", "-m", "pytest", "-q", "-p", "no:cacheprovider", *session.posargs)
+    run_in_root(session, root, "3.11", "aarch64", *PYTEST_IN_ROOT, *session.posargs)

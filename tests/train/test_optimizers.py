@@ -323,6 +323,7 @@ def test_params_that_were_replaced_are_refused(params):
 @pytest.mark.parametrize("params", [{"a": np.zeros(2)}, [np.zeros(2)]])
 def test_params_may_get_more_arrays(params):
     """The dict or list is the user's, who may go on with it."""
+    params = copy.deepcopy(params)  # of this call: the test may run in parallel threads
     opt = fo.SGD(params, lr=1.0)
     grads = copy.deepcopy(params)
     if isinstance(params, dict):
