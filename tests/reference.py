@@ -19,11 +19,10 @@ def stretches(n, size):
 
 def partial_sums(terms, count):
     """Term k of the last axis is added to partial sum k % count, from left to right."""
-    padded = np.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -terms.shape[-1] % count)])
-    sums = np.zeros((*terms.shape[:-1], count), terms.dtype)
-    for k in range(0, padded.shape[-1], count):
-        sums += padded[..., k : k + count]
-    return sums
+    n = terms.shape[-1]
+    padded = np.zeros((*terms.shape[:-1], 1 - n // -count, count), terms.dtype)
+    padded.reshape(*terms.shape[:-1], -1)[..., count : count + n] = terms
+    return np.add.accumulate(padded, axis=-2)[..., -1, :]
 
 
 def tree(sums):
@@ -420,17 +419,17 @@ def fit(x, scale, minimum, bits, importance=None):
     top = f(2**bits - 1)
     middle = top / f(2)
 
-    def total(values):
-        return float(tree(partial_sums(values, SUMS["partials"])))
+    def totals(*values):
+        return tree(partial_sums(np.stack(values), SUMS["partials"])).tolist()
 
     n, least, noise, v, spread = float(len(x)), scale * f(2**-20), 0.0, f(1), -1.0
     if importance is not None:
-        n, noise, v = total(importance), 2.0**-20, importance
+        (n,), noise, v = totals(importance), 2.0**-20, importance
     for _ in range(8):
         u = (x - minimum) * (f(1) / scale)
         code = np.clip(np.rint(u), f(0), top)
         d, r = code - middle, u - code
-        sd, sdd, sr, srd = total(v * d), total(v * d * d), total(v * r), total(v * r * d)
+        sd, sdd, sr, srd = totals(v * d, v * d * d, v * r, v * r * d)
         spread, last = n * sdd - sd * sd, spread
         if spread == last or not spread > n * sdd * noise:
             break

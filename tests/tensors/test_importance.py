@@ -34,14 +34,16 @@ def check(w, v, bits, group_size, param_dtype):
 @pytest.mark.parametrize("group_size", [None, -1, 7, 16, 32, 64])
 @pytest.mark.parametrize("bits", BITS)
 def test_weighted_least_squares_equals_reference(isa, bits, group_size, param_dtype, rng):
-    for cols in [1, 16, 200, 576]:
+    long = 576 if group_size in (None, -1, 64) else 260  # more groups than one step of the kernel takes
+    for cols in [1, 16, 200, long]:
         w = weights(rng, 2, cols)
         check(w, importances(rng, w.shape), bits, group_size, param_dtype)
         check(w, importances(rng, cols), bits, group_size, param_dtype)
     for row in weights(rng, 10, 70):
         check(row[None], importances(rng, (1, 70)), bits, group_size, param_dtype)
-    w = rng.standard_normal((3, 1088)).astype("f4")
-    check(w, importances(rng, w.shape), bits, group_size, param_dtype)
+    if long == 576:
+        w = rng.standard_normal((2, 1088)).astype("f4")
+        check(w, importances(rng, w.shape), bits, group_size, param_dtype)
 
 
 def test_equal_importance_weighs_nothing(rng):
