@@ -19,10 +19,11 @@ def stretches(n, size):
 
 def partial_sums(terms, count):
     """Term k of the last axis is added to partial sum k % count, from left to right."""
-    n = terms.shape[-1]
-    padded = np.zeros((*terms.shape[:-1], 1 - n // -count, count), terms.dtype)
-    padded.reshape(*terms.shape[:-1], -1)[..., count : count + n] = terms
-    return np.add.accumulate(padded, axis=-2)[..., -1, :]
+    *shape, n = terms.shape
+    steps = 1 - n // -count
+    padded = np.zeros((*shape, steps * count), terms.dtype)
+    padded[..., count : count + n] = terms
+    return np.add.accumulate(padded.reshape(*shape, steps, count), axis=-2)[..., -1, :]
 
 
 def tree(sums):
