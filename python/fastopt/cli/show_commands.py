@@ -38,6 +38,8 @@ def demo(
         others = timing.Disturbance()
         result = run.run(dataset, out / "fastopt-demo.safetensors", epochs=epochs, notify=notify)
         doubt = timing.doubts([], others.cores(), result.summary.threads)
+    if busy:
+        doubt = "other programs keep this machine busy: NumPy and fastopt had one thread. Trust no ratio below 2."
     page = out / "fastopt-demo.html"
     show.draw(result, page)
     if as_json:
@@ -47,8 +49,6 @@ def demo(
         say("")
         say(f"model    {result.summary.file}")
         say(f"page     {page}")
-        if busy:
-            doubt = "other programs keep this machine busy: NumPy and fastopt had one thread. Trust no ratio below 2."
         if doubt:
             say(f"warning: {doubt}", err=True)
 

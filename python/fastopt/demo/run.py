@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -337,7 +338,7 @@ def layers_of(weights: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table; times are those of the fastest call in microseconds, None where nothing was trained.
+    """A row of the table; times are medians in microseconds, None where nothing was trained.
 
     Attributes
     ----------
@@ -428,7 +429,7 @@ def train(trainees: Sequence[_Trainee], data: Dataset, epochs: int, phase: str, 
 
 
 def measure(predictors: Sequence[Predictor], images: Floats, notify: Notify) -> list[tuple[float, float]]:
-    """Return for each predictor the least microseconds for an image by itself, and for one in the batch."""
+    """Return for each predictor the median microseconds for an image by itself, and for one in the batch."""
     one: list[list[float]] = [[] for _ in predictors]
     batch: list[list[float]] = [[] for _ in predictors]
     rounds = 10
@@ -440,7 +441,7 @@ def measure(predictors: Sequence[Predictor], images: Floats, notify: Notify) -> 
             time.sleep(0.04)
             _timed(predictor, images[i % len(images)], ones, 30)
         notify("measure", i + 1, rounds, "")
-    return [(1e6 * min(a), 1e6 * min(b) / len(images)) for a, b in zip(one, batch, strict=True)]
+    return [(1e6 * median(a), 1e6 * median(b) / len(images)) for a, b in zip(one, batch, strict=True)]
 
 
 def _timed(predictor: Predictor, images: Floats, seconds: list[float], times: int) -> None:
@@ -514,7 +515,7 @@ def run(data: Dataset, file: Path, *, epochs: int | None = None, notify: Notify 
             accuracy=float((predicted == data.test_labels).mean()),
             loss=trainee.loss if trainee else None,
             file_bytes=size,
-            step_us=1e6 * min(trainee.step_seconds) if trainee else None,
+            step_us=1e6 * median(trainee.step_seconds) if trainee else None,
             predict_us=one,
             predict_batch_us=batch,
         )

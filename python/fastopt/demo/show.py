@@ -88,11 +88,7 @@ def print_table(summary: Summary) -> None:
     for line in rows_explained(summary):
         console.print(Text(line, "dim"))
     console.print(
-        Text(
-            "Times are those of the fastest of many calls in turns. Batches and small layers are where NumPy's BLAS is "
-            "strong.",
-            "dim",
-        )
+        Text("Times are medians of calls in turns. Batches and small layers are where NumPy's BLAS is strong.", "dim")
     )
 
 
@@ -201,7 +197,7 @@ def _charts(summary: Summary) -> str:
         times.append(Panel(title, bars))
     return chart(
         "Accuracy and size", [Panel("Test images that are recognized", accuracy), Panel("File", sizes)]
-    ) + chart("Time", times, ["The fastest of many calls in turns; shorter is faster."])
+    ) + chart("Time", times, ["Medians of calls in turns; shorter is faster."])
 
 
 def _png(image: NDArray[np.float32]) -> bytes:
