@@ -49,7 +49,8 @@ struct Fits {
   // Moves each pair to the line r ~ a + b * d through its sums. The line gives only the small change of the pair, so
   // nothing cancels. A pair whose codes are all equal stays, and so does one where a single code has nearly all
   // importance: every line fits it then, and a spread below `noise` is nothing but rounding errors. So does a pair
-  // whose codes have the spread that they had a step before: they are the same codes, and it is their best pair.
+  // whose codes have the spread that they had a step before: these are the same codes but for rare chances, and it is
+  // their best pair.
   void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, double middle, double noise) {
     constexpr std::size_t lanes = kLanes<float>;
     for (std::size_t first = 0; first < fitted; first += lanes) {
