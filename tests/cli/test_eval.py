@@ -42,6 +42,7 @@ def run(*args, code=0):
     return result
 
 
+@pytest.mark.filterwarnings("always:overrides")
 def test_eval_on_the_command_line(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fo.PackedModel(weights).save("model.safetensors")
@@ -62,6 +63,9 @@ def test_eval_on_the_command_line(weights, tmp_path, monkeypatch):
     alone = ("--include", "second", "--evaluations", "1")
     run("--eval", f"{sys.executable} few_score.py {{}}", *common, *alone)
     assert fo.load("small.safetensors")["second"].bits > 4
+    # All candidates are packed with the pattern that matches nothing.
+    result = run("--eval", "few_score:score", *common, "--override", "nothing:bits=8")
+    assert result.stderr.count("no tensor matches 'nothing'") == 1
 
 
 ONNX_SCORE = """
@@ -90,6 +94,14 @@ def test_eval_of_an_onnx_model(options, tmp_path, monkeypatch, rng):
     names = {}
     exec(ONNX_SCORE, names)
     assert names["score"]("small.onnx") >= -0.03
+    if not options:
+        return
+    # The scores in a state depend on the options of ONNX too.
+    state = [*args, *options, "--state", "state.json", "--evaluations", "1"]
+    for more, code in (((), 0), ((), 0), (("--accuracy-level", "4"), 1)):
+        result = CliRunner().invoke(app, [*state, *more])
+        assert result.exit_code == code, result.output
+    assert "belongs to a search with other weights or options" in result.output
 
 
 def test_bad_eval_on_the_command_line(weights, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ class _Commands(_PlainFlags, TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         debug = ctx.params["debug"]
         if not debug:
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _warning_teller()
         for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -129,8 +129,17 @@ def as_options(message: str) -> str:
     return f"--{name.replace('_', '-').removesuffix('s') if name == 'overrides' else name.replace('_', '-')}: {rest}"
 
 
-def _show_warning(message: Warning | str, *args: Any, **options: Any) -> None:
-    say(f"fastopt: warning: {as_options(' '.join(str(message).split()))}", err=True)
+def _warning_teller() -> Callable[..., None]:
+    """Return a function that prints a warning in one line, and each only once: a search packs the same model often."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *args: Any, **options: Any) -> None:
+        text = as_options(" ".join(str(message).split()))
+        if text not in told:
+            told.add(text)
+            say(f"fastopt: warning: {text}", err=True)
+
+    return show
 
 
 def say(text: str, *, err: bool = False) -> None:

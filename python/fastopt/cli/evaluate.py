@@ -101,7 +101,7 @@ def searched(
         make: Callable[[Recipe], PackedModel | Path] = partial(pack, weights)
         if takes_path or is_onnx:
             make = pack_for_path
-        found = search_sized(weights, evaluate, recipe, make, sizes, notify=told, **options)
+        found = search_sized(weights, evaluate, recipe, make, sizes, notify=told, packing=onnx, **options)
     for line in str(found).splitlines():
         say(line, err=True)  # stdout belongs to the report
     if chart is not None:

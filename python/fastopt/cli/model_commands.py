@@ -111,7 +111,7 @@ def inspect(
     "fastopt pack model.onnx -o small.onnx --bits 4 --fast\n\n"
     "fastopt pack model.onnx -o small.onnx --eval 'python score.py {}' --budget 1% --state search.json"
 )
-@with_options(*(p for p in of_format("onnx", panel=ONNX) if p.name != "graph"))
+@with_options(*(p for p in of_format("onnx", panel=ONNX) if p.name not in ("graph", "input_shape")))
 def pack(
     model: Source,
     output: Target,

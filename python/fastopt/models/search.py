@@ -20,6 +20,7 @@ from fastopt._text import printable, shown, text_table
 from fastopt._types import PathLike
 from fastopt.files.atomic import replacing, write_text
 from fastopt.files.sources import open_weights
+from fastopt.files.torch_files import without_tensors
 from fastopt.files.weights import Weights, spec_of, tied_in
 from fastopt.models.choose import Choice, Sizes, Wanted, measured
 from fastopt.models.model import PackedModel
@@ -215,7 +216,7 @@ def search(
     True
     >>> small = fo.pack(weights, found.recipe)
     """
-    given = open_weights(weights) if isinstance(weights, str | os.PathLike) else weights
+    given = open_weights(weights) if isinstance(weights, str | os.PathLike) else without_tensors(weights)
     make: Callable[[Recipe], Any] = pack or (lambda chosen: pack_model(given, chosen))
     return search_sized(
         given, evaluate, recipe_of(recipe, options), make, Sizes(),
@@ -235,8 +236,12 @@ def search_sized(
     evaluations: int = 8,
     state: PathLike | None = None,
     notify: NotifySearch | None = None,
+    packing: Mapping[str, Any] | None = None,
 ) -> SearchResult:
-    """Search for the smallest model as `search` does, by the bytes that tensors take in any format."""
+    """Search for the smallest model as `search` does, by the bytes that tensors take in any format.
+
+    `packing` has the options of `make` that are not in the recipe: the scores in `state` depend on them too.
+    """
     wanted.require_fitting(given)
     if wanted.bits is not None:
         raise ValueError(f"bits: expected None, as the search chooses them, got {wanted.bits}")
@@ -246,7 +251,8 @@ def search_sized(
     tensors = _Tensors(given, wanted, sizes)
     if not tensors.choices:
         raise ValueError("weights: expected tensors whose bits are open; all are kept or have their bits")
-    scores = _Scores(tensors, evaluate, make, minimize, state, notify, 1 + len(tensors.choices) + evaluations)
+    expected = 1 + len(tensors.choices) + evaluations
+    scores = _Scores(tensors.fingerprint(packing), evaluate, make, minimize, state, notify, expected)
     original = scores.of("original", wanted.replace(include=()), "the original model")
     if not math.isfinite(original):
         raise ValueError(f"evaluate: expected a finite score of the original model, got {original}")
@@ -356,13 +362,14 @@ class _Tensors:
         others = {pattern: changes for pattern, changes in self._recipe.overrides.items() if pattern not in mine}
         return self._recipe.replace(overrides={**mine, **others})
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, packing: Mapping[str, Any] | None) -> str:
         """Return a text that differs for other weights or options."""
         settings = {
             name: [(choice.nbytes, f"{choice.error:.4g}", choice.changes) for choice in choices]
             for name, choices in self.choices.items()
         }
-        text = json.dumps([self._recipe.to_dict(), settings], sort_keys=True, default=str)
+        facts = [self._recipe.to_dict(), settings, *([packing] if packing else [])]
+        text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -428,7 +435,7 @@ class _Scores:
 
     def __init__(
         self,
-        tensors: _Tensors,
+        fingerprint: str,
         evaluate: Callable[[Any], float],
         make: Callable[[Recipe], Any],
         minimize: bool,
@@ -438,7 +445,7 @@ class _Scores:
     ) -> None:
         self._evaluate, self._make, self._minimize, self._path = evaluate, make, minimize, path
         self._notify, self._done, self._expected = notify, 0, expected
-        self._head = {"fastopt_search": _VERSION, "fingerprint": tensors.fingerprint(), "minimize": minimize}
+        self._head = {"fastopt_search": _VERSION, "fingerprint": fingerprint, "minimize": minimize}
         self._known = dict(self._read())
 
     def _read(self) -> Iterator[tuple[str, float]]:
