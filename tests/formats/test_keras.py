@@ -66,6 +66,7 @@ def test_there_and_back(source, target, model, inputs, tmp_path):
     other.load_weights(tmp_path / target)
     assert all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(model.weights, other.weights, strict=True))
     fo.pack_file(tmp_path / source, tmp_path / "p.safetensors", bits=8, min_size=1, exclude=["*norm*"])
+    assert not hasattr(fo.load(tmp_path / "p.safetensors"), "assign")  # it has the names of the file
     fo.export(tmp_path / "p.safetensors", tmp_path / target, to="keras")
     other.load_weights(tmp_path / target)
     assert np.abs(predicted(other, inputs) - want).max() < 0.02
@@ -106,6 +107,9 @@ def test_a_model_in_memory(model, inputs, tmp_path):
     packed.assign(model)
     after = [v.numpy() for v in model.weights]
     fo.load(tmp_path / "m.safetensors").assign(model)
+    again = fo.pack(packed, bits=4)
+    again.assign(model)
+    packed.assign(model)
     assert packed.report(model).error.relative < 0.01  # the decoded weights, but for the order of additions
     assert all(np.array_equal(v.numpy(), w) for v, w in zip(model.weights, after, strict=True))
     for variable, value in zip(model.weights, before, strict=True):

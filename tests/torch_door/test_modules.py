@@ -295,6 +295,11 @@ def test_pack_takes_a_state_dict():
     assert packed["1.other"] is packed["2.weight"]
     assert packed["1.num_batches_tracked"].shape == ()
     assert packed.report(state).error.relative < 0.1
+    assert fo.diff(state, packed).total.relative < 0.1
+    assert [facts.name for facts in fo.inspect(state)] == [*state]
+    assert fo.search(state, lambda packed: 1.0, budget=0, evaluations=1).bits.keys() == {"0.weight", "1.other"}
+    with pytest.raises(ValueError, match=r"'w' is stored as torch\.sparse_coo, expected a dense tensor$"):
+        fo.pack({"w": torch.eye(64).to_sparse()}, bits=4)
     with pytest.raises(TypeError, match=r"got Sequential; fastopt\.torch\.pack_ packs modules of torch"):
         fo.pack(model, bits=4)
 

@@ -72,7 +72,10 @@ def torch_sources(path: Path, key: str | None, skipped: Callable[[str], bool]) -
     left = MOST_OF_ONE_BYTE * size
     for name, tensor in chosen.items():
         if not skipped(name):
-            source = _of_tensor(torch, tensor, f"{path}: {name!r}")
+            try:
+                source = _of_tensor(torch, tensor, f"{path}: {name!r}")
+            except ValueError as error:
+                raise ValueError(f"{error}; skip leaves it out") from error
             left -= source.nbytes
             if left < 0:
                 raise ValueError(
@@ -191,9 +194,10 @@ def _keys(node: Any) -> str:
 def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{what} is stored as {tensor.layout}, expected a dense tensor; skip leaves it out")
+        kind = "quantized by torch" if tensor.is_quantized else f"stored as {tensor.layout}"
+        raise ValueError(f"{what} is {kind}, expected a dense tensor")
     if tensor.device.type == "meta":
-        raise ValueError(f"{what} has no content: it is on the device 'meta'; skip leaves it out")
+        raise ValueError(f"{what} has no content: it is on the device 'meta'")
     kind = str(tensor.dtype).removeprefix("torch.")
 
     def read() -> Array:
@@ -206,6 +210,6 @@ def _of_tensor(torch: Any, tensor: Any, what: str) -> Source:
     try:
         dtype = torch.zeros(1, dtype=tensor.dtype).numpy().dtype if kind not in _VIEWS else np.dtype(_VIEWS[kind][1])
     except Exception as error:  # torch raises whatever its parts raise
-        raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have; skip leaves it out") from error
+        raise ValueError(f"{what} has dtype {tensor.dtype}, which NumPy does not have") from error
     place = (tensor.data_ptr(), kind, tuple(tensor.shape), tensor.stride()) if tensor.numel() else None
     return Source(tuple(tensor.shape), dtype, read, identity=place)

@@ -9,6 +9,7 @@ A file in the layout of Keras 3 numbers the variables of a layer, and names the 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -437,7 +438,10 @@ def import_keras(model: Any) -> Imported | None:
 
 
 def restore_keras(model: PackedModel) -> PackedModel:
-    """Return a packed model with the method `PackedKeras.assign`."""
+    """Return a packed model with the method `PackedKeras.assign`, unless its weights came from a file of Keras."""
+    with contextlib.suppress(ValueError):  # metadata from elsewhere, which only `export` has to understand
+        if Layout.from_json(model.metadata[METADATA]).groups:
+            return model
     return PackedKeras(dict(model), model.recipe, model.metadata)
 
 

@@ -19,6 +19,7 @@ from fastopt._checks import as_matrix
 from fastopt._text import fitted_table, html_table, percent_text, printable, shape_text
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, Array, Notify, PathLike
 from fastopt.files.sources import open_weights
+from fastopt.files.torch_files import without_tensors
 from fastopt.files.weights import Origin, Weights, stored_of
 from fastopt.models.model import open_model
 from fastopt.models.tasks import Task, dealt, files_of, naming_task, opened, origin_of, placed_in, results, run_nbytes
@@ -120,9 +121,12 @@ def inspect(weights: Mapping[str, Weight] | PathLike, *, executor: Executor | No
     """
     if executor is not None:
         return facts_by(executor, open_weights(_path(weights, "weights")))
-    if not isinstance(weights, Mapping):
-        weights = open_model(weights)
+    weights = _opened(weights)
     return [facts_of(name, weights[name]) for name in weights]
+
+
+def _opened(weights: Mapping[str, Weight] | PathLike) -> Mapping[str, Weight]:
+    return without_tensors(weights) if isinstance(weights, Mapping) else open_model(weights)
 
 
 def _path(weights: Mapping[str, Weight] | PathLike, name: str) -> PathLike:
@@ -408,8 +412,7 @@ def diff(
     """
     if executor is not None:
         return difference_by(executor, open_weights(_path(first, "first")), open_weights(_path(second, "second")))
-    first = first if isinstance(first, Mapping) else open_model(first)
-    second = second if isinstance(second, Mapping) else open_model(second)
+    first, second = _opened(first), _opened(second)
     return _difference(first, second, (_compared(name, first[name], second[name]) for name in first if name in second))
 
 

@@ -342,7 +342,7 @@ def pack(
         return model
 
     packed = make_to_fit(source, recipe, make, target_bits=target_bits, target_size=target_size)
-    return packed if finish is None else finish(packed)
+    return (finish or _restored)(packed)
 
 
 def _imported(model: Any) -> Imported:
