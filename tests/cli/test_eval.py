@@ -95,6 +95,11 @@ def test_eval_of_an_onnx_model(options, tmp_path, monkeypatch, rng):
     exec(ONNX_SCORE, names)
     assert names["score"]("small.onnx") >= -0.03
     if not options:
+        (tmp_path / "recipe.toml").write_text('preset = "balanced"')
+        result = CliRunner().invoke(
+            app, ["pack", "model.onnx", "-o", "small.onnx", "--recipe", "recipe.toml", "--json"]
+        )
+        assert {t["bits"] for t in json.loads(result.stdout)["tensors"]} == {4}
         return
     # The scores in a state depend on the options of ONNX too.
     state = [*args, *options, "--state", "state.json", "--evaluations", "1"]

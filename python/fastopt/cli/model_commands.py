@@ -58,7 +58,7 @@ from fastopt.models.examine import difference_by, facts_by
 from fastopt.models.examine import inspect as facts_of
 from fastopt.models.folders import file_to_write
 from fastopt.models.model import NOT_PACKED, PackedModel, load, open_model
-from fastopt.models.recipe import Recipe, with_preset
+from fastopt.models.recipe import Recipe, read_recipe, with_preset
 from fastopt.models.report import Report
 from fastopt.models.stream import pack_file, unpack_file
 from fastopt.progress import Progress
@@ -295,11 +295,12 @@ def pack(
         min_size=min_size,
         bias_correction=bias_correction or None,
     )
+    is_onnx = output.suffix == ".onnx"
     if group_size is not None:
         options["group_size"] = group_size_of(group_size)
     if preset is not None:
-        options = with_preset({"preset": preset.value, **options}, onnx=output.suffix == ".onnx")
-    base = Recipe() if recipe is None else Recipe.from_toml(recipe)
+        options = with_preset({"preset": preset.value, **options}, onnx=is_onnx)
+    base = Recipe() if recipe is None else read_recipe(recipe, onnx=is_onnx)
     overrides = overrides_of(override or ())
     with usage():
         # A key that is there twice keeps its first place, and must keep its first value too.
@@ -318,7 +319,7 @@ def pack(
             raise typer.BadParameter("--eval: searches bits, so --bits and targets cannot be given beside it")
         if key is not None or skip:
             raise typer.BadParameter("--key, --skip: not with --eval; use --exclude")
-        _check_outputs(output if output.suffix != ".onnx" else None, html)
+        _check_outputs(None if is_onnx else output, html)
         _check_folders(output, chart)
         extra = {"evaluations": evaluations} if evaluations else {}
         wanted = searched(
@@ -326,7 +327,7 @@ def pack(
         )
     if (target_bits is not None or target_size is not None) and wanted.bits is not None:
         raise typer.BadParameter("--bits: chosen by --target-bits or --target-size, not given beside it")
-    weights = None if output.suffix == ".onnx" else open_weights(model, key=key, skip=skip or ())
+    weights = None if is_onnx else open_weights(model, key=key, skip=skip or ())
     asked = wanted.bits or wanted.prunes or wanted.overrides or target_bits is not None or target_size is not None
     # Packed tensors of another format, as GGUF has them, become those of a file of fastopt without any option.
     if not asked and not (weights is not None and any(is_packed(weights, name) for name in weights)):
@@ -334,7 +335,7 @@ def pack(
             "nothing to do: expected --bits, --preset, --sparsity, --target-size, --recipe or the like"
         )
     targets = {"target_bits": target_bits, "target_size": target_size}
-    if output.suffix == ".onnx":
+    if is_onnx:
         if check_inputs is not None and not check:
             raise typer.BadParameter("--check-inputs: expected together with --check")
         if check and (dry_run or output.resolve() == model.resolve()):

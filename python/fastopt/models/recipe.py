@@ -350,15 +350,7 @@ class Recipe(Options):
         TypeError, ValueError
             If an option is unknown or out of range.
         """
-        known = [*(f.name for f in fields(cls) if f.name not in _DATA), "preset"]
-        if not isinstance(raw, Mapping):
-            raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
-        unknown = sorted(set(map(str, raw)) - set(known))
-        if unknown:
-            raise ValueError(
-                f"recipe: unknown options {unknown}{proposal(unknown[0], known)} (options: {', '.join(known)})"
-            )
-        return cls(**with_preset(raw))
+        return _recipe_from(raw)
 
     @classmethod
     def from_toml(cls, path: PathLike) -> Recipe:
@@ -388,13 +380,7 @@ class Recipe(Options):
         >>> fo.Recipe.from_toml("recipe.toml").overrides
         {'*embed*': {'bits': 8, 'group_size': None}}
         """
-        tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-        with Path(path).open("rb") as file:
-            try:
-                return cls.from_dict(_without_none(tomllib.load(file)))
-            except (TypeError, ValueError, RecursionError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{path}: {error}") from error
+        return read_recipe(path)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return the same with some options changed.
@@ -453,6 +439,29 @@ def with_preset(options: Mapping[str, Any], *, onnx: bool = False) -> dict[str, 
         names = ", ".join(map(repr, PRESETS))
         raise ValueError(f"preset: expected one of {names}, got {shown(preset)}{proposal(preset, PRESETS)}")
     return {**PRESETS[preset], **(ONNX_PRESETS.get(preset, {}) if onnx else {}), **given}
+
+
+def read_recipe(path: PathLike, *, onnx: bool = False) -> Recipe:
+    """Return the recipe of a TOML file, as `Recipe.from_toml` does; with `onnx`, a preset is that for ONNX models."""
+    tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    with Path(path).open("rb") as file:
+        try:
+            return _recipe_from(_without_none(tomllib.load(file)), onnx=onnx)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}: {error}") from error
+
+
+def _recipe_from(raw: Mapping[str, Any], *, onnx: bool = False) -> Recipe:
+    known = [*(f.name for f in fields(Recipe) if f.name not in _DATA), "preset"]
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"recipe: expected a mapping, got {type(raw).__name__}")
+    unknown = sorted(set(map(str, raw)) - set(known))
+    if unknown:
+        raise ValueError(
+            f"recipe: unknown options {unknown}{proposal(unknown[0], known)} (options: {', '.join(known)})"
+        )
+    return Recipe(**with_preset(raw, onnx=onnx))
 
 
 def recipe_of(recipe: Recipe | None, options: Mapping[str, Any], *, onnx: bool = False) -> Recipe:
