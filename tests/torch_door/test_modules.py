@@ -285,7 +285,7 @@ def test_a_module_without_memory(tmp_path, packed):
     assert empty.norm.weight.requires_grad
 
 
-def test_pack_takes_a_state_dict():
+def test_pack_takes_a_state_dict(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 64).bfloat16())
     model[1].other = model[2].weight
     state = model.state_dict()
@@ -297,6 +297,8 @@ def test_pack_takes_a_state_dict():
     assert packed.report(state).error.relative < 0.1
     assert fo.diff(state, packed).total.relative < 0.1
     assert [facts.name for facts in fo.inspect(state)] == [*state]
+    fo.export(model[0].state_dict(), tmp_path / "m.npz", to="npz")
+    assert np.array_equal(np.load(tmp_path / "m.npz")["weight"], model[0].weight.detach().numpy())
     assert fo.search(state, lambda packed: 1.0, budget=0, evaluations=1).bits.keys() == {"0.weight", "1.other"}
     with pytest.raises(ValueError, match=r"'w' is stored as torch\.sparse_coo, expected a dense tensor$"):
         fo.pack({"w": torch.eye(64).to_sparse()}, bits=4)

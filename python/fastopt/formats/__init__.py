@@ -13,6 +13,7 @@ from typing import Any
 from fastopt._text import proposal, shown
 from fastopt._types import Notify, PathLike
 from fastopt.files.sources import READERS, Reader
+from fastopt.files.torch_files import without_tensors
 from fastopt.files.weights import Weights
 from fastopt.formats import c, gguf, keras, mlx, npz, onnx
 from fastopt.formats.c_net import Cost
@@ -119,7 +120,9 @@ def export(
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise TypeError(f"options: {to} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    if not isinstance(model, Mapping):
+    if isinstance(model, Mapping):
+        model = without_tensors(model)
+    else:
         options, model = with_network(to, model, options), open_model(model)
     names = _kept(model, (exclude,) if isinstance(exclude, str) else exclude)
     if len(names) < len(model):

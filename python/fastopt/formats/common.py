@@ -9,8 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastopt._checks import as_matrix
 from fastopt._types import Array
-from fastopt.tensors.quantization import unpack_bits
-from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.quantized import QuantizedTensor, unpacked_rows
 
 
 class Option(NamedTuple):
@@ -70,15 +69,6 @@ def regroup(q: QuantizedTensor, size: int) -> tuple[Array, Array] | None:
 def codes_matrix(q: QuantizedTensor) -> NDArray[np.uint8]:
     """Return the codes, one a byte, as a matrix of rows and columns."""
     return unpacked_rows(q.codes, q.bits, as_matrix(q.shape)[1])
-
-
-def unpacked_rows(packed: NDArray[np.uint8], bits: int, cols: int) -> NDArray[np.uint8]:
-    """Return packed rows of `cols` codes, each of which starts on a byte, as a matrix with one code a byte."""
-    rows = len(packed)
-    if packed.shape[1] * 8 % bits:  # the last byte of a row ends within a code
-        packed = np.pad(packed, ((0, 0), (0, -(-cols // 8) * bits - packed.shape[1])))
-    stored = packed.shape[1] * 8 // bits  # with those that fill the last bytes of a row
-    return unpack_bits(packed, bits, rows * stored).reshape(rows, stored)[:, :cols]
 
 
 def cast_exactly(params: tuple[Array, Array], dtype: DTypeLike) -> tuple[Array, Array] | None:

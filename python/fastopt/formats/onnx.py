@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from fastopt._checks import as_matrix, require_group_size
 from fastopt._text import shown
 from fastopt._types import Array, GroupSize
-from fastopt.formats.common import Option, codes_matrix, regroup, require_package, unpacked_rows
+from fastopt.formats.common import Option, codes_matrix, regroup, require_package
 from fastopt.formats.layers import (
     INPUT_SHAPE,
     LAYER,
@@ -36,7 +36,7 @@ from fastopt.models.shrinking import Concat, Kind, Layer, Node
 from fastopt.progress import Progress
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.quantization import TWO_LEVEL_GROUP, pack_bits
-from fastopt.tensors.quantized import QuantizedTensor
+from fastopt.tensors.quantized import QuantizedTensor, unpacked_rows
 from fastopt.tensors.sparse import SparseTensor
 
 if TYPE_CHECKING:

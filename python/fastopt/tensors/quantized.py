@@ -62,14 +62,15 @@ def two_level_parts(param_group: int, cols: int) -> int:
     return -(-cols // param_group) if param_group != -1 else min(cols, 1)
 
 
-def _unpacked_rows(packed: Array, bits: int, count: int) -> Array:
-    """Return the first `count` codes of each row, as float32."""
+def unpacked_rows(packed: Array, bits: int, count: int) -> Array:
+    """Return packed rows of `count` codes, each of which starts on a byte, as a matrix with one code a byte."""
     if not packed.size:
-        return np.zeros((len(packed), count), np.float32)
-    stream = np.pad(packed, ((0, 0), (0, -(-count // 8) * bits - packed.shape[1])))
-    codes = np.empty(stream.size * 8 // bits, np.uint8)
-    _core.unpack(np.ascontiguousarray(stream).reshape(-1), bits, codes)
-    return codes.reshape(len(packed), -1)[:, :count].astype(np.float32)
+        return np.zeros((len(packed), count), np.uint8)
+    if packed.shape[1] * 8 % bits:  # the last byte of a row ends within a code
+        packed = np.pad(packed, ((0, 0), (0, -(-count // 8) * bits - packed.shape[1])))
+    codes = np.empty(packed.size * 8 // bits, np.uint8)
+    _core.unpack(np.ascontiguousarray(packed).reshape(-1), bits, codes)
+    return codes.reshape(len(packed), -1)[:, :count]
 
 
 class Outliers(NamedTuple):
@@ -237,7 +238,9 @@ class QuantizedTensor(PackedTensor):
             return self
         rows, cols = as_matrix(self.shape)
         groups = _param_shape(self.group_size, rows, cols)[1]
-        scale, minimum = (_unpacked_rows(p, self.param_bits, groups) for p in (self.scale, self.minimum))
+        scale, minimum = (
+            unpacked_rows(p, self.param_bits, groups).astype(np.float32) for p in (self.scale, self.minimum)
+        )
         per_part = groups if self.param_group == -1 else self.param_group // _kernel_group_size(self.group_size, cols)
         floats = np.repeat(self.param_floats.astype(np.float32), max(per_part, 1), axis=1)[:, :groups]
         with np.errstate(all="ignore"):  # any bytes of a file are floats
