@@ -581,6 +581,7 @@ def test_bad_indices(sharded, weights, tmp_path):
 # ---- other formats -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:overrides")  # that array is left out
 def test_numpy_files(weights, tmp_path):
     plain = {name: w for name, w in weights.items() if w.dtype != ml_dtypes.bfloat16}
     plain["fortran"] = np.asfortranarray(np.arange(6.0).reshape(2, 3))
