@@ -727,7 +727,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(result["kind"] for result in results))
-    columns = min(len(kinds), 3)
+    columns = min(len(kinds), 2)
     lines = -(-len(kinds) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.8 * lines), squeeze=False)
     for kind, plot in zip(kinds, axes.flat, strict=False):
@@ -748,6 +748,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             plot.set_yscale("log")
         plot.set(title=kind, xlabel="bits a weight", ylabel=score)
         plot.legend(frameon=False)
+    for plot in axes.flat[len(kinds) :]:
+        plot.remove()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

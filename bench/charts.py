@@ -238,9 +238,9 @@ def machine_line(found: Mapping[str, Any]) -> str:
 
 
 def doubt(found: Mapping[str, Any], *names: str) -> list[str]:
-    """Return a line that says that figures are not to be believed, if a section's are not."""
-    doubtful = any(found["sections"][name]["warning"] for name in names)
-    return ["Measured on a busy machine: trust no ratio below 2."] if doubtful else []
+    """Return a line with the first warning of the sections, if there is one."""
+    warnings = [found["sections"][name]["warning"] for name in names]
+    return [f"{w[0].upper()}{w[1:]}" for w in warnings if w][:1]
 
 
 def limit_chart(found: Mapping[str, Any]) -> str:
@@ -384,7 +384,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"{facts}; {peers}. Times are medians of calls that run in turns with their rivals in one process. The memory "
         "limit is a loop that only moves the same bytes, measured in the same turns. **Bold** marks a rival that is "
         "faster than fastopt by more than 2 %; the last column names it.",
-        *([f"**These figures are not to be believed:** {warnings[0]}"] if warnings else []),
+        *([f"**{warnings[0][0].upper()}{warnings[0][1:]}**"] if warnings else []),
         "![NumPy, torch and fastopt beside the memory limit](charts/limit.svg)",
     ]
     if found["model"]:

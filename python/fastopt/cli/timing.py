@@ -361,8 +361,7 @@ def doubts(results: Sequence[Result], others: float | None, threads: int) -> str
         reasons.append(f"equal calls differ by \u00b1{100 * spread:.0f} %")
     if not reasons:
         return None
-    why = ", and ".join(reasons)
-    return f"this machine is too busy to measure: {why}. Trust no ratio below 2, and repeat when it is idle."
+    return f"noise: {', and '.join(reasons)}. Differences of that size mean nothing; repeat on an idle machine."
 
 
 class Copies(Collection[Call]):
