@@ -561,12 +561,9 @@ def pronunciation(options: argparse.Namespace) -> Iterator[Row]:
     yield row("float32", fo.PackedModel(weights))
     common: dict[str, Any] = {"min_size": 1, "exclude": ["*_b_*", "fc_b"]}
     for bits, group_size in ((8, -1), (4, 32), (3, 32), (2, 16)):
-        recipe = {
-            "bits": bits,
-            "group_size": group_size,
-            **({} if bits == 8 else {"param_bits": 4, "param_group": 256}),
-            **common,
-        }
+        recipe = {"bits": bits, "group_size": group_size, **common}
+        if bits < 8:
+            recipe |= {"param_bits": 4, "param_group": 256}
         yield row(f"{bits} bits, no data", fo.pack(weights, **recipe))
         if bits < 8:
             yield row(f"{bits} bits, GPTQ", fo.pack(weights, **recipe, fit="gptq", calibration=calibration))

@@ -669,7 +669,7 @@ static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__
                   fo__add, fo__times256      of all lanes; fo__times16 with words
                   fo__totals                 the totals of four
                   fo__half_totals            of two, those of bytes 0 to 3 and 4 to 7 of every eight */
-/* Copies for each width. Tests under sanitizers do without, which compiles faster. */
+/* Copies for each width are fastest. Most tests do without, since compilers take long for them. */
 #if !defined(FO__INLINE)
 #define FO__INLINE static inline __attribute__((always_inline))
 #endif

@@ -319,3 +319,14 @@ def test_a_target_of_another_format_is_refused(weights, tmp_path):
     fo.PackedModel(weights).save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"a\.onnx would be a safetensors file; fastopt\.pack_onnx writes"):
         fo.pack_file(tmp_path / "m.safetensors", tmp_path / "a.onnx", bits=4)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"a*": {"bits": 2}}])
+def test_names_are_texts(overrides):
+    with pytest.raises(TypeError, match=r"^weights: expected texts as names, got 1$"):
+        fo.pack({1: np.zeros((64, 64), "f4")}, bits=4, overrides=overrides)
+
+
+def test_a_choice_of_bits_wants_a_recipe():
+    with pytest.raises(TypeError, match=r"^recipe: expected a Recipe, got int"):
+        fo.choose_bits({"a": np.zeros((64, 64), "f4")}, 4, target_bits=4)

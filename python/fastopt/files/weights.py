@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.files.safetensors_file import _nothing
 from fastopt.tensors.packed import PackedTensor, Weight
@@ -250,8 +251,16 @@ def _identity(weight: Any) -> Hashable:
     return id(weight)
 
 
+def require_name(name: Any) -> str:
+    """Return the name of a weight, or raise if it is no text."""
+    if not isinstance(name, str):
+        raise TypeError(f"weights: expected texts as names, got {shown(name)}")
+    return name
+
+
 def require_weight(name: str, weight: Any) -> Weight:
-    """Return a weight, or raise if it is neither an array nor packed."""
+    """Return a weight, or raise if it is neither an array nor packed, or its name is no text."""
+    require_name(name)
     if not isinstance(weight, np.ndarray | PackedTensor):
         raise TypeError(f"weights: {name!r} is a {type(weight).__name__}, expected a NumPy array")
     return weight

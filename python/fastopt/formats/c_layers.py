@@ -7,7 +7,7 @@ from fastopt._checks import as_matrix
 from fastopt._text import shown
 from fastopt._types import Array
 from fastopt.formats.c_net import Net, Value
-from fastopt.formats.layers import batch_norm, numbers_of, outputs_of, reads_map, steps_of
+from fastopt.formats.layers import batch_norm, nodes_of, numbers_of, outputs_of, reads_map
 from fastopt.models.shrinking import Add, Concat, Kind, Layer, Node
 
 
@@ -24,8 +24,8 @@ def add_layers(net: Net, graph: Sequence[Node], input_shape: Sequence[int] | Non
     if not graph:
         raise ValueError("graph: expected one or more layers, got none")
     values: dict[str, Value] = {"x": _input_of(net, graph, input_shape)}
-    steps = steps_of(graph, len(values["x"].shape) == 4 or reads_map(graph))
-    for node, reads, reads_maps, gives_map in steps:
+    nodes = nodes_of(graph, len(values["x"].shape) == 4 or reads_map(graph))
+    for node, reads, reads_maps, gives_map in nodes:
         inputs = [values[name] for name in reads]
         axis = 1 if gives_map else -1
         if isinstance(node, Layer):
@@ -44,7 +44,7 @@ def add_layers(net: Net, graph: Sequence[Node], input_shape: Sequence[int] | Non
                 value = net.join(node.name, value, other)
             value = _activated(net, node, value, axis)
         values[node.name] = value
-    outputs = outputs_of(steps)
+    outputs = outputs_of(nodes)
     if len(outputs) > 1:
         raise ValueError(f"graph: expected one output, got {', '.join(outputs)}, which no node reads")
     return values[outputs[0]]

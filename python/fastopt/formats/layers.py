@@ -45,8 +45,8 @@ def reads_map(graph: Sequence[Node]) -> bool:
     return isinstance(first, Layer) and (first.kind in _ON_MAPS or first.kind == "global_pool" or first.flatten)
 
 
-class Step(NamedTuple):
-    """A node of a graph.
+class GraphNode(NamedTuple):
+    """A node of a graph, with what it reads.
 
     Attributes
     ----------
@@ -54,9 +54,9 @@ class Step(NamedTuple):
     reads : list of str
         The names of the nodes that it reads; "x" is the input.
     reads_maps : list of bool
-        Whether each of these is a signal or a feature map.
+        True for each of these that is a signal or a feature map.
     gives_map : bool
-        Whether its output is one.
+        True if its output is one.
     """
 
     node: Node
@@ -65,11 +65,11 @@ class Step(NamedTuple):
     gives_map: bool
 
 
-def steps_of(graph: Sequence[Node], x_is_map: bool) -> list[Step]:
+def nodes_of(graph: Sequence[Node], x_is_map: bool) -> list[GraphNode]:
     """Return the nodes of a graph in order; raise ValueError if one reads what does not come before it."""
     maps = {"x": x_is_map}
     before: str | None = None
-    steps = []
+    nodes = []
     for node in graph:
         if node.name in maps:
             raise ValueError(f"graph: {node.name!r} names two nodes, or the input")
@@ -79,15 +79,15 @@ def steps_of(graph: Sequence[Node], x_is_map: bool) -> list[Step]:
                 raise ValueError(f"graph: {node.name!r} reads {name!r}, which does not come before it")
         of_maps = [maps[name] for name in reads]
         maps[node.name] = is_map(node, of_maps)
-        steps.append(Step(node, reads, of_maps, maps[node.name]))
+        nodes.append(GraphNode(node, reads, of_maps, maps[node.name]))
         before = node.name
-    return steps
+    return nodes
 
 
-def outputs_of(steps: Sequence[Step]) -> list[str]:
+def outputs_of(nodes: Sequence[GraphNode]) -> list[str]:
     """Return the names of the nodes that no node reads."""
-    read = {name for step in steps for name in step.reads}
-    return [step.node.name for step in steps if step.node.name not in read]
+    read = {name for reader in nodes for name in reader.reads}
+    return [given.node.name for given in nodes if given.node.name not in read]
 
 
 def batch_norm(tensor: Callable[[str], Array | None], size: int, eps: float) -> tuple[Array, Array]:

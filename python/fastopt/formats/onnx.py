@@ -24,11 +24,11 @@ from fastopt.formats.layers import (
     LAYER,
     batch_norm,
     is_map,
+    nodes_of,
     numbers_of,
     outputs_of,
     reads_map,
     reads_of,
-    steps_of,
 )
 from fastopt.formats.onnx_file import Payload, Payloads, save
 from fastopt.models.recipe import naming_tensor
@@ -586,15 +586,15 @@ def _chain(
     given = _shape_of_x(model, graph, input_shape)
     shapes: dict[str, Shape] = {"x": given}
     x_is_map = len(given) == 3 or reads_map(graph)
-    steps = steps_of(graph, x_is_map)
-    for node, reads, reads_maps, gives_map in steps:
+    nodes = nodes_of(graph, x_is_map)
+    for node, reads, reads_maps, gives_map in nodes:
         if isinstance(node, Layer):
             progress.next(name) if (name := f"{node.name}.weight") in model else None
             shapes[node.name] = _Layer(builder, model, node, reads[0], shapes[reads[0]], reads_maps[0]).add()
         else:
             shapes[node.name] = _join(builder, node, [(name, shapes[name]) for name in reads], gives_map)
-    maps = {step.node.name: step.gives_map for step in steps}
-    outputs = outputs_of(steps)
+    maps = {given.node.name: given.gives_map for given in nodes}
+    outputs = outputs_of(nodes)
     kind = np.int64 if isinstance(graph[0], Layer) and graph[0].kind == "embedding" else np.float32
     return [_described("x", given, x_is_map, kind)], [_described(name, shapes[name], maps[name]) for name in outputs]
 

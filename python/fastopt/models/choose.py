@@ -17,7 +17,7 @@ from fastopt._text import shown
 from fastopt._types import Array, GroupSize
 from fastopt.files.safetensors_file import ALIGNMENT
 from fastopt.files.weights import Weights, require_weight, spec_of, stored_nbytes, stored_of
-from fastopt.models.recipe import Options, Recipe, naming_tensor
+from fastopt.models.recipe import Options, Recipe, naming_tensor, recipe_of
 from fastopt.tensors.error import ErrorSums
 from fastopt.tensors.packed import Weight, unpacked
 from fastopt.tensors.pruning import prune
@@ -149,6 +149,8 @@ def choose_bits(
 
     Raises
     ------
+    TypeError
+        If `recipe` is no `Recipe`.
     ValueError
         If the target cannot be reached, both are given, or the recipe gives bits.
 
@@ -164,6 +166,7 @@ def choose_bits(
     >>> fo.pack(weights, recipe=recipe).report().bits_per_weight
     4.5
     """
+    recipe = recipe_of(recipe, {})
     recipe.require_fitting(weights)
     if target_bits is None and target_size is None:
         return recipe

@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 from fastopt._checks import as_matrix, require_bits, require_group_size, require_param_dtype
 from fastopt._text import pattern_proposal, proposal, shown
 from fastopt._types import DEFAULT_GROUP_SIZE, FLOATS, SPARSE_GROUP_SIZE, Array, Fit, GroupSize, PathLike
-from fastopt.files.weights import require_weight, spec_of
+from fastopt.files.weights import require_name, require_weight, spec_of
 from fastopt.models.calibration import Calibration
 from fastopt.tensors.calibration import InputSums
 from fastopt.tensors.packed import PackedTensor, Weight, unpacked
@@ -507,7 +507,7 @@ def pack_tensor(name: str, tensor: Weight, recipe: Recipe) -> tuple[Weight, str]
 
 def warn_of_overrides(recipe: Recipe, names: Iterable[str]) -> None:
     """Warn of each pattern of the overrides that matches none of the names."""
-    names = dict.fromkeys(names)
+    names = dict.fromkeys(map(require_name, names))
     for pattern in recipe.overrides:
         if names and pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
             proposed = pattern_proposal(pattern, names)
