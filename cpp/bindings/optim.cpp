@@ -60,20 +60,21 @@ const Rule& rule_at(std::size_t number) {
 // A bit for each state of a rule that is never negative.
 unsigned positive_states(std::size_t rule) { return rule_at(rule).positive; }
 
-// The numbers that an optimizer computes for a step, in the order of the function `hyper` in Python.
+// The numbers that an optimizer computes for a step. Those without a default must be given.
 struct HyperField {
   const char* name;
   double Hyper::* member;
+  std::optional<double> standard;
 };
 constexpr HyperField kHyperFields[] = {
-    {"step_size", &Hyper::step_size}, {"weight_decay", &Hyper::weight_decay},
-    {"decay", &Hyper::decay},         {"decay1", &Hyper::decay1},
-    {"blend1", &Hyper::blend1},       {"decay2", &Hyper::decay2},
-    {"blend2", &Hyper::blend2},       {"eps", &Hyper::eps},
+    {"step_size", &Hyper::step_size, {}}, {"weight_decay", &Hyper::weight_decay, 0},
+    {"decay", &Hyper::decay, 1},          {"decay1", &Hyper::decay1, 0},
+    {"blend1", &Hyper::blend1, 1},        {"decay2", &Hyper::decay2, 0},
+    {"blend2", &Hyper::blend2, 1},        {"eps", &Hyper::eps, 0},
 };
 
-// The fields of a job, in the order of the function `job` in Python. Lists are over the tensors of a parameter group;
-// those at `indices` are stepped, or all where that is None, and their `counts` are raised by one.
+// The fields of a job. Lists are over the tensors of a parameter group; those at `indices` are stepped, or all where
+// that is None, and their `counts` are raised by one.
 //
 // A tensor is given by NumPy arrays, or by addresses (`Memory`) where Python itself has checked its memory: then its
 // states are a tuple of their StateType and their addresses, and its count is the address of a float, or 0.
@@ -107,6 +108,20 @@ py::handle item(py::handle list, std::size_t i) { return PyList_GET_ITEM(list.pt
 
 std::size_t length(py::handle list) { return static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())); }
 
+std::size_t number_of(py::handle object) {
+  const std::size_t number = PyLong_AsSize_t(object.ptr());
+  if (number == static_cast<std::size_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+std::size_t number_at(py::handle tuple, std::size_t i) { return number_of(item_of(tuple, i)); }
+
+bool truth_at(py::handle tuple, std::size_t i) {
+  const int truth = PyObject_IsTrue(item_of(tuple, i).ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
 double finite(py::handle number, const char* name) {
   const double value = PyFloat_AsDouble(number.ptr());
   if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
@@ -116,8 +131,7 @@ double finite(py::handle number, const char* name) {
 
 constexpr double kSmallestNormal = std::numeric_limits<float>::min();
 
-Hyper hyper_of(py::handle job) {
-  const py::handle numbers = item_of(job, job_field::hyper);
+Hyper hyper_of(py::handle job, py::handle numbers) {
   constexpr std::size_t count = std::size(kHyperFields);
   if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != static_cast<py::ssize_t>(count)) {
     throw py::value_error("hyper: expected a tuple of " + std::to_string(count) + " numbers");
@@ -128,7 +142,7 @@ Hyper hyper_of(py::handle job) {
   }
   hyper.grad_scale = finite(item_of(job, job_field::grad_scale), "grad_scale");
   hyper.shrink = finite(item_of(job, job_field::shrink), "shrink");
-  hyper.keep_zeros = item_of(job, job_field::keep_zeros).cast<bool>();
+  hyper.keep_zeros = truth_at(job, job_field::keep_zeros);
   if (hyper.grad_scale != 0 && std::abs(hyper.grad_scale) < kSmallestNormal) {  // float32 would flush it to zero
     hyper.rescale = kSmallestNormal;
     hyper.grad_scale /= kSmallestNormal;
@@ -247,8 +261,6 @@ Tensor tensor_of(const Rule& rule, py::handle name, py::handle param, py::handle
   return tensor;
 }
 
-std::size_t number_at(py::handle tuple, std::size_t i) { return item_of(tuple, i).cast<std::size_t>(); }
-
 char* pointer_to(std::size_t address) {
   return reinterpret_cast<char*>(address);  // NOLINT(performance-no-int-to-ptr)
 }
@@ -334,16 +346,16 @@ template <class Body>
 void for_indices(py::handle job, const Body& body) {
   const py::handle indices = item_of(job, job_field::indices);
   const std::size_t count = length(indices.is_none() ? item_of(job, job_field::params) : indices);
-  for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : item(indices, i).cast<std::size_t>());
+  for (std::size_t i = 0; i < count; ++i) body(indices.is_none() ? i : number_of(item(indices, i)));
 }
 
 // Replaces number i of a list by its successor.
 void increment(py::handle list, std::size_t i) {
-  py::int_ next(item(list, i).cast<std::size_t>() + 1);
+  py::int_ next(number_of(item(list, i)) + 1);
   PyList_SetItem(list.ptr(), static_cast<py::ssize_t>(i), next.release().ptr());
 }
 
-void run(std::vector<Tensor>& tensors) {
+void step_tensors(std::vector<Tensor>& tensors) {
   std::size_t chunks = 0;
   double bytes = 0;
   for (Tensor& t : tensors) {
@@ -359,51 +371,263 @@ void run(std::vector<Tensor>& tensors) {
   });
 }
 
-// Everything is checked before anything is written: a call that raises has changed nothing. Counts, and the one number
-// in `steps`, are raised in the same call as the weights are, so that no interrupt comes between.
-void step(const py::list& jobs, const py::list& steps) {
-  if (steps.size() != 1) throw py::value_error("steps: expected a list of one number");
-  std::vector<Tensor> tensors;
-  std::vector<Hyper> hypers;
-  std::vector<py::object> copies;
-  hypers.reserve(jobs.size());
-  Disjoint memory;
-  for (const py::handle job : jobs) {
-    require_job(job);
+// One step of several jobs. Everything is checked before anything is written: a call that raises has changed nothing.
+// Counts, and the one number in `steps`, are raised in the same call as the weights are, so that no interrupt comes
+// between.
+class Step {
+ public:
+  explicit Step(std::size_t jobs) {
+    jobs_.reserve(jobs);
+    hypers_.reserve(jobs);
+  }
+
+  // Adds a job, with numbers and gradients that take the place of its own.
+  void add(py::handle job, py::handle numbers, py::handle grads) {
     const Rule& rule = rule_at(number_at(job, job_field::rule));
-    hypers.push_back(hyper_of(job));
-    const bool stochastic = item_of(job, job_field::stochastic).cast<bool>();
-    const std::uint32_t noise = item_of(job, job_field::noise).cast<std::uint32_t>();
+    hypers_.push_back(hyper_of(job, numbers));
+    const bool stochastic = truth_at(job, job_field::stochastic);
+    const auto noise = static_cast<std::uint32_t>(number_at(job, job_field::noise));
     const py::handle names = item_of(job, job_field::names), params = item_of(job, job_field::params),
-                     grads = item_of(job, job_field::grads), states = item_of(job, job_field::states);
+                     states = item_of(job, job_field::states);
     bool in_floats = false;
-    tensors.reserve(tensors.size() + length(params));
-    memory.reserve(tensors.capacity() * (2 + rule.states));
+    tensors_.reserve(tensors_.size() + length(params));
+    memory_.reserve(tensors_.capacity() * (2 + rule.states));
     for_indices(job, [&](std::size_t i) {
       const auto of = [&](py::handle list) { return item(list, i); };
-      Tensor t = Memory::is(of(params)) ? tensor_at(rule, of(names), of(params), of(grads), of(states), memory)
-                                        : tensor_of(rule, of(names), of(params), of(grads), of(states), memory, copies);
-      t.hyper = &hypers.back();
+      Tensor t = Memory::is(of(params))
+                     ? tensor_at(rule, of(names), of(params), of(grads), of(states), memory_)
+                     : tensor_of(rule, of(names), of(params), of(grads), of(states), memory_, copies_);
+      t.hyper = &hypers_.back();
       t.args.stochastic = stochastic && t.args.master == nullptr && width_of(t.args.param_type) == 2;
       t.args.noise = noise + static_cast<std::uint32_t>(i) * 0x27d4eb2fu;
       in_floats = in_floats || t.args.param_type != Float::f64;
-      tensors.push_back(t);
+      tensors_.push_back(t);
     });
-    if (in_floats) require_floats(hypers.back());
+    if (in_floats) require_floats(hypers_.back());
+    jobs_.push_back(job);
   }
-  memory.check();
-  run(tensors);
-  for (const py::handle job : jobs) {
-    for_indices(job, [&](std::size_t i) {
-      const py::handle counts = item_of(job, job_field::counts);
-      if (!Memory::is(item(item_of(job, job_field::params), i))) {
-        increment(counts, i);
-      } else if (const auto address = item(counts, i).cast<std::size_t>()) {
-        *reinterpret_cast<float*>(pointer_to(address)) += 1;
-      }
-    });
+
+  void run(py::handle steps) {
+    if (length(steps) != 1) throw py::value_error("steps: expected a list of one number");
+    memory_.check();
+    step_tensors(tensors_);
+    for (const py::handle job : jobs_) {
+      for_indices(job, [&](std::size_t i) {
+        const py::handle counts = item_of(job, job_field::counts);
+        if (!Memory::is(item(item_of(job, job_field::params), i))) {
+          increment(counts, i);
+        } else if (const auto address = number_of(item(counts, i))) {
+          *reinterpret_cast<float*>(pointer_to(address)) += 1;
+        }
+      });
+    }
+    increment(steps, 0);
   }
-  increment(steps, 0);
+
+ private:
+  std::vector<py::handle> jobs_;
+  std::vector<Hyper> hypers_;  // never moved: tensors point to them
+  std::vector<Tensor> tensors_;
+  std::vector<py::object> copies_;
+  Disjoint memory_;
+};
+
+// ---- functions that Python calls for every step -----------------------------------------------------------------
+//
+// They take their arguments as Python has them, since the dispatcher of pybind11 takes longer than the step of a small
+// tensor, and so does a function of Python with many arguments.
+
+struct Arguments {
+  PyObject* const* values;  // those by position, then those by name
+  std::size_t positional;
+  PyObject* names;  // a tuple, or null
+};
+
+template <py::object (*Function)(const Arguments&)>
+PyObject* call_fast(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  try {
+    return Function({values, static_cast<std::size_t>(positional), names}).release().ptr();
+  } catch (...) {
+    py::detail::try_translate_exceptions();
+    return nullptr;
+  }
+}
+
+template <py::object (*Function)(const Arguments&)>
+void def_fast(py::module_& m, const char* name) {
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_fast<Function>)),
+                               METH_FASTCALL | METH_KEYWORDS, nullptr};
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, m.attr("__name__").ptr()));
+}
+
+void require_positional(const Arguments& a, std::size_t count, const char* name) {
+  if (a.positional == count && a.names == nullptr) return;
+  throw py::type_error(std::string(name) + ": expected " + std::to_string(count) + " arguments by position");
+}
+
+// Names of arguments, which become the items of a tuple in this order. An argument that is not given has its default,
+// or is an error if that is null.
+template <std::size_t Count>
+struct Fields {
+  PyObject* names[Count];  // interned, and kept for good
+  PyObject* defaults[Count];
+
+  std::size_t find(PyObject* name, std::size_t from) const {
+    for (std::size_t i = from; i < Count; ++i) {
+      if (names[i] == name) return i;  // callers name them in this order
+    }
+    for (std::size_t i = 0; i < Count; ++i) {
+      if (PyUnicode_Compare(names[i], name) == 0) return i;
+    }
+    throw py::type_error("unexpected argument '" + std::string(py::str(name)) + "'");
+  }
+
+  py::object tuple_of(const Arguments& a) const {
+    const std::size_t given = a.names ? static_cast<std::size_t>(PyTuple_GET_SIZE(a.names)) : 0;
+    if (a.positional > 0) throw py::type_error("expected arguments by name");
+    PyObject* items[Count];
+    std::copy(defaults, defaults + Count, items);
+    for (std::size_t k = 0, next = 0; k < given; ++k) {
+      next = find(item_of(a.names, k).ptr(), next);
+      items[next++] = a.values[k];
+    }
+    py::tuple tuple(Count);
+    for (std::size_t i = 0; i < Count; ++i) {
+      if (items[i] == nullptr) throw py::type_error("missing argument '" + std::string(py::str(names[i])) + "'");
+      PyTuple_SET_ITEM(tuple.ptr(), static_cast<py::ssize_t>(i), py::handle(items[i]).inc_ref().ptr());
+    }
+    return std::move(tuple);
+  }
+};
+
+py::object make_hyper(const Arguments& a) {
+  static const auto fields = [] {
+    Fields<std::size(kHyperFields)> made{};
+    for (std::size_t i = 0; i < std::size(kHyperFields); ++i) {
+      made.names[i] = PyUnicode_InternFromString(kHyperFields[i].name);
+      if (kHyperFields[i].standard) made.defaults[i] = PyFloat_FromDouble(*kHyperFields[i].standard);
+    }
+    return made;
+  }();
+  return fields.tuple_of(a);
+}
+
+py::object make_job(const Arguments& a) {
+  static const auto fields = [] {
+    Fields<job_field::end> made{};
+    for (std::size_t i = 0; i < job_field::end; ++i) made.names[i] = PyUnicode_InternFromString(kJobFields[i]);
+    return made;
+  }();
+  return fields.tuple_of(a);
+}
+
+// Whether a dict has these objects, a tuple of keys each with its value, in this order. Floats may be equal instead: a
+// pickle copies each.
+bool has_items(PyObject* dict, py::handle items) {
+  if (!PyDict_CheckExact(dict) || 2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(items.ptr())) return false;
+  Py_ssize_t at = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  const auto same = [](PyObject* a, PyObject* b) {
+    return a == b || (PyFloat_CheckExact(a) && PyFloat_CheckExact(b) && PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b));
+  };
+  for (std::size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2) {
+    if (key != item_of(items, i).ptr() || !same(value, item_of(items, i + 1).ptr())) return false;
+  }
+  return true;
+}
+
+bool is_array(PyObject* object) { return Py_TYPE(object) == py::detail::npy_api::get().PyArray_Type_; }
+
+// The gradients of parameters `tree`, an array or a list or dict of the arrays `leaves`, as a list; null if the tree
+// has other arrays by now, or the gradients are not arrays in such a tree.
+py::object plain_gradients(PyObject* tree, py::handle leaves, PyObject* grads) {
+  const std::size_t count = length(leaves);
+  const auto is_leaf = [&](std::size_t i, PyObject* object) { return object == item(leaves, i).ptr(); };
+  if (PyList_CheckExact(tree) && PyList_CheckExact(grads)) {
+    bool plain = length(tree) >= count && length(grads) == count;
+    for (std::size_t i = 0; plain && i < count; ++i) {
+      plain = is_leaf(i, item(tree, i).ptr()) && is_array(item(grads, i).ptr());
+    }
+    return plain ? py::reinterpret_borrow<py::object>(grads) : py::object();
+  }
+  py::list found;
+  if (PyDict_CheckExact(tree) && PyDict_CheckExact(grads)) {
+    Py_ssize_t at = 0;
+    PyObject *name = nullptr, *leaf = nullptr;
+    bool plain = static_cast<std::size_t>(PyDict_GET_SIZE(grads)) == count;
+    for (std::size_t i = 0; plain && i < count; ++i) {
+      plain = PyDict_Next(tree, &at, &name, &leaf) && is_leaf(i, leaf);
+      PyObject* const grad = plain ? PyDict_GetItemWithError(grads, name) : nullptr;
+      if (PyErr_Occurred()) throw py::error_already_set();
+      plain = grad != nullptr && is_array(grad);
+      if (plain) found.append(py::handle(grad));
+    }
+    return plain ? std::move(found) : py::object();
+  }
+  if (count != 1 || !is_leaf(0, tree) || !is_array(grads)) return {};
+  found.append(py::handle(grads));
+  return std::move(found);
+}
+
+// The steps that all tensors of a group have taken, if they have taken the same.
+std::optional<std::size_t> common_count(py::handle counts) {
+  const auto first = number_of(item(counts, 0));
+  for (std::size_t i = 1; i < length(counts); ++i) {
+    if (number_of(item(counts, i)) != first) return {};
+  }
+  return first;
+}
+
+// The places in what is kept of a group: a job that lacks hyper and grads; the options that were checked; the function
+// that computes hyper, and the learning rate; the parameters as they were given, and their arrays.
+namespace kept_field {
+enum : std::size_t { job, items, hyper, lr, tree, leaves };
+}
+
+// Steps an optimizer whose groups are as they were when they were checked. Returns False, without a step, where that
+// is not so or gradients are not plain arrays: Python then looks closer.
+py::object step_unchanged(const Arguments& a) {
+  require_positional(a, 4, "step_unchanged");
+  const py::handle kept = a.values[0], param_groups = a.values[1], grads = a.values[2], steps = a.values[3];
+  const std::size_t count = length(kept);
+  const bool several = count != 1;
+  const auto is_list = [&](py::handle list) { return PyList_CheckExact(list.ptr()) && length(list) == count; };
+  if (!is_list(param_groups) || (several && !is_list(grads))) return py::bool_(false);
+  Step step(count);
+  std::vector<py::object> alive;  // hyper and gradients of each group
+  alive.reserve(2 * count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const py::handle group = item(kept, i), options = item(param_groups, i);
+    if (group.is_none() || !has_items(options.ptr(), item_of(group, kept_field::items))) return py::bool_(false);
+    const py::handle job = item_of(group, kept_field::job), tree = item_of(group, kept_field::tree);
+    py::object mine =
+        plain_gradients(tree.ptr(), item_of(group, kept_field::leaves), several ? item(grads, i).ptr() : grads.ptr());
+    const auto taken = mine ? common_count(item_of(job, job_field::counts)) : std::nullopt;
+    if (!taken) return py::bool_(false);
+    const py::int_ number(*taken + 1);
+    PyObject* const arguments[] = {options.ptr(), item_of(group, kept_field::lr).ptr(), number.ptr()};
+    PyObject* const hyper = PyObject_Vectorcall(item_of(group, kept_field::hyper).ptr(), arguments, 3, nullptr);
+    if (hyper == nullptr) throw py::error_already_set();
+    alive.push_back(py::reinterpret_steal<py::object>(hyper));
+    alive.push_back(std::move(mine));
+    step.add(job, hyper, alive.back());
+  }
+  step.run(steps);
+  return py::bool_(true);
+}
+
+py::object step_jobs(const Arguments& a) {
+  require_positional(a, 2, "step");
+  const py::handle jobs = a.values[0], steps = a.values[1];
+  if (!PyList_Check(jobs.ptr()) || !PyList_Check(steps.ptr())) throw py::type_error("step: expected two lists");
+  Step step(length(jobs));
+  for (std::size_t i = 0; i < length(jobs); ++i) {
+    const py::handle job = item(jobs, i);
+    require_job(job);
+    step.add(job, item_of(job, job_field::hyper), item_of(job, job_field::grads));
+  }
+  step.run(steps);
+  return py::none();
 }
 
 // Sum of squares of all gradients but None, in double, chunk by chunk in order: the same for any number of threads.
@@ -453,14 +677,12 @@ double sum_squares(const py::list& names, const py::list& grads) {
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  py::tuple hyper_fields(std::size(kHyperFields)), job_fields(std::size(kJobFields));
-  for (std::size_t i = 0; i < hyper_fields.size(); ++i) hyper_fields[i] = kHyperFields[i].name;
-  for (std::size_t i = 0; i < job_fields.size(); ++i) job_fields[i] = kJobFields[i];
-  m.attr("HYPER_FIELDS") = hyper_fields;
-  m.attr("JOB_FIELDS") = job_fields;
+  def_fast<make_hyper>(m, "hyper");
+  def_fast<make_job>(m, "job");
+  def_fast<step_jobs>(m, "step");
+  def_fast<step_unchanged>(m, "step_unchanged");
   m.def("rule", &rule, py::arg("name"));
   m.def("positive_states", &positive_states, py::arg("rule"));
-  m.def("step", &step, py::arg("jobs"), py::arg("steps"));
   m.def("sum_squares", &sum_squares, py::arg("names"), py::arg("grads"));
 }
 

@@ -12,8 +12,6 @@ HALF_MISFIT: int
 BEYOND: int
 SLAB_COLUMNS: int
 SUMS: dict[str, int]
-HYPER_FIELDS: tuple[str, ...]
-JOB_FIELDS: tuple[str, ...]
 
 _Array = NDArray[Any]
 
@@ -25,7 +23,35 @@ def set_num_threads(n: int) -> None: ...
 def use_openmp(parallel: int, max_threads: int, thread_num: int) -> None: ...
 def rule(name: str) -> int: ...
 def positive_states(rule: int) -> int: ...
-def step(jobs: list[Any], steps: list[int]) -> None: ...
+def hyper(
+    *,
+    step_size: float,
+    weight_decay: float = 0.0,
+    decay: float = 1.0,
+    decay1: float = 0.0,
+    blend1: float = 1.0,
+    decay2: float = 0.0,
+    blend2: float = 1.0,
+    eps: float = 0.0,
+) -> tuple[float, ...]: ...
+def job(
+    *,
+    rule: int,
+    hyper: tuple[float, ...],
+    grad_scale: float,
+    shrink: float,
+    keep_zeros: bool,
+    stochastic: bool,
+    noise: int,
+    names: list[str],
+    params: list[Any],
+    grads: list[Any],
+    states: list[tuple[Any, ...]],
+    counts: list[int],
+    indices: list[int] | None,
+) -> tuple[Any, ...]: ...
+def step(jobs: list[Any], steps: list[int], /) -> None: ...
+def step_unchanged(kept: list[Any], param_groups: list[dict[str, Any]], grads: Any, steps: list[int], /) -> bool: ...
 def sum_squares(names: list[Any], grads: list[Any]) -> float: ...
 def quantize(
     x: _Array,

@@ -5,7 +5,6 @@ import pytest
 from helpers import same_bits
 
 from fastopt import _core
-from fastopt.train.optimizer import job
 
 F16, F32, F64 = 0, 2, 3
 WIDE, BF16, U8 = range(3)
@@ -18,7 +17,7 @@ def at(array, number, size=SIZE):
 
 def step(param, grad, state, rule="momentum"):
     numbers = (0.5, 0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.0)
-    work = job(
+    work = _core.job(
         rule=_core.rule(rule),
         hyper=numbers,
         grad_scale=1.0,

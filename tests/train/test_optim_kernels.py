@@ -1,7 +1,5 @@
 """The kernels of optimizers, against the reference."""
 
-import inspect
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from reference import Hyper
 
 from fastopt import _core
-from fastopt.train import optimizer as optim
 
 pytestmark = pytest.mark.kernel
 
@@ -45,7 +42,7 @@ def run(rule, hyper, params, grads, states, *, stochastic=False, noise=0):
     states = [tuple(s) for s in states]
     counts, steps = [0] * len(params), [0]
     *numbers, grad_scale, shrink, keep_zeros = hyper
-    job = optim.job(
+    job = _core.job(
         rule=_core.rule(rule),
         hyper=tuple(numbers),
         grad_scale=grad_scale,
@@ -66,12 +63,18 @@ def run(rule, hyper, params, grads, states, *, stochastic=False, noise=0):
 
 
 def test_python_and_the_kernels_name_the_same_numbers():
-    assert tuple(inspect.signature(optim.hyper).parameters) == _core.HYPER_FIELDS
-    assert tuple(inspect.signature(optim.job).parameters) == _core.JOB_FIELDS
-    assert Hyper._fields == (*_core.HYPER_FIELDS, "grad_scale", "shrink", "keep_zeros")
-    for name in (*_core.HYPER_FIELDS[1:], "grad_scale", "shrink"):  # every number arrives where its name says
+    given = dict(zip(Hyper._fields[:8], map(float, range(8)), strict=True))
+    assert _core.hyper(**dict(reversed(given.items()))) == tuple(given.values())
+    assert _core.hyper(step_size=0.5) == (0.5, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    for name in Hyper._fields[1:-1]:  # every number arrives where its name says
         with pytest.raises(ValueError, match=f"^{name}: expected a finite number, got inf"):
             run("sgd", PLAIN._replace(**{name: np.inf}), [np.ones(3)], [np.ones(3)], [()])
+    for wrong, message in (({}, "missing argument 'step_size'"), (given | {"lr": 1.0}, "unexpected argument 'lr'")):
+        with pytest.raises(TypeError, match=message):
+            _core.hyper(**wrong)
+    for call in (lambda: _core.hyper(0.5), lambda: _core.job(1), lambda: _core.step([]), lambda: _core.step((), [0])):
+        with pytest.raises(TypeError, match="expected"):
+            call()
     with pytest.raises(ValueError, match="rule: no optimizer is called 'adamax'"):
         _core.rule("adamax")
 

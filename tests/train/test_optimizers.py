@@ -93,6 +93,35 @@ def test_lr_may_be_a_function_of_the_step():
     assert w[0] == np.float32(-1) - np.float32(0.5) - np.float32(1 / 3)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        lambda a, b: a,
+        lambda a, b: [a, b],
+        lambda a, b: {"a": a, "b": b},
+        lambda a, b: {"a": a, "b": [b]},
+        lambda a, b: [{"params": [a], "lr": 0.25}, {"params": {"b": b}}],
+    ],
+)
+def test_a_step_with_nothing_new_equals_one_that_is_looked_at(tree, copied, rng):
+    arrays, others = ([np.ones(5, "f4"), np.ones((2, 3), "f4")] for _ in range(2))
+    opt = fo.Adam(tree(*arrays), lr=0.5, l1=0.01, maximize=True)
+    other = fo.Adam(tree(*others), lr=0.5, l1=0.01, maximize=True, max_norm=1e30)  # Python takes the norm
+    if copied:
+        opt, arrays = pickle.loads(pickle.dumps((opt, arrays)))
+    for step in range(4):
+        grads = tree(*(rng.standard_normal(w.shape).astype("f4") for w in others))
+        if len(opt.param_groups) > 1:
+            grads = [group["params"] for group in grads]
+        for each in (opt, other):
+            if step == 2:
+                each.param_groups[0].update(lr=0.125, betas=(0.5, 0.75))
+            each.step(grads)
+        assert all(same_bits(a, b) for a, b in zip(arrays, others, strict=True))
+    assert opt.steps == other.steps == 4
+
+
 def test_groups_none_and_late_groups():
     a, b, c = np.zeros(3, "f4"), np.zeros(2, "f4"), np.zeros(1, "f8")
     opt = fo.SGD([{"params": [a, b], "lr": 1.0}, {"params": {"c": c}}], lr=0.5)

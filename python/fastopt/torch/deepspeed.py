@@ -9,7 +9,7 @@ import torch
 
 from fastopt import _core
 from fastopt.torch.optimizer import FLOAT_NUMBERS, STATE_NUMBERS
-from fastopt.train.optimizer import Hyper, job, mixed
+from fastopt.train.optimizer import Hyper, mixed
 from fastopt.train.optimizers import Adagrad, Adam, AdamW, Lion
 
 _LAST_STEP = 1 << 62  # where the bias correction of Adam is 1 to the last bit
@@ -139,7 +139,7 @@ def _step(rule: str, numbers: Hyper, step: int, param: torch.Tensor, grad: torch
     dtype = states[0].dtype
     if any(state.dtype != dtype for state in states) or (dtype != wide and dtype != torch.bfloat16):
         raise TypeError(f"state: expected {wide} or torch.bfloat16, got {dtype}; set fp32_optimizer_states=True")
-    work = job(
+    work = _core.job(
         rule=_core.rule(rule),
         hyper=numbers,
         grad_scale=1.0,

@@ -13,7 +13,7 @@ from fastopt import _core
 from fastopt._checks import as_float, require, require_number
 from fastopt._text import shown
 from fastopt.torch.states import codes_name, find_or_make
-from fastopt.train.optimizer import Job, job, mixed
+from fastopt.train.optimizer import Job, mixed
 from fastopt.train.optimizer import Optimizer as ArrayOptimizer
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Optimizer(torch.optim.Optimizer):
                 array_class = self._array_class_of(group)
                 grad_scale = self._clipped(group, scale)
                 jobs.append(
-                    job(
+                    _core.job(
                         rule=_rule(array_class._rule(needs.options)),
                         hyper=array_class._hyper(needs.options, needs.lr, lists.count + 1),
                         grad_scale=-grad_scale if group["maximize"] else grad_scale,

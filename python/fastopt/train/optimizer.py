@@ -36,8 +36,8 @@ from fastopt.train.param_tree import (
 from fastopt.train.reduction import Reduce, Reduction
 
 LearningRate: TypeAlias = float | Callable[[int], float]
-Hyper: TypeAlias = tuple[float, ...]  # made by `hyper`
-Job: TypeAlias = tuple[Any, ...]  # made by `job`
+Hyper: TypeAlias = tuple[float, ...]  # made by `_core.hyper`
+Job: TypeAlias = tuple[Any, ...]  # made by `_core.job`
 
 # Options that the arrays of a group were made for.
 _FIXED = ("state_dtype", "master_weights")
@@ -54,49 +54,6 @@ class Common(TypedDict, total=False):
     master_weights: bool
     stochastic_rounding: bool
     seed: int
-
-
-# The two functions below name what crosses into C++: a NamedTuple would take as long as the step of a small tensor.
-
-
-def hyper(
-    *,
-    step_size: float,
-    weight_decay: float = 0.0,
-    decay: float = 1.0,
-    decay1: float = 0.0,
-    blend1: float = 1.0,
-    decay2: float = 0.0,
-    blend2: float = 1.0,
-    eps: float = 0.0,
-) -> Hyper:
-    """Return the numbers of one step, which cpp/kernels/contract.hpp explains, in the order of `_core.HYPER_FIELDS`."""
-    return (step_size, weight_decay, decay, decay1, blend1, decay2, blend2, eps)
-
-
-def job(
-    *,
-    rule: int,
-    hyper: Hyper,
-    grad_scale: float,
-    shrink: float,
-    keep_zeros: bool,
-    stochastic: bool,
-    noise: int,
-    names: list[str],
-    params: list[Any],
-    grads: list[Any],
-    states: list[tuple[Any, ...]],
-    counts: list[int],
-    indices: list[int] | None,
-) -> Job:
-    """Return what `_core.step` takes for the tensors of a group, in the order of ``_core.JOB_FIELDS``.
-
-    `indices` are the places in these lists of the tensors that are stepped; None means all.
-    """
-    return (
-        rule, hyper, grad_scale, shrink, keep_zeros, stochastic, noise, names, params, grads, states, counts, indices
-    )  # fmt: skip
 
 
 class Optimizer(abc.ABC):
@@ -261,8 +218,9 @@ class Optimizer(abc.ABC):
             fits = param.dtype != np.float64 or options["state_dtype"] == "float32"
             require(fits, "state_dtype", f"float32 for {name!r} of {param.dtype}", options["state_dtype"])
         made.allocate(options)
-        made.accept(options, self._rule(options))
+        made.accept(options, self._rule(options), self._hyper)
         self._groups.append(made)
+        self._kept = [each.kept for each in self._groups]
         self._has_tensors |= any(map(is_tensor, made.leaves))
         self.param_groups.append(options)
 
@@ -349,6 +307,9 @@ class Optimizer(abc.ABC):
         RuntimeError
             With `reduce`, if another rank raised an error of its own. None has stepped.
         """
+        plain = grad_scale is None and reduce is None and self.max_norm is None
+        if plain and _core.step_unchanged(self._kept, self.param_groups, grads, self._steps):
+            return None  # nearly always; below, all else
         groups = self._groups
         count = len(groups)
         if reduce is None and len(self.param_groups) != count:
@@ -371,7 +332,7 @@ class Optimizer(abc.ABC):
             lr = self._ready(options, group)
             for taken, indices in group.jobs(grads_of_group):
                 jobs.append(
-                    job(
+                    _core.job(
                         rule=group.rule,
                         hyper=self._hyper(options, lr, taken + 1),
                         grad_scale=-scale if options["maximize"] else scale,
@@ -410,7 +371,8 @@ class Optimizer(abc.ABC):
                 require(options[key] == needed, key, f"{needed!r}, as the states were made for", options[key])
             states = self._states(options)
             require(states == group.rule_states, "group", f"options that need {group.rule_states}", states)
-            group.accept(options, self._rule(options))
+            group.accept(options, self._rule(options), self._hyper)
+            self._kept = [each.kept for each in self._groups]
         lr = options["lr"]
         return self._rate(options, group) if callable(lr) else lr
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastopt._checks import require, require_betas, require_number
-from fastopt.train.optimizer import Common, Hyper, LearningRate, Optimizer, hyper
+from fastopt._core import hyper
+from fastopt.train.optimizer import Common, Hyper, LearningRate, Optimizer
 from fastopt.train.param_tree import Params
 
 if TYPE_CHECKING:

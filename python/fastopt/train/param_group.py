@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -71,12 +72,36 @@ class ParamGroup:
                 state.append(param.astype(np.float32))
             self.states.append(tuple(state))
 
-    def accept(self, options: Mapping[str, Any], rule: str) -> None:
+    def accept(self, options: Mapping[str, Any], rule: str, hyper: Callable[..., tuple[float, ...]]) -> None:
         """Keep a copy of options that were checked, and what a step needs of them."""
         self.checked = dict(options)
         self.rule = _core.rule(rule)
         self.stochastic = options["stochastic_rounding"]
         self.chance = self.stochastic or options["state_dtype"] != "float32"
+        self.kept = self._kept(hyper)
+
+    def _kept(self, hyper: Callable[..., tuple[float, ...]]) -> tuple[Any, ...] | None:
+        """Return what `_core.step_unchanged` needs; None if steps differ in more than hyper and gradients."""
+        options, lr = self.checked, self.checked["lr"]
+        arrays = bool(self.leaves) and self.shape is None and all(map(operator.is_, self.leaves, self.params))
+        if not arrays or self.chance or callable(lr):
+            return None
+        job = _core.job(
+            rule=self.rule,
+            hyper=(),
+            grad_scale=-1.0 if options["maximize"] else 1.0,
+            shrink=lr * options["l1"],
+            keep_zeros=options["keep_zeros"],
+            stochastic=False,
+            noise=0,
+            names=self.names,
+            params=self.params,
+            grads=[],
+            states=self.states,
+            counts=self.counts,
+            indices=None,
+        )
+        return job, tuple(itertools.chain(*options.items())), hyper, lr, self.tree, self.leaves
 
     def _find_memory(self) -> None:
         """Set the arrays of the parameters, with their axes in the order of memory, and the addresses."""
@@ -91,8 +116,6 @@ class ParamGroup:
 
     def replaced(self) -> bool:
         """Return whether the dict or list of parameters no longer has the arrays that are stepped."""
-        if self.flat and self.size == 1:
-            return not self.tree or self.tree[0] is not self.leaves[0]
         if self.shape is not None:
             try:
                 return any(
@@ -176,8 +199,6 @@ class ParamGroup:
     def jobs(self, grads: list[Any]) -> Iterable[tuple[int, list[int] | None]]:
         """Return the step counts of the tensors to step, each with the indices of those that have it (None: all)."""
         counts = self.counts
-        if self.size == 1 and grads[0] is not None:
-            return ((counts[0], None),)
         for grad in grads:
             if grad is None:
                 break
