@@ -296,6 +296,9 @@ def install_into_root(session, root, python, machine, *packages):
     systems = [f"--platform=manylinux{version}_{machine}" for version in ("_2_28", "_2_27", "_2_26", "_2_17", "2014")]
     options = ["--target", str(root / "opt/site"), "--only-binary=:all:", f"--python-version={python}", *systems]
     session.run("python", "-m", "pip", "install", "-q", *options, *packages)
+    if machine != platform.machine():  # proot does not know faccessat2(), by which QEMU asks
+        access = "import os\n\nos.access = lambda path, mode, **options: os.path.exists(path)\n"
+        (root / "opt/site/sitecustomize.py").write_text(access)
 
 
 def run_in_root(session, root, python, machine, *arguments):
