@@ -1,4 +1,5 @@
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -40,9 +41,19 @@ def threads(request):
     fo.set_num_threads(before)
 
 
+class ThreadRng(threading.local):
+    """A generator for each thread that runs a test: all draw the same numbers."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(20261122)
+
+    def __getattr__(self, name):
+        return getattr(self.generator, name)
+
+
 @pytest.fixture
 def rng():
-    return np.random.default_rng(20261122)
+    return ThreadRng()
 
 
 @pytest.fixture
