@@ -825,46 +825,58 @@ typedef struct {
   __m128i words[4]; /* 8 codes each */
 } fo__codes;
 
-/* Four codes of 3, 5 or 6 bits, the k-th four of a block. */
-FO__INLINE __m128i fo__load_four(unsigned bits, const uint8_t* codes, unsigned k) {
-  const unsigned at = 4 * bits * k, byte = at / 8 + 4 > 4 * bits ? 4 * bits - 4 : at / 8;
-  uint32_t word;
-  FO__COPY(&word, codes + byte, 4);
-  return _mm_cvtsi32_si128((int)(word >> (at - 8 * byte)));
+/* Words of 32 bits that start with codes 0, 8, 4 and 12 of 5 or 6 bits, from words of 64 that start with 0 and 8. */
+FO__INLINE __m128i fo__four_words(unsigned bits, __m128i eights) {
+  return (__m128i)_mm_shuffle_ps((__m128)eights, (__m128)_mm_srli_epi64(eights, 4 * (int)bits), 0x88);
+}
+
+FO__INLINE __m128i fo__load4(const uint8_t* p) {
+  int32_t word;
+  FO__COPY(&word, p, 4);
+  return _mm_cvtsi32_si128(word);
+}
+
+/* Of every word of 32 bits two of 16, which start `step` bits apart. */
+FO__INLINE __m128i fo__two_words(__m128i c, int step) {
+  return _mm_or_si128(_mm_and_si128(c, _mm_set1_epi32(0xffff)), _mm_slli_epi32(_mm_srli_epi32(c, step), 16));
 }
 
 FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
   const __m128i mask = _mm_set1_epi16((int16_t)((1u << bits) - 1));
   fo__codes c;
   if (bits == 8) {
-    for (int i = 0; i < 2; ++i) {
-      const __m128i both = fo__load16(codes + 16 * i);
-      c.words[i] = _mm_and_si128(both, mask), c.words[2 + i] = _mm_srli_epi16(both, 8);
-    }
-  } else if (bits == 4 || bits == 2) {
+    const __m128i first = fo__load16(codes), second = fo__load16(codes + 16);
+    c.words[0] = _mm_and_si128(first, mask), c.words[1] = _mm_and_si128(second, mask);
+    c.words[2] = _mm_srli_epi16(first, 8), c.words[3] = _mm_srli_epi16(second, 8);
+  } else if (bits <= 4) {
     __m128i fours = bits == 4 ? fo__load16(codes) : fo__load8(codes);
-    if (bits == 2) fours = _mm_unpacklo_epi64(fours, _mm_srli_epi16(fours, 8));
-    for (int i = 0; i < 4; ++i) c.words[i] = _mm_and_si128(_mm_srli_epi16(fours, i * (int)bits), mask);
-  } else {
-    const int b = (int)bits;
-    const __m128i low = _mm_set1_epi32((1 << bits) - 1), high = _mm_slli_epi32(low, 16);
-    for (unsigned i = 0; i < 2; ++i) {
-      const __m128i even = _mm_unpacklo_epi32(fo__load_four(bits, codes, 4 * i), fo__load_four(bits, codes, 4 * i + 1));
-      const __m128i odd =
-          _mm_unpacklo_epi32(fo__load_four(bits, codes, 4 * i + 2), fo__load_four(bits, codes, 4 * i + 3));
-      const __m128i fours = _mm_unpacklo_epi64(even, odd);
-      const __m128i last = b > 5 ? _mm_srli_epi32(fours, 3 * b - 16) : _mm_slli_epi32(fours, 16 - 3 * b);
-      c.words[2 * i] = _mm_or_si128(_mm_and_si128(fours, low), _mm_and_si128(_mm_slli_epi32(fours, 16 - b), high));
-      c.words[2 * i + 1] = _mm_or_si128(_mm_and_si128(_mm_srli_epi32(fours, 2 * b), low), _mm_and_si128(last, high));
+    if (bits == 3) {
+      const __m128i last = _mm_unpacklo_epi32(fo__load4(codes + 6), _mm_srli_epi32(fo__load4(codes + 8), 8));
+      fours = _mm_unpacklo_epi64(_mm_unpacklo_epi32(fo__load4(codes), fo__load4(codes + 3)), last);
+      fours = fo__two_words(fours, 12);
     }
+    if (bits == 2) fours = _mm_unpacklo_epi64(fours, _mm_srli_epi16(fours, 8));
+    c.words[0] = _mm_and_si128(fours, mask);
+    c.words[1] = _mm_and_si128(_mm_srli_epi16(fours, (int)bits), mask);
+    c.words[2] = _mm_and_si128(_mm_srli_epi16(fours, 2 * (int)bits), mask);
+    c.words[3] = _mm_and_si128(_mm_srli_epi16(fours, 3 * (int)bits), mask);
+  } else {
+    const __m128i last = _mm_srli_epi64(fo__load8(codes + 4 * bits - 8), 64 - 8 * (int)bits);
+    __m128i first = _mm_unpacklo_epi64(fo__load8(codes), fo__load8(codes + bits));
+    __m128i second = _mm_unpacklo_epi64(fo__load8(codes + 2 * bits), last);
+    first = fo__two_words(fo__four_words(bits, first), 2 * (int)bits);
+    second = fo__two_words(fo__four_words(bits, second), 2 * (int)bits);
+    c.words[0] = _mm_and_si128(first, mask), c.words[1] = _mm_and_si128(_mm_srli_epi16(first, (int)bits), mask);
+    c.words[2] = _mm_and_si128(second, mask), c.words[3] = _mm_and_si128(_mm_srli_epi16(second, (int)bits), mask);
   }
   return c;
 }
 
 FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
-  (void)bits;
-  for (int i = 0; i < 4; ++i) sum = _mm_add_epi32(sum, _mm_madd_epi16(c.words[i], fo__load16(x + 16 * i)));
-  return sum;
+  (void)bits; /* no loop: not every compiler unrolls it */
+  const __m128i a = _mm_madd_epi16(c.words[0], fo__load16(x)), b = _mm_madd_epi16(c.words[1], fo__load16(x + 16));
+  const __m128i d = _mm_madd_epi16(c.words[2], fo__load16(x + 32)), e = _mm_madd_epi16(c.words[3], fo__load16(x + 48));
+  return _mm_add_epi32(sum, _mm_add_epi32(_mm_add_epi32(a, b), _mm_add_epi32(d, e)));
 }
 #endif
 
@@ -879,6 +891,19 @@ FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
   return (fo__int4)_mm_add_epi32(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
 }
 #endif
+
+FO__INLINE void fo__transpose(fo__float4 a, fo__float4 b, fo__float4 c, fo__float4 d, fo__float4* to) {
+  const __m128 ab = _mm_unpacklo_ps((__m128)a, (__m128)b), cd = _mm_unpacklo_ps((__m128)c, (__m128)d);
+  const __m128 ef = _mm_unpackhi_ps((__m128)a, (__m128)b), gh = _mm_unpackhi_ps((__m128)c, (__m128)d);
+  to[0] = (fo__float4)_mm_movelh_ps(ab, cd), to[1] = (fo__float4)_mm_movehl_ps(cd, ab);
+  to[2] = (fo__float4)_mm_movelh_ps(ef, gh), to[3] = (fo__float4)_mm_movehl_ps(gh, ef);
+}
+
+/* Numbers with even places, and those with odd ones. */
+FO__INLINE void fo__split_halves(fo__int4 a, fo__int4 b, fo__int4* to) {
+  to[0] = (fo__int4)_mm_shuffle_ps((__m128)a, (__m128)b, 0x88);
+  to[1] = (fo__int4)_mm_shuffle_ps((__m128)a, (__m128)b, 0xdd);
+}
 
 FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
   const __m128i first = fo__fold(a), second = fo__fold(b);
@@ -965,6 +990,19 @@ FO__INLINE fo__int4 fo__totals(fo__ints a, fo__ints b, fo__ints c, fo__ints d) {
   return (fo__int4)fo__add_neighbours(fo__add_neighbours(a, b), fo__add_neighbours(c, d));
 }
 
+FO__INLINE void fo__transpose(fo__float4 a, fo__float4 b, fo__float4 c, fo__float4 d, fo__float4* to) {
+  const float32x4x2_t ab = vtrnq_f32((float32x4_t)a, (float32x4_t)b), cd = vtrnq_f32((float32x4_t)c, (float32x4_t)d);
+  to[0] = (fo__float4)vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(cd.val[0]));
+  to[1] = (fo__float4)vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(cd.val[1]));
+  to[2] = (fo__float4)vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0]));
+  to[3] = (fo__float4)vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]));
+}
+
+FO__INLINE void fo__split_halves(fo__int4 a, fo__int4 b, fo__int4* to) {
+  const int32x4x2_t halves = vuzpq_s32((int32x4_t)a, (int32x4_t)b);
+  to[0] = (fo__int4)halves.val[0], to[1] = (fo__int4)halves.val[1];
+}
+
 FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return (fo__int4)vcombine_s32(vadd_s32(vget_low_s32(a), vget_high_s32(a)),
@@ -980,11 +1018,12 @@ FO__INLINE fo__int4 fo__half_totals(fo__ints a, fo__ints b) {
 
 /* A row of x in the columns of a stretch. */
 typedef struct {
-  int8_t blocks[4 * FO__COLUMNS + 4 * 128]; /* of 32 columns; of floats 32 high parts, 32 middle and 32 low ones */
-  /* Of each run: its sum, and minus the base times the sums of high and middle parts, in units of 256, and of low ones.
-   */
-  float unit, sum[FO__RUNS + 4];
-  int32_t high[FO__RUNS + 4], low[FO__RUNS + 4];
+  int8_t blocks[4 * FO__COLUMNS + 128]; /* of 32 columns; of floats 32 high parts, 32 middle and 32 low ones */
+  /* Of each run: its sum, and minus the base times the sums of high and middle parts, in units of 256, of low ones, and
+     of all, modulo 2^32. */
+  float unit, sum[FO__RUNS];
+  int32_t high[FO__RUNS], low[FO__RUNS];
+  uint32_t all[FO__RUNS];
 } fo__numbers;
 
 /* Two groups of 16 codes of 2 bits share a block, in lanes of their own. */
@@ -995,9 +1034,9 @@ static size_t fo__room_of(const fo_tensor* w, size_t n) { return fo__two_a_block
 /* The column of a block whose code is the i-th of fo__unpack. */
 static size_t fo__column_of(unsigned bits, size_t i) {
   if (FO__WORDS(bits) && bits == 8) return 2 * (i & 15) + (i >> 4);
-  if (FO__WORDS(bits) && bits == 4) return 4 * (i & 7) + (i >> 3);
+  if (FO__WORDS(bits) && (bits == 4 || bits == 3)) return 4 * (i & 7) + (i >> 3);
   if (FO__WORDS(bits) && bits == 2) return 8 * (i & 3) + (i & 4) + (i >> 3);
-  if (FO__WORDS(bits)) return (i & 16) + 2 * (i & 6) + (i >> 2 & 2) + (i & 1);
+  if (FO__WORDS(bits)) return (i & 16) + (i & 4) + 4 * (i & 2) + 2 * (i & 1) + (i >> 3 & 1);
   return bits == 4 ? 2 * (i & 15) + (i >> 4) : bits == 2 ? 4 * (i & 7) + (i >> 3) : i;
 }
 
@@ -1047,10 +1086,10 @@ static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stre
     for (size_t r = 0; r < runs; ++r, ++run) {
       to->sum[run] = (float)(256 * high[r] + low[r]) * unit;
       to->high[run] = -base * high[r], to->low[run] = -base * low[r];
+      to->all[run] = (uint32_t)to->high[run] * 256 + (uint32_t)to->low[run];
     }
   }
-  for (size_t i = 0; i < 4; ++i) to->sum[run + i] = 0, to->high[run + i] = to->low[run + i] = 0;
-  FO__CLEAR(blocks, 4 * size);
+  FO__CLEAR(blocks, size); /* the last run of two blocks may have one */
 }
 
 FO__INLINE fo__float4 fo__float4_of(fo__int4 n) { return __builtin_convertvector(n, fo__float4); }
@@ -1105,87 +1144,36 @@ FO__INLINE void fo__add_block(unsigned bits, int floats, const uint8_t* codes, c
   dots->low = fo__dot(bits, dots->low, c, x);
 }
 
-/* All of it in `low`, if it `fits`. */
-FO__INLINE fo__dots fo__dot_run(unsigned bits, int floats, int fits, size_t blocks, const uint8_t* codes,
-                                const int8_t* x) {
+FO__INLINE fo__dots fo__dot_run(unsigned bits, int floats, size_t blocks, const uint8_t* codes, const int8_t* x) {
   fo__dots dots;
   FO__CLEAR(&dots, sizeof dots);
   fo__ints middle = dots.high;
-  if (blocks == 2) { /* a constant: no loop */
+  for (size_t i = 0; i < blocks; ++i, codes += 4 * bits, x += FO__BLOCK_BYTES(bits, floats)) {
     fo__add_block(bits, floats, codes, x, &dots, &middle);
-    fo__add_block(bits, floats, codes + 4 * bits, x + FO__BLOCK_BYTES(bits, floats), &dots, &middle);
-  } else {
-    for (size_t i = 0; i < blocks; ++i, codes += 4 * bits, x += FO__BLOCK_BYTES(bits, floats)) {
-      fo__add_block(bits, floats, codes, x, &dots, &middle);
-    }
   }
-  if (!floats) return dots;
-  dots.high = FO__WORDS(bits) ? fo__times16(dots.high) : fo__add(fo__times256(dots.high), middle);
-  if (fits) dots.low = fo__add(fo__times256(dots.high), dots.low);
+  if (floats) dots.high = FO__WORDS(bits) ? fo__times16(dots.high) : fo__add(fo__times256(dots.high), middle);
   return dots;
 }
 
-/* Four runs as floats. They have some blocks each or, `paired`, half a block. */
-FO__INLINE fo__float4 fo__dot_runs(unsigned bits, int floats, int paired, size_t blocks, const uint8_t* codes,
-                                   const int8_t* x, const fo__numbers* numbers, size_t run) {
-  const size_t size = blocks * 4 * bits, x_size = blocks * FO__BLOCK_BYTES(bits, floats);
-  const int fits = fo__fits(bits, blocks);
-  const fo__dots a = fo__dot_run(bits, floats, fits, blocks, codes, x);
-  const fo__dots b = fo__dot_run(bits, floats, fits, blocks, codes + size, x + x_size);
-  fo__dots c = a, d = b;
-  fo__int4 high, low;
-  FO__COPY(&high, numbers->high + run, 16);
-  FO__COPY(&low, numbers->low + run, 16);
-  if (!paired) {
-    c = fo__dot_run(bits, floats, fits, blocks, codes + 2 * size, x + 2 * x_size);
-    d = fo__dot_run(bits, floats, fits, blocks, codes + 3 * size, x + 3 * x_size);
-  }
-  const fo__int4 dots = paired ? fo__half_totals(a.low, b.low) : fo__totals(a.low, b.low, c.low, d.low);
-  fo__uint4 total = (fo__uint4)dots + (fo__uint4)low;
-  if (!floats) return fo__float4_of((fo__int4)total);
-  if (fits) return fo__float4_of((fo__int4)(total + ((fo__uint4)high << 8))) * numbers->unit;
-  high += fo__totals(a.high, b.high, c.high, d.high);
-  return fo__join(high, (fo__int4)total, numbers->unit);
-}
-
-/* The shares of four runs that are groups, of which `n` are used. */
-FO__INLINE fo__float4 fo__shares(unsigned bits, const fo_tensor* w, size_t param, size_t n, fo__float4 dot,
-                                 const float* sums) {
-  const fo__float4 scale = fo__four_params(w->scale, w->param_type, param, n);
-  const fo__float4 minimum = fo__four_params(w->minimum, w->param_type, param, n);
-  const fo__float4 middle = minimum + fo__rounded4(scale * (float)(1 << (bits - 1)));
-  fo__float4 sum;
-  FO__COPY(&sum, sums, 16);
-  return fo__rounded4(scale * dot) + fo__rounded4(middle * sum);
-}
-
-/* Adds runs that are groups to y, four at a time. Those of one block, or paired, are all added; of longer ones those
-   that make four. Returns how many. */
-FO__INLINE size_t fo__add_groups(unsigned bits, int floats, int paired, size_t blocks, const fo_tensor* w, size_t param,
-                                 size_t columns, const uint8_t* codes, const uint8_t* end, const fo__numbers* x,
-                                 float* y) {
-  const size_t runs = blocks > 1 ? columns / w->group & ~(size_t)3 : (columns + w->group - 1) / w->group;
-  const size_t four_blocks = paired ? 2 : 4 * blocks, size = four_blocks * 4 * bits;
-  const int8_t* from = x->blocks;
-  uint8_t copy[4 * 32];
-  float total = *y;
-  for (size_t run = 0; run < runs; run += 4, codes += size, from += four_blocks * FO__BLOCK_BYTES(bits, floats)) {
-    if (blocks == 1 && (size_t)(end - codes) < size) {
-      FO__CLEAR(copy, sizeof copy);
-      FO__COPY(copy, codes, (size_t)(end - codes));
-      codes = copy, end = copy + sizeof copy;
-    }
-    const size_t n = fo__min(runs - run, 4);
-    const fo__float4 dot = fo__dot_runs(bits, floats, paired, blocks, codes, from, x, run);
-    const fo__float4 share = fo__shares(bits, w, param + run, n, dot, x->sum + run);
-    if (n == 4) {
-      total += share[0], total += share[1], total += share[2], total += share[3];
+/* The same of one or two blocks, a constant, that are unpacked; all of it in `low` if it fits. */
+FO__INLINE fo__dots fo__dot_unpacked(unsigned bits, int floats, size_t blocks, const fo__codes* c, const int8_t* x) {
+  const int8_t* second = x + FO__BLOCK_BYTES(bits, floats);
+  fo__dots dots;
+  FO__CLEAR(&dots, sizeof dots);
+  if (floats) {
+    dots.high = fo__dot(bits, dots.high, c[0], x), x += FO__LIMB(bits);
+    if (blocks > 1) dots.high = fo__dot(bits, dots.high, c[1], second), second += FO__LIMB(bits);
+    if (FO__WORDS(bits)) {
+      dots.high = fo__times16(dots.high);
     } else {
-      for (size_t i = 0; i < n; ++i) total += share[i];
+      dots.high = fo__dot(bits, fo__times256(dots.high), c[0], x), x += FO__LIMB(bits);
+      if (blocks > 1) dots.high = fo__dot(bits, dots.high, c[1], second), second += FO__LIMB(bits);
     }
+    if (fo__fits(bits, blocks)) dots.low = fo__times256(dots.high);
   }
-  *y = total;
-  return runs;
+  dots.low = fo__dot(bits, dots.low, c[0], x);
+  if (blocks > 1) dots.low = fo__dot(bits, dots.low, c[1], second);
+  return dots;
 }
 
 /* Adds a run of any length to y. */
@@ -1193,12 +1181,12 @@ FO__INLINE float fo__add_run(unsigned bits, int floats, size_t n, const uint8_t*
                              const int8_t* blocks, const fo__numbers* x, size_t run, float scale, float middle,
                              float y) {
   const size_t size = 4 * bits, whole = fo__min((n + 31) / 32, (size_t)(end - codes) / size);
-  fo__dots dots = fo__dot_run(bits, floats, 0, whole, codes, blocks);
+  fo__dots dots = fo__dot_run(bits, floats, whole, codes, blocks);
   if (whole * 32 < n) { /* the tensor ends in the last block */
     uint8_t copy[32];
     FO__CLEAR(copy, sizeof copy);
     FO__COPY(copy, codes + whole * size, (size_t)(end - codes) - whole * size);
-    const fo__dots last = fo__dot_run(bits, floats, 0, 1, copy, blocks + whole * FO__BLOCK_BYTES(bits, floats));
+    const fo__dots last = fo__dot_run(bits, floats, 1, copy, blocks + whole * FO__BLOCK_BYTES(bits, floats));
     dots.high = fo__add(dots.high, last.high), dots.low = fo__add(dots.low, last.low);
   }
   const fo__int4 totals = fo__totals(dots.high, dots.high, dots.low, dots.low);
@@ -1207,41 +1195,167 @@ FO__INLINE float fo__add_run(unsigned bits, int floats, size_t n, const uint8_t*
   return y + fo__share(scale, middle, dot, x->sum[run]);
 }
 
+/* ---- four rows of W at a time: each has a lane of y, of scales and of minima ---- */
+
+/* Four scales or minima of each row, of which `n` are used; the k-th of all rows become to[k]. */
+FO__INLINE void fo__load_params(const void* params, unsigned type, const size_t* at, size_t n, fo__float4* to) {
+  const fo__float4 a = fo__four_params(params, type, at[0], n), b = fo__four_params(params, type, at[1], n);
+  const fo__float4 c = fo__four_params(params, type, at[2], n), d = fo__four_params(params, type, at[3], n);
+  fo__transpose(a, b, c, d, to);
+}
+
+/* Adds to the total of four rows a run, of which `dots` are the products. */
+FO__INLINE fo__float4 fo__add_share(fo__float4 total, fo__float4 scale, fo__float4 middle, fo__float4 dot, float sum) {
+  return total + (fo__rounded4(scale * dot) + fo__rounded4(middle * sum));
+}
+
+/* The products of a run with four rows as floats. */
+FO__INLINE fo__float4 fo__four_dots(int floats, int fits, const fo__dots* a, const fo__dots* b, const fo__dots* c,
+                                    const fo__dots* d, const fo__numbers* x, size_t run) {
+  const fo__uint4 low = (fo__uint4)fo__totals(a->low, b->low, c->low, d->low);
+  if (!floats) return fo__float4_of((fo__int4)(low + (uint32_t)x->low[run]));
+  if (fits) return fo__float4_of((fo__int4)(low + x->all[run])) * x->unit;
+  const fo__int4 high = fo__totals(a->high, b->high, c->high, d->high) + x->high[run];
+  return fo__join(high, (fo__int4)low + x->low[run], x->unit);
+}
+
+/* Adds the products of four rows of W from `row` on, the last one again where there are fewer, in a stretch. Runs have
+   `blocks` blocks, a constant; any number if 0; if `paired`, half a block. */
+FO__INLINE void fo__add_four_rows(unsigned bits, int floats, int paired, size_t blocks, const fo_tensor* w,
+                                  const fo__stretch* at, size_t row, const uint8_t* codes, size_t row_bytes,
+                                  const fo__numbers* x, size_t batch, float* y) {
+  const size_t x_block = FO__BLOCK_BYTES(bits, floats);
+  const size_t run_most = floats ? fo__kind_f32.run : fo__kind_s8.run, rows = fo__min(w->rows - row, 4);
+  const uint8_t* from[4];
+  size_t param[4], code_at = 0, x_at = 0, run = 0;
+  fo__float4 total[FO__TILE];
+  for (size_t r = 0; r < 4; ++r) {
+    const size_t down = fo__min(r, rows - 1);
+    from[r] = codes + down * row_bytes;
+    param[r] = (row + down) * w->groups + at->start.group;
+  }
+  for (size_t b = 0; b < batch; ++b) {
+    FO__CLEAR(&total[b], sizeof total[b]);
+    for (size_t r = 0; r < rows; ++r) total[b][r] = y[b * w->rows + row + r];
+  }
+  size_t group_left = at->start.left, left_groups = 1; /* columns of the group, groups */
+  if (at->end - at->begin > group_left) left_groups += (at->end - at->begin - group_left + w->group - 1) / w->group;
+  for (size_t i = at->begin, n, groups; left_groups; left_groups -= groups) {
+    fo__float4 scale[4], middle[4];
+    groups = fo__min(left_groups, 4);
+    fo__load_params(w->scale, w->param_type, param, groups, scale);
+    fo__load_params(w->minimum, w->param_type, param, groups, middle);
+    for (size_t r = 0; r < 4; ++r) param[r] += 4;
+    for (size_t g = 0; g < groups; ++g) {
+      middle[g] += fo__rounded4(scale[g] * (float)(1 << (bits - 1)));
+      if (blocks == 0) { /* runs of any length */
+        for (size_t left = fo__min(group_left, at->end - i); left; left -= n, i += n, ++run) {
+          n = fo__min(left, run_most);
+          const size_t count = (n + 31) / 32;
+          for (size_t b = 0; b < batch; ++b) {
+            const int8_t* numbers = x[b].blocks + x_at;
+            const fo__dots first = fo__dot_run(bits, floats, count, from[0] + code_at, numbers);
+            const fo__dots second = fo__dot_run(bits, floats, count, from[1] + code_at, numbers);
+            const fo__dots third = fo__dot_run(bits, floats, count, from[2] + code_at, numbers);
+            const fo__dots fourth = fo__dot_run(bits, floats, count, from[3] + code_at, numbers);
+            const fo__float4 dot = fo__four_dots(floats, 0, &first, &second, &third, &fourth, x + b, run);
+            total[b] = fo__add_share(total[b], scale[g], middle[g], dot, x[b].sum[run]);
+          }
+          code_at += count * 4 * bits, x_at += count * x_block;
+        }
+        group_left = w->group;
+        continue;
+      }
+      fo__codes c[4][2];
+      c[0][0] = fo__unpack(bits, from[0] + code_at), c[1][0] = fo__unpack(bits, from[1] + code_at);
+      c[2][0] = fo__unpack(bits, from[2] + code_at), c[3][0] = fo__unpack(bits, from[3] + code_at);
+      if (blocks > 1) {
+        c[0][1] = fo__unpack(bits, from[0] + code_at + 4 * bits),
+        c[1][1] = fo__unpack(bits, from[1] + code_at + 4 * bits);
+        c[2][1] = fo__unpack(bits, from[2] + code_at + 4 * bits),
+        c[3][1] = fo__unpack(bits, from[3] + code_at + 4 * bits);
+      }
+      if (blocks == 1) c[0][1] = c[0][0], c[1][1] = c[1][0], c[2][1] = c[2][0], c[3][1] = c[3][0]; /* not used */
+      if (paired && g + 1 < groups) middle[g + 1] += fo__rounded4(scale[g + 1] * (float)(1 << (bits - 1)));
+      for (size_t b = 0; b < batch; ++b) {
+        const int8_t* numbers = x[b].blocks + x_at;
+        const fo__dots first = fo__dot_unpacked(bits, floats, blocks, c[0], numbers);
+        const fo__dots second = fo__dot_unpacked(bits, floats, blocks, c[1], numbers);
+        const fo__dots third = fo__dot_unpacked(bits, floats, blocks, c[2], numbers);
+        const fo__dots fourth = fo__dot_unpacked(bits, floats, blocks, c[3], numbers);
+        if (paired) {
+          fo__int4 halves[2];
+          fo__split_halves(fo__half_totals(first.low, second.low), fo__half_totals(third.low, fourth.low), halves);
+          for (size_t k = 0; k < 2 && g + k < groups; ++k) {
+            const fo__uint4 low = (fo__uint4)halves[k] + (floats ? x[b].all[run + k] : (uint32_t)x[b].low[run + k]);
+            const fo__float4 dot = fo__float4_of((fo__int4)low) * x[b].unit;
+            total[b] = fo__add_share(total[b], scale[g + k], middle[g + k], dot, x[b].sum[run + k]);
+          }
+        } else {
+          const fo__float4 dot =
+              fo__four_dots(floats, fo__fits(bits, blocks), &first, &second, &third, &fourth, x + b, run);
+          total[b] = fo__add_share(total[b], scale[g], middle[g], dot, x[b].sum[run]);
+        }
+      }
+      code_at += blocks * 4 * bits, x_at += blocks * x_block;
+      n = paired ? fo__min(groups - g, 2) : 1;
+      run += n, g += n - 1;
+    }
+  }
+  for (size_t b = 0; b < batch; ++b) {
+    for (size_t r = 0; r < rows; ++r) y[b * w->rows + row + r] = total[b][r];
+  }
+}
+
+/* Adds the products of a row of W in a stretch, whose runs may be of any length, and end with the tensor. */
+static void fo__add_row(unsigned bits, int floats, const fo_tensor* w, const fo__stretch* at, size_t row,
+                        const uint8_t* codes, const fo__numbers* x, float* y) {
+  const uint8_t* end = (const uint8_t*)w->values + w->rows * fo__row_bytes(w);
+  const size_t run_most = floats ? fo__kind_f32.run : fo__kind_s8.run, columns = at->end - at->begin;
+  const int8_t* blocks = x->blocks;
+  fo__walk walk = at->start;
+  for (size_t i = 0, run = 0, n; i < columns; ++run, i += n) {
+    const size_t param = row * w->groups + walk.group;
+    const float scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
+    n = fo__step(w, &walk, fo__min(run_most, columns - i));
+    const uint8_t* from = codes + fo__code_bytes(bits, i);
+    *y = fo__add_run(bits, floats, n, from, end, blocks, x, run, scale, middle, *y);
+    blocks += (n + 31) / 32 * FO__BLOCK_BYTES(bits, floats);
+  }
+}
+
 FO__INLINE void fo__add_rows(unsigned bits, int floats, const fo_tensor* w, const fo__stretch* at, const fo__numbers* x,
                              size_t batch, float* y) {
-  const size_t row_bytes = fo__row_bytes(w), run_most = floats ? fo__kind_f32.run : fo__kind_s8.run;
-  const size_t columns = at->end - at->begin, group = w->group;
+  const size_t columns = at->end - at->begin, padded = fo__code_bytes(bits, (columns + 63) & ~(size_t)63);
+  const size_t bytes = fo__code_bytes(bits, columns) + (columns * bits % 8 != 0), row_bytes = fo__row_bytes(w);
   const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
   codes += fo__code_bytes(bits, at->begin);
-  for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
-    for (size_t b = 0; b < batch; ++b) {
-      float* to = y + b * w->rows + row;
-      size_t param = row * w->groups + at->start.group, run = 0;
-      if (group == 32) {
-        run = fo__add_groups(bits, floats, 0, 1, w, param, columns, codes, end, x + b, to);
-      } else if (bits == 2 && group == 16) {
-        run = fo__add_groups(bits, floats, 1, 1, w, param, columns, codes, end, x + b, to);
-      } else if (bits == 2 && group == 64) {
-        run = fo__add_groups(bits, floats, 0, 2, w, param, columns, codes, end, x + b, to);
-      } else if (group % 32 == 0 && group && group <= run_most) {
-        run = fo__add_groups(bits, floats, 0, group / 32, w, param, columns, codes, end, x + b, to);
+  if (!fo__two_a_block(w) && w->group % 32 && w->groups > 1) { /* no whole blocks */
+    for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
+      for (size_t b = 0; b < batch; ++b) fo__add_row(bits, floats, w, at, row, codes, x + b, y + b * w->rows + row);
+    }
+    return;
+  }
+  for (size_t row = 0; row < w->rows; row += 4, codes += 4 * row_bytes) {
+    const size_t rows = fo__min(w->rows - row, 4);
+    const uint8_t* from = codes;
+    size_t from_bytes = row_bytes;
+    uint8_t copy[4][2 * FO__COLUMNS + 64];
+    if ((size_t)(end - codes) < (rows - 1) * row_bytes + padded) { /* the tensor ends in a block */
+      for (size_t r = 0; r < rows; ++r) {
+        FO__COPY(copy[r], codes + r * row_bytes, bytes);
+        FO__CLEAR(copy[r] + bytes, 64);
       }
-      size_t i = run * group;
-      if (i >= columns) continue;
-      const int8_t* blocks = x[b].blocks + i / 32 * FO__BLOCK_BYTES(bits, floats);
-      fo__walk walk = fo__walk_from(w, at->begin + i);
-      float scale = 0, middle = 0;
-      param = (size_t)-1;
-      for (size_t n; i < columns; ++run, i += n) {
-        if (row * w->groups + walk.group != param) {
-          param = row * w->groups + walk.group;
-          scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
-        }
-        n = fo__step(w, &walk, fo__min(run_most, columns - i));
-        const uint8_t* from = codes + fo__code_bytes(bits, i);
-        *to = fo__add_run(bits, floats, n, from, end, blocks, x + b, run, scale, middle, *to);
-        blocks += (n + 31) / 32 * FO__BLOCK_BYTES(bits, floats);
-      }
+      from = copy[0], from_bytes = sizeof copy[0];
+    }
+    if (bits == 2 && w->group == 16) {
+      fo__add_four_rows(bits, floats, 1, 1, w, at, row, from, from_bytes, x, batch, y);
+    } else if (w->group == 32) {
+      fo__add_four_rows(bits, floats, 0, 1, w, at, row, from, from_bytes, x, batch, y);
+    } else if (bits == 2 && w->group == 64) {
+      fo__add_four_rows(bits, floats, 0, 2, w, at, row, from, from_bytes, x, batch, y);
+    } else {
+      fo__add_four_rows(bits, floats, 0, 0, w, at, row, from, from_bytes, x, batch, y);
     }
   }
 }
