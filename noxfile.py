@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 # importing tests of extras, which these sessions do not install.
 KERNEL_TESTS = ["-m", "kernel", "tests/tensors", "tests/train", "tests/models"]
 # Tests with the fixture `isa` run every table themselves, so one session runs them.
-ONE_TABLE = ["-q", "-k", "not (baseline or v3 or v4 or vnni or neon or dotprod)"]
+ONE_TABLE = ["-q", "-k", "not (baseline or v3 or v4 or vnni or amx or neon or dotprod)"]
 PYTEST = ["pytest>=8.3", "hypothesis>=6.130", "safetensors>=0.6"]
 # A wheel to test instead of building one in each session.
 WHEEL = os.environ.get("FASTOPT_WHEEL", ".")

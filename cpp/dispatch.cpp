@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(FASTOPT_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -13,7 +17,7 @@
 namespace fastopt {
 
 extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_neon;
-extern const Products products_vnni, products_dotprod;
+extern const Products products_vnni, products_amx, products_dotprod;
 
 namespace {
 
@@ -40,6 +44,18 @@ bool has_f16c_movbe_lzcnt() {
 }
 #endif
 
+#if defined(FASTOPT_AMX)
+// AMX, and the permission of Linux to use its registers, which a process asks for once. Linux gives it where the CPU
+// has them and threads have room to save them.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tile) == 0 || (edx & int8) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 // In rising order of preference; the first one always runs.
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
@@ -51,7 +67,13 @@ std::vector<Candidate> candidates() {
                   __builtin_cpu_supports("avx512vl");
   const bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
   static const Kernels kernels_vnni = with_products("vnni", products_vnni, kernels_v4);
-  return {{&kernels_baseline, true}, {&kernels_v3, v3}, {&kernels_v4, v4}, {&kernels_vnni, vnni}};
+  std::vector<Candidate> all = {{&kernels_baseline, true}, {&kernels_v3, v3}, {&kernels_v4, v4}, {&kernels_vnni, vnni}};
+#if defined(FASTOPT_AMX)
+  static const Kernels kernels_amx = with_products("amx", products_amx, kernels_v4);
+  static const bool amx = vnni && has_amx();
+  all.push_back({&kernels_amx, amx});
+#endif
+  return all;
 #elif defined(__aarch64__)
 #if defined(__linux__)
   constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP

@@ -48,7 +48,11 @@ namespace {
 #define FASTOPT_TABLE(isa) FASTOPT_JOIN(products_, isa)
 
 extern const Products FASTOPT_TABLE(FASTOPT_ISA);
-const Products FASTOPT_TABLE(FASTOPT_ISA) = kProducts;
+const Products FASTOPT_TABLE(FASTOPT_ISA) = kProducts<false>;
+#if defined(__AMX_INT8__)
+extern const Products products_amx;
+const Products products_amx = kProducts<true>;
+#endif
 
 #else
 
@@ -61,7 +65,7 @@ const Kernels FASTOPT_TABLE(FASTOPT_ISA) = {
     .quant = kQuant,
     .two_level = kTwoLevel,
     .gptq = kGptq,
-    .products = kProducts,
+    .products = kProducts<false>,
     .sparse = kSparse,
     .prune = kPrune,
     .limits = kLimits,

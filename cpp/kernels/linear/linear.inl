@@ -5,12 +5,13 @@
 // depend on their order. The rest of the arithmetic is float32, in the order that contract.hpp fixes.
 //
 // Codes are used where and as they lie. The numbers of x, which are few, are put into the order in which codes come out
-// of their bytes, once a call. Four files say how:
+// of their bytes, once a call. Five files say how:
 //
 //   floats.inl    without integers, for groups of any size and for x that is not finite
 //   prepare.inl   rounds a row of x, and lays it out
 //   rows.inl      few rows of x: the lanes of a vector are words of one row of W
-//   panels.inl    many rows of x: the lanes of a vector are rows of x
+//   panels.inl    many rows of x: the lanes of a vector are rows of W
+//   amx.inl       many rows of x, by instructions that multiply whole matrices
 
 // A run is 16 words. A word has codes for one lane of 32 bits: 32 bits of packed codes where they are whole codes, else
 // 8 codes. Unpacked to bytes it has kParts<Bits> times 32 bits, and a run has as many parts of kPart bytes.
@@ -35,18 +36,31 @@ constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 #include "kernels/linear/rows.inl"
 //
 #include "kernels/linear/panels.inl"
+//
+#include "kernels/linear/amx.inl"
 
-// Chooses between panels and rows, and cuts W so that the part of x in use stays in cache.
-template <int Bits, int Limbs>
-void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
-  const std::size_t in_panels = panel_rows(io.batch);
+// Rows [begin, end) of W by the first `in_panels` rows of x.
+template <class By>
+void linear_bands(const Quantized& w, const Linear& io, std::size_t in_panels, std::size_t begin, std::size_t end,
+                  Unpack<By::kCodeBytes> unpack) {
+  [[maybe_unused]] const typename By::Registers registers(w);
   for (std::size_t b = 0; b < in_panels; b += kPanels * kPanelWidth) {
     const std::size_t count = in_panels - b < kPanels * kPanelWidth ? in_panels - b : kPanels * kPanelWidth;
     const std::size_t panels = (count + kPanelWidth - 1) / kPanelWidth;
     for (std::size_t row = begin; row < end; row += kBand) {
       const std::size_t stop = end - row < kBand ? end : row + kBand;
-      linear_panels<Bits, Limbs>(w, io, b, panels, count, row, stop);
+      linear_panels<By>(w, io, b, panels, count, row, stop, unpack);
     }
+  }
+}
+
+// Chooses between panels and rows, and cuts W so that the part of x in use stays in cache.
+template <int Bits, int Limbs, bool Amx>
+void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
+  const std::size_t in_panels = panel_rows(io.batch);
+  if (in_panels > 0) {
+    using By = std::conditional_t<Amx, ByTiles<kTilePlanes<Bits, Limbs>>, ByVectors<kAlike<Bits>, Limbs>>;
+    linear_bands<By>(w, io, in_panels, begin, end, unpack_stretch<Bits, By::kCodeBytes, Amx>);
   }
   const std::size_t rows_in_cache = io.batch - in_panels <= 1 ? end : 16;
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
@@ -78,30 +92,44 @@ void prepare_x_any(const Quantized& w, const float* x, int limbs, std::uint8_t* 
   by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { prepare_x<b.value, l.value>(w, x, out); });
 }
 
+template <bool Amx>
 std::size_t panel_bytes(const Quantized& w, int limbs) {
   return by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) {
-    return panel_of<b.value, l.value>(w, static_cast<const std::uint8_t*>(nullptr)).bytes;
+    constexpr int bits = b.value, bytes = l.value;
+    const std::uint8_t* const nothing = nullptr;
+    if constexpr (Amx) return TilePanel<kTilePlanes<bits, bytes>>(w, nothing).bytes;
+    return Panel<kAlike<bits>, bytes>(w, nothing).bytes;
   });
 }
 
+template <bool Amx>
 void prepare_panel_any(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                        int limbs, std::uint8_t* out) {
-  by_bits_and_limbs(w.bits, limbs,
-                    [&](auto b, auto l) { prepare_panel<b.value, l.value>(w, rows, row_bytes, count, out); });
+  by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) {
+    constexpr int bits = b.value, bytes = l.value;
+    if constexpr (Amx) {
+      prepare_tiles<kTilePlanes<bits, bytes>>(w, layout_of<bits, bytes>(w), rows, row_bytes, count, out);
+    } else {
+      prepare_panel<bits, bytes>(w, rows, row_bytes, count, out);
+    }
+  });
 }
 
+template <bool Amx>
 void linear_quantized(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
   if (io.prepared_bytes == 0) {
     linear_floats(w, io, 0, io.batch, begin, end);
   } else {
-    by_bits_and_limbs(w.bits, io.limbs, [&](auto b, auto l) { linear_integers<b.value, l.value>(w, io, begin, end); });
+    by_bits_and_limbs(w.bits, io.limbs,
+                      [&](auto b, auto l) { linear_integers<b.value, l.value, Amx>(w, io, begin, end); });
   }
 }
 
+template <bool Amx>
 constexpr Products kProducts = {
     .prepared_bytes = prepared_bytes,
     .prepare_x = prepare_x_any,
-    .panel_bytes = panel_bytes,
-    .prepare_panel = prepare_panel_any,
-    .linear_quantized = linear_quantized,
+    .panel_bytes = panel_bytes<Amx>,
+    .prepare_panel = prepare_panel_any<Amx>,
+    .linear_quantized = linear_quantized<Amx>,
 };

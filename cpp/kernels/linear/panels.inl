@@ -53,8 +53,8 @@ struct Panel {
   Like<Byte, float>* group_sum;      // [group][row]; or, where a row of W is one group, a double for each row
   std::size_t slice_bytes, bytes;
 
-  Panel(const Quantized& w, std::size_t columns, Byte* memory) {
-    const std::size_t spans = columns / span_columns(w);
+  Panel(const Quantized& w, Byte* memory) {
+    const std::size_t columns = run_columns(w), spans = columns / span_columns(w);
     std::size_t at = 0;
     const auto take = [&](std::size_t size) {
       Byte* part = memory + at;
@@ -70,11 +70,6 @@ struct Panel {
     bytes = at;
   }
 };
-
-template <int Bits, int Limbs, class Byte>
-Panel<kAlike<Bits>, Limbs, Byte> panel_of(const Quantized& w, Byte* memory) {
-  return {w, runs_of<Bits>(w) * kRunColumns<Bits>, memory};
-}
 
 // Sixteen words of sixteen rows: words[w][i] has word w of the rows in vector i. One function for all widths, since it
 // is long.
@@ -108,7 +103,7 @@ template <int Bits, int Limbs>
 void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
                    std::uint8_t* memory) {
   constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
-  const auto to = panel_of<Bits, Limbs>(w, memory);
+  const Panel<kAlike<Bits>, Limbs, std::uint8_t> to(w, memory);
   const std::size_t words = span_columns(w) / kWordColumns<Bits>, runs = runs_of<Bits>(w);
   constexpr std::size_t run_bytes = span_lanes<Bits>(kRunColumns<Bits>) * planes * 4 * kSliceRows;
   alignas(64) static constexpr std::uint8_t zeros[kPart] = {};
@@ -181,23 +176,33 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
 }
 
 // A stretch of a band of W: codes as they are multiplied, and the scale and the value in the middle of each group that
-// has some of these columns. Spans and groups are counted from the beginning of a row.
-template <int Bits>
+// has some of these columns. Spans and groups are counted from the beginning of a row. A code takes `Bytes`.
+template <std::size_t Bytes>
 struct Unpacked {
-  alignas(64) std::uint8_t codes[kPanelStretch * kBand * kHalves<Bits>];  // [span][part][word][half][row]
+  alignas(64) std::uint8_t codes[kPanelStretch * kBand * Bytes];  // [span][part][word][half][row]
   alignas(64) float scale[kMaxGroups][kBand], middle[kMaxGroups][kBand];
   std::size_t span, span_end, group, group_end;
   std::size_t group_spans;  // spans of a group; 0 where a row is one group, whose parameters are applied at the end
 };
 
-// Unpacks a run of each of sixteen rows of a band. `words`: words of codes in a span.
-template <int Bits>
-inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t run, std::size_t words,
+// Unpacks a run of each of sixteen rows of a band. `words`: words of codes in a span. For amx.inl codes are counted
+// from the middle of their range; with `twice` sixteen times the codes of a span come before these.
+template <int Bits, bool Amx>
+inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t run, std::size_t words, bool twice,
                        std::uint8_t* codes) {
   constexpr std::size_t parts = kParts<Bits>, halves = kHalves<Bits>;
   const auto put = [&](std::size_t i, std::size_t p, std::size_t v, Vec<std::uint32_t> four) {
     const std::size_t in_span = i & (words - 1);  // words is a power of two
-    const std::size_t lane = (run * kWords + i - in_span) * parts + p * words + in_span;
+    const std::size_t begin = (run * kWords + i - in_span) * parts, lane = begin + p * words + in_span;
+    if constexpr (Amx) {
+      std::uint8_t* to = codes + (lane + (twice ? begin : 0)) * kBand * 4 + v * kVectorBytes;
+      if (twice) {
+        store(to, bit_cast<Vec<std::uint8_t>>(four << 4) - static_cast<std::uint8_t>(kMiddle<Bits> << 4));
+        to += words * parts * kBand * 4;
+      }
+      store(to, bit_cast<Vec<std::uint8_t>>(four) - kMiddle<Bits>);
+      return;
+    }
     std::uint8_t* to = codes + lane * halves * kBand * 4 + v * kVectorBytes;
     if constexpr (halves == 1) {
       store(to, four);
@@ -254,9 +259,9 @@ inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t ru
 }
 
 // Unpacks the columns from `begin` on of rows [row, row + kBand) of W, which end at row `end`.
-template <int Bits>
+template <int Bits, std::size_t Bytes, bool Amx = false>
 [[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
-                                      Unpacked<kAlike<Bits>>* out) {
+                                      bool twice, Unpacked<Bytes>* out) {
   const std::size_t span = span_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
   const bool one_group = w.groups == 1;
   out->span = begin / span;
@@ -283,7 +288,7 @@ template <int Bits>
         std::memcpy(copy[r], codes[r], exist - at);
         codes[r] = copy[r];
       }
-      unpack_run<Bits>(codes, run, span / kWordColumns<Bits>, out->codes + first * 4);
+      unpack_run<Bits, Amx>(codes, run, span / kWordColumns<Bits>, twice, out->codes + first * 4);
     }
   }
 
@@ -309,6 +314,10 @@ template <int Bits>
   }
 }
 
+// unpack_stretch() for a width.
+template <std::size_t Bytes>
+using Unpack = void (*)(const Quantized&, std::size_t, std::size_t, std::size_t, bool, Unpacked<Bytes>*);
+
 inline void add_to(double* total, Vec<float> sums) {
   constexpr std::size_t lanes = kVectorBytes / sizeof(double);
   Vec<float, lanes> halves[2];
@@ -327,7 +336,7 @@ constexpr std::size_t span_lines(std::size_t bits) { return (kBand * 2 * kGrain 
 // them is unrolled. `lines` of `next_codes` are prefetched with each span meanwhile. The function is long because its
 // sums must stay in registers across the loops.
 template <int Bits, int Limbs, std::size_t Columns>
-[[gnu::noinline]] void add_stretch(const Unpacked<Bits>& w, std::size_t columns, std::size_t rows,
+[[gnu::noinline]] void add_stretch(const Unpacked<kHalves<Bits>>& w, std::size_t columns, std::size_t rows,
                                    const Panel<Bits, Limbs>& x, std::size_t count, const std::uint8_t* next_codes,
                                    std::size_t lines, double (*total)[kBand]) {
   using V = Vec<float>;
@@ -438,12 +447,11 @@ template <int Bits, int Limbs, std::size_t Columns>
 }
 
 // Turns totals into products where a row of W is one group: its scale and minimum are applied once, at the end.
-template <int Bits>
 [[gnu::noinline]] void one_group_products(const Quantized& w, std::size_t row, std::size_t end, const float* group_sum,
                                           double (*total)[kBand]) {
   for (std::size_t r = 0; row + r < end; ++r) {
     for (std::size_t b = 0; b < kPanelWidth; ++b) {
-      total[b][r] = one_group_product<Bits>(w, row + r, total[b][r], group_sum + 2 * b);
+      total[b][r] = one_group_product(w, row + r, total[b][r], group_sum + 2 * b);
     }
   }
 }
@@ -472,36 +480,54 @@ template <int Bits>
   }
 }
 
-// Rows [row, end), kBand at most, by `panels` panels of x, kPanels at most, of which `count` rows exist.
+// The products of panels by vectors, for linear_panels().
 template <int Bits, int Limbs>
-void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels, std::size_t count,
-                   std::size_t row, std::size_t end) {
+struct ByVectors {
+  using X = Panel<Bits, Limbs>;
+  struct Registers {  // nothing to set up
+    explicit Registers(const Quantized&) {}
+  };
+  static constexpr std::size_t kCodeBytes = kHalves<Bits>;
+  static constexpr bool kTwice = false;
+
+  static void add(const Quantized& w, const Unpacked<kCodeBytes>& codes, std::size_t rows, const X& x,
+                  std::size_t count, const std::uint8_t* next_codes, std::size_t lines, double (*total)[kBand]) {
+    const auto add = [&](auto columns) {
+      add_stretch<Bits, Limbs, columns.value>(codes, span_columns(w), rows, x, count, next_codes, lines, total);
+    };
+    constexpr int unrolled = kUnrolled > 1 ? kGrain : 0;
+    span_columns(w) == 2 * kGrain ? add(Int<2 * unrolled>{}) : add(Int<unrolled>{});
+  }
+};
+
+// Rows [row, end), kBand at most, by `panels` panels of x, kPanels at most, of which `count` rows exist. `unpack` is
+// the function for the width of the codes; the rest is the same for many.
+template <class By>
+[[gnu::noinline]] void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels,
+                                     std::size_t count, std::size_t row, std::size_t end,
+                                     Unpack<By::kCodeBytes> unpack) {
   double total[kPanels][kPanelWidth][kBand];
   std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
-    return panel_of<Bits, Limbs>(w, io.panels + (batch / kPanelWidth + p) * io.panel_bytes);
+    return typename By::X(w, io.panels + (batch / kPanelWidth + p) * io.panel_bytes);
   };
   const auto rows_of = [&](std::size_t p) {
     const std::size_t left = count - p * kPanelWidth;
     return left < kPanelWidth ? left : kPanelWidth;
   };
+  const std::size_t lines = span_lines(static_cast<std::size_t>(w.bits));
   const std::uint8_t* next_codes = w.codes + (row + kBand) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
-    Unpacked<kAlike<Bits>> unpacked;
-    unpack_stretch<Bits>(w, row, end, begin, &unpacked);
+    Unpacked<By::kCodeBytes> codes;
+    unpack(w, row, end, begin, By::kTwice, &codes);
     for (std::size_t p = 0; p < panels; ++p) {
-      const auto add = [&](auto columns) {
-        add_stretch<kAlike<Bits>, Limbs, columns.value>(unpacked, span_columns(w), end - row, panel(p), rows_of(p),
-                                                        next_codes, p == 0 ? span_lines(Bits) : 0, total[p]);
-      };
-      constexpr int unrolled = kUnrolled > 1 ? kGrain : 0;
-      span_columns(w) == 2 * kGrain ? add(Int<2 * unrolled>{}) : add(Int<unrolled>{});
+      By::add(w, codes, end - row, panel(p), rows_of(p), next_codes, p == 0 ? lines : 0, total[p]);
     }
-    next_codes += (unpacked.span_end - unpacked.span) * span_lines(Bits) * 64;
+    next_codes += (codes.span_end - codes.span) * lines * 64;
   }
   for (std::size_t p = 0; p < panels; ++p) {
     const std::size_t first = batch + p * kPanelWidth;
-    if (w.groups == 1) one_group_products<Bits>(w, row, end, panel(p).group_sum, total[p]);
+    if (w.groups == 1) one_group_products(w, row, end, panel(p).group_sum, total[p]);
     store_panel(w, io, first, first + rows_of(p), row, end, total[p]);
   }
 }

@@ -17,6 +17,7 @@ template <int Bits>
 constexpr std::uint8_t kMiddle = Bits == 2 ? 3 : 1 << (Bits - 1);
 template <int Bits>
 constexpr float kStep = Bits == 2 ? 0.5f : 1.0f;
+constexpr double middle_code(int bits) { return bits == 2 ? 1.5 : 1 << (bits - 1); }
 
 // With three limbs and codes of more than 4 bits the sum of a span needs more than 32 bits, so the lowest limb has a
 // sum of its own.
@@ -35,6 +36,12 @@ struct Run {
 template <int Bits>
 inline std::size_t runs_of(const Quantized& w) {
   return (w.row_bytes + kRunBytes<Bits> - 1) / kRunBytes<Bits>;
+}
+
+// The columns of these runs, for a width that is known at run time.
+inline std::size_t run_columns(const Quantized& w) {
+  const std::size_t word = 32 % w.bits == 0 ? 32 / static_cast<std::size_t>(w.bits) : 8, columns = kWords * word;
+  return (w.cols + columns - 1) / columns * columns;
 }
 
 // T, or const T where Byte is const: memory that is written, or only read.

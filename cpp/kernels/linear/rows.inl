@@ -172,13 +172,12 @@ inline Vec<double, 4> tree_sums(const Vec<float> (&partial)[4][Batch][kWordVecto
 }
 
 // The product with a row that is one group; in double, as nothing averages its roundings out.
-template <int Bits>
 inline double one_group_product(const Quantized& w, std::size_t row, double sum, const float* group_sum) {
   double x_sum;
   std::memcpy(&x_sum, group_sum, sizeof x_sum);
   const double scale = static_cast<double>(param_at(w, w.scale, row * w.param_stride));
   const double minimum = static_cast<double>(param_at(w, w.minimum, row * w.param_stride));
-  return sum * scale + (minimum + scale * static_cast<double>(kMiddle<Bits> * kStep<Bits>)) * x_sum;
+  return sum * scale + (minimum + scale * middle_code(w.bits)) * x_sum;
 }
 
 // Rows [begin, end) of W by `Batch` rows of x, four at a time.
@@ -201,7 +200,7 @@ template <int Bits, int Limbs, std::size_t Batch>
     for (std::size_t b = 0; b < Batch; ++b) {
       Vec<double, 4> exact = tree_sums(partial, b);
       for (std::size_t r = 0; w.groups == 1 && r < exist; ++r) {
-        exact[r] = one_group_product<Bits>(w, row + r, exact[r], x[b].group_sum);
+        exact[r] = one_group_product(w, row + r, exact[r], x[b].group_sum);
       }
       const Vec<float, 4> sums = convert<float, 4>(exact);
       float* y = io.y + (batch + b) * w.rows + row;

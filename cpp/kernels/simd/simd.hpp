@@ -12,6 +12,8 @@
 //
 #include "kernels/simd/dot.hpp"
 //
+#include "kernels/simd/tile.hpp"
+//
 #include "kernels/simd/mask.hpp"
 //
 #include "kernels/simd/flush.hpp"

@@ -44,7 +44,7 @@ def linear(
           within 2e-2 where a few values of `x` dwarf all others.
         - "blas" decodes `w` to float32, some rows at a time, and leaves the products to NumPy's BLAS. It is as
           close as "exact", but the bits depend on the BLAS and the machine. It is faster for many rows of `x` on
-          CPUs without dot products of bytes (AVX-512 VNNI, NEON dot product).
+          CPUs without dot products of bytes (AVX-512 VNNI, AMX, NEON dot product).
 
         Magnitudes of `x` below some 1e-36 lose accuracy with "exact" and all of it with "int8".
 
