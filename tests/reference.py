@@ -408,38 +408,40 @@ def grid(low, high, bits, half, limit=FLT_MAX):
         return (scale, rounded, f(1), rounded, scale, f(1)), bool(fits)
 
 
-def fit(x, scale, minimum, bits, importance=None):
-    """Least squares, at most eight times: codes of the pair, then the pair that fits these codes best (Lloyd, 1982).
+def fit(x, scale, minimum, bits, size, importance=None):
+    """Least squares: codes of the pair, then a pair that fits these codes better (Lloyd, 1982), some times over.
 
-    Codes with the spread that they had a step before are the same codes, and the pair is their best.
-
-    With u = (x - minimum) / scale, the pair is changed by the line a + b * (code - middle) that fits u - code. The
-    squared error of each value is multiplied by its importance.
+    With u = (x - minimum) / scale, the line a + b * (code - middle) that fits u - code leads to the best pair for these
+    codes. All steps but the last go twice as far, unless that would halve the scale. Groups of up to `size` values
+    are fitted alike. The squared error of each value is multiplied by its importance.
     """
     f = np.float32
     top = f(2**bits - 1)
     middle = top / f(2)
+    steps = next(steps for most, steps in ((32, 3), (128, 4), (512, 5), (np.inf, 8)) if size <= most)
+    real = f if size <= 512 else np.float64
 
     def totals(*values):
-        return tree(partial_sums(np.stack(values), SUMS["partials"])).tolist()
+        return [real(total) for total in tree(partial_sums(np.stack(values), SUMS["partials"]))]
 
-    n, least, noise, v, spread = float(len(x)), scale * f(2**-20), 0.0, f(1), -1.0
+    n, least, v = real(f(len(x))), scale * f(2**-20), f(1)
+    noise = real(2.0**-16 if size <= 512 else 0.0 if importance is None else 2.0**-20)
     if importance is not None:
-        (n,), noise, v = totals(importance), 2.0**-20, importance
-    for _ in range(8):
+        (n,), v = totals(importance), importance
+    for step in range(steps):
         u = (x - minimum) * (f(1) / scale)
         code = np.clip(np.rint(u), f(0), top)
         d, r = code - middle, u - code
         sd, sdd, sr, srd = totals(v * d, v * d * d, v * r, v * r * d)
-        spread, last = n * sdd - sd * sd, spread
-        if spread == last or not spread > n * sdd * noise:
-            break
+        spread = n * sdd - sd * sd
+        if not spread > n * sdd * noise:
+            continue
         b = (n * srd - sd * sr) / spread
-        a = (sr - b * sd) * (1 / n)
-        better = f(float(scale) * (1 + b)), f(float(minimum) + float(scale) * (a - b * float(middle)))
-        if not least <= better[0] <= 2.0**100:
-            break
-        scale, minimum = better
+        a = (sr - b * sd) / n
+        far = real(scale) * (1 if step + 1 == steps or b < real(-0.25) else 2)
+        better = f(real(scale) + far * b), f(real(minimum) + far * (a - b * real(middle)))
+        if least <= better[0] <= 2.0**100:
+            scale, minimum = better
     return scale, minimum
 
 
@@ -475,7 +477,7 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX, importance=N
                 weight = None
                 if importance is not None:
                     weight = importance.reshape(-1) if group_size is None else importance[r, part]
-                best = fit(values, exact[0], exact[1], bits, weight)
+                best = fit(values, exact[0], exact[1], bits, len(values) if group_size is None else min(size, cols), weight)
                 if within(*best):
                     pair = best
                     if half:

@@ -12,87 +12,58 @@ struct Sums {
   Vec<float> n[kGroupsAtOnce], d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
 };
 
-// The pairs of up to kGroupsAtOnce groups on their way to the best ones. Groups are fitted side by side, so that none
-// waits for the latency of another, and without branches, so that the compiler can vectorize the loops over groups. A
-// group that has its pair leaves, and those behind it move up.
+// How often the pairs of groups of this size are moved: with more values, codes change more slowly.
+constexpr int fit_steps(std::size_t size) { return size <= 32 ? 3 : size <= 128 ? 4 : size <= 512 ? 5 : 8; }
+
+// Sums of so many values are computed with as floats; of more, as doubles.
+constexpr std::size_t kFloatFit = 512;
+
+// The pairs of up to kGroupsAtOnce groups on their way to better ones. Groups are fitted side by side, so that none
+// waits for the latency of another, and without branches, so that the compiler can vectorize the loops over groups.
 struct Fits {
-  std::size_t fitted, group[kGroupsAtOnce];           // how many groups are left, and their numbers
-  PerGroup scale, minimum, inverse, least;            // least: the smallest scale that is accepted
-  double count[kGroupsAtOnce], share[kGroupsAtOnce];  // of values or sum of their importance, and its inverse
-  double spread[kGroupsAtOnce];                       // of the codes of the last step
-  std::int32_t moves[kGroupsAtOnce];                  // 0 where a pair is found
+  std::size_t groups;
+  PerGroup scale, minimum, inverse, least;  // least: the smallest scale that is accepted
+  PerGroup count;                           // of values, or the sum of their importance
 
   // A pair of scale 0 is left alone: a scale of 1 stands in for it.
   Fits(const PerGroup& scales, const PerGroup& minima, std::size_t n, std::size_t size)
-      : fitted((n + size - 1) / size) {
+      : groups((n + size - 1) / size) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-      group[g] = g;
       scale[g] = scales[g] > 0 ? scales[g] : 1.0f;
       minimum[g] = minima[g];
       inverse[g] = 1.0f / scale[g];
       least[g] = scale[g] * 0x1p-20f;
-      count[g] = static_cast<double>(size);
-      spread[g] = -1.0;
+      count[g] = static_cast<float>(size);
     }
-    count[fitted - 1] = static_cast<double>(n - (fitted - 1) * size);
-    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) share[g] = 1 / count[g];
+    count[groups - 1] = static_cast<float>(n - (groups - 1) * size);
   }
 
-  // Counts the importance of the values instead of their number.
-  void count_importance(const PerGroup& total) {
+  // Moves each pair towards the line r ~ a + b * d through its sums, and beyond it: twice as far. The error of the same
+  // codes is a parabola along the way, so there it is what it was, and new codes only make it smaller; such steps need
+  // about half as many to the same error. Only the `last` step stops at the line, and one that would halve a scale.
+  //
+  // The line gives only the small change of the pair, so nothing cancels. A pair whose codes are all equal stays: a
+  // spread below `noise` is nothing but rounding errors. With an importance, so does a pair where a single code has
+  // nearly all of it, since every line fits that.
+  template <class T>
+  void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, T middle, T noise,
+            bool last) {
     for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-      count[g] = static_cast<double>(total[g]);
-      share[g] = 1 / count[g];
+      const T n = T{count[g]}, sum_d = T{d[g]}, sum_dd = T{dd[g]}, sum_r = T{r[g]}, sum_rd = T{rd[g]}, s = T{scale[g]};
+      const T all = n * sum_dd, spread = all - sum_d * sum_d;
+      const T b = (n * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) / n;
+      const T far = (last | (b < T{-0.25})) ? s : s + s;
+      const float better = static_cast<float>(s + far * b);
+      const float moved = static_cast<float>(T{minimum[g]} + far * (a - b * middle));
+      const bool good = (spread > all * noise) & (better >= least[g]) & (better <= 0x1p100f);
+      scale[g] = good ? better : scale[g];
+      minimum[g] = good ? moved : minimum[g];
+      inverse[g] = 1.0f / scale[g];
     }
-  }
-
-  // Moves each pair to the line r ~ a + b * d through its sums. The line gives only the small change of the pair, so
-  // nothing cancels. A pair whose codes are all equal stays, and so does one where a single code has nearly all
-  // importance: every line fits it then, and a spread below `noise` is nothing but rounding errors. So does a pair
-  // whose codes have the spread that they had a step before: these are the same codes but for rare chances, and it is
-  // their best pair.
-  void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, double middle, double noise) {
-    constexpr std::size_t lanes = kLanes<float>;
-    for (std::size_t first = 0; first < fitted; first += lanes) {
-      for (std::size_t g = first; g < first + lanes; ++g) {
-        const double sum_d = static_cast<double>(d[g]), sum_dd = static_cast<double>(dd[g]);
-        const double sum_r = static_cast<double>(r[g]), sum_rd = static_cast<double>(rd[g]);
-        const double of_codes = count[g] * sum_dd - sum_d * sum_d, s = static_cast<double>(scale[g]);
-        const double b = (count[g] * sum_rd - sum_d * sum_r) / of_codes, a = (sum_r - b * sum_d) * share[g];
-        const float better = static_cast<float>(s * (1 + b));
-        const float moved = static_cast<float>(static_cast<double>(minimum[g]) + s * (a - b * middle));
-        const bool good = (of_codes > count[g] * sum_dd * noise) & (of_codes != spread[g]) & (better >= least[g]) &
-                          (better <= 0x1p100f);
-        spread[g] = of_codes;
-        scale[g] = good ? better : scale[g];
-        minimum[g] = good ? moved : minimum[g];
-        inverse[g] = 1.0f / scale[g];
-        moves[g] = good;
-      }
-    }
-  }
-
-  // Writes the pairs, and lets those go that are found.
-  void leave(PerGroup& scales, PerGroup& minima) {
-    std::size_t left = 0;
-    for (std::size_t g = 0; g < fitted; ++g) {
-      scales[group[g]] = scale[g];
-      minima[group[g]] = minimum[g];
-      group[left] = group[g];
-      scale[left] = scale[g];
-      minimum[left] = minimum[g];
-      inverse[left] = inverse[g];
-      least[left] = least[g];
-      count[left] = count[g];
-      share[left] = share[g];
-      spread[left] = spread[g];
-      left += static_cast<std::size_t>(moves[g]);
-    }
-    fitted = left;
   }
 };
 
-// The sums of the groups that are left, of `size` values each, the last of n values with fewer.
+// The sums of groups of `size` values each, the last of n values with fewer.
 template <bool Weighted>
 [[gnu::noinline]] void sum_groups(const float* x, const float* importance, std::size_t n, std::size_t size, float top,
                                   const Fits& fits, Sums* sums) {
@@ -100,8 +71,8 @@ template <bool Weighted>
   constexpr std::size_t lanes = kLanes<float>, vectors = kPartials / lanes;
   const float middle = top * 0.5f;
   const V one = broadcast(1.0f);
-  for (std::size_t g = 0; g < fits.fitted; ++g) {
-    const std::size_t begin = fits.group[g] * size, end = n - begin < size ? n : begin + size;
+  for (std::size_t g = 0; g < fits.groups; ++g) {
+    const std::size_t begin = g * size, end = n - begin < size ? n : begin + size;
     const float minimum = fits.minimum[g], inverse = fits.inverse[g];
     V sum_n[vectors] = {}, sum_d[vectors] = {}, sum_dd[vectors] = {}, sum_r[vectors] = {}, sum_rd[vectors] = {};
     const auto take = [&](std::size_t j, V v, V weight, std::size_t left) {
@@ -144,34 +115,33 @@ template <bool Weighted>
   }
 }
 
-// Fits the pairs of the groups of n values. Each of at most eight steps computes the codes of the present pairs, then
-// the pairs that fit these codes best.
-inline void fit_groups(const float* x, const float* importance, std::size_t n, std::size_t size, float top,
+// Fits the pairs of the groups of n values. Each step computes the codes of the present pairs, then moves the pairs
+// towards those that fit these codes best.
+inline void fit_groups(const float* x, const float* importance, std::size_t n, std::size_t size, float top, int steps,
                        PerGroup& scales, PerGroup& minima) {
-  constexpr std::size_t lanes = kLanes<float>;
-  const double middle = static_cast<double>(top * 0.5f), noise = importance ? 0x1p-20 : 0.0;
+  const float middle = top * 0.5f;
   Fits fits(scales, minima, n, size);
-  const std::size_t groups = fits.fitted;
   Sums sums;
-  PerGroup total = {}, d = {}, dd = {}, r = {}, rd = {}, scale = {};
-  for (int step = 0; step < 8 && fits.fitted != 0; ++step) {
+  PerGroup d = {}, dd = {}, r = {}, rd = {};
+  for (int step = 0; step < steps; ++step) {
     importance ? sum_groups<true>(x, importance, n, size, top, fits, &sums)
                : sum_groups<false>(x, nullptr, n, size, top, fits, &sums);
-    // Vectors of groups are folded fast, with some behind the last that have left; a few groups by themselves.
-    const std::size_t whole = (fits.fitted + lanes - 1) / lanes * lanes, most = whole < groups ? whole : groups;
-    const std::size_t folded = fits.fitted <= lanes / 4 ? fits.fitted : most;
-    if (importance && step == 0) {
-      fold_groups(sums.n, folded, &total, plus);
-      fits.count_importance(total);
+    if (importance && step == 0) fold_groups(sums.n, fits.groups, &fits.count, plus);
+    fold_groups(sums.d, fits.groups, &d, plus);
+    fold_groups(sums.dd, fits.groups, &dd, plus);
+    fold_groups(sums.r, fits.groups, &r, plus);
+    fold_groups(sums.rd, fits.groups, &rd, plus);
+    const bool last = step + 1 == steps;
+    if (steps <= fit_steps(kFloatFit)) {
+      fits.move<float>(d, dd, r, rd, middle, 0x1p-16f, last);
+    } else {
+      fits.move<double>(d, dd, r, rd, static_cast<double>(middle), importance ? 0x1p-20 : 0.0, last);
     }
-    fold_groups(sums.d, folded, &d, plus);
-    fold_groups(sums.dd, folded, &dd, plus);
-    fold_groups(sums.r, folded, &r, plus);
-    fold_groups(sums.rd, folded, &rd, plus);
-    fits.move(d, dd, r, rd, middle, noise);
-    if (step > 0) fits.leave(scale, minima);  // no codes are the same before
   }
-  for (std::size_t g = 0; g < groups; ++g) scales[g] = scales[g] > 0 ? scale[g] : 0.0f;
+  for (std::size_t g = 0; g < fits.groups; ++g) {
+    scales[g] = scales[g] > 0 ? fits.scale[g] : 0.0f;
+    minima[g] = fits.minimum[g];
+  }
 }
 
 // Returns true if neither the scale nor its inverse loses precision; otherwise the pair of the range stays.
@@ -184,6 +154,6 @@ Pair fit_any(const float* x, const float* importance, std::size_t n, int bits, R
   const Grid exact = grid_f32(r, top, 0x1.fffffep127f);
   if (!can_fit(r, exact.scale)) return {};
   PerGroup scale = {exact.scale}, minimum = {exact.minimum};
-  fit_groups(x, importance, n, n, top, scale, minimum);
+  fit_groups(x, importance, n, n, top, fit_steps(n), scale, minimum);
   return {scale[0], minimum[0]};
 }
