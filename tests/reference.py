@@ -477,7 +477,8 @@ def quantize(w, bits, group_size, half, refit=False, limit=FLT_MAX, importance=N
                 weight = None
                 if importance is not None:
                     weight = importance.reshape(-1) if group_size is None else importance[r, part]
-                best = fit(values, exact[0], exact[1], bits, len(values) if group_size is None else min(size, cols), weight)
+                most = len(values) if group_size is None else min(size, cols)
+                best = fit(values, exact[0], exact[1], bits, most, weight)
                 if within(*best):
                     pair = best
                     if half:
