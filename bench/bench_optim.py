@@ -165,6 +165,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     sizes = [10_000, 1_000_000] if options.quick else [10_000, 1_000_000, 20_000_000]
     if options.full:
         sizes.append(100_000_000)
+    yield optimizer_case("SGD", 1_000, {TORCH: fused["SGD"]} if fused else {})  # the call takes most of it
     for name in OPTIMIZERS:
         for size in sizes:
             others = {TORCH: fused[name]} if name in fused else {}

@@ -467,45 +467,52 @@ void require_positional(const Arguments& a, std::size_t count, const char* name)
 
 // Names of arguments, which become the items of a tuple in this order. An argument that is not given has its default,
 // or is an error if that is null.
-template <std::size_t Count>
 struct Fields {
-  PyObject* names[Count];  // interned, and kept for good
-  PyObject* defaults[Count];
+  std::vector<PyObject*> names;  // interned, and kept for good
+  std::vector<PyObject*> defaults;
+
+  void add(const char* name, PyObject* otherwise) {
+    names.push_back(PyUnicode_InternFromString(name));
+    defaults.push_back(otherwise);
+  }
 
   std::size_t find(PyObject* name, std::size_t from) const {
-    for (std::size_t i = from; i < Count; ++i) {
+    for (std::size_t i = from; i < names.size(); ++i) {
       if (names[i] == name) return i;  // callers name them in this order
     }
-    for (std::size_t i = 0; i < Count; ++i) {
+    for (std::size_t i = 0; i < names.size(); ++i) {
       if (PyUnicode_Compare(names[i], name) == 0) return i;
     }
     throw py::type_error("unexpected argument '" + std::string(py::str(name)) + "'");
   }
 
   py::object tuple_of(const Arguments& a) const {
-    const std::size_t given = a.names ? static_cast<std::size_t>(PyTuple_GET_SIZE(a.names)) : 0;
     if (a.positional > 0) throw py::type_error("expected arguments by name");
-    PyObject* items[Count];
-    std::copy(defaults, defaults + Count, items);
+    auto items = py::reinterpret_steal<py::object>(PyTuple_New(static_cast<py::ssize_t>(names.size())));
+    if (!items) throw py::error_already_set();
+    const auto set = [&](std::size_t i, py::handle value) {
+      PyTuple_SET_ITEM(items.ptr(), static_cast<py::ssize_t>(i), value.inc_ref().ptr());
+    };
+    const std::size_t given = a.names ? tuple_size(a.names) : 0;
     for (std::size_t k = 0, next = 0; k < given; ++k) {
-      next = find(item_of(a.names, k).ptr(), next);
-      items[next++] = a.values[k];
+      const std::size_t i = find(item_of(a.names, k).ptr(), next);
+      set(i, a.values[k]);
+      next = i + 1;
     }
-    py::tuple tuple(Count);
-    for (std::size_t i = 0; i < Count; ++i) {
-      if (items[i] == nullptr) throw py::type_error("missing argument '" + std::string(py::str(names[i])) + "'");
-      PyTuple_SET_ITEM(tuple.ptr(), static_cast<py::ssize_t>(i), py::handle(items[i]).inc_ref().ptr());
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      if (item_of(items, i)) continue;
+      if (defaults[i] == nullptr) throw py::type_error("missing argument '" + std::string(py::str(names[i])) + "'");
+      set(i, defaults[i]);
     }
-    return std::move(tuple);
+    return items;
   }
 };
 
 py::object make_hyper(const Arguments& a) {
-  static const auto fields = [] {
-    Fields<std::size(kHyperFields)> made{};
-    for (std::size_t i = 0; i < std::size(kHyperFields); ++i) {
-      made.names[i] = PyUnicode_InternFromString(kHyperFields[i].name);
-      if (kHyperFields[i].standard) made.defaults[i] = PyFloat_FromDouble(*kHyperFields[i].standard);
+  static const Fields fields = [] {
+    Fields made;
+    for (const HyperField& field : kHyperFields) {
+      made.add(field.name, field.standard ? PyFloat_FromDouble(*field.standard) : nullptr);
     }
     return made;
   }();
@@ -513,9 +520,9 @@ py::object make_hyper(const Arguments& a) {
 }
 
 py::object make_job(const Arguments& a) {
-  static const auto fields = [] {
-    Fields<job_field::end> made{};
-    for (std::size_t i = 0; i < job_field::end; ++i) made.names[i] = PyUnicode_InternFromString(kJobFields[i]);
+  static const Fields fields = [] {
+    Fields made;
+    for (const char* const name : kJobFields) made.add(name, nullptr);
     return made;
   }();
   return fields.tuple_of(a);

@@ -48,17 +48,21 @@ struct Fits {
   template <class T>
   void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, T middle, T noise,
             bool last) {
-    for (std::size_t g = 0; g < kGroupsAtOnce; ++g) {
-      const T n = T{count[g]}, sum_d = T{d[g]}, sum_dd = T{dd[g]}, sum_r = T{r[g]}, sum_rd = T{rd[g]}, s = T{scale[g]};
-      const T all = n * sum_dd, spread = all - sum_d * sum_d;
-      const T b = (n * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) / n;
-      const T far = (last | (b < T{-0.25})) ? s : s + s;
-      const float better = static_cast<float>(s + far * b);
-      const float moved = static_cast<float>(T{minimum[g]} + far * (a - b * middle));
-      const bool good = (spread > all * noise) & (better >= least[g]) & (better <= 0x1p100f);
-      scale[g] = good ? better : scale[g];
-      minimum[g] = good ? moved : minimum[g];
-      inverse[g] = 1.0f / scale[g];
+    constexpr std::size_t lanes = kLanes<float>;
+    for (std::size_t first = 0; first < groups; first += lanes) {
+      for (std::size_t g = first; g < first + lanes; ++g) {
+        const T n = T{count[g]}, sum_d = T{d[g]}, sum_dd = T{dd[g]}, sum_r = T{r[g]}, sum_rd = T{rd[g]},
+                s = T{scale[g]};
+        const T all = n * sum_dd, spread = all - sum_d * sum_d;
+        const T b = (n * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) / n;
+        const T far = (last | (b < T{-0.25})) ? s : s + s;
+        const float better = static_cast<float>(s + far * b);
+        const float moved = static_cast<float>(T{minimum[g]} + far * (a - b * middle));
+        const bool good = (spread > all * noise) & (better >= least[g]) & (better <= 0x1p100f);
+        scale[g] = good ? better : scale[g];
+        minimum[g] = good ? moved : minimum[g];
+        inverse[g] = 1.0f / scale[g];
+      }
     }
   }
 };
@@ -126,11 +130,10 @@ inline void fit_groups(const float* x, const float* importance, std::size_t n, s
   for (int step = 0; step < steps; ++step) {
     importance ? sum_groups<true>(x, importance, n, size, top, fits, &sums)
                : sum_groups<false>(x, nullptr, n, size, top, fits, &sums);
-    if (importance && step == 0) fold_groups(sums.n, fits.groups, &fits.count, plus);
-    fold_groups(sums.d, fits.groups, &d, plus);
-    fold_groups(sums.dd, fits.groups, &dd, plus);
-    fold_groups(sums.r, fits.groups, &r, plus);
-    fold_groups(sums.rd, fits.groups, &rd, plus);
+    const Vec<float>* const spread_sums[] = {sums.d, sums.dd, sums.r, sums.rd, sums.n};
+    PerGroup* const folded[] = {&d, &dd, &r, &rd, &fits.count};
+    const std::size_t all = importance && step == 0 ? 5 : 4;
+    for (std::size_t i = 0; i < all; ++i) fold_groups(spread_sums[i], fits.groups, folded[i], plus);
     const bool last = step + 1 == steps;
     if (steps <= fit_steps(kFloatFit)) {
       fits.move<float>(d, dd, r, rd, middle, 0x1p-16f, last);
