@@ -143,6 +143,9 @@ int fo_round_int8(const float* x, size_t count, int8_t* out, float* scale);
 #elif !defined(FO_PORTABLE) && defined(__GNUC__) && defined(__ARM_NEON)
 #define FO__SIMD
 #include <arm_neon.h>
+#elif !defined(FO_PORTABLE) && defined(__GNUC__) && defined(__ARM_FEATURE_SIMD32)
+#define FO__DSP
+#include <arm_acle.h>
 #endif
 
 /* Of dense products, on the stack: rows of x at a time, runs of columns, and columns. */
@@ -214,12 +217,18 @@ static float fo__from_bits(uint32_t bits) {
 }
 
 static float fo__from_half(uint32_t half) {
+#if defined(FO__DSP) && (defined(__ARM_ARCH_7EM__) || defined(__ARM_ARCH_8M_MAIN__)) && defined(__ARM_FP)
+  float value = fo__from_bits(half);
+  __asm__("vcvtb.f32.f16 %0, %0" : "+t"(value));
+  return value;
+#else
   const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31u, mantissa = half & 0x3ffu;
   if (exponent == 0) { /* subnormal: mantissa * 2^-24, exact */
     const float value = (float)mantissa * fo__from_bits(0x33800000u);
     return sign ? -value : value;
   }
   return fo__from_bits(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13);
+#endif
 }
 
 static float fo__float(const void* values, unsigned type, size_t index) {
@@ -542,6 +551,145 @@ static float fo__middle_value(const fo_tensor* w, float scale, size_t param) {
 }
 
 #if !defined(FO__SIMD)
+#if defined(FO__DSP)
+/* ---- the same with the DSP instructions of Cortex-M: two products each, of halves of a register ---- */
+
+/* The room that a run takes of FO__ROOM. */
+static size_t fo__room_of(const fo_tensor* w, size_t n) {
+  (void)w;
+  return (n + 7) & ~(size_t)7;
+}
+
+/* A row of x in the columns of a stretch. Numbers of floats are 4096 * high + low: of four columns come the high parts
+   of the first, the third, the second and the fourth, then the low parts; behind a run zeros up to a multiple of 8. */
+typedef struct {
+  int16_t parts[2 * FO__COLUMNS];
+  const int8_t* x; /* of 8 bits */
+  float unit;
+  int32_t sum[FO__RUNS]; /* of each run */
+} fo__numbers;
+
+static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const void* x, float unit,
+                        fo__numbers* to) {
+  const float per_unit = fo__per_unit(unit);
+  fo__walk walk = at->start;
+  int16_t* parts = to->parts;
+  size_t i = at->begin;
+  to->x = (const int8_t*)x + i;
+  to->unit = unit;
+  for (size_t run = 0, n; i < at->end; ++run, i += n) {
+    int32_t sum = 0;
+    n = fo__step(w, &walk, fo__min(kind->run, at->end - i));
+    for (size_t k = 0; kind->width == 1 && k < n; ++k) sum += ((const int8_t*)x)[i + k];
+    for (size_t k = 0; kind->width != 1 && k < fo__room_of(w, n); ++k) {
+      const int32_t number = k < n ? fo__count_units(((const float*)x)[i + k], per_unit) : 0;
+      const int32_t high = (number + 2048) >> 12;
+      int16_t* const place = parts + (k & ~(size_t)3) * 2 + 2 * (k & 1) + (k >> 1 & 1);
+      place[0] = (int16_t)high, place[4] = (int16_t)(number - high * 4096);
+      sum += number;
+    }
+    if (kind->width != 1) parts += 2 * fo__room_of(w, n);
+    to->sum[run] = sum;
+  }
+}
+
+static float fo__sum_of(const fo__numbers* x, size_t run) { return (float)x->sum[run] * x->unit; }
+
+/* Of the first four codes of a word the first and the third, in halves of the result, and above them the second and
+   the fourth; `up` is 16 less the bits of two codes. */
+static inline uint32_t fo__pairs(uint32_t word, unsigned up) {
+  uint32_t pairs;
+  __asm__("pkhbt %0, %1, %2" : "=r"(pairs) : "r"(word), "r"(word << up));
+  return pairs;
+}
+
+static inline int32_t fo__add_pairs(int32_t sum, uint32_t codes, const void* x) {
+  int16x2_t two;
+  FO__COPY(&two, x, 4);
+  return __smlad((int16x2_t)codes, two, sum);
+}
+
+/* Sum += products with columns of 8 bits: of bytes 0 and 2 of a word, and of bytes 1 and 3. */
+static inline int32_t fo__add_bytes(int32_t sum, uint32_t even, uint32_t odd, const int8_t* x) {
+  int8x4_t four;
+  int16x2_t odd_x;
+  FO__COPY(&four, x, 4);
+  __asm__("sxtb16 %0, %1, ror #8" : "=r"(odd_x) : "r"(four));
+  return __smlad((int16x2_t)odd, odd_x, __smlad((int16x2_t)even, __sxtb16(four), sum));
+}
+
+/* The sum of codes times n of some eights of codes, which start with the first and the fifth in two words. The words
+   may reach 4 bytes behind the codes. */
+static void fo__add_eights(unsigned bits, const uint8_t* codes, size_t eights, const int16_t* x, int32_t* sums) {
+  const uint32_t mask = 0x10001u * ((1u << bits) - 1);
+  const unsigned up = 16 - 2 * bits, down = (bits & 1) * 4;
+  int32_t high = sums[1], low = sums[0];
+  for (; eights; --eights, codes += bits, x += 16) {
+    uint32_t word, pairs;
+    FO__COPY(&word, codes, 4);
+    pairs = fo__pairs(word, up);
+    high = fo__add_pairs(high, pairs & mask, x), low = fo__add_pairs(low, pairs & mask, x + 4);
+    pairs = pairs >> bits & mask;
+    high = fo__add_pairs(high, pairs, x + 2), low = fo__add_pairs(low, pairs, x + 6);
+    FO__COPY(&word, codes + (bits >> 1), 4);
+    pairs = fo__pairs(word >> down, up);
+    high = fo__add_pairs(high, pairs & mask, x + 8), low = fo__add_pairs(low, pairs & mask, x + 12);
+    pairs = pairs >> bits & mask;
+    high = fo__add_pairs(high, pairs, x + 10), low = fo__add_pairs(low, pairs, x + 14);
+  }
+  sums[1] = high, sums[0] = low;
+}
+
+static void fo__add_eight_bytes(unsigned bits, const uint8_t* codes, size_t eights, const int8_t* x, int32_t* sum) {
+  const uint32_t mask = 0x10001u * ((1u << bits) - 1);
+  const unsigned up = 16 - 2 * bits, down = (bits & 1) * 4;
+  int32_t dot = *sum;
+  for (; eights; --eights, codes += bits, x += 8) {
+    uint32_t word, pairs;
+    FO__COPY(&word, codes, 4);
+    pairs = fo__pairs(word, up);
+    dot = fo__add_bytes(dot, pairs & mask, pairs >> bits & mask, x);
+    FO__COPY(&word, codes + (bits >> 1), 4);
+    pairs = fo__pairs(word >> down, up);
+    dot = fo__add_bytes(dot, pairs & mask, pairs >> bits & mask, x + 4);
+  }
+  *sum = dot;
+}
+
+/* The sum of (code - middle) * n of a run, of 8 bits where `parts` is null. */
+static float fo__dot_run(unsigned bits, const uint8_t* codes, const uint8_t* end, const int16_t* parts, const int8_t* x,
+                         size_t count, int32_t sum, float unit) {
+  const size_t bytes = (count * bits + 7) >> 3;
+  size_t eights = parts ? (count + 7) >> 3 : count >> 3;
+  int32_t sums[2] = {0, 0};
+  if ((size_t)(end - codes) < bytes + 8)
+    eights -= fo__min(eights, 3); /* the last ones are copied: what is behind them
+                                    may not be read */
+  if (parts) {
+    fo__add_eights(bits, codes, eights, parts, sums);
+  } else {
+    fo__add_eight_bytes(bits, codes, eights, x, sums);
+  }
+  if (eights * 8 < count) {
+    const size_t done = eights * bits, left = count - eights * 8;
+    uint8_t copy[40];
+    int8_t last[32];
+    FO__CLEAR(copy, sizeof copy);
+    FO__COPY(copy, codes + done, bytes - done);
+    if (parts) {
+      fo__add_eights(bits, copy, (left + 7) >> 3, parts + 16 * eights, sums);
+    } else {
+      FO__CLEAR(last, sizeof last);
+      FO__COPY(last, x + 8 * eights, left);
+      fo__add_eight_bytes(bits, copy, (left + 7) >> 3, last, sums);
+    }
+  }
+  if (!parts) return (float)(sums[0] - sum * (1 << (bits - 1)));
+  const int64_t dot = (int64_t)sums[1] * 4096 + sums[0] - (int64_t)sum * (1 << (bits - 1));
+  return ((float)(int32_t)(dot >> 8) * 256.0f + (float)(int32_t)(dot & 255)) * unit;
+}
+
+#else /* portable */
 /* The room that a run takes of FO__ROOM. */
 static size_t fo__room_of(const fo_tensor* w, size_t n) {
   (void)w;
@@ -576,9 +724,7 @@ static void fo__prepare(const fo_tensor* w, const fo__kind* kind, const fo__stre
   }
 }
 
-#if defined(__ARM_FEATURE_SIMD32)
-#include <arm_acle.h>
-#endif
+static float fo__sum_of(const fo__numbers* x, size_t run) { return x->sum[run]; }
 
 /* Codes are read four at a time. The last of a tensor come one by one, as no byte behind them may be read. */
 static int fo__four_exist(const uint8_t* codes, const uint8_t* end, size_t bit) {
@@ -615,23 +761,16 @@ static float fo__dot_bytes(unsigned bits, const uint8_t* codes, const uint8_t* e
     uint32_t word;
     FO__COPY(&word, codes + (bit >> 3), 4);
     word >>= bit & 7;
-#if defined(__ARM_FEATURE_SIMD32) /* two products an instruction, of halves of a register */
-    uint32_t four;
-    FO__COPY(&four, n + i, 4);
-    const uint32_t even = (word & mask) | (word >> 2 * bits & mask) << 16;
-    const uint32_t odd = (word >> bits & mask) | (word >> 3 * bits & mask) << 16;
-    dot = __smlad((int16x2_t)even, __sxtb16((int8x4_t)four), dot);
-    dot = __smlad((int16x2_t)odd, __sxtb16((int8x4_t)(four >> 8 | four << 24)), dot);
-#else
     dot += n[i] * (int32_t)(word & mask);
     dot += n[i + 1] * (int32_t)((word >>= bits) & mask);
     dot += n[i + 2] * (int32_t)((word >>= bits) & mask);
     dot += n[i + 3] * (int32_t)(word >> bits & mask);
-#endif
   }
   for (; i < count; ++i) dot += n[i] * (int32_t)fo__code(codes, bits, i);
   return (float)(dot - sum * (1 << (bits - 1)));
 }
+
+#endif /* portable */
 
 /* y [rows] += the products in a stretch, for one row of x: a tile has no more. */
 static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__stretch* at, const fo__numbers* x,
@@ -640,18 +779,25 @@ static void fo__add_stretch(const fo_tensor* w, const fo__kind* kind, const fo__
   const uint8_t *codes = (const uint8_t*)w->values, *end = codes + w->rows * row_bytes;
   codes += fo__code_bytes(w->bits, at->begin);
   (void)batch;
-  for (size_t row = 0; row < w->rows; ++row, codes += row_bytes) {
-    fo__walk walk = at->start;
+  fo__walk walk = at->start;
+  for (size_t run = 0, first = 0, room = 0, n; first < at->end - at->begin; ++run, first += n) {
     const uint8_t* from = codes;
-    for (size_t run = 0, first = 0, n; first < at->end - at->begin; ++run, first += n) {
-      const size_t param = row * w->groups + walk.group;
+    const float sum = fo__sum_of(x, run);
+    size_t param = walk.group;
+    n = fo__step(w, &walk, fo__min(kind->run, at->end - at->begin - first));
+    for (size_t row = 0; row < w->rows; ++row, from += row_bytes, param += w->groups) {
       const float scale = fo__float(w->scale, w->param_type, param), middle = fo__middle_value(w, scale, param);
-      n = fo__step(w, &walk, fo__min(kind->run, at->end - at->begin - first));
-      const float dot = kind->width == 1 ? fo__dot_bytes(w->bits, from, end, x->x + first, n, (int32_t)x->sum[run])
-                                         : fo__dot_units(w->bits, from, end, x->units + first, n, x->unit);
-      y[row] += fo__share(scale, middle, dot, x->sum[run]);
-      from += fo__code_bytes(w->bits, n);
+#if defined(FO__DSP)
+      const int16_t* parts = kind->width == 1 ? NULL : x->parts + 2 * room;
+      const float dot = fo__dot_run(w->bits, from, end, parts, x->x + first, n, x->sum[run], x->unit);
+#else
+      const float dot = kind->width == 1 ? fo__dot_bytes(w->bits, from, end, x->x + first, n, (int32_t)sum)
+                                         : fo__dot_units(w->bits, from, end, x->units + room, n, x->unit);
+#endif
+      y[row] += fo__share(scale, middle, dot, sum);
     }
+    codes += fo__code_bytes(w->bits, n);
+    room += fo__room_of(w, n);
   }
 }
 
@@ -957,6 +1103,17 @@ FO__INLINE fo__codes fo__unpack(unsigned bits, const uint8_t* codes) {
   return c;
 }
 
+#if !defined(__ARM_FEATURE_DOTPROD)
+/* Sums += products of the upper halves. */
+FO__INLINE int16x8_t fo__add_upper(int16x8_t sum, int8x16_t a, int8x16_t b) {
+#if defined(__aarch64__)
+  return vmlal_high_s8(sum, a, b);
+#else
+  return vmlal_s8(sum, vget_high_s8(a), vget_high_s8(b));
+#endif
+}
+#endif
+
 FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8_t* x) {
   const int8x16_t a = vreinterpretq_s8_u8(c.first), b = vreinterpretq_s8_u8(c.second), n = vld1q_s8(x),
                   m = vld1q_s8(x + 16);
@@ -964,14 +1121,13 @@ FO__INLINE fo__ints fo__dot(unsigned bits, fo__ints sum, fo__codes c, const int8
   (void)bits;
   return vdotq_s32(vdotq_s32(sum, a, n), b, m);
 #else
-  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(n)), high = vmull_s8(vget_low_s8(b), vget_low_s8(m));
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(n)), high = vmull_s8(vget_low_s8(b), vget_low_s8(m));
   if (bits < 8) { /* four products fit 16 bits */
-    low = vmlal_s8(low, vget_high_s8(a), vget_high_s8(n)), high = vmlal_s8(high, vget_high_s8(b), vget_high_s8(m));
-    return vpadalq_s16(sum, vaddq_s16(low, high));
+    return vpadalq_s16(sum, vaddq_s16(fo__add_upper(low, a, n), fo__add_upper(high, b, m)));
   }
+  const int16x8_t none = vdupq_n_s16(0);
   sum = vpadalq_s16(vpadalq_s16(sum, low), high);
-  sum = vpadalq_s16(sum, vmull_s8(vget_high_s8(a), vget_high_s8(n)));
-  return vpadalq_s16(sum, vmull_s8(vget_high_s8(b), vget_high_s8(m)));
+  return vpadalq_s16(vpadalq_s16(sum, fo__add_upper(none, a, n)), fo__add_upper(none, b, m));
 #endif
 }
 
