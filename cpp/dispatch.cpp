@@ -30,6 +30,9 @@ Kernels with_products(const char* isa, const Products& products, const Kernels& 
   Kernels table = rest;
   table.isa = isa;
   table.products = products;
+  table.products.prepared_bytes = rest.products.prepared_bytes;
+  table.products.prepare_x = rest.products.prepare_x;
+  table.products.linear_floats = rest.products.linear_floats;
   return table;
 }
 

@@ -274,7 +274,8 @@ void digest_linear(Case& c, const Kernels& k, const Quantized& q) {
     Bytes panel(panel_bytes);
     if (bytes > 0) k.products.prepare_panel(q, prepared.data(), bytes, kPanelWidth, limbs, panel.data());
     for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-      const Linear io = {x.data(), prepared.data(), bytes, panel.data(), panel_bytes, limbs, batch, b, y.data()};
+      const Linear io = {x.data(), prepared.data(), bytes, panel.data(), panel_bytes,
+                         limbs,    batch,           b,     y.data(),     k.products.linear_floats};
       k.products.linear_quantized(q, io, 0, q.rows);
       c.add(y);
     }

@@ -270,6 +270,7 @@ py::object linear_quantized(const py::object& x, const py::array& codes, const p
   const Kernels& k = kernels();
   Linear& io = o.io;
   io.limbs = limbs;
+  io.floats = k.products.linear_floats;
   const PreparedX prepared(k, q, io);
   {  // a scope, since returning `o.out` counts a reference, which needs the lock
     const py::gil_scoped_release released;

@@ -255,6 +255,9 @@ constexpr std::size_t panel_rows(std::size_t batch) {
 // x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
 // `prepared_bytes`, written by the kernel `prepare_x`, `panels` the first panel_rows(batch) of them again, written by
 // `prepare_panel`; neither is needed where prepared_bytes() is 0.
+struct Linear;
+using LinearFloats = void (*)(const Quantized& w, const Linear&, std::size_t batch, std::size_t count,
+                              std::size_t begin, std::size_t end);
 struct Linear {
   const float* x;
   const std::uint8_t* prepared;
@@ -265,6 +268,7 @@ struct Linear {
   std::size_t batch;
   const float* bias;  // or null
   float* y;
+  LinearFloats floats;  // the kernel `linear_floats`, for results that are not finite
 };
 
 // ---- sparse --------------------------------------------------------------------------------------------------
@@ -358,13 +362,15 @@ struct GptqKernels {
   bool (*cholesky)(const Cholesky&, std::size_t begin, std::size_t end);
 };
 
-// Products with quantized weights. An instruction set that only adds dot products of bytes to another one overrides
-// just these.
+// Products with quantized weights.
 struct Products {
   // y[b, r] = sum over c of x[b, c] * W[r, c] (+ bias[r]) for rows [begin, end). x is prepared first, each row into
   // prepared_bytes() of memory, aligned to 64; 0 means that these groups need no preparation.
   std::size_t (*prepared_bytes)(const Quantized& w, int limbs);
   void (*prepare_x)(const Quantized& w, const float* x, int limbs, std::uint8_t* out);
+  // Rows [begin, end) of W by rows [batch, batch + count) of x, in float32.
+  LinearFloats linear_floats;
+  // An instruction set that only adds dot products of bytes to another one overrides just the rest, and has null above.
   std::size_t (*panel_bytes)(const Quantized& w, int limbs);
   // kPanelWidth rows, or the last `count`, of those that prepare_x wrote.
   void (*prepare_panel)(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,

@@ -41,16 +41,6 @@ struct TilePanel {
   }
 };
 
-// Where a prepared row of x has what: one function reads those of all widths.
-struct RowLayout {
-  std::size_t runs, run_bytes, parts, scale, span_words;
-};
-template <int Bits, int Limbs>
-RowLayout layout_of(const Quantized& w) {
-  using R = Run<Bits, Limbs>;
-  return {runs_of<Bits>(w), sizeof(R), kParts<Bits>, offsetof(R, scale), span_columns(w) / kWordColumns<Bits>};
-}
-
 // The planes of 64 columns from their limbs: [plane][1 or 2 bytes].
 template <std::size_t Planes>
 inline void planes_of(const std::uint8_t* limbs, std::size_t limb_bytes, std::uint8_t (*out)[kPart]) {
@@ -101,19 +91,9 @@ template <std::size_t Planes>
           piece == 32 ? copy(Int<32>{}) : piece == 16 ? copy(Int<16>{}) : piece == 8 ? copy(Int<8>{}) : copy(Int<4>{});
         }
       }
-      for (std::size_t s = 0; s < spans; ++s) {
-        std::memcpy(to.scale + (run * spans + s) * kPanelWidth + b, x + from.scale + s * piece, sizeof(float));
-      }
-    }
-    const std::uint8_t* const group_sum = row + from.runs * from.run_bytes;
-    if (w.groups == 1) {
-      std::memcpy(to.group_sum + 2 * b, group_sum, sizeof(double));
-    } else {
-      for (std::size_t g = 0; g < w.groups; ++g) {
-        std::memcpy(to.group_sum + g * kPanelWidth + b, group_sum + g * sizeof(float), sizeof(float));
-      }
     }
   }
+  interleave_params(w, from, rows, row_bytes, count, 0, to.scale, nullptr, to.group_sum);
 }
 
 // The products of panels by tiles, for linear_panels().
@@ -142,8 +122,9 @@ inline void multiply_span(const std::uint8_t* codes, const std::int8_t* x, std::
 // As add_stretch(), by tiles. The sums of a span are multiplied with scales while the tiles of the next one are
 // multiplied.
 template <std::size_t Planes>
-[[gnu::noinline]] void add_stretch_by_tiles(const Quantized& w, const Unpacked<2>& band, const TilePanel<Planes>& x,
-                                            const std::uint8_t* next_codes, std::size_t lines, double (*total)[kBand]) {
+[[gnu::noinline]] void add_stretch_by_tiles(const Quantized& w, const Stretch& stretch, const std::uint8_t* codes,
+                                            const TilePanel<Planes>& x, const std::uint8_t* next_codes,
+                                            std::size_t lines, double (*total)[kBand]) {
   using V = Vec<float>;
   using Ints = Vec<std::int32_t>;
   constexpr std::size_t lanes = kLanes<float>;
@@ -152,29 +133,30 @@ template <std::size_t Planes>
   alignas(64) SpanSums<Planes> turns[2];
   alignas(64) float group_sum[kPanelWidth][kBand], sum[kPanelWidth][kBand] = {};
   const auto multiply = [&](std::size_t span) {
-    multiply_span<Planes>(band.codes + (span - band.span) * bytes * kBand,
-                          x.planes + span * Planes * kPanelWidth * bytes, bytes, turns[span % 2]);
+    multiply_span<Planes>(codes + (span - stretch.span) * bytes * kBand, x.planes + span * Planes * kPanelWidth * bytes,
+                          bytes, turns[span % 2]);
   };
-  multiply(band.span);
-  std::size_t span = band.span;
-  for (std::size_t group = band.group; group < band.group_end; ++group) {
-    const std::size_t begin = span, end = group + 1 < band.group_end ? (group + 1) * band.group_spans : band.span_end;
+  multiply(stretch.span);
+  std::size_t span = stretch.span;
+  for (std::size_t group = stretch.group; group < stretch.group_end; ++group) {
+    const std::size_t begin = span,
+                      end = group + 1 < stretch.group_end ? (group + 1) * stretch.group_spans : stretch.span_end;
     // A group that began in the stretch before has been given its middle.
     static constexpr float zeros[kPanelWidth] = {};
-    const bool begins = band.group_spans > 0 && begin == group * band.group_spans;
+    const bool begins = stretch.group_spans > 0 && begin == group * stretch.group_spans;
     const float* const x_sum = begins ? x.group_sum + group * kPanelWidth : zeros;
-    const std::size_t g = group - band.group;
+    const std::size_t g = group - stretch.group;
     for (; span < end; ++span) {
       for (std::size_t line = 0; line < lines; ++line) {
-        __builtin_prefetch(next_codes + ((span - band.span) * lines + line) * 64, 0, 2);
+        __builtin_prefetch(next_codes + ((span - stretch.span) * lines + line) * 64, 0, 2);
       }
-      if (span + 1 < band.span_end) multiply(span + 1);
+      if (span + 1 < stretch.span_end) multiply(span + 1);
       const float* const x_scale = x.scale + span * kPanelWidth;
       const std::int8_t* const next_x = x.planes + (span + 2) * Planes * kPanelWidth * bytes;
-      const std::uint8_t* const next_band = band.codes + (span + 2 - band.span) * bytes * kBand;
+      const std::uint8_t* const next_band = codes + (span + 2 - stretch.span) * bytes * kBand;
       for (std::size_t v = 0; v < 2; ++v) {
         const auto& products = turns[span % 2][v];
-        const V scale = load<V>(band.scale[g] + v * lanes), middle = load<V>(band.middle[g] + v * lanes);
+        const V scale = load<V>(stretch.scale[g] + v * lanes), middle = load<V>(stretch.middle[g] + v * lanes);
         const auto add = [&](auto is_first, auto is_last) {
 #pragma GCC unroll 4
           for (std::size_t b = 0; b < kPanelWidth; ++b) {
@@ -218,12 +200,12 @@ struct ByTiles {
   struct Registers : TileRegisters {
     explicit Registers(const Quantized& w) : TileRegisters(tile_bytes<Planes>(w)) {}
   };
-  static constexpr std::size_t kCodeBytes = 2;
+  static constexpr std::size_t kCodeBytes = Planes == 2 ? 2 : 1;
   static constexpr bool kTwice = Planes == 2;
 
-  static void add(const Quantized& w, const Unpacked<kCodeBytes>& codes, std::size_t, const X& x, std::size_t,
-                  const std::uint8_t* next_codes, std::size_t lines, double (*total)[kBand]) {
-    add_stretch_by_tiles<Planes>(w, codes, x, next_codes, lines, total);
+  static void add(const Quantized& w, const Stretch& stretch, const std::uint8_t* codes, std::size_t, const X& x,
+                  std::size_t, const std::uint8_t* next_codes, std::size_t lines, double (*total)[kBand]) {
+    add_stretch_by_tiles<Planes>(w, stretch, codes, x, next_codes, lines, total);
   }
 };
 #endif

@@ -42,7 +42,7 @@ constexpr std::size_t kWordVectors = kWords / kLanes<float>;
 // Rows [begin, end) of W by the first `in_panels` rows of x.
 template <class By>
 void linear_bands(const Quantized& w, const Linear& io, std::size_t in_panels, std::size_t begin, std::size_t end,
-                  Unpack<By::kCodeBytes> unpack) {
+                  Unpack unpack) {
   [[maybe_unused]] const typename By::Registers registers(w);
   for (std::size_t b = 0; b < in_panels; b += kPanels * kPanelWidth) {
     const std::size_t count = in_panels - b < kPanels * kPanelWidth ? in_panels - b : kPanels * kPanelWidth;
@@ -60,7 +60,7 @@ void linear_integers(const Quantized& w, const Linear& io, std::size_t begin, st
   const std::size_t in_panels = panel_rows(io.batch);
   if (in_panels > 0) {
     using By = std::conditional_t<Amx, ByTiles<kTilePlanes<Bits, Limbs>>, ByVectors<kAlike<Bits>, Limbs>>;
-    linear_bands<By>(w, io, in_panels, begin, end, unpack_stretch<Bits, By::kCodeBytes, Amx>);
+    linear_bands<By>(w, io, in_panels, begin, end, unpack_band<Bits, Amx>);
   }
   const std::size_t rows_in_cache = io.batch - in_panels <= 1 ? end : 16;
   for (std::size_t row = begin; row < end; row += rows_in_cache) {
@@ -83,6 +83,7 @@ inline auto by_bits_and_limbs(int bits, int limbs, Call call) {
   return by_bits(bits, [&](auto b) { return limbs == 1 ? call(b, Int<1>{}) : call(b, Int<3>{}); });
 }
 
+#if !defined(FASTOPT_PRODUCTS_ONLY)
 std::size_t prepared_bytes(const Quantized& w, int limbs) {
   if (!by_integers(w)) return 0;
   return by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { return Prepared<b.value, l.value>(w, nullptr).bytes; });
@@ -91,6 +92,7 @@ std::size_t prepared_bytes(const Quantized& w, int limbs) {
 void prepare_x_any(const Quantized& w, const float* x, int limbs, std::uint8_t* out) {
   by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) { prepare_x<b.value, l.value>(w, x, out); });
 }
+#endif
 
 template <bool Amx>
 std::size_t panel_bytes(const Quantized& w, int limbs) {
@@ -107,10 +109,11 @@ void prepare_panel_any(const Quantized& w, const std::uint8_t* rows, std::size_t
                        int limbs, std::uint8_t* out) {
   by_bits_and_limbs(w.bits, limbs, [&](auto b, auto l) {
     constexpr int bits = b.value, bytes = l.value;
+    const RowLayout layout = layout_of<bits, bytes>(w);
     if constexpr (Amx) {
-      prepare_tiles<kTilePlanes<bits, bytes>>(w, layout_of<bits, bytes>(w), rows, row_bytes, count, out);
+      prepare_tiles<kTilePlanes<bits, bytes>>(w, layout, rows, row_bytes, count, out);
     } else {
-      prepare_panel<bits, bytes>(w, rows, row_bytes, count, out);
+      prepare_panel<kAlike<bits>, bytes>(w, layout, rows, row_bytes, count, out);
     }
   });
 }
@@ -118,7 +121,7 @@ void prepare_panel_any(const Quantized& w, const std::uint8_t* rows, std::size_t
 template <bool Amx>
 void linear_quantized(const Quantized& w, const Linear& io, std::size_t begin, std::size_t end) {
   if (io.prepared_bytes == 0) {
-    linear_floats(w, io, 0, io.batch, begin, end);
+    io.floats(w, io, 0, io.batch, begin, end);
   } else {
     by_bits_and_limbs(w.bits, io.limbs,
                       [&](auto b, auto l) { linear_integers<b.value, l.value, Amx>(w, io, begin, end); });
@@ -127,8 +130,15 @@ void linear_quantized(const Quantized& w, const Linear& io, std::size_t begin, s
 
 template <bool Amx>
 constexpr Products kProducts = {
+#if defined(FASTOPT_PRODUCTS_ONLY)
+    .prepared_bytes = nullptr,
+    .prepare_x = nullptr,
+    .linear_floats = nullptr,
+#else
     .prepared_bytes = prepared_bytes,
     .prepare_x = prepare_x_any,
+    .linear_floats = linear_floats,
+#endif
     .panel_bytes = panel_bytes<Amx>,
     .prepare_panel = prepare_panel_any<Amx>,
     .linear_quantized = linear_quantized<Amx>,

@@ -98,25 +98,74 @@ inline Pairs half_of(Vec<std::uint32_t> bytes, std::size_t odd) {
   return bit_cast<Pairs>(odd ? pairs >> 8 : pairs & std::uint16_t{0xff});
 }
 
-// Interleaves `count` rows that were prepared one by one; lanes behind them are zero.
+// Where a prepared row of x has what, for functions that read those of all widths.
+struct RowLayout {
+  std::size_t runs, run_bytes, parts, scale, offset, span_words;
+};
 template <int Bits, int Limbs>
-void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row_bytes, std::size_t count,
-                   std::uint8_t* memory) {
-  constexpr std::size_t parts = kParts<Bits>, sums = kSums<Bits, Limbs>, planes = kPlanes<Bits, Limbs>;
-  const Panel<kAlike<Bits>, Limbs, std::uint8_t> to(w, memory);
-  const std::size_t words = span_columns(w) / kWordColumns<Bits>, runs = runs_of<Bits>(w);
-  constexpr std::size_t run_bytes = span_lanes<Bits>(kRunColumns<Bits>) * planes * 4 * kSliceRows;
-  alignas(64) static constexpr std::uint8_t zeros[kPart] = {};
-  Prepared<Bits, Limbs> sources[kPanelWidth];
-  for (std::size_t b = 0; b < count; ++b) sources[b] = Prepared<Bits, Limbs>(w, rows + b * row_bytes);
+RowLayout layout_of(const Quantized& w) {
+  using R = Run<Bits, Limbs>;
+  const std::size_t span_words = span_columns(w) / kWordColumns<Bits>;
+  return {runs_of<Bits>(w), sizeof(R), kParts<Bits>, offsetof(R, scale), offsetof(R, offset), span_words};
+}
 
-  for (std::size_t run = 0; run < runs; ++run) {
+// Interleaves scales, sums of groups, and offsets, `sums` of each span.
+[[gnu::noinline]] void interleave_params(const Quantized& w, const RowLayout& from, const std::uint8_t* rows,
+                                         std::size_t row_bytes, std::size_t count, std::size_t sums, float* scale,
+                                         std::int32_t* offset, float* group_sum) {
+  const auto interleave = [&](auto span_words) {
+    constexpr std::size_t words = span_words.value;
+    for (std::size_t b = 0; b < count; ++b) {
+      const std::uint8_t* run = rows + b * row_bytes;
+      float* to_scale = scale + b;
+      std::int32_t* to_offset = sums > 0 ? offset + b : nullptr;
+      for (std::size_t r = 0; r < from.runs; ++r, run += from.run_bytes) {
+        for (std::size_t first = 0; first < kWords; first += words) {
+          *to_scale = load<float>(run + from.scale + first * sizeof(float));
+          to_scale += kPanelWidth;
+          for (std::size_t s = 0; s < sums; ++s) {
+            std::uint32_t sum = 0;  // modulo 2^32, like the sums that it joins
+            for (std::size_t i = 0; i < words; ++i) {
+              sum += load<std::uint32_t>(run + from.offset + (s * kWords + first + i) * sizeof sum);
+            }
+            *to_offset = static_cast<std::int32_t>(sum);
+            to_offset += kPanelWidth;
+          }
+        }
+      }
+      if (w.groups == 1) {
+        std::memcpy(group_sum + 2 * b, run, sizeof(double));
+      } else {
+        for (std::size_t g = 0; g < w.groups; ++g) {
+          group_sum[g * kPanelWidth + b] = load<float>(run + g * sizeof(float));
+        }
+      }
+    }
+  };
+  const std::size_t words = from.span_words;
+  words == 8   ? interleave(Int<8>{})
+  : words == 4 ? interleave(Int<4>{})
+  : words == 2 ? interleave(Int<2>{})
+               : interleave(Int<1>{});
+}
+
+// Interleaves `count` rows that were prepared one by one; lanes behind them are zero. `Bits` is one of kAlike.
+template <int Bits, int Limbs>
+[[gnu::noinline]] void prepare_panel(const Quantized& w, const RowLayout& from, const std::uint8_t* rows,
+                                     std::size_t row_bytes, std::size_t count, std::uint8_t* memory) {
+  constexpr std::size_t planes = kPlanes<Bits, Limbs>;
+  const Panel<Bits, Limbs, std::uint8_t> to(w, memory);
+  const std::size_t words = from.span_words, parts = from.parts;
+  const std::size_t run_bytes = kWords * parts * kHalves<Bits> * planes * 4 * kSliceRows;
+  alignas(64) static constexpr std::uint8_t zeros[kPart] = {};
+  std::memset(memory, 0, count < kPanelWidth ? to.bytes : 0);
+  for (std::size_t run = 0; run < from.runs; ++run) {
     for (std::size_t p = 0; p < parts; ++p) {
       Vec<std::uint32_t> limbs[Limbs][kWords][kWordVectors];
-      for (int l = 0; l < Limbs; ++l) {
+      for (std::size_t l = 0; l < Limbs; ++l) {
         const std::uint8_t* bytes[kPanelWidth];
         for (std::size_t b = 0; b < kPanelWidth; ++b) {
-          bytes[b] = b < count ? reinterpret_cast<const std::uint8_t*>(sources[b].runs[run].limbs[l][p]) : zeros;
+          bytes[b] = b < count ? rows + b * row_bytes + run * from.run_bytes + (l * parts + p) * kPart : zeros;
         }
         load_transposed(bytes, limbs[l]);
       }
@@ -149,41 +198,21 @@ void prepare_panel(const Quantized& w, const std::uint8_t* rows, std::size_t row
       }
     }
   }
-
-  for (std::size_t b = 0; b < kPanelWidth; ++b) {
-    std::size_t span = 0;
-    for (std::size_t run = 0; run < runs; ++run) {
-      for (std::size_t first = 0; first < kWords; first += words, ++span) {
-        const Run<Bits, Limbs>* x = b < count ? &sources[b].runs[run] : nullptr;
-        to.scale[span * kPanelWidth + b] = x ? x->scale[first] : 0.0f;
-        for (std::size_t s = 0; s < sums; ++s) {
-          std::uint32_t offset = 0;  // modulo 2^32, like the sums that it joins
-          for (std::size_t i = 0; x && i < words; ++i) offset += static_cast<std::uint32_t>(x->offset[s][first + i]);
-          to.offset[(span * sums + s) * kPanelWidth + b] = static_cast<std::int32_t>(offset);
-        }
-      }
-    }
-    const double zero = 0;
-    if (w.groups == 1) {
-      std::memcpy(to.group_sum + 2 * b, b < count ? sources[b].group_sum : reinterpret_cast<const float*>(&zero),
-                  sizeof zero);
-    } else {
-      for (std::size_t g = 0; g < w.groups; ++g) {
-        to.group_sum[g * kPanelWidth + b] = b < count ? sources[b].group_sum[g] : 0.0f;
-      }
-    }
-  }
+  interleave_params(w, from, rows, row_bytes, count, kSums<Bits, Limbs>, to.scale, to.offset, to.group_sum);
 }
 
-// A stretch of a band of W: codes as they are multiplied, and the scale and the value in the middle of each group that
-// has some of these columns. Spans and groups are counted from the beginning of a row. A code takes `Bytes`.
-template <std::size_t Bytes>
-struct Unpacked {
-  alignas(64) std::uint8_t codes[kPanelStretch * kBand * Bytes];  // [span][part][word][half][row]
+// A stretch of a band of W without its codes: the scale and the value in the middle of each group that has some of
+// these columns. Spans and groups are counted from the beginning of a row.
+struct Stretch {
   alignas(64) float scale[kMaxGroups][kBand], middle[kMaxGroups][kBand];
   std::size_t span, span_end, group, group_end;
   std::size_t group_spans;  // spans of a group; 0 where a row is one group, whose parameters are applied at the end
 };
+
+// The rows of a band that ends at row `end`: the last one again where there are fewer.
+inline void band_rows(std::size_t row, std::size_t end, std::size_t (&rows)[kBand]) {
+  for (std::size_t r = 0; r < kBand; ++r) rows[r] = row + r < end ? row + r : end - 1;
+}
 
 // Unpacks a run of each of sixteen rows of a band. `words`: words of codes in a span. For amx.inl codes are counted
 // from the middle of their range; with `twice` sixteen times the codes of a span come before these.
@@ -258,22 +287,15 @@ inline void unpack_run(const std::uint8_t* const (&from)[kWords], std::size_t ru
   }
 }
 
-// Unpacks the columns from `begin` on of rows [row, row + kBand) of W, which end at row `end`.
-template <int Bits, std::size_t Bytes, bool Amx = false>
-[[gnu::noinline]] void unpack_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
-                                      bool twice, Unpacked<Bytes>* out) {
-  const std::size_t span = span_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
-  const bool one_group = w.groups == 1;
-  out->span = begin / span;
-  out->span_end = (stop + span - 1) / span;
-  out->group = one_group ? 0 : begin / w.group;
-  out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
-  out->group_spans = one_group ? 0 : w.group / span;
-  std::size_t rows[kBand];  // the last one again where there are fewer
-  for (std::size_t r = 0; r < kBand; ++r) rows[r] = row + r < end ? row + r : end - 1;
-
+// Unpacks the codes of the stretch from column `begin` on, of rows [row, row + kBand) of W, which end at row `end`:
+// [span][part][word][half][row].
+template <int Bits, bool Amx = false>
+[[gnu::noinline]] void unpack_band(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin, bool twice,
+                                   std::uint8_t* out) {
+  std::size_t rows[kBand];
+  band_rows(row, end, rows);
   constexpr std::size_t run_bytes = kRunBytes<Bits>;
-  const std::size_t left = w.row_bytes - begin * Bits / 8;
+  const std::size_t words = span_columns(w) / kWordColumns<Bits>, left = w.row_bytes - begin * Bits / 8;
   const std::size_t exist = left < kPanelStretch * Bits / 8 ? left : kPanelStretch * Bits / 8;
   const std::uint8_t* const codes_end = w.codes + w.rows * w.row_bytes;
   for (std::size_t at = 0, run = 0; at < exist; at += run_bytes, ++run) {
@@ -288,10 +310,24 @@ template <int Bits, std::size_t Bytes, bool Amx = false>
         std::memcpy(copy[r], codes[r], exist - at);
         codes[r] = copy[r];
       }
-      unpack_run<Bits, Amx>(codes, run, span / kWordColumns<Bits>, twice, out->codes + first * 4);
+      unpack_run<Bits, Amx>(codes, run, words, twice, out + first * 4);
     }
   }
+}
 
+// unpack_band() for a width.
+using Unpack = void (*)(const Quantized&, std::size_t, std::size_t, std::size_t, bool, std::uint8_t*);
+
+// The rest of this stretch.
+[[gnu::noinline]] void load_stretch(const Quantized& w, std::size_t row, std::size_t end, std::size_t begin,
+                                    Stretch* out) {
+  const std::size_t span = span_columns(w), stop = w.cols - begin < kPanelStretch ? w.cols : begin + kPanelStretch;
+  const bool one_group = w.groups == 1;
+  out->span = begin / span;
+  out->span_end = (stop + span - 1) / span;
+  out->group = one_group ? 0 : begin / w.group;
+  out->group_end = one_group ? 1 : (stop + w.group - 1) / w.group;
+  out->group_spans = one_group ? 0 : w.group / span;
   if (one_group) {
     for (std::size_t r = 0; r < kBand; ++r) {
       out->scale[0][r] = 1.0f;
@@ -299,6 +335,9 @@ template <int Bits, std::size_t Bytes, bool Amx = false>
     }
     return;
   }
+  std::size_t rows[kBand];
+  band_rows(row, end, rows);
+  const float middle = static_cast<float>(middle_code(w.bits));
   for (std::size_t g = out->group; g < out->group_end; g += kWords) {
     const std::size_t n = out->group_end - g < kWords ? out->group_end - g : kWords, to = g - out->group;
     std::size_t at[kBand];
@@ -309,14 +348,10 @@ template <int Bits, std::size_t Bytes, bool Amx = false>
     load_band(w, w.scale, at, n, out->scale + to);
     load_band(w, w.minimum, at, n, out->middle + to);
     for (std::size_t i = to; i < to + n; ++i) {
-      for (std::size_t r = 0; r < kBand; ++r) out->middle[i][r] += out->scale[i][r] * (kMiddle<Bits> * kStep<Bits>);
+      for (std::size_t r = 0; r < kBand; ++r) out->middle[i][r] += out->scale[i][r] * middle;
     }
   }
 }
-
-// unpack_stretch() for a width.
-template <std::size_t Bytes>
-using Unpack = void (*)(const Quantized&, std::size_t, std::size_t, std::size_t, bool, Unpacked<Bytes>*);
 
 inline void add_to(double* total, Vec<float> sums) {
   constexpr std::size_t lanes = kVectorBytes / sizeof(double);
@@ -336,7 +371,7 @@ constexpr std::size_t span_lines(std::size_t bits) { return (kBand * 2 * kGrain 
 // them is unrolled. `lines` of `next_codes` are prefetched with each span meanwhile. The function is long because its
 // sums must stay in registers across the loops.
 template <int Bits, int Limbs, std::size_t Columns>
-[[gnu::noinline]] void add_stretch(const Unpacked<kHalves<Bits>>& w, std::size_t columns, std::size_t rows,
+[[gnu::noinline]] void add_stretch(const Stretch& w, const std::uint8_t* band, std::size_t columns, std::size_t rows,
                                    const Panel<Bits, Limbs>& x, std::size_t count, const std::uint8_t* next_codes,
                                    std::size_t lines, double (*total)[kBand]) {
   using V = Vec<float>;
@@ -364,7 +399,7 @@ template <int Bits, int Limbs, std::size_t Columns>
         V group_sum[kSliceRows][kSliceVectors];
         each([&](auto b, auto v) { group_sum[b][v] = V{}; });
         for (; span < end; ++span) {
-          const std::uint8_t* const codes = w.codes + (span - w.span) * span_words * kBand * 4 + i * kVectorBytes;
+          const std::uint8_t* const codes = band + (span - w.span) * span_words * kBand * 4 + i * kVectorBytes;
           const std::int8_t* const n = slice + span * span_words * planes * 4 * kSliceRows;
           const std::int32_t* const offset = x.offset + span * sums * kPanelWidth + first;
           for (std::size_t line = first + i == 0 ? 0 : lines; line < lines; ++line) {
@@ -474,7 +509,7 @@ template <int Bits, int Limbs, std::size_t Columns>
       }
       for (std::size_t i = 0; i < exist; ++i) {
         y[i] = io.bias ? sums[i] + io.bias[begin + i] : sums[i];
-        if (!(sums[i] - sums[i] == 0.0f)) linear_floats(w, io, first + b, 1, begin + i, begin + i + 1);
+        if (!(sums[i] - sums[i] == 0.0f)) io.floats(w, io, first + b, 1, begin + i, begin + i + 1);
       }
     }
   }
@@ -490,10 +525,11 @@ struct ByVectors {
   static constexpr std::size_t kCodeBytes = kHalves<Bits>;
   static constexpr bool kTwice = false;
 
-  static void add(const Quantized& w, const Unpacked<kCodeBytes>& codes, std::size_t rows, const X& x,
+  static void add(const Quantized& w, const Stretch& stretch, const std::uint8_t* codes, std::size_t rows, const X& x,
                   std::size_t count, const std::uint8_t* next_codes, std::size_t lines, double (*total)[kBand]) {
     const auto add = [&](auto columns) {
-      add_stretch<Bits, Limbs, columns.value>(codes, span_columns(w), rows, x, count, next_codes, lines, total);
+      add_stretch<Bits, Limbs, columns.value>(stretch, codes, span_columns(w), rows, x, count, next_codes, lines,
+                                              total);
     };
     constexpr int unrolled = kUnrolled > 1 ? kGrain : 0;
     span_columns(w) == 2 * kGrain ? add(Int<2 * unrolled>{}) : add(Int<unrolled>{});
@@ -504,8 +540,7 @@ struct ByVectors {
 // the function for the width of the codes; the rest is the same for many.
 template <class By>
 [[gnu::noinline]] void linear_panels(const Quantized& w, const Linear& io, std::size_t batch, std::size_t panels,
-                                     std::size_t count, std::size_t row, std::size_t end,
-                                     Unpack<By::kCodeBytes> unpack) {
+                                     std::size_t count, std::size_t row, std::size_t end, Unpack unpack) {
   double total[kPanels][kPanelWidth][kBand];
   std::memset(total, 0, panels * sizeof *total);
   const auto panel = [&](std::size_t p) {
@@ -518,12 +553,14 @@ template <class By>
   const std::size_t lines = span_lines(static_cast<std::size_t>(w.bits));
   const std::uint8_t* next_codes = w.codes + (row + kBand) * w.row_bytes;
   for (std::size_t begin = 0; begin < w.cols; begin += kPanelStretch) {
-    Unpacked<By::kCodeBytes> codes;
-    unpack(w, row, end, begin, By::kTwice, &codes);
+    Stretch stretch;
+    alignas(64) std::uint8_t codes[kPanelStretch * kBand * By::kCodeBytes];
+    load_stretch(w, row, end, begin, &stretch);
+    unpack(w, row, end, begin, By::kTwice, codes);
     for (std::size_t p = 0; p < panels; ++p) {
-      By::add(w, codes, end - row, panel(p), rows_of(p), next_codes, p == 0 ? lines : 0, total[p]);
+      By::add(w, stretch, codes, end - row, panel(p), rows_of(p), next_codes, p == 0 ? lines : 0, total[p]);
     }
-    next_codes += (codes.span_end - codes.span) * lines * 64;
+    next_codes += (stretch.span_end - stretch.span) * lines * 64;
   }
   for (std::size_t p = 0; p < panels; ++p) {
     const std::size_t first = batch + p * kPanelWidth;

@@ -212,7 +212,7 @@ template <int Bits, int Limbs, std::size_t Batch>
       for (std::size_t r = 0; r < exist; ++r) {
         y[r] = io.bias ? sums[r] + io.bias[row + r] : sums[r];
         // x or the sum is not finite, or beyond the reach of integers.
-        if (!(sums[r] - sums[r] == 0.0f)) linear_floats(weight, io, batch + b, 1, row + r, row + r + 1);
+        if (!(sums[r] - sums[r] == 0.0f)) io.floats(weight, io, batch + b, 1, row + r, row + r + 1);
       }
     }
   }
