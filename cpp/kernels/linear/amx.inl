@@ -50,9 +50,7 @@ inline void planes_of(const std::uint8_t* limbs, std::size_t limb_bytes, std::ui
     for (std::size_t p = 0; p < Planes; ++p) std::memcpy(out[p], limbs + p * limb_bytes, kPart);
   } else {
     for (std::size_t i = 0; i < kPart; i += lanes) {
-      const auto limb = [&](std::size_t l) {
-        return convert<std::int32_t, lanes>(load<Vec<std::int8_t, lanes>>(limbs + l * limb_bytes + i));
-      };
+      const auto limb = [&](std::size_t l) { return load_signed_bytes(limbs + l * limb_bytes + i); };
       const Ints n = (limb(0) << 16) + (limb(1) << 8) + limb(2), upper = (n + 0x800) >> 12;
       const Ints twelve_bits[2] = {upper, n - (upper << 12)};
       for (std::size_t p = 0; p < 2; ++p) {
