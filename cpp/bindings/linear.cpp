@@ -208,11 +208,11 @@ class PreparedX {
         row_bytes_(k.products.prepared_bytes(q, io.limbs)),
         in_panels_(row_bytes_ > 0 ? panel_rows(io.batch) : 0),
         panel_bytes_(in_panels_ > 0 ? k.products.panel_bytes(q, io.limbs) : 0),
-        rows_(row_bytes_ * io.batch),
-        panels_(panel_bytes_ * ceil_div(in_panels_, kPanelWidth)) {
-    io.prepared = rows_.data();
+        panels_bytes_(ceil_div(panel_bytes_ * ceil_div(in_panels_, kPanelWidth), 64) * 64),
+        memory_(panels_bytes_ + row_bytes_ * io.batch) {
+    io.panels = memory_.data();
+    io.prepared = memory_.data() + panels_bytes_;
     io.prepared_bytes = row_bytes_;
-    io.panels = panels_.data();
     io.panel_bytes = panel_bytes_;
   }
 
@@ -220,16 +220,16 @@ class PreparedX {
     if (row_bytes_ == 0) return;
     parallel_for(io_.batch, 3 * matrix_bytes(io_.batch, q_.cols), [&](std::size_t begin, std::size_t end) {
       for (std::size_t b = begin; b < end; ++b) {
-        k_.products.prepare_x(q_, io_.x + b * q_.cols, io_.limbs, rows_.data() + b * row_bytes_);
+        k_.products.prepare_x(q_, io_.x + b * q_.cols, io_.limbs, rows() + b * row_bytes_);
       }
     });
     parallel_for(ceil_div(in_panels_, kPanelWidth), matrix_bytes(in_panels_, q_.cols),
                  [&](std::size_t begin, std::size_t end) {
                    for (std::size_t p = begin; p < end; ++p) {
                      const std::size_t first = p * kPanelWidth;
-                     k_.products.prepare_panel(q_, rows_.data() + first * row_bytes_, row_bytes_,
+                     k_.products.prepare_panel(q_, rows() + first * row_bytes_, row_bytes_,
                                                std::min(kPanelWidth, in_panels_ - first), io_.limbs,
-                                               panels_.data() + p * panel_bytes_);
+                                               memory_.data() + p * panel_bytes_);
                    }
                  });
   }
@@ -238,8 +238,10 @@ class PreparedX {
   const Kernels& k_;
   const Quantized& q_;
   const Linear& io_;
-  std::size_t row_bytes_, in_panels_, panel_bytes_;
-  Scratch rows_, panels_;
+  std::uint8_t* rows() const { return memory_.data() + panels_bytes_; }
+
+  std::size_t row_bytes_, in_panels_, panel_bytes_, panels_bytes_;
+  Scratch memory_;
 };
 
 // `limbs` is 3 (exact) or 1 (int8). All checks are here and not in Python: a call costs no more than the product of a

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "bindings/arrays.hpp"
 #include "kernels/contract.hpp"
@@ -13,19 +15,42 @@
 
 namespace fastopt {
 
-// Uninitialized memory for one call. It is aligned to a cache line: a vector that crosses two takes twice as long.
+// Uninitialized memory for one call. It is aligned to a cache line: a vector that crosses two takes twice as long. A
+// thread keeps one block for its next call, since pages that are new to a process can take longer than the call itself.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes)
-      : data_(bytes ? static_cast<std::uint8_t*>(::operator new(bytes, kAlignment)) : nullptr) {}
-  ~Scratch() { ::operator delete(data_, kAlignment); }
+  explicit Scratch(std::size_t bytes) : block_(std::exchange(kept(), Block{})) {
+    if (block_.bytes >= bytes) return;
+    block_ = {};  // before there is another
+    block_.data.reset(static_cast<std::uint8_t*>(::operator new(bytes, kAlignment)));
+    block_.bytes = bytes;
+  }
+  ~Scratch() {
+    if (block_.bytes <= kMostKept && block_.bytes > kept().bytes) kept() = std::move(block_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  std::uint8_t* data() const { return data_; }
+  std::uint8_t* data() const { return block_.data.get(); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  std::uint8_t* data_;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr std::size_t kMostKept = 0;  // the sanitizer sees accesses behind a block, not inside a larger one
+#else
+  static constexpr std::size_t kMostKept = std::size_t{1} << 24;
+#endif
+  struct Delete {
+    void operator()(std::uint8_t* data) const { ::operator delete(data, kAlignment); }
+  };
+  struct Block {
+    std::size_t bytes = 0;
+    std::unique_ptr<std::uint8_t[], Delete> data;
+  };
+  static Block& kept() {
+    thread_local Block block;
+    return block;
+  }
+  Block block_;
 };
 
 // The size of a float32 matrix, in the type that parallel_for takes.

@@ -16,7 +16,7 @@
 
 // Rows of W that are unpacked at a time, kPanelStretch columns of each: two vectors, or more.
 constexpr std::size_t kBand = kVectorBytes == 64 ? 2 * kWords : kWords;
-constexpr std::size_t kPanels = 4;  // panels of x that use them
+constexpr std::size_t kPanels = 8;  // panels of x that use them
 constexpr std::size_t kMaxGroups = kPanelStretch / kGrain;
 
 // A slice is kSliceRows rows of a panel. Its sums with kSliceVectors vectors of rows of W fill the registers: a load of
