@@ -412,13 +412,15 @@ def fit(x, scale, minimum, bits, size, importance=None):
     """Least squares: codes of the pair, then a pair that fits these codes better (Lloyd, 1982), some times over.
 
     With u = (x - minimum) / scale, the line a + b * (code - middle) that fits u - code leads to the best pair for these
-    codes. All steps but the last go twice as far, unless that would halve the scale. Groups of up to `size` values
-    are fitted alike. The squared error of each value is multiplied by its importance.
+    codes. All steps but the last go twice as far, unless that would halve the scale or codes have two bits. Groups of
+    up to `size` values are fitted alike. The squared error of each value is multiplied by its importance.
     """
     f = np.float32
     top = f(2**bits - 1)
     middle = top / f(2)
     steps = next(steps for most, steps in ((32, 3), (128, 4), (512, 5), (np.inf, 8)) if size <= most)
+    if bits == 2:
+        steps = 8
     real = f if size <= 512 else np.float64
 
     def totals(*values):
@@ -438,7 +440,7 @@ def fit(x, scale, minimum, bits, size, importance=None):
             continue
         b = (n * srd - sd * sr) / spread
         a = (sr - b * sd) / n
-        far = real(scale) * (1 if step + 1 == steps or b < real(-0.25) else 2)
+        far = real(scale) * (1 if step + 1 == steps or bits == 2 or b < real(-0.25) else 2)
         better = f(real(scale) + far * b), f(real(minimum) + far * (a - b * real(middle)))
         if least <= better[0] <= 2.0**100:
             scale, minimum = better

@@ -12,8 +12,10 @@ struct Sums {
   Vec<float> n[kGroupsAtOnce], d[kGroupsAtOnce], dd[kGroupsAtOnce], r[kGroupsAtOnce], rd[kGroupsAtOnce];
 };
 
-// How often the pairs of groups of this size are moved: with more values, codes change more slowly.
-constexpr int fit_steps(std::size_t size) { return size <= 32 ? 3 : size <= 128 ? 4 : size <= 512 ? 5 : 8; }
+// How often the pairs of groups of up to `most` values are moved: with more values, codes change more slowly.
+inline int fit_steps(std::size_t most, float top) {
+  return top < 4 ? 8 : most <= 32 ? 3 : most <= 128 ? 4 : most <= 512 ? 5 : 8;
+}
 
 // Sums of so many values are computed with as floats; of more, as doubles.
 constexpr std::size_t kFloatFit = 512;
@@ -40,14 +42,15 @@ struct Fits {
 
   // Moves each pair towards the line r ~ a + b * d through its sums, and beyond it: twice as far. The error of the same
   // codes is a parabola along the way, so there it is what it was, and new codes only make it smaller; such steps need
-  // about half as many to the same error. Only the `last` step stops at the line, and one that would halve a scale.
+  // about half as many to the same error. Only the last step stops at the line, and one that would halve a
+  // scale.
   //
   // The line gives only the small change of the pair, so nothing cancels. A pair whose codes are all equal stays: a
   // spread below `noise` is nothing but rounding errors. With an importance, so does a pair where a single code has
   // nearly all of it, since every line fits that.
   template <class T>
   void move(const PerGroup& d, const PerGroup& dd, const PerGroup& r, const PerGroup& rd, T middle, T noise,
-            bool last) {
+            bool to_line) {
     constexpr std::size_t lanes = kLanes<float>;
     for (std::size_t first = 0; first < groups; first += lanes) {
       for (std::size_t g = first; g < first + lanes; ++g) {
@@ -55,7 +58,7 @@ struct Fits {
                 s = T{scale[g]};
         const T all = n * sum_dd, spread = all - sum_d * sum_d;
         const T b = (n * sum_rd - sum_d * sum_r) / spread, a = (sum_r - b * sum_d) / n;
-        const T far = (last | (b < T{-0.25})) ? s : s + s;
+        const T far = (to_line | (b < T{-0.25})) ? s : s + s;
         const float better = static_cast<float>(s + far * b);
         const float moved = static_cast<float>(T{minimum[g]} + far * (a - b * middle));
         const bool good = (spread > all * noise) & (better >= least[g]) & (better <= 0x1p100f);
@@ -121,9 +124,12 @@ template <bool Weighted>
 
 // Fits the pairs of the groups of n values. Each step computes the codes of the present pairs, then moves the pairs
 // towards those that fit these codes best.
-inline void fit_groups(const float* x, const float* importance, std::size_t n, std::size_t size, float top, int steps,
-                       PerGroup& scales, PerGroup& minima) {
+//
+// Codes of two bits are so few that a step beyond the line costs a model more than its smaller error gains.
+inline void fit_groups(const float* x, const float* importance, std::size_t n, std::size_t size, std::size_t most,
+                       float top, PerGroup& scales, PerGroup& minima) {
   const float middle = top * 0.5f;
+  const int steps = fit_steps(most, top);
   Fits fits(scales, minima, n, size);
   Sums sums;
   PerGroup d = {}, dd = {}, r = {}, rd = {};
@@ -134,11 +140,11 @@ inline void fit_groups(const float* x, const float* importance, std::size_t n, s
     PerGroup* const folded[] = {&d, &dd, &r, &rd, &fits.count};
     const std::size_t all = importance && step == 0 ? 5 : 4;
     for (std::size_t i = 0; i < all; ++i) fold_groups(spread_sums[i], fits.groups, folded[i], plus);
-    const bool last = step + 1 == steps;
-    if (steps <= fit_steps(kFloatFit)) {
-      fits.move<float>(d, dd, r, rd, middle, 0x1p-16f, last);
+    const bool to_line = step + 1 == steps || top < 4;
+    if (most <= kFloatFit) {
+      fits.move<float>(d, dd, r, rd, middle, 0x1p-16f, to_line);
     } else {
-      fits.move<double>(d, dd, r, rd, static_cast<double>(middle), importance ? 0x1p-20 : 0.0, last);
+      fits.move<double>(d, dd, r, rd, static_cast<double>(middle), importance ? 0x1p-20 : 0.0, to_line);
     }
   }
   for (std::size_t g = 0; g < fits.groups; ++g) {
@@ -157,6 +163,6 @@ Pair fit_any(const float* x, const float* importance, std::size_t n, int bits, R
   const Grid exact = grid_f32(r, top, 0x1.fffffep127f);
   if (!can_fit(r, exact.scale)) return {};
   PerGroup scale = {exact.scale}, minimum = {exact.minimum};
-  fit_groups(x, importance, n, n, top, fit_steps(n), scale, minimum);
+  fit_groups(x, importance, n, n, n, top, scale, minimum);
   return {scale[0], minimum[0]};
 }

@@ -142,7 +142,7 @@ inline void measure_groups(const float* x, std::size_t size, std::size_t group, 
       scale[i] = can_fit({low[i], high[i]}, grids->scale[i]) ? grids->scale[i] : 0.0f;
       minimum[i] = grids->minimum[i];
     }
-    fit_groups(x, importance, size, q.group, top, fit_steps(q.group < q.cols ? q.group : q.cols), scale, minimum);
+    fit_groups(x, importance, size, q.group, q.group < q.cols ? q.group : q.cols, top, scale, minimum);
     make_grids(low, high, &scale, &minimum, q.half, top, q.limit, grids, misfit);
   }
 }
