@@ -313,7 +313,7 @@ def run_in_root(session, root, python, machine, *arguments):
     emulator = [] if machine == platform.machine() else [f"--qemu=qemu-{machine}"]
     folders = ["--bind=/dev", "--bind=/proc", f"--bind={Path.cwd()}:/sources", "--cwd=/sources"]
     environment = {"PYTHONPATH": "/opt/site", "HOME": "/tmp", "PATH": "/usr/bin", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["QEMU_CPU"] = "neoverse-n1"  # NumPy's OpenBLAS takes QEMU's own CPU for one with SME: wrong products
+    environment["QEMU_CPU"] = "neoverse-n1"  # NumPy's OpenBLAS multiplies wrongly on QEMU's own
     command = ["proot", f"--rootfs={root}", *emulator, *folders, f"/usr/bin/python{python}", *arguments]
     session.run(*command, env=environment, include_outer_env=False, external=True)
 
