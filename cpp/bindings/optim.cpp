@@ -1,4 +1,5 @@
 // The step of an optimizer: one call steps all tensors in one parallel region.
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -447,6 +448,10 @@ template <py::object (*Function)(const Arguments&)>
 PyObject* call_fast(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
   try {
     return Function({values, static_cast<std::size_t>(positional), names}).release().ptr();
+#if defined(__GLIBCXX__)
+  } catch (abi::__forced_unwind&) {  // the end of a thread
+    throw;
+#endif
   } catch (...) {
     py::detail::try_translate_exceptions();
     return nullptr;
@@ -555,7 +560,10 @@ py::object plain_gradients(PyObject* tree, py::handle leaves, PyObject* grads) {
     for (std::size_t i = 0; plain && i < count; ++i) {
       plain = is_leaf(i, item(tree, i).ptr()) && is_array(item(grads, i).ptr());
     }
-    return plain ? py::reinterpret_borrow<py::object>(grads) : py::object();
+    if (!plain) return {};
+    PyObject* const copy = PyList_GetSlice(grads, 0, static_cast<py::ssize_t>(count));  // it keeps the arrays alive
+    if (copy == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(copy);
   }
   py::list found;
   if (PyDict_CheckExact(tree) && PyDict_CheckExact(grads)) {
@@ -596,15 +604,21 @@ enum : std::size_t { job, items, hyper, lr, tree, leaves };
 py::object step_unchanged(const Arguments& a) {
   require_positional(a, 4, "step_unchanged");
   const py::handle kept = a.values[0], param_groups = a.values[1], grads = a.values[2], steps = a.values[3];
+  if (!PyList_Check(kept.ptr()) || !PyList_Check(steps.ptr())) throw py::type_error("step_unchanged: expected lists");
   const std::size_t count = length(kept);
   const bool several = count != 1;
   const auto is_list = [&](py::handle list) { return PyList_CheckExact(list.ptr()) && length(list) == count; };
-  if (!is_list(param_groups) || (several && !is_list(grads))) return py::bool_(false);
-  Step step(count);
-  std::vector<py::object> alive;  // hyper and gradients of each group
-  alive.reserve(2 * count);
+  struct Ready {
+    py::handle job;
+    py::object hyper, grads;
+  };
+  std::vector<Ready> ready;
+  ready.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
-    const py::handle group = item(kept, i), options = item(param_groups, i);
+    // Python ran for the group before, and could change these.
+    if (!is_list(param_groups) || (several && !is_list(grads))) return py::bool_(false);
+    const py::handle group = item(kept, i);
+    const auto options = py::reinterpret_borrow<py::object>(item(param_groups, i));
     if (group.is_none() || !has_items(options.ptr(), item_of(group, kept_field::items))) return py::bool_(false);
     const py::handle job = item_of(group, kept_field::job), tree = item_of(group, kept_field::tree);
     py::object mine =
@@ -615,10 +629,10 @@ py::object step_unchanged(const Arguments& a) {
     PyObject* const arguments[] = {options.ptr(), item_of(group, kept_field::lr).ptr(), number.ptr()};
     PyObject* const hyper = PyObject_Vectorcall(item_of(group, kept_field::hyper).ptr(), arguments, 3, nullptr);
     if (hyper == nullptr) throw py::error_already_set();
-    alive.push_back(py::reinterpret_steal<py::object>(hyper));
-    alive.push_back(std::move(mine));
-    step.add(job, hyper, alive.back());
+    ready.push_back({job, py::reinterpret_steal<py::object>(hyper), std::move(mine)});
   }
+  Step step(count);  // from here on the lists of `ready` keep the gradients
+  for (const Ready& group : ready) step.add(group.job, group.hyper, group.grads);
   step.run(steps);
   return py::bool_(true);
 }
