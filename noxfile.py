@@ -201,7 +201,7 @@ SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 # Hypothesis takes no folder for writable there, and warns.
 PYTEST_IN_ROOT = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:The database setting"]
-# What the emulator cannot do: limit memory, and the system calls by which onnx's checker finds the folder of a file.
+# These cannot pass: the emulator limits no memory, and lacks system calls by which onnx's checker finds a folder.
 NOT_EMULATED = [
     "cluster/test_processes.py::test_a_tensor_larger_than_the_memory_of_a_worker",
     "files/test_files.py::test_a_model_larger_than_its_memory",

@@ -208,10 +208,10 @@ class PreparedX {
         row_bytes_(k.products.prepared_bytes(q, io.limbs)),
         in_panels_(row_bytes_ > 0 ? panel_rows(io.batch) : 0),
         panel_bytes_(in_panels_ > 0 ? k.products.panel_bytes(q, io.limbs) : 0),
-        panels_bytes_(ceil_div(panel_bytes_ * ceil_div(in_panels_, kPanelWidth), 64) * 64),
-        memory_(panels_bytes_ + row_bytes_ * io.batch) {
+        rows_at_(panel_bytes_ * ceil_div(in_panels_, kPanelWidth)),
+        memory_(rows_at_ + row_bytes_ * io.batch) {
     io.panels = memory_.data();
-    io.prepared = memory_.data() + panels_bytes_;
+    io.prepared = rows();
     io.prepared_bytes = row_bytes_;
     io.panel_bytes = panel_bytes_;
   }
@@ -235,12 +235,12 @@ class PreparedX {
   }
 
  private:
+  std::uint8_t* rows() const { return memory_.data() + rows_at_; }
+
   const Kernels& k_;
   const Quantized& q_;
   const Linear& io_;
-  std::uint8_t* rows() const { return memory_.data() + panels_bytes_; }
-
-  std::size_t row_bytes_, in_panels_, panel_bytes_, panels_bytes_;
+  std::size_t row_bytes_, in_panels_, panel_bytes_, rows_at_;
   Scratch memory_;
 };
 

@@ -414,9 +414,9 @@ int fo_embedding(const fo_tensor* w, const uint32_t* ids, size_t count, float* o
 /* y = sum over runs of  scale * (sum of code * n) + (minimum + scale * middle) * (sum of n)
 
    where n are whole numbers: x itself in 8 bits, or x in units of a power of two, which 24 bits hold. A run has the
-   columns of one group, FO__RUN at most. Codes count from the middle of their range, so that little cancels. The sums
-   of a run are exact. So every CPU may add them up in its own order, and all get the same bits: this text defines the
-   floats that are made of a run, and that runs are added from the first to the last. */
+   columns of one group, so many at most as its fo__kind says. Codes count from the middle of their range, so that
+   little cancels. The sums of a run are exact. So every CPU may add them up in its own order, and all get the same
+   bits: this text defines the floats that are made of a run, and that runs are added from the first to the last. */
 
 /* The kind of x: floats, or whole numbers of 8 bits. */
 typedef struct {
@@ -662,9 +662,8 @@ static float fo__dot_run(unsigned bits, const uint8_t* codes, const uint8_t* end
   const size_t bytes = (count * bits + 7) >> 3;
   size_t eights = parts ? (count + 7) >> 3 : count >> 3;
   int32_t sums[2] = {0, 0};
-  if ((size_t)(end - codes) < bytes + 8)
-    eights -= fo__min(eights, 3); /* the last ones are copied: what is behind them
-                                    may not be read */
+  /* The last ones are copied where what is behind them may not be read. */
+  if ((size_t)(end - codes) < bytes + 8) eights -= fo__min(eights, 3);
   if (parts) {
     fo__add_eights(bits, codes, eights, parts, sums);
   } else {
@@ -1263,23 +1262,24 @@ FO__INLINE fo__float4 fo__join(fo__int4 high, fo__int4 low, float unit) {
 /* Four scales or minima of a row from `at` on, of which `n` are used. */
 FO__INLINE fo__float4 fo__four_params(const void* params, unsigned type, size_t at, size_t n) {
   fo__float4 four = {0, 0, 0, 0};
+  const uint8_t* from = (const uint8_t*)params + at * (type == FO_F32 ? 4 : 2);
   if (n >= 4 && type == FO_F32) {
-    FO__COPY(&four, (const float*)params + at, 16);
+    FO__COPY(&four, from, 16);
     return four;
   }
-  if (n >= 4) {
 #if defined(__F16C__)
-    return (fo__float4)_mm_cvtph_ps(fo__load8((const uint16_t*)params + at));
+  if (n >= 4) return (fo__float4)_mm_cvtph_ps(fo__load8(from));
 #elif defined(__aarch64__)
-    return (fo__float4)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)params + at)));
-#else
+  if (n >= 4) return (fo__float4)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
+#elif !defined(__ARM_NEON) /* whose vectors flush subnormal numbers in ARMv7 */
+  if (n >= 4) {
     uint16_t halves[4];
-    FO__COPY(halves, (const uint16_t*)params + at, 8);
+    FO__COPY(halves, from, 8);
     const fo__int4 half = {halves[0], halves[1], halves[2], halves[3]}, size = half & 0x7fff;
     const fo__int4 number = (fo__int4)((fo__float4)(size << 13) * fo__from_bits(0x77800000u)), infinite = size > 0x7bff;
     return (fo__float4)(number | (infinite & 0x7f800000) | (half & 0x8000) << 16);
-#endif
   }
+#endif
   for (size_t i = 0; i < n; ++i) four[i] = fo__float(params, type, at + i);
   return four;
 }

@@ -252,12 +252,13 @@ constexpr std::size_t panel_rows(std::size_t batch) {
   return batch % kPanelWidth < kLeastPanel ? batch - batch % kPanelWidth : batch;
 }
 
-// x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
-// `prepared_bytes`, written by the kernel `prepare_x`, `panels` the first panel_rows(batch) of them again, written by
-// `prepare_panel`; neither is needed where prepared_bytes() is 0.
 struct Linear;
 using LinearFloats = void (*)(const Quantized& w, const Linear&, std::size_t batch, std::size_t count,
                               std::size_t begin, std::size_t end);
+
+// x [batch, cols] as products with quantized weights take it; y is [batch, rows]. `prepared` holds a row of x each
+// `prepared_bytes`, written by the kernel `prepare_x`, `panels` the first panel_rows(batch) of them again, written by
+// `prepare_panel`; neither is needed where prepared_bytes() is 0.
 struct Linear {
   const float* x;
   const std::uint8_t* prepared;

@@ -138,6 +138,10 @@ def test_groups_none_and_late_groups():
     opt.step([[None, None], {"c": None}, np.ones(1, "f4")])
     assert late.tolist() == [-0.5]
     assert list(opt.state_dict()["state"]) == ["0.0", "0.1", "1.c", "2.0"]
+    one = fo.SGD([{"params": late}], lr=0.5)
+    with pytest.raises(TypeError, match="expected a list of 1 entries, one a group, got ndarray"):
+        one.step(np.ones(1, "f4"))
+    assert one.steps == 0
 
 
 def test_a_skipped_tensor_keeps_its_own_step_count():

@@ -308,6 +308,7 @@ class Optimizer(abc.ABC):
             With `reduce`, if another rank raised an error of its own. None has stepped.
         """
         plain = grad_scale is None and reduce is None and self.max_norm is None
+        plain = plain and (type(grads) is list or not self._grouped)
         if plain and _core.step_unchanged(self._kept, self.param_groups, grads, self._steps):
             return None  # nearly always; below, all else
         groups = self._groups
